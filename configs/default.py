@@ -1,0 +1,29 @@
+"""A look: a small factorised LLaMA on the embedded novels, minutes on two cores."""
+
+from loro_jax.training.config import Config
+from models.llama import LlamaConfig
+
+
+def get_config() -> Config:
+    """The config of ``python train.py``."""
+    return Config(
+        steps=1000,
+        batch_size=16,
+        sequence_length=128,
+        learning_rate=0.01,
+        warmup_steps=100,
+        exact_every=100,
+        clip_norm=1.0,
+        log_every=10,
+        eval_every=100,
+        checkpoint_every=100,
+        model=LlamaConfig(
+            vocab_size=2048,
+            hidden_size=128,
+            intermediate_size=344,
+            num_layers=4,
+            num_heads=4,
+            max_sequence_length=512,
+            rank=32,
+        ),
+    )

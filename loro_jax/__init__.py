@@ -1,0 +1,29 @@
+"""LORO for JAX: low-rank Riemannian optimization of (B, A) pairs, as an Optax transformation.
+
+This package's core needs jax and optax alone. The trainer (``loro_jax.training``) needs the
+``train`` extra and, with ``models/``, a checkout of the repository.
+"""
+
+from loro_jax._version import __version__
+from loro_jax.adam import scale_by_uncorrected_adam
+from loro_jax.loro import LoroState, loro
+from loro_jax.lowrank import LowRank, balance, from_dense, initialise
+from loro_jax.manifold import exact_update, riemannian_gradient
+from loro_jax.pairs import find_pairs
+from loro_jax.schedules import warmup_cosine, with_restarts
+
+__all__ = [
+    "LoroState",
+    "LowRank",
+    "__version__",
+    "balance",
+    "exact_update",
+    "find_pairs",
+    "from_dense",
+    "initialise",
+    "loro",
+    "riemannian_gradient",
+    "scale_by_uncorrected_adam",
+    "warmup_cosine",
+    "with_restarts",
+]

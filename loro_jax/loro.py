@@ -1,0 +1,260 @@
+"""LORO as an Optax transformation.
+
+Every step, Adam turns the gradients of all leaves into directions. Then, for the factors of each
+pair W = B A:
+
+* on most steps (approximate, equation 11) ``B -= lr s u_B`` and ``A -= lr s u_A``, with
+  ``s = r / min(m, n)``: the factors' gradients are larger than the product's;
+* on every K-th step (exact, Proposition 4) the product moves along the manifold of rank-r
+  matrices and is retracted by its truncated SVD, with ``lr`` itself. The new factors have a new
+  basis, in which the old moments mean nothing: they are refreshed.
+
+All other leaves take their Adam step with ``lr`` on every step.
+
+Source: Mo, Huang and Pan, ICLR 2025, Algorithm 1; details that the paper leaves out follow the
+authors' code (bias correction and epsilon as in :mod:`loro_jax.adam`, the exact step fed with
+Adam's directions in place of gradients, computed in float32).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from loro_jax.adam import scale_by_uncorrected_adam
+from loro_jax.manifold import exact_update
+from loro_jax.pairs import Pair, PairsSpec, describe_leaves, find_pairs
+
+REFRESH_CHOICES = ("all", "factors", None)
+
+
+class LoroState(NamedTuple):
+    """State of :func:`loro`.
+
+    Attributes:
+        count: steps taken, int32 scalar; never reset.
+        factors: state of the factors' direction (Adam), with ``optax.MaskedNode`` at other leaves.
+        regular: state for the other leaves, with ``optax.MaskedNode`` at the factors.
+    """
+
+    count: jax.Array  # type: ignore[assignment]  # shadows tuple.count, as in Optax
+    factors: Any
+    regular: Any
+
+
+def loro(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    exact_every: int | None = 500,
+    refresh: str | None = "all",
+    lr_scale: float | None = None,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-6,
+    weight_decay: float = 0.0,
+    mu_dtype: Any | None = None,
+    pairs: PairsSpec | None = None,
+    require_pairs: bool = True,
+    regular: optax.GradientTransformation | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Low-rank Riemannian optimizer for trees of (B, A) pairs and other parameters.
+
+    It owns the learning rate, because the exact step is not linear in it; so it must be the last
+    of a chain. It needs ``params`` and emits ``W_new - W_old`` for every leaf.
+
+    Args:
+        learning_rate: a number or a schedule; see :func:`loro_jax.with_restarts` for the paper's
+            re-warm-up after exact steps.
+        exact_every: K. Step t, counted from 0, is exact when ``(t + 1) % K == 0``. None: never.
+        refresh: whose Adam state to zero after an exact step: "all" leaves', the "factors"', or
+            None. A ``regular`` transformation of your own keeps its state in any case.
+        lr_scale: factor on the learning rate of approximate steps; None: ``r / min(m, n)`` of each
+            pair. The authors' code uses ``r / hidden_size``, the same thing in a LLaMA.
+        b1: decay of Adam's first moment.
+        b2: decay of Adam's second moment.
+        eps: added to the root of Adam's uncorrected second moment.
+        weight_decay: decoupled decay; each step shrinks a leaf by ``lr * weight_decay`` (factors:
+            ``lr * lr_scale * weight_decay``, on exact steps too).
+        mu_dtype: dtype of Adam's first moment; None: the parameters'.
+        pairs: None to find the pairs by themselves, or a spec: see :func:`loro_jax.find_pairs`.
+        require_pairs: raise when the tree holds no pair. False: such a tree gets plain Adam.
+        regular: transformation for all leaves that are not factors, learning rate included; None:
+            the same Adam as for the factors.
+
+    Returns:
+        An ``optax.GradientTransformationExtraArgs``.
+
+    Raises:
+        ValueError: for an ``exact_every`` below 1 or an unknown ``refresh``; from ``init``, when no
+            pair is found or a pair's shapes do not fit; from ``update``, without ``params``.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax
+        >>> from loro_jax import LowRank, loro
+        >>> params = {"w": LowRank(jnp.ones((6, 2)), jnp.eye(2, 4)), "b": jnp.zeros(6)}
+        >>> def loss(params):
+        ...     return jnp.sum((params["w"].product() + params["b"][:, None] - 3.0) ** 2)
+        >>> tx = optax.chain(optax.clip_by_global_norm(1.0), loro(0.01, exact_every=10))
+        >>> state = tx.init(params)
+        >>> updates, state = tx.update(jax.grad(loss)(params), state, params)
+        >>> bool(loss(optax.apply_updates(params, updates)) < loss(params))
+        True
+
+    References:
+        Mo, Huang and Pan, `LORO: Parameter and Memory Efficient Pretraining via Low-rank
+        Riemannian Optimization <https://openreview.net/forum?id=i0zzO7Hslk>`_, ICLR 2025.
+    """
+    if isinstance(exact_every, int) and exact_every < 1:
+        raise ValueError(f"loro: exact_every must be at least 1 (or None), but is {exact_every}.")
+    if refresh not in REFRESH_CHOICES:
+        raise ValueError(f"loro: refresh must be one of {REFRESH_CHOICES}, but is {refresh!r}.")
+    direction = scale_by_uncorrected_adam(b1, b2, eps, mu_dtype)
+    own_regular = optax.with_extra_args_support(regular) if regular is not None else None
+
+    def find(params: Any) -> list[Pair]:
+        found = find_pairs(params, pairs)
+        # An empty tree stands for "no parameters here" in optax.tree.map_params and partitions.
+        if require_pairs and not found and jax.tree.leaves(params):
+            raise ValueError(
+                "loro: no low-rank pair found. Looked for LowRank nodes and for sibling leaves "
+                "named 'B' (..., m, r) and 'A' (..., r, n); the tree holds "
+                f"{describe_leaves(params)}. Name the pairs with pairs=..., or pass "
+                "require_pairs=False for plain Adam."
+            )
+        return found
+
+    def init(params: Any) -> LoroState:
+        factors, others = _split(params, find(params))
+        return LoroState(
+            count=jnp.zeros([], jnp.int32),
+            factors=direction.init(factors),
+            regular=(own_regular or direction).init(others),
+        )
+
+    def update(
+        grads: Any, state: LoroState, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, LoroState]:
+        if params is None:
+            raise ValueError("loro: update needs the parameters: tx.update(grads, state, params).")
+        found = find(params)
+        factor_grads, other_grads = _split(grads, found)
+        _, others = _split(params, found)
+
+        rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
+        count = optax.safe_increment(state.count)
+        exact = jnp.bool_(False) if exact_every is None else count % exact_every == 0
+
+        factor_directions, factor_state = direction.update(factor_grads, state.factors)
+        if own_regular is None:
+            other_directions, regular_state = direction.update(other_grads, state.regular)
+            other_updates = jax.tree.map(
+                lambda u, p: (-rate * (u + weight_decay * p)).astype(p.dtype),
+                other_directions,
+                others,
+            )
+        else:
+            other_updates, regular_state = own_regular.update(
+                other_grads, state.regular, others, **extra_args
+            )
+
+        factor_updates = _factor_updates(
+            jax.tree.leaves(params),
+            jax.tree.leaves(factor_directions),
+            found,
+            exact,
+            rate,
+            lr_scale,
+            weight_decay,
+        )
+        if refresh is not None:
+            factor_state = _reset_where(exact, factor_state)
+        if refresh == "all" and own_regular is None:
+            regular_state = _reset_where(exact, regular_state)
+        updates = _join(grads, found, factor_updates, jax.tree.leaves(other_updates))
+        return updates, LoroState(count, factor_state, regular_state)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _factor_updates(
+    leaves: Sequence[jax.Array],
+    directions: Sequence[jax.Array],
+    found: Sequence[Pair],
+    exact: jax.Array,
+    rate: Any,
+    lr_scale: float | None,
+    weight_decay: float,
+) -> dict[int, jax.Array]:
+    """Updates of all factors, by leaf index. ``directions`` holds the factors alone, in order."""
+    order = {
+        index: i for i, index in enumerate(sorted(i for pair in found for i in (pair.B, pair.A)))
+    }
+    operands = [
+        (leaves[pair.B], leaves[pair.A], directions[order[pair.B]], directions[order[pair.A]])
+        for pair in found
+    ]
+
+    def approximate_step(operands: list[tuple[jax.Array, ...]]) -> list[tuple[jax.Array, ...]]:
+        updates = []
+        for B, A, dB, dA in operands:
+            scale = _pair_lr_scale(B, A, lr_scale)
+            updates.append(
+                tuple(
+                    (-rate * scale * (d + weight_decay * p)).astype(p.dtype)
+                    for p, d in ((B, dB), (A, dA))
+                )
+            )
+        return updates
+
+    def exact_step(operands: list[tuple[jax.Array, ...]]) -> list[tuple[jax.Array, ...]]:
+        updates = []
+        for B, A, dB, dA in operands:
+            keep = 1 - rate * _pair_lr_scale(B, A, lr_scale) * weight_decay
+            new = exact_update(B, A, dB, dA, rate)
+            updates.append(
+                tuple((keep * q - p).astype(p.dtype) for p, q in zip((B, A), new, strict=True))
+            )
+        return updates
+
+    if not found:
+        return {}
+    updates = jax.lax.cond(exact, exact_step, approximate_step, operands)
+    return {
+        index: update
+        for pair, of_pair in zip(found, updates, strict=True)
+        for index, update in zip((pair.B, pair.A), of_pair, strict=True)
+    }
+
+
+def _pair_lr_scale(B: jax.Array, A: jax.Array, lr_scale: float | None) -> Any:
+    """The approximate step's factor: r / min(m, n) unless fixed by the user (equation 11)."""
+    return A.shape[-2] / min(B.shape[-2], A.shape[-1]) if lr_scale is None else lr_scale
+
+
+def _reset_where(refresh: jax.Array, state: Any) -> Any:
+    """Adam's state, zeroed where ``refresh`` is true. All of it starts at zero."""
+    return jax.tree.map(lambda leaf: jnp.where(refresh, jnp.zeros_like(leaf), leaf), state)
+
+
+def _split(tree: Any, found: Sequence[Pair]) -> tuple[Any, Any]:
+    """The tree twice: with its factors alone, and with all other leaves alone."""
+    leaves, structure = jax.tree.flatten(tree)
+    of_pairs = {index for pair in found for index in (pair.B, pair.A)}
+    hole = optax.MaskedNode()
+    factors = [leaf if i in of_pairs else hole for i, leaf in enumerate(leaves)]
+    others = [hole if i in of_pairs else leaf for i, leaf in enumerate(leaves)]
+    return jax.tree.unflatten(structure, factors), jax.tree.unflatten(structure, others)
+
+
+def _join(
+    like: Any, found: Sequence[Pair], factor_updates: dict[int, jax.Array], others: list[jax.Array]
+) -> Any:
+    """Puts the updates of factors (by leaf index) and of other leaves (in order) together."""
+    leaves, structure = jax.tree.flatten(like)
+    rest = iter(others)
+    joined = [factor_updates[i] if i in factor_updates else next(rest) for i in range(len(leaves))]
+    return jax.tree.unflatten(structure, joined)

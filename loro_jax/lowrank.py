@@ -1,0 +1,260 @@
+"""The low-rank pair: a weight matrix stored as the product W = B A of two thin factors."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from loro_jax.batching import at_least_float32, one_by_one
+
+Array = jax.Array
+
+
+@jax.tree_util.register_pytree_with_keys_class
+class LowRank:
+    """A matrix W = B A of rank r, kept as its factors.
+
+    W maps input to output (``y = W x``): ``B`` is the output side, ``A`` the input side, as in
+    LoRA. Leading axes are batch axes (the layers of a scanned model, say). ``LowRank`` is a
+    pytree node with the children ``B`` and ``A``, so it can stand anywhere in a parameter tree,
+    and :func:`loro_jax.loro` finds it there.
+
+    Attributes:
+        B: array of shape (..., m, r).
+        A: array of shape (..., r, n).
+
+    Raises:
+        ValueError: if the two shapes do not multiply to a matrix of rank r <= min(m, n).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> pair = LowRank(jnp.ones((6, 2)), jnp.ones((2, 4)))
+        >>> pair.shape, pair.rank
+        ((6, 4), 2)
+        >>> pair.apply(jnp.ones((3, 4))).shape
+        (3, 6)
+    """
+
+    def __init__(self, B: Array, A: Array):
+        check_factors(B, A, "LowRank")
+        self.B = B
+        self.A = A
+
+    @property
+    def rank(self) -> int:
+        """The inner dimension r."""
+        return self.A.shape[-2]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Shape (..., m, n) of the product, which is not formed."""
+        return (*self.B.shape[:-1], self.A.shape[-1])
+
+    def product(self) -> Array:
+        """The matrix W = B A, shape (..., m, n). For checks: it is as large as a dense weight."""
+        return self.B @ self.A
+
+    def apply(self, x: Array) -> Array:
+        """``W x`` for x of shape (..., n), by way of the rank: ``(x A^T) B^T``."""
+        return (x @ self.A.T) @ self.B.T
+
+    def balance(self) -> LowRank:
+        """The same product with balanced factors (``B^T B = A A^T``), see :func:`balance`."""
+        return LowRank(*balance(self.B, self.A))
+
+    @classmethod
+    def from_dense(cls, W: Array, rank: int) -> LowRank:
+        """The best rank-r approximation of W in balanced factors, see :func:`from_dense`."""
+        return cls(*from_dense(W, rank))
+
+    def tree_flatten_with_keys(self) -> tuple[tuple[Any, Any], None]:
+        """Children with their path keys, for ``jax.tree_util``."""
+        key = jax.tree_util.GetAttrKey
+        return ((key("B"), self.B), (key("A"), self.A)), None
+
+    @classmethod
+    def tree_unflatten(cls, aux: None, children: tuple[Any, Any]) -> LowRank:
+        """Rebuilds the node. Children may be anything (specs, None), so no shape is checked."""
+        pair = object.__new__(cls)
+        pair.B, pair.A = children
+        return pair
+
+    def __repr__(self) -> str:
+        return f"LowRank(B={self.B!r}, A={self.A!r})"
+
+
+def check_factors(B: Array, A: Array, where: str) -> None:
+    """Raises ValueError unless B (..., m, r) and A (..., r, n) make a product of rank <= min(m, n).
+
+    Args:
+        B: output-side factor (or anything with a ``shape``).
+        A: input-side factor.
+        where: what the message calls the pair.
+    """
+    found = f"B has shape {tuple(B.shape)} and A has shape {tuple(A.shape)}"
+    if len(B.shape) < 2 or len(A.shape) < 2:
+        raise ValueError(f"{where}: expected B (..., m, r) and A (..., r, n), but {found}.")
+    if B.shape[-1] != A.shape[-2] or B.shape[:-2] != A.shape[:-2]:
+        raise ValueError(
+            f"{where}: expected B (..., m, r) and A (..., r, n) with the same r and the same "
+            f"leading axes, but {found}."
+        )
+    m, r, n = B.shape[-2], A.shape[-2], A.shape[-1]
+    if not 1 <= r <= min(m, n):
+        raise ValueError(
+            f"{where}: the rank must be between 1 and min(m, n) = {min(m, n)}, but is {r} "
+            f"({found})."
+        )
+
+
+def from_dense(W: Array, rank: int) -> tuple[Array, Array]:
+    """Truncated SVD of W as balanced factors.
+
+    With ``W = U S V^T``, the factors are ``B = U_r S_r^(1/2)`` and ``A = S_r^(1/2) V_r^T``: their
+    product is the best rank-r approximation of W (Eckart-Young), and both have the singular
+    values ``S_r^(1/2)``.
+
+    Args:
+        W: array of shape (..., m, n); leading axes are batch axes.
+        rank: r, between 1 and min(m, n).
+
+    Returns:
+        B (..., m, r) and A (..., r, n) in the dtype of W; the SVD is computed in float32 or wider.
+
+    Raises:
+        ValueError: if the rank does not fit the shape.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> B, A = from_dense(jnp.diag(jnp.array([4.0, 1.0, 0.0])), rank=2)
+        >>> bool(jnp.allclose(B @ A, jnp.diag(jnp.array([4.0, 1.0, 0.0])), atol=1e-6))
+        True
+    """
+    if W.ndim < 2 or not 1 <= rank <= min(W.shape[-2:]):
+        raise ValueError(
+            f"from_dense: rank {rank} does not fit a matrix of shape {tuple(W.shape)}; "
+            "expected 1 <= rank <= min(m, n)."
+        )
+
+    def factorise(W: Array) -> tuple[Array, Array]:
+        U, s, Vt = jnp.linalg.svd(W, full_matrices=False)
+        root = jnp.sqrt(s[:rank])
+        return U[:, :rank] * root, root[:, None] * Vt[:rank]
+
+    B, A = one_by_one(factorise, W.ndim - 2)(W.astype(at_least_float32(W.dtype)))
+    return B.astype(W.dtype), A.astype(W.dtype)
+
+
+def balance(B: Array, A: Array) -> tuple[Array, Array]:
+    """Balanced factors of the same product: ``B'^T B' = A' A'^T``, diagonal.
+
+    Args:
+        B: array of shape (..., m, r).
+        A: array of shape (..., r, n).
+
+    Returns:
+        B' and A' of the same shapes and dtypes; both have the square roots of W's singular values.
+    """
+    check_factors(B, A, "balance")
+    dtype = at_least_float32(jnp.promote_types(B.dtype, A.dtype))
+
+    def rotate(B: Array, A: Array) -> tuple[Array, Array]:
+        Qb, Rb = jnp.linalg.qr(B)
+        Qa, Ra = jnp.linalg.qr(A.T)
+        U, s, Vt = jnp.linalg.svd(Rb @ Ra.T)
+        root = jnp.sqrt(s)
+        return (Qb @ U) * root, root[:, None] * (Vt @ Qa.T)
+
+    B_new, A_new = one_by_one(rotate, B.ndim - 2)(B.astype(dtype), A.astype(dtype))
+    return B_new.astype(B.dtype), A_new.astype(A.dtype)
+
+
+def initialise(
+    key: Array,
+    out_features: int,
+    in_features: int,
+    rank: int,
+    method: str = "xavier",
+    initializer_range: float = 0.02,
+) -> tuple[Array, Array]:
+    """Draws the factors of a fresh pair, by the authors' names.
+
+    Normal entries, with these standard deviations for B (m x r) and A (r x n):
+
+    ========== ============================= ============================= ==================
+    name       B                             A                             note
+    ========== ============================= ============================= ==================
+    xavier     sqrt(2 / (m + r))             sqrt(2 / (r + n))             the paper's runs
+    kaiming    sqrt(2 / r)                   sqrt(2 / r)                   fan-in of torch
+    auto       (s^2 / r)^(1/4)               (s^2 / r)^(1/4)               W's entries: std s
+    orth       orthonormal columns           orthonormal rows
+    xavorth    orth times the std of xavier  orth times the std of xavier
+    randn_X    X                             X                             X a number
+    const_X    all entries X                 all entries X                 rank one: no LORO
+    ========== ============================= ============================= ==================
+
+    s is ``initializer_range``. The authors' code discards the orthogonal matrices of ``orth`` and
+    ``xavorth`` when its weights are bfloat16; here both do what their names say.
+
+    Args:
+        key: a JAX random key.
+        out_features: m.
+        in_features: n.
+        rank: r, between 1 and min(m, n).
+        method: a name of the table.
+        initializer_range: s, the standard deviation that a dense weight would have.
+
+    Returns:
+        B (m, r) and A (r, n) in float32.
+
+    Raises:
+        ValueError: if the rank does not fit or the name is unknown.
+
+    Example:
+        >>> import jax
+        >>> B, A = initialise(jax.random.key(0), 64, 32, rank=8)
+        >>> B.shape, A.shape
+        ((64, 8), (8, 32))
+    """
+    m, n, r = out_features, in_features, rank
+    if not 1 <= r <= min(m, n):
+        raise ValueError(
+            f"initialise: the rank must be between 1 and min(m, n) = {min(m, n)} for a projection "
+            f"of {n} inputs to {m} outputs, but is {r}."
+        )
+    xavier_B, xavier_A = math.sqrt(2 / (m + r)), math.sqrt(2 / (r + n))
+    auto = (initializer_range**2 / r) ** 0.25
+    scales = {
+        "xavier": (xavier_B, xavier_A),
+        "kaiming": (math.sqrt(2 / r), math.sqrt(2 / r)),
+        "auto": (auto, auto),
+        "orth": (1.0, 1.0),
+        "xavorth": (xavier_B, xavier_A),
+    }
+    name, _, number = method.partition("_")
+    if name in ("randn", "const") and _is_number(number):
+        scale_B = scale_A = float(number)
+    elif method in scales:
+        scale_B, scale_A = scales[method]
+    else:
+        raise ValueError(
+            f"initialise: unknown method {method!r}; expected one of {', '.join(scales)}, "
+            "randn_X or const_X with a number X."
+        )
+    if name == "const":
+        return jnp.full((m, r), scale_B), jnp.full((r, n), scale_A)
+    orthonormal = method in ("orth", "xavorth")
+    draw = jax.nn.initializers.orthogonal() if orthonormal else jax.nn.initializers.normal(1.0)
+    key_B, key_A = jax.random.split(key)
+    return scale_B * draw(key_B, (m, r)), scale_A * draw(key_A, (r, n))
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True

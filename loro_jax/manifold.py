@@ -1,0 +1,169 @@
+"""The mathematics of one pair: the tangent space of rank-r matrices, and the exact step.
+
+Notation, for a pair W = B A with B (m x r), A (r x n), a loss with full gradient G (m x n), and
+the thin QR decompositions B = Q_B R_B and A^T = Q_A R_A:
+
+* The gradients of the factors are ``g_B = G A^T`` and ``g_A = B^T G``.
+* Tangent projection of G at W: ``P_U G + (I - P_U) G P_V`` with ``P_U = Q_B Q_B^T`` and
+  ``P_V = Q_A Q_A^T``. Two of its pieces are known without G: ``Q_B^T G = R_B^{-T} g_A`` and
+  ``G Q_A = g_B R_A^{-1}`` (Proposition 3).
+* Retraction: the rank-r truncated SVD of ``W - lr grad``. That matrix has rank at most 2r and
+  lives in the column spaces of ``[Q_B, Q_B']`` and ``[Q_A, Q_A']``, where ``Q_B'`` spans what
+  ``G Q_A`` has outside Q_B, and ``Q_A'`` likewise; so the SVD is one of a 2r x 2r core
+  (Proposition 4).
+
+Algorithm 2 as printed in the paper has slips (``-lr R_b`` for ``-lr R_b'``, ``[Q_b, Q_b]`` for
+``[Q_b, Q_b']``, A where its transpose is factorised, the full SVD where its leading r triplets are
+meant); the formulas here follow Proposition 4, and the authors' code agrees with them.
+
+Source: Mo, Huang and Pan, "LORO: Parameter and Memory Efficient Pretraining via Low-rank
+Riemannian Optimization", ICLR 2025.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.scipy.linalg import solve_triangular
+
+from loro_jax.batching import at_least_float32, one_by_one
+from loro_jax.lowrank import check_factors
+
+Array = jax.Array
+
+
+class _Tangent(NamedTuple):
+    """A tangent vector at W = Q_B R_B R_A^T Q_A^T, in blocks of width r.
+
+    It stands for ``Q_B core Q_A^T + out_perp Q_A^T + Q_B in_perp``.
+    """
+
+    Q_B: Array  # m x r
+    R_B: Array  # r x r
+    Q_A: Array  # n x r
+    R_A: Array  # r x r
+    core: Array  # r x r
+    out_perp: Array  # m x r, orthogonal to Q_B
+    in_perp: Array  # r x n, orthogonal to Q_A
+
+
+def _tangent_projection(B: Array, A: Array, g_B: Array, g_A: Array) -> _Tangent:
+    """Proposition 3 in blocks. The core is taken from g_A alone, as in the authors' code.
+
+    For true gradients the core can be had from either factor (``R_B^{-T} g_A Q_A`` equals
+    ``Q_B^T g_B R_A^{-1}``). For Adam's directions the two differ, and parity needs this one.
+    """
+    Q_B, R_B = jnp.linalg.qr(B)
+    Q_A, R_A = jnp.linalg.qr(A.T)
+    left = solve_triangular(R_B, g_A, trans="T")  # Q_B^T G, r x n
+    right = solve_triangular(R_A, g_B.T, trans="T").T  # G Q_A, m x r
+    core = left @ Q_A
+    return _Tangent(Q_B, R_B, Q_A, R_A, core, right - Q_B @ (Q_B.T @ right), left - core @ Q_A.T)
+
+
+def _exact_update(
+    B: Array, A: Array, dB: Array, dA: Array, learning_rate: Array
+) -> tuple[Array, Array]:
+    """Proposition 4 for one pair: the truncated SVD of W - lr grad, on a 2r x 2r core."""
+    r = B.shape[1]
+    tangent = _tangent_projection(B, A, dB, dA)
+    Q_out, R_out = jnp.linalg.qr(tangent.out_perp)
+    Q_in, R_in = jnp.linalg.qr(tangent.in_perp.T)
+    S = tangent.R_B @ tangent.R_A.T - learning_rate * tangent.core
+    core = jnp.block([[S, -learning_rate * R_in.T], [-learning_rate * R_out, jnp.zeros_like(S)]])
+    U, s, Vt = jnp.linalg.svd(core)
+    U, root, Vt = U[:, :r], jnp.sqrt(s[:r]), Vt[:r]
+    B_new = (tangent.Q_B @ U[:r] + Q_out @ U[r:]) * root
+    A_new = root[:, None] * (Vt[:, :r] @ tangent.Q_A.T + Vt[:, r:] @ Q_in.T)
+    return B_new, A_new
+
+
+def exact_update(
+    B: Array, A: Array, dB: Array, dA: Array, learning_rate: jax.typing.ArrayLike
+) -> tuple[Array, Array]:
+    """Exact Riemannian step of one pair or a batch of pairs (Proposition 4).
+
+    Moves W = B A against the Riemannian gradient and retracts by the truncated SVD:
+    ``W' = SVD_r(W - learning_rate * grad)``, where grad is the tangent vector that the directions
+    dB and dA stand for (:func:`riemannian_gradient`). W itself is never formed: the cost is QR of
+    the factors and an SVD of a 2r x 2r core. The new factors are balanced: both have the square
+    roots of the singular values of W'. They are determined up to a rotation of the inner index.
+
+    Args:
+        B: output-side factor, shape (..., m, r), of full column rank.
+        A: input-side factor, shape (..., r, n), of full row rank.
+        dB: gradient (or direction) of B, same shape as B.
+        dA: gradient (or direction) of A, same shape as A.
+        learning_rate: step size, a scalar.
+
+    Returns:
+        B' and A', same shapes and dtypes as B and A. Computed in float32, or wider if the
+        factors are.
+
+    Raises:
+        ValueError: if the shapes do not make a pair of rank r <= min(m, n), or dB and dA differ
+            in shape from the factors.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> keys = jax.random.split(jax.random.key(0), 3)
+        >>> B, A = jax.random.normal(keys[0], (6, 2)), jax.random.normal(keys[1], (2, 5))
+        >>> G = jax.random.normal(keys[2], (6, 5))
+        >>> B_new, A_new = exact_update(B, A, G @ A.T, B.T @ G, learning_rate=0.1)
+        >>> bool(jnp.allclose(B_new.T @ B_new, A_new @ A_new.T, atol=1e-4))
+        True
+    """
+    _check_directions(B, A, dB, dA, "exact_update")
+    dtype = at_least_float32(jnp.promote_types(B.dtype, A.dtype))
+    arguments = [x.astype(dtype) for x in (B, A, dB, dA)]
+    # The scalar travels with the batch, because every argument of a mapped function is mapped.
+    rate = jnp.broadcast_to(jnp.asarray(learning_rate, dtype), B.shape[:-2])
+    B_new, A_new = one_by_one(_exact_update, B.ndim - 2)(*arguments, rate)
+    return B_new.astype(B.dtype), A_new.astype(A.dtype)
+
+
+def riemannian_gradient(B: Array, A: Array, gB: Array, gA: Array) -> Array:
+    """Riemannian gradient at W = B A as a full matrix (Proposition 3). For checks and study.
+
+    It is the projection of the full gradient G onto the tangent space of the rank-r matrices at W,
+    computed from the gradients of the factors, ``gB = G A^T`` and ``gA = B^T G``, alone.
+
+    Args:
+        B: output-side factor, shape (..., m, r), of full column rank.
+        A: input-side factor, shape (..., r, n), of full row rank.
+        gB: gradient of B, same shape as B.
+        gA: gradient of A, same shape as A.
+
+    Returns:
+        Array of shape (..., m, n): as large as a dense weight, so not for the optimizer.
+
+    Raises:
+        ValueError: as :func:`exact_update`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> keys = jax.random.split(jax.random.key(0), 3)
+        >>> B, A = jax.random.normal(keys[0], (6, 2)), jax.random.normal(keys[1], (2, 5))
+        >>> G = jax.random.normal(keys[2], (6, 5))
+        >>> riemannian_gradient(B, A, G @ A.T, B.T @ G).shape
+        (6, 5)
+    """
+    _check_directions(B, A, gB, gA, "riemannian_gradient")
+    dtype = at_least_float32(jnp.promote_types(B.dtype, A.dtype))
+
+    def assemble(B: Array, A: Array, gB: Array, gA: Array) -> Array:
+        t = _tangent_projection(B, A, gB, gA)
+        return (t.Q_B @ t.core + t.out_perp) @ t.Q_A.T + t.Q_B @ t.in_perp
+
+    return one_by_one(assemble, B.ndim - 2)(*(x.astype(dtype) for x in (B, A, gB, gA)))
+
+
+def _check_directions(B: Array, A: Array, dB: Array, dA: Array, where: str) -> None:
+    check_factors(B, A, where)
+    if dB.shape != B.shape or dA.shape != A.shape:
+        raise ValueError(
+            f"{where}: expected directions of the factors' shapes {tuple(B.shape)} and "
+            f"{tuple(A.shape)}, but found {tuple(dB.shape)} and {tuple(dA.shape)}."
+        )

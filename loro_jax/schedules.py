@@ -1,0 +1,96 @@
+"""Learning-rate schedules of the paper: warm-up, cosine, and a re-warm-up after exact steps.
+
+All are plain Optax schedules: functions from the step (from 0) to the learning rate.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import optax
+
+
+def warmup_cosine(
+    peak: float,
+    total_steps: int,
+    warmup_steps: int,
+    initial_ratio: float = 0.1,
+    final_ratio: float = 0.1,
+) -> optax.Schedule:
+    """Linear warm-up followed by a cosine decay.
+
+    The rate climbs from ``initial_ratio * peak`` to ``peak`` over the warm-up, then follows half a
+    cosine down to ``final_ratio * peak`` at ``total_steps``. The paper says that the warm-up
+    starts at zero; the authors' code, and the default here, start it at a tenth of the peak.
+
+    Args:
+        peak: the highest learning rate.
+        total_steps: length of the run.
+        warmup_steps: length of the warm-up, part of ``total_steps``.
+        initial_ratio: first rate over the peak.
+        final_ratio: last rate over the peak.
+
+    Returns:
+        A schedule.
+
+    Raises:
+        ValueError: if the warm-up is negative or longer than the run.
+
+    Example:
+        >>> schedule = warmup_cosine(1.0, total_steps=110, warmup_steps=10)
+        >>> [round(float(schedule(step)), 3) for step in (0, 10, 60, 110)]
+        [0.1, 1.0, 0.55, 0.1]
+    """
+    if not 0 <= warmup_steps <= total_steps:
+        raise ValueError(
+            f"warmup_cosine: warmup_steps must be between 0 and total_steps = {total_steps}, "
+            f"but is {warmup_steps}."
+        )
+    decay_steps = max(total_steps - warmup_steps, 1)
+    decay = optax.cosine_decay_schedule(peak, decay_steps, alpha=final_ratio)
+    if warmup_steps == 0:
+        return decay
+    warmup = optax.linear_schedule(initial_ratio * peak, peak, warmup_steps)
+    return optax.join_schedules([warmup, decay], [warmup_steps])
+
+
+def with_restarts(
+    schedule: optax.ScalarOrSchedule, every: int, warmup_steps: int = 5
+) -> optax.Schedule:
+    """Re-warms any schedule after each exact step.
+
+    The exact step rotates the factors, and Adam starts anew behind it: its first directions are
+    close to signs of a single gradient. So the rate restarts at zero on the step after an exact
+    one and climbs back, linearly over ``warmup_steps``, to the schedule. Steps before the first
+    exact step are left alone.
+
+    Args:
+        schedule: a learning rate or a schedule.
+        every: K, the distance between exact steps: step t is exact when ``(t + 1) % K == 0``.
+        warmup_steps: length of the re-warm-up; 0 turns it off.
+
+    Returns:
+        A schedule.
+
+    Raises:
+        ValueError: if ``every`` is below 1 or ``warmup_steps`` negative.
+
+    Example:
+        >>> schedule = with_restarts(1.0, every=100, warmup_steps=5)
+        >>> [round(float(schedule(step)), 3) for step in (0, 99, 100, 101, 104, 105)]
+        [1.0, 1.0, 0.0, 0.2, 0.8, 1.0]
+    """
+    if every < 1 or warmup_steps < 0:
+        raise ValueError(
+            f"with_restarts: expected every >= 1 and warmup_steps >= 0, but every is {every} and "
+            f"warmup_steps is {warmup_steps}."
+        )
+
+    def restarted(step: jax.typing.ArrayLike) -> jax.Array:
+        base = schedule(step) if callable(schedule) else schedule
+        since_exact = jnp.asarray(step) % every
+        factor = jnp.minimum(since_exact / max(warmup_steps, 1), 1.0)
+        warming = (jnp.asarray(step) >= every) & (warmup_steps > 0)
+        return jnp.where(warming, factor, 1.0) * base
+
+    return restarted

@@ -1,0 +1,201 @@
+"""Checkpoints: state, data iterator and counters together, checked when they are read.
+
+Orbax writes each checkpoint beside its place and renames it, so a kill at any moment leaves the
+earlier ones whole. What Orbax does not notice is a byte that has changed on disk: every checkpoint
+therefore carries a checksum of its arrays, computed on the devices.
+"""
+
+from __future__ import annotations
+
+import logging
+import pathlib
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from orbax.checkpoint import v1 as ocp
+
+from loro_jax.training.errors import TrainingError
+
+Array = jax.Array
+
+
+class Restored(NamedTuple):
+    """What a checkpoint holds.
+
+    Attributes:
+        step: its step.
+        state: the restored state.
+        progress: the counters saved with it.
+    """
+
+    step: int
+    state: Any
+    progress: dict[str, Any]
+
+
+class Checkpoints:
+    """The checkpoints of one run directory.
+
+    Args:
+        directory: where they are; made when missing.
+        keep: how many of the latest to keep.
+        warn: called with a line to print when a checkpoint turns out to be damaged.
+    """
+
+    def __init__(self, directory: pathlib.Path, keep: int, warn: Callable[[str], None]):
+        # Orbax logs each save, and dumps a traceback where it meets a file it can't read.
+        logging.getLogger("absl").setLevel(logging.CRITICAL)
+        self._directory = directory
+        self._keep = keep
+        self._warn = warn
+        self._pending: Any = None
+        self._open()
+
+    def _open(self) -> None:
+        policies = ocp.training.preservation_policies
+        self._checkpointer = ocp.training.Checkpointer(
+            self._directory.absolute(),
+            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+            preservation_policy=policies.LatestN(self._keep),
+            cleanup_tmp_directories=True,
+        )
+
+    def save(self, step: int, state: Any, iterator: Any, progress: dict[str, Any]) -> None:
+        """Saves in the background; waits for the save before it. Does nothing if it exists."""
+        self.wait()
+        if any(checkpoint.step == step for checkpoint in self._checkpointer.checkpoints):
+            return
+        content = {
+            "state": {"state": state, "checksum": _checksum(state)},
+            "data": iterator,
+            "progress": progress,
+        }
+        try:
+            self._pending = self._checkpointer.save_checkpointables_async(step, content, force=True)
+        except OSError as error:
+            raise self._cannot_write(step, error) from None
+        self._pending_step = step
+
+    def wait(self) -> None:
+        """Waits until the last save is on disk.
+
+        Raises:
+            TrainingError: if it could not be written; the checkpoints before it are whole.
+        """
+        pending, self._pending = self._pending, None
+        if pending is None:
+            return
+        try:
+            pending.result()
+        except Exception as error:  # Orbax passes on whatever the file system or tensorstore raised
+            raise self._cannot_write(self._pending_step, error) from None
+
+    def _cannot_write(self, step: int, error: Exception) -> TrainingError:
+        reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
+        return TrainingError(
+            f"the checkpoint of step {step} can't be written to {self._directory} ({reason}); "
+            "earlier checkpoints are whole: make room and run the same command again."
+        )
+
+    def restore(self, abstract_state: Any, make_iterator: Callable[[], Any]) -> tuple[Any, Any]:
+        """Restores the newest checkpoint that is whole.
+
+        Damaged ones behind it are moved out of the way, to ``damaged_checkpoints/``, and reported.
+
+        Args:
+            abstract_state: shapes, dtypes and shardings of the state.
+            make_iterator: makes a fresh data iterator; the restore sets its position.
+
+        Returns:
+            (Restored or None when there is no checkpoint, iterator).
+
+        Raises:
+            TrainingError: if there are checkpoints and none of them is whole.
+        """
+        steps = sorted((c.step for c in self._checkpointer.checkpoints), reverse=True)
+        damaged: list[tuple[int, str]] = []
+        for step in steps:
+            iterator = make_iterator()
+            try:
+                restored = self._load(step, abstract_state, iterator)
+            except Exception as error:  # what a damaged file raises depends on the file
+                damaged.append((step, str(error).strip().split("\n")[0][:120]))
+                continue
+            self._set_aside(damaged, step)
+            return restored, iterator
+        if damaged:
+            raise TrainingError(
+                f"no checkpoint in {self._directory} can be read (steps "
+                f"{', '.join(str(step) for step, _ in damaged)}; the newest: {damaged[0][1]}). "
+                "Nothing was changed; start again with another --workdir."
+            )
+        return None, make_iterator()
+
+    def _load(self, step: int, abstract_state: Any, iterator: Any) -> Restored:
+        leaves = len(jax.tree.leaves(abstract_state))
+        checksum = jax.ShapeDtypeStruct((leaves,), jnp.uint32)
+        content = self._checkpointer.load_checkpointables(
+            step,
+            {
+                "state": {"state": abstract_state, "checksum": checksum},
+                "data": iterator,
+                "progress": None,
+            },
+        )
+        state = content["state"]["state"]
+        if not np.array_equal(_checksum(state), content["state"]["checksum"]):
+            raise ValueError("its checksum does not match")
+        return Restored(step, state, content["progress"])
+
+    def _set_aside(self, damaged: list[tuple[int, str]], good_step: int) -> None:
+        if not damaged:
+            return
+        self._checkpointer.close()
+        for step, reason in damaged:
+            target = self._directory.parent / "damaged_checkpoints" / str(step)
+            target.parent.mkdir(exist_ok=True)
+            if target.exists():
+                target = _unused(target)
+            (self._directory / str(step)).rename(target)
+            self._warn(
+                f"checkpoint {step} is damaged ({reason}); moved to {target}, "
+                f"going on from the one of step {good_step}."
+            )
+        self._open()
+
+    def close(self) -> None:
+        """Waits for a save under way and releases the directory."""
+        try:
+            self.wait()
+        finally:
+            self._checkpointer.close()
+
+
+def _unused(path: pathlib.Path) -> pathlib.Path:
+    number = 2
+    while path.with_name(f"{path.name}.{number}").exists():
+        number += 1
+    return path.with_name(f"{path.name}.{number}")
+
+
+@jax.jit
+def _checksum(tree: Any) -> Array:
+    """One uint32 per leaf: its words, each weighted by its place, summed modulo 2^32.
+
+    Integer sums do not depend on their order, so the value is the same on any mesh.
+    """
+
+    def leaf_checksum(leaf: Array) -> Array:
+        words = leaf.astype(jnp.uint32) if leaf.dtype == jnp.bool_ else _words(leaf)
+        places = jnp.arange(words.size, dtype=jnp.uint32).reshape(words.shape)
+        return jnp.sum(words * (2 * places + 1), dtype=jnp.uint32)
+
+    return jnp.stack([leaf_checksum(jnp.asarray(leaf)) for leaf in jax.tree.leaves(tree)])
+
+
+def _words(leaf: Array) -> Array:
+    bits = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[leaf.dtype.itemsize]
+    return jax.lax.bitcast_convert_type(leaf, bits).astype(jnp.uint32)

@@ -1,0 +1,241 @@
+"""The configuration of a run: typed dataclasses, checked before anything is touched."""
+
+# No `from __future__ import annotations` here: the command line reads the fields' types.
+
+import dataclasses
+import json
+import math
+from typing import Any
+
+from loro_jax.loro import REFRESH_CHOICES
+from loro_jax.training.errors import TrainingError
+from models.llama import LlamaConfig
+
+METHODS = ("loro", "lowrank", "full")
+
+# Fields that may differ between a run directory and the command that continues it, because the
+# trajectory and the metrics do not depend on them.
+RESUMABLE_FIELDS = ("checkpoint_every", "keep_checkpoints", "tensorboard", "mesh", "data.prefetch")
+
+
+@dataclasses.dataclass
+class DataConfig:
+    """Where the text comes from.
+
+    Attributes:
+        source: "embedded" (four novels, part of the package), a glob of .txt files (documents
+            separated by blank lines) or .jsonl files, or "tfds:NAME" (a prepared
+            tensorflow-datasets text dataset, ``tfds:c4/en`` say).
+        validation: a glob like ``source`` for the validation text. None: the official split of
+            "embedded" and "tfds:"; for files, every 100th document by a hash of its text.
+        tokenizer: "embedded" (BPE with 2,048 pieces, trained on the embedded novels), "bytes", or
+            the path of a SentencePiece model.
+        shape: "packed" (documents joined by end-of-text tokens and cut into sequences) or "padded"
+            (each document truncated or padded to one sequence, as in the paper).
+        text_field: the field of a JSON line or tfds example that holds the text.
+        data_dir: directory of prepared tensorflow-datasets; None: their default.
+        max_eval_sequences: size of the fixed validation set, in sequences; 0: all of it.
+        prefetch: batches prepared ahead of the step.
+    """
+
+    source: str = "embedded"
+    validation: str | None = None
+    tokenizer: str = "embedded"
+    shape: str = "packed"
+    text_field: str = "text"
+    data_dir: str | None = None
+    max_eval_sequences: int = 0
+    prefetch: int = 4
+
+
+@dataclasses.dataclass
+class MeshConfig:
+    """Devices along each axis of the mesh; -1: all that are left.
+
+    Attributes:
+        data: the batch is split, parameters are copied.
+        fsdp: the batch is split, and parameters and optimizer state are too.
+        tensor: projections are split between devices.
+    """
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclasses.dataclass
+class Config:
+    """One run. Defaults are the paper's for 60M.
+
+    Attributes:
+        method: "loro", "lowrank" (the same factors by plain Adam) or "full" (the dense twin).
+        steps: optimizer steps in the run.
+        seed: fixes initialisation and the order of the data.
+        batch_size: sequences per optimizer step, over all devices.
+        sequence_length: tokens per sequence.
+        gradient_accumulation: micro-batches that one step is split into.
+        learning_rate: peak of the schedule.
+        warmup_steps: linear warm-up at the start, part of ``steps``.
+        initial_lr_ratio: first learning rate over the peak.
+        final_lr_ratio: last learning rate over the peak.
+        restart_warmup_steps: re-warm-up after each exact step; 0: none.
+        exact_every: K; step t, from 0, is exact when ``(t + 1) % K == 0``.
+        refresh: whose Adam state an exact step zeroes: "all", "factors" or "none".
+        lr_scale: factor on the approximate step's learning rate; None: r / min(m, n).
+        b1: decay of Adam's first moment.
+        b2: decay of Adam's second moment.
+        eps: Adam's epsilon.
+        weight_decay: decoupled weight decay.
+        clip_norm: largest global norm of the gradient; 0: no clipping.
+        log_every: steps between training rows.
+        eval_every: steps between evaluations (and one at the end).
+        checkpoint_every: steps between checkpoints (and one at the end).
+        keep_checkpoints: how many of the latest checkpoints stay on disk.
+        tensorboard: also write TensorBoard event files.
+        model: architecture and precision.
+        data: corpus and tokenizer.
+        mesh: devices.
+    """
+
+    method: str = "loro"
+    steps: int = 10_000
+    seed: int = 0
+    batch_size: int = 512
+    sequence_length: int = 256
+    gradient_accumulation: int = 1
+    learning_rate: float = 0.01
+    warmup_steps: int = 1_000
+    initial_lr_ratio: float = 0.1
+    final_lr_ratio: float = 0.1
+    restart_warmup_steps: int = 5
+    exact_every: int = 500
+    refresh: str = "all"
+    lr_scale: float | None = None
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-6
+    weight_decay: float = 0.0
+    clip_norm: float = 0.0
+    log_every: int = 10
+    eval_every: int = 1_000
+    checkpoint_every: int = 1_000
+    keep_checkpoints: int = 2
+    tensorboard: bool = True
+    model: LlamaConfig = dataclasses.field(default_factory=LlamaConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    mesh: MeshConfig = dataclasses.field(default_factory=MeshConfig)
+
+    def validate(self) -> None:
+        """Raises TrainingError, naming field, value and what was expected, for a bad value."""
+        if self.method not in METHODS:
+            raise TrainingError(_expected("method", f"one of {', '.join(METHODS)}", self.method))
+        for name in (
+            "steps",
+            "batch_size",
+            "sequence_length",
+            "gradient_accumulation",
+            "exact_every",
+            "log_every",
+            "eval_every",
+            "checkpoint_every",
+            "keep_checkpoints",
+        ):
+            self._require(name, getattr(self, name) >= 1, "at least 1")
+        for name in ("warmup_steps", "restart_warmup_steps", "weight_decay", "clip_norm"):
+            self._require(name, getattr(self, name) >= 0, "at least 0")
+        self._require(
+            "warmup_steps", self.warmup_steps <= self.steps, f"at most steps = {self.steps}"
+        )
+        self._require("learning_rate", 0 < self.learning_rate < math.inf, "above 0 and finite")
+        self._require("eps", self.eps > 0, "above 0")
+        for name in ("b1", "b2"):
+            self._require(name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
+        for name in ("initial_lr_ratio", "final_lr_ratio"):
+            self._require(name, 0 <= getattr(self, name) <= 1, "between 0 and 1")
+        if self.refresh_choice not in REFRESH_CHOICES:
+            raise TrainingError(
+                _expected("refresh", 'one of "all", "factors", "none"', self.refresh)
+            )
+        if self.lr_scale is not None:
+            self._require("lr_scale", self.lr_scale > 0, "above 0")
+        if self.batch_size % self.gradient_accumulation:
+            raise TrainingError(
+                f"config.batch_size = {self.batch_size} must be a multiple of "
+                f"config.gradient_accumulation = {self.gradient_accumulation}."
+            )
+        if self.sequence_length > self.model.max_sequence_length:
+            raise TrainingError(
+                f"config.sequence_length = {self.sequence_length} is longer than the model's "
+                f"config.model.max_sequence_length = {self.model.max_sequence_length}."
+            )
+        if self.data.shape not in ("packed", "padded"):
+            raise TrainingError(_expected("data.shape", '"packed" or "padded"', self.data.shape))
+        if self.data.max_eval_sequences < 0 or self.data.prefetch < 0:
+            raise TrainingError(
+                "config.data.max_eval_sequences and data.prefetch must be at least 0."
+            )
+        try:
+            self.model_config.validate()
+        except ValueError as error:
+            raise TrainingError(f"config.{error}") from None
+        if self.method != "full" and self.model.scope == "none":
+            raise TrainingError(
+                f'config.method = {self.method!r} needs factors, but config.model.scope is "none"; '
+                'expected "all", "attn" or "mlp" (or method "full").'
+            )
+
+    def _require(self, name: str, condition: bool, expected: str) -> None:
+        if not condition:
+            raise TrainingError(_expected(name, expected, getattr(self, name)))
+
+    @property
+    def model_config(self) -> LlamaConfig:
+        """The network of this run: ``model``, or its dense twin where the method is "full"."""
+        return self.model.dense() if self.method == "full" else self.model
+
+    @property
+    def refresh_choice(self) -> str | None:
+        """``refresh`` as :func:`loro_jax.loro` wants it."""
+        return None if self.refresh == "none" else self.refresh
+
+    def to_json(self) -> str:
+        """The resolved config, every field written out."""
+        return json.dumps(dataclasses.asdict(self), indent=2) + "\n"
+
+
+def differences(stored: dict[str, Any], config: Config) -> list[str]:
+    """Fields whose values differ between a stored config and this one, as lines to print.
+
+    Args:
+        stored: a parsed ``config.json``.
+        config: the config of the present command.
+
+    Returns:
+        One string a field: ``name: stored != given``; :data:`RESUMABLE_FIELDS` are passed over.
+    """
+    old, new = _flatten(stored), _flatten(json.loads(config.to_json()))
+    return [
+        f"{name}: {old.get(name, '(absent)')!r} there, {new.get(name, '(absent)')!r} now"
+        for name in sorted(old.keys() | new.keys())
+        if old.get(name, "(absent)") != new.get(name, "(absent)")
+        and not any(name == free or name.startswith(f"{free}.") for free in RESUMABLE_FIELDS)
+    ]
+
+
+def field_names() -> list[str]:
+    """All field names of a config, dotted, as they follow ``--config.``."""
+    return list(_flatten(dataclasses.asdict(Config())))
+
+
+def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            flat |= _flatten(value, f"{prefix}{name}.")
+        else:
+            flat[prefix + name] = value
+    return flat
+
+
+def _expected(name: str, expected: str, value: object) -> str:
+    return f"config.{name} must be {expected}, but is {value!r}."

@@ -1,0 +1,5 @@
+"""The one exception that means: the user can mend this."""
+
+
+class TrainingError(Exception):
+    """A bad input or a run that can't go on. The message is one line for the user to act on."""

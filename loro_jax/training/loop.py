@@ -1,0 +1,296 @@
+"""The loop: steps, evaluations, checkpoints, and what ends it early."""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from types import FrameType
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from loro_jax.training import mesh as meshes
+from loro_jax.training.checkpoint import Checkpoints
+from loro_jax.training.config import Config
+from loro_jax.training.data import (
+    TokenisedCorpus,
+    to_batch,
+    tokenise,
+    train_iterator,
+    validation_batches,
+)
+from loro_jax.training.documents import load_corpus
+from loro_jax.training.errors import TrainingError
+from loro_jax.training.metrics import MetricsWriter, read_rows
+from loro_jax.training.ngram import NgramPerplexity
+from loro_jax.training.plots import plot_run
+from loro_jax.training.progress import ProgressDisplay
+from loro_jax.training.report import corpus_ngrams, final_report
+from loro_jax.training.run_directory import RunDirectory
+from loro_jax.training.step import Program, TrainState, compile_program, make_program
+from loro_jax.training.tokenizer import load_tokenizer
+
+
+class Outcome(NamedTuple):
+    """How a run ended.
+
+    Attributes:
+        exit_status: 0 when all steps are done, 128 + the signal's number when one stopped it.
+        val_ppl: the last validation perplexity, or None.
+    """
+
+    exit_status: int
+    val_ppl: float | None
+
+
+def train(config: Config, workdir: str, command: str = "python train.py") -> Outcome:
+    """Trains, or continues, the run of a directory.
+
+    Everything that a user can get wrong is checked before the directory is touched.
+
+    Args:
+        config: the run's config.
+        workdir: its directory.
+        command: how the program was called, for the closing lines.
+
+    Returns:
+        How it ended.
+
+    Raises:
+        TrainingError: for a bad config or corpus, a directory of another run, a damaged set of
+            checkpoints, or a loss that is not finite.
+    """
+    config.validate()
+    devices = meshes.make_mesh(config.mesh)
+    meshes.check_batch(config, devices)
+    tokenizer = load_tokenizer(config.data.tokenizer)
+    corpus = tokenise(config, load_corpus(config.data), tokenizer)
+    with RunDirectory(workdir, config) as directory, _StopSignals() as signals:
+        run = _Run(config, directory, corpus, devices, signals)
+        try:
+            run.loop()
+        finally:
+            run.close()
+        if signals.received is not None:
+            return Outcome(128 + signals.received, None)
+        ngrams = corpus_ngrams(corpus, tokenizer.vocab_size)
+        val_ppl = run.finish(ngrams)
+    for line in final_report(config, val_ppl, ngrams, workdir, command):
+        print(line, flush=True)
+    return Outcome(0, val_ppl)
+
+
+class _Dispatched(NamedTuple):
+    """A step whose metrics are still on the device."""
+
+    step: int
+    metrics: dict[str, jax.Array]
+    tokens: int
+
+
+class _Run:
+    """One process's part of a run. Holds what the loop's pieces share."""
+
+    def __init__(
+        self,
+        config: Config,
+        directory: RunDirectory,
+        corpus: TokenisedCorpus,
+        devices: jax.sharding.Mesh,
+        signals: _StopSignals,
+    ):
+        self._config = config
+        self._path = directory.path
+        self._signals = signals
+        self._batch_sharding = meshes.batch_sharding(devices)
+        self._validation = validation_batches(
+            corpus, config.batch_size // config.gradient_accumulation
+        )
+        self._program: Program
+        self._program, abstract_state = compile_program(make_program(config), devices)
+        notes: list[str] = []
+        self._checkpoints = Checkpoints(
+            self._path / "checkpoints", config.keep_checkpoints, notes.append
+        )
+        restored, self._iterator = self._checkpoints.restore(
+            abstract_state, lambda: train_iterator(config, corpus)
+        )
+        if restored is None:
+            self._start, self._tokens = 0, 0
+            self._state: TrainState = self._program.init()
+        else:
+            self._start, self._tokens = restored.step, restored.progress["tokens"]
+            self._state = restored.state
+            notes.append(f"continuing {self._path} from step {self._start}")
+        self._metrics = MetricsWriter(self._path, self._start, config.tensorboard)
+        self._display = ProgressDisplay(config.steps, self._start)
+        for note in notes:
+            self._display.say(note)
+        if restored is None:
+            self._display.say(
+                f"{config.method} on {jax.device_count()} {jax.devices()[0].platform} device(s), "
+                f"{corpus.sequences_per_epoch:,} training and {len(corpus.validation_tokens):,} "
+                f"validation sequences of {config.sequence_length} tokens, in {self._path}"
+            )
+        self._clock = _Clock()
+
+    def loop(self) -> None:
+        """Takes all steps that are left, unless a signal or a loss that is not finite ends it."""
+        config = self._config
+        in_flight: _Dispatched | None = None
+        for step in range(self._start + 1, config.steps + 1):
+            dispatched = self._dispatch(step)
+            # The metrics of the step before, now that the device has this one to work on.
+            if in_flight is not None:
+                self._collect(in_flight)
+            in_flight = dispatched
+            last = step == config.steps or self._signals.received is not None
+            evaluate = step % config.eval_every == 0 or step == config.steps
+            checkpoint = step % config.checkpoint_every == 0 or last
+            if evaluate or checkpoint:
+                self._collect(in_flight)
+                in_flight = None
+            if evaluate:
+                self._evaluate(step)
+            if checkpoint:
+                self._save(step)
+            if last:
+                break
+        self._checkpoints.wait()
+        if self._signals.received is not None:
+            name = signal.Signals(self._signals.received).name
+            self._display.say(
+                f"stopped by {name} behind step {step}; checkpoint written, "
+                "run the same command to go on"
+            )
+
+    def _dispatch(self, step: int) -> _Dispatched:
+        rows = next(self._iterator)
+        batch = jax.device_put(to_batch(rows["tokens"], rows["mask"]), self._batch_sharding)
+        self._tokens += int(rows["mask"].sum())
+        self._state, metrics = self._program.train_step(self._state, batch)
+        return _Dispatched(step, metrics, self._tokens)
+
+    def _collect(self, dispatched: _Dispatched) -> None:
+        """Fetches a step's metrics, checks them, and writes its row if it is due."""
+        step, tokens = dispatched.step, dispatched.tokens
+        values = {name: float(value) for name, value in dispatched.metrics.items()}
+        if not all(math.isfinite(value) for value in values.values()):
+            raise self._not_finite(step, values)
+        if step == self._start + 1:
+            self._clock.restart(tokens)  # the first step is mostly compilation
+        if step % self._config.log_every == 0:
+            row = {"step": step, **values, "tokens": tokens}
+            row["tokens_per_second"] = round(self._clock.rate(tokens), 1)
+            self._metrics.write(row)
+            self._display.training(row)
+
+    def _not_finite(self, step: int, values: dict[str, float]) -> TrainingError:
+        bad = ", ".join(f"{k} = {v}" for k, v in values.items() if not math.isfinite(v))
+        self._checkpoints.wait()
+        return TrainingError(
+            f"step {step}: {bad}; stopped. The checkpoints of earlier steps in "
+            f"{self._path / 'checkpoints'} are untouched. Try, with another --workdir, a lower "
+            f"--config.learning_rate (now {self._config.learning_rate}), --config.clip_norm=1.0 "
+            f"(now {self._config.clip_norm}) or a longer --config.warmup_steps."
+        )
+
+    def _evaluate(self, step: int) -> None:
+        with self._clock.paused():
+            parts = [
+                self._program.eval_step(
+                    self._state.params, jax.device_put(batch, self._batch_sharding)
+                )
+                for batch in self._validation
+            ]
+            loss_sum, tokens = np.sum(np.asarray(jax.device_get(parts), np.float64), axis=0)
+        val_loss = float(loss_sum / tokens)
+        if not math.isfinite(val_loss):
+            raise self._not_finite(step, {"val_loss": val_loss})
+        row = {
+            "step": step,
+            "val_loss": val_loss,
+            "val_ppl": math.exp(val_loss),
+            "tokens": self._tokens,
+        }
+        self._metrics.write(row)
+        self._display.evaluation(row)
+
+    def _save(self, step: int) -> None:
+        with self._clock.paused():
+            self._metrics.sync()
+            self._checkpoints.save(step, self._state, self._iterator, {"tokens": self._tokens})
+
+    def finish(self, ngrams: NgramPerplexity | None) -> float:
+        """Draws the plot of a complete run and returns its last validation perplexity."""
+        rows = read_rows(self._path / "metrics.jsonl")
+        plot_run(rows, self._path / "plot.png", ngrams, f"{self._config.method}, {self._path.name}")
+        return next(row["val_ppl"] for row in reversed(rows) if "val_ppl" in row)
+
+    def close(self) -> None:
+        """Releases files; waits for a checkpoint under way."""
+        self._display.close()
+        self._metrics.close()
+        self._checkpoints.close()
+
+
+class _Clock:
+    """Tokens per second of training, without evaluations and checkpoints."""
+
+    def __init__(self) -> None:
+        self.restart(0)
+
+    def restart(self, tokens: int) -> None:
+        self._since, self._tokens = time.monotonic(), tokens
+
+    def rate(self, tokens: int) -> float:
+        """Tokens per second since the last call."""
+        elapsed = max(time.monotonic() - self._since, 1e-9)
+        rate = (tokens - self._tokens) / elapsed
+        self.restart(tokens)
+        return rate
+
+    def paused(self) -> _Pause:
+        """A context whose time does not count."""
+        return _Pause(self)
+
+    def shift(self, seconds: float) -> None:
+        self._since += seconds
+
+
+class _Pause:
+    def __init__(self, clock: _Clock):
+        self._clock = clock
+
+    def __enter__(self) -> None:
+        self._started = time.monotonic()
+
+    def __exit__(self, *_: object) -> None:
+        self._clock.shift(time.monotonic() - self._started)
+
+
+class _StopSignals:
+    """Notes the first SIGTERM or SIGINT; the loop then stops behind the step it is in.
+
+    A second one interrupts at once.
+    """
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._previous: dict[int, Any] = {}
+
+    def __enter__(self) -> _StopSignals:
+        for number in (signal.SIGTERM, signal.SIGINT):
+            self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if self.received is not None:
+            raise KeyboardInterrupt
+        self.received = number
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,98 @@
+"""Devices, and what lies where on them.
+
+The batch is split over ``data`` and ``fsdp``. Parameters (and with them Adam's moments) are copied
+along ``data``, split along ``fsdp`` by their longest axis, and along ``tensor`` by the axis on
+which a projection's products need no exchange: outputs of q, k, v, gate and up, inputs of o and
+down. All of it is GSPMD's automatic mode: the step is written for one device.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from loro_jax.training.config import Config, MeshConfig
+from loro_jax.training.errors import TrainingError
+
+# Projections whose input axis is split over `tensor`; the others' output axis is.
+ROW_PARALLEL = ("o", "down")
+
+
+def make_mesh(config: MeshConfig) -> Mesh:
+    """A mesh of all devices with the axes data, fsdp and tensor.
+
+    Raises:
+        TrainingError: if the sizes do not multiply to the number of devices.
+    """
+    sizes = {"data": config.data, "fsdp": config.fsdp, "tensor": config.tensor}
+    devices = jax.device_count()
+    fixed = int(np.prod([size for size in sizes.values() if size > 0]))
+    free = [name for name, size in sizes.items() if size == -1]
+    if len(free) == 1 and devices % fixed == 0:
+        sizes[free[0]] = devices // fixed
+    if min(sizes.values()) < 1 or int(np.prod(list(sizes.values()))) != devices:
+        raise TrainingError(
+            f"config.mesh = {config.data} x {config.fsdp} x {config.tensor} (data x fsdp x tensor) "
+            f"does not make {devices} device(s); at most one axis may be -1 (all that are left)."
+        )
+    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * 3)
+
+
+def check_batch(config: Config, mesh: Mesh) -> None:
+    """Raises TrainingError unless each micro-batch splits evenly over the batch axes."""
+    ways = mesh.shape["data"] * mesh.shape["fsdp"]
+    micro_batch = config.batch_size // config.gradient_accumulation
+    if micro_batch % ways:
+        raise TrainingError(
+            f"config.batch_size / config.gradient_accumulation = {micro_batch} sequences do not "
+            f"split over {ways} devices (mesh.data x mesh.fsdp)."
+        )
+
+
+def batch_sharding(mesh: Mesh) -> NamedSharding:
+    """Sequences split over ``data`` and ``fsdp``."""
+    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """A copy on every device."""
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def tree_shardings(mesh: Mesh, tree: Any) -> Any:
+    """A sharding for each leaf of parameters or optimizer state (moments lie like parameters)."""
+    return jax.tree_util.tree_map_with_path(
+        lambda path, leaf: NamedSharding(mesh, _partition(mesh, path, leaf.shape)), tree
+    )
+
+
+def _partition(mesh: Mesh, path: Any, shape: tuple[int, ...]) -> PartitionSpec:
+    names = [str(getattr(entry, "key", "")) for entry in path]
+    axes: list[str | None] = [None] * len(shape)
+    tensor_axis = _tensor_axis(names, len(shape))
+    if tensor_axis is not None and shape[tensor_axis] % mesh.shape["tensor"] == 0:
+        axes[tensor_axis] = "tensor"
+    # Scanned layers keep their leading axis whole: each device needs every layer in turn.
+    candidates = [i for i in range("blocks" in names, len(shape)) if axes[i] is None]
+    for i in sorted(candidates, key=lambda i: -shape[i]):
+        if shape[i] % mesh.shape["fsdp"] == 0 and shape[i] > 1:
+            axes[i] = "fsdp"
+            break
+    return PartitionSpec(*axes)
+
+
+def _tensor_axis(names: list[str], ndim: int) -> int | None:
+    if ndim < 2:
+        return None
+    leaf = names[-1]
+    row_parallel = len(names) > 1 and names[-2] in ROW_PARALLEL
+    if leaf in ("W", "embedding"):
+        return ndim - 1 if row_parallel else ndim - 2
+    if leaf == "B" and not row_parallel:
+        return ndim - 2
+    if leaf == "A" and row_parallel:
+        return ndim - 1
+    return None

@@ -1,0 +1,76 @@
+"""The plot of a run."""
+
+from __future__ import annotations
+
+import math
+import pathlib
+from typing import Any
+
+from matplotlib.figure import Figure
+
+from loro_jax.training.ngram import NgramPerplexity
+
+# Readable in print and by the colour-blind (Okabe and Ito's palette).
+_BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#777777"
+
+
+def plot_run(
+    rows: list[dict[str, Any]], path: pathlib.Path, ngrams: NgramPerplexity | None, title: str
+) -> None:
+    """Draws loss (left axis) and perplexity (right axis) against tokens, as a PNG.
+
+    Args:
+        rows: the rows of ``metrics.jsonl``.
+        path: the file to write.
+        ngrams: perplexities to mark as horizontal lines, where they are known.
+        title: headline.
+    """
+    training = [row for row in rows if "loss" in row]
+    evaluation = [row for row in rows if "val_loss" in row]
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot(
+        [row["tokens"] for row in training],
+        [row["loss"] for row in training],
+        color=_BLUE,
+        alpha=0.5,
+        linewidth=1,
+        label="training loss",
+    )
+    if evaluation:
+        axes.plot(
+            [row["tokens"] for row in evaluation],
+            [row["val_loss"] for row in evaluation],
+            color=_ORANGE,
+            marker="o",
+            markersize=4,
+            label=f"validation loss (perplexity {evaluation[-1]['val_ppl']:.1f} at the end)",
+        )
+    for name, style in (("unigram", ":"), ("bigram", "--")):
+        if ngrams is not None:
+            perplexity = getattr(ngrams, name)
+            axes.axhline(
+                math.log(perplexity),
+                color=_GREY,
+                linestyle=style,
+                label=f"{name} model (perplexity {perplexity:.1f})",
+            )
+    axes.set(xlabel="training tokens", ylabel="loss (nats per token)", title=title)
+    axes.secondary_yaxis("right", functions=(_exp, _log)).set_ylabel("perplexity")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    temporary = path.with_name(f".{path.name}.tmp")
+    figure.savefig(temporary, format="png", dpi=120)
+    temporary.replace(path)
+
+
+def _exp(loss: Any) -> Any:
+    import numpy as np
+
+    return np.exp(np.clip(loss, -50, 50))
+
+
+def _log(perplexity: Any) -> Any:
+    import numpy as np
+
+    return np.log(np.clip(perplexity, 1e-20, None))

@@ -1,0 +1,87 @@
+"""What a person sees while a run goes on: a bar on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from typing import Any, TextIO
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+
+class ProgressDisplay:
+    """Shows a run's progress.
+
+    Args:
+        total_steps: length of the run.
+        start_step: steps already taken when it was resumed.
+        file: where to write; standard output unless told.
+    """
+
+    def __init__(self, total_steps: int, start_step: int = 0, file: TextIO | None = None):
+        self._console = Console(file=file or sys.stdout, highlight=False, soft_wrap=True)
+        self._total = total_steps
+        self._started = time.monotonic()
+        self._start_step = start_step
+        self._bar: Progress | None = None
+        self._validation = ""
+        if self._console.is_terminal:
+            self._bar = Progress(
+                TextColumn("step"),
+                MofNCompleteColumn(),
+                BarColumn(bar_width=24),
+                TextColumn("{task.fields[status]}"),
+                console=self._console,
+            )
+            self._task = self._bar.add_task("train", total=total_steps, status="compiling ...")
+            self._bar.update(self._task, completed=start_step)
+            self._bar.start()
+
+    def training(self, row: dict[str, Any]) -> None:
+        """Shows a training row."""
+        status = (
+            f"loss {row['loss']:.4f}  ppl {_perplexity(row['loss']):.1f}  "
+            f"{row['tokens_per_second']:,.0f} tokens/s  {self._time_left(row['step'])} left"
+        )
+        if self._bar is not None:
+            status += self._validation
+            self._bar.update(self._task, completed=row["step"], status=status)
+        else:
+            self._console.print(f"step {row['step']}/{self._total}  {status}")
+
+    def evaluation(self, row: dict[str, Any]) -> None:
+        """Shows an evaluation row."""
+        self._validation = f"  val ppl {row['val_ppl']:.2f}"
+        if self._bar is None:
+            self._console.print(
+                f"step {row['step']}/{self._total}  validation loss {row['val_loss']:.4f}  "
+                f"ppl {row['val_ppl']:.2f}"
+            )
+
+    def say(self, line: str) -> None:
+        """Prints a line of its own, above the bar where there is one."""
+        self._console.print(line, markup=False)
+
+    def close(self) -> None:
+        """Stops the bar."""
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+    def _time_left(self, step: int) -> str:
+        done = step - self._start_step
+        if done <= 0:
+            return "--:--"
+        seconds = (time.monotonic() - self._started) / done * (self._total - step)
+        hours, rest = divmod(int(seconds), 3600)
+        return (
+            f"{hours}:{rest // 60:02d}:{rest % 60:02d}"
+            if hours
+            else f"{rest // 60}:{rest % 60:02d}"
+        )
+
+
+def _perplexity(loss: float) -> float:
+    return math.exp(loss) if loss < 700 else math.inf

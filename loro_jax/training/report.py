@@ -1,0 +1,84 @@
+"""The end of a run in words: how good the model is, how small, and what to try next."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+
+from loro_jax.memory import Footprint, footprint
+from loro_jax.training.config import Config
+from loro_jax.training.data import TokenisedCorpus, to_batch
+from loro_jax.training.ngram import NgramPerplexity, ngram_perplexity
+from loro_jax.training.step import make_program
+
+
+def corpus_ngrams(corpus: TokenisedCorpus, vocab_size: int) -> NgramPerplexity | None:
+    """Unigram and bigram perplexity on the validation tokens; None for a streamed corpus."""
+    if corpus.train_stream is None:
+        return None
+    batch = to_batch(corpus.validation_tokens, corpus.validation_mask)
+    counted = batch.mask > 0
+    return ngram_perplexity(
+        corpus.train_stream, batch.inputs[counted], batch.targets[counted], vocab_size
+    )
+
+
+def run_footprint(config: Config) -> Footprint:
+    """Parameters and bytes of a run, by abstract evaluation."""
+    state = jax.eval_shape(make_program(config).init)
+    return footprint(state.params, state.opt_state)
+
+
+def final_report(
+    config: Config, val_ppl: float, ngrams: NgramPerplexity | None, workdir: str, command: str
+) -> list[str]:
+    """Lines to print when a run has ended.
+
+    Args:
+        config: the run's config.
+        val_ppl: its last validation perplexity.
+        ngrams: what the n-gram models reach on the same tokens, where they are known.
+        workdir: the run directory.
+        command: how the program was called, up to its flags.
+
+    Returns:
+        The lines.
+    """
+    lines = ["", f"validation perplexity {val_ppl:.2f}"]
+    if ngrams is not None:
+        lines[-1] += (
+            f"  (unigram model {ngrams.unigram:.2f}, bigram model {ngrams.bigram:.2f}, "
+            "same tokens, same tokenizer)"
+        )
+    own = run_footprint(config)
+    lines.append(_footprint_line(f"this model ({config.method})", own))
+    if config.method != "full":
+        dense = run_footprint(dataclasses.replace(config, method="full"))
+        lines.append(_footprint_line("its dense twin", dense))
+        lines.append(
+            f"  {own.parameters / dense.parameters:.2f} of the parameters, "
+            f"{own.total_bytes / dense.total_bytes:.2f} of the memory"
+        )
+    dashboard = [f"tensorboard --logdir {workdir}"] if config.tensorboard else []
+    return [
+        *lines,
+        f"run directory {workdir}: metrics.jsonl, config.json, checkpoints/, plot.png",
+        "",
+        "next:",
+        *(f"  {line}" for line in dashboard),
+        "  # the dense twin, and plain Adam on the same factors",
+        f"  {command} --config.method=full --workdir={workdir}_full",
+        f"  {command} --config.method=lowrank --workdir={workdir}_lowrank",
+        "  # the paper's 60M on C4",
+        "  python train.py --config=configs/llama_60m.py --workdir=runs/60m",
+    ]
+
+
+def _footprint_line(name: str, counted: Footprint) -> str:
+    parts = (counted.weight_bytes, counted.gradient_bytes, counted.optimizer_bytes)
+    weights, gradients, optimizer, total = (part / 1e6 for part in (*parts, counted.total_bytes))
+    return (
+        f"{name}: {counted.parameters / 1e6:.2f}M parameters; weights {weights:.1f} "
+        f"+ gradients {gradients:.1f} + optimizer {optimizer:.1f} = {total:.1f} MB"
+    )

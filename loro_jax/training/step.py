@@ -1,0 +1,150 @@
+"""The training step and the evaluation step: pure functions, jit-compiled once."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax import nnx
+
+from loro_jax.training.config import Config
+from loro_jax.training.optimizer import make_optimizer, make_schedule
+from models.llama import Llama
+from models.loss import Batch, next_token_loss
+
+Array = jax.Array
+
+
+class TrainState(NamedTuple):
+    """All that changes in training.
+
+    Attributes:
+        step: steps taken, int32 scalar.
+        params: the model's parameters as nested dicts.
+        opt_state: the optimizer's state.
+    """
+
+    step: Array
+    params: Any
+    opt_state: Any
+
+
+class Program(NamedTuple):
+    """The pure functions of a run.
+
+    Attributes:
+        init: () -> TrainState, from the seed.
+        train_step: (TrainState, Batch) -> (TrainState, metrics).
+        eval_step: (params, Batch) -> (sum of losses in nats, number of tokens).
+    """
+
+    init: Callable[[], TrainState]
+    train_step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]
+    eval_step: Callable[[Any, Batch], tuple[Array, Array]]
+
+
+def make_program(config: Config) -> Program:
+    """Builds the functions of a run; nothing is computed yet.
+
+    Args:
+        config: a validated config.
+
+    Returns:
+        The functions, to be compiled by the caller (see :func:`compile_program`).
+    """
+    model_config = config.model_config
+    optimizer = make_optimizer(config)
+    schedule = make_schedule(config)
+    abstract_model = nnx.eval_shape(lambda: Llama(model_config, nnx.Rngs(config.seed)))
+    graphdef = nnx.graphdef(abstract_model)
+
+    def init() -> TrainState:
+        model = Llama(model_config, nnx.Rngs(config.seed))
+        params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+        return TrainState(jnp.zeros([], jnp.int32), params, optimizer.init(params))
+
+    def loss_sum(params: Any, batch: Batch) -> Array:
+        return next_token_loss(nnx.merge(graphdef, params), batch)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        loss, grads = _mean_loss_and_gradient(
+            loss_sum, state.params, batch, config.gradient_accumulation
+        )
+        grad_norm = optax.tree.norm(grads)
+        if config.clip_norm > 0:
+            shrink = jnp.minimum(1.0, config.clip_norm / jnp.maximum(grad_norm, 1e-12))
+            grads = jax.tree.map(lambda g: g * shrink.astype(g.dtype), grads)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        metrics = {
+            "loss": loss,
+            "lr": jnp.asarray(schedule(state.step), jnp.float32),
+            "grad_norm": grad_norm,
+            "update_norm": optax.tree.norm(updates),
+        }
+        return TrainState(optax.safe_increment(state.step), params, opt_state), metrics
+
+    def eval_step(params: Any, batch: Batch) -> tuple[Array, Array]:
+        return loss_sum(params, batch), jnp.sum(batch.mask)
+
+    return Program(init, train_step, eval_step)
+
+
+def _mean_loss_and_gradient(
+    loss_sum: Callable[[Any, Batch], Array], params: Any, batch: Batch, micro_batches: int
+) -> tuple[Array, Any]:
+    """Mean over the batch's tokens, in ``micro_batches`` parts one after the other.
+
+    Sums are accumulated in float32 and divided once, so the parts may hold different numbers of
+    tokens, and the optimizer sees one gradient (its exact step must not run once a part).
+    """
+    tokens = jnp.maximum(jnp.sum(batch.mask), 1.0)
+    value_and_grad = jax.value_and_grad(lambda p, b: loss_sum(p, b) / tokens)
+    if micro_batches == 1:
+        return value_and_grad(params, batch)
+    # Interleaved, so that a batch split over devices stays split in every part.
+    parts = jax.tree.map(lambda x: x.reshape(-1, micro_batches, *x.shape[1:]).swapaxes(0, 1), batch)
+
+    def add(total: tuple[Array, Any], part: Batch) -> tuple[tuple[Array, Any], None]:
+        return jax.tree.map(jnp.add, total, value_and_grad(params, part)), None
+
+    zero = (jnp.zeros([], jnp.float32), optax.tree.zeros_like(params, dtype=jnp.float32))
+    (loss, grads), _ = jax.lax.scan(add, zero, parts)
+    return loss, jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
+
+
+def compile_program(program: Program, mesh: jax.sharding.Mesh) -> tuple[Program, Any]:
+    """Wraps the functions in ``jax.jit`` with their shardings, the state donated.
+
+    Args:
+        program: functions from :func:`make_program`.
+        mesh: devices from :func:`loro_jax.training.mesh.make_mesh`.
+
+    Returns:
+        The jitted functions and the abstract state (shapes, dtypes, shardings) for a restore.
+    """
+    from loro_jax.training.mesh import batch_sharding, replicated, tree_shardings
+
+    abstract = jax.eval_shape(program.init)
+    shardings = tree_shardings(mesh, abstract)
+    everywhere = replicated(mesh)
+    batch = batch_sharding(mesh)
+    jitted = Program(
+        init=jax.jit(program.init, out_shardings=shardings),
+        train_step=functools.partial(jax.jit, donate_argnums=0)(
+            program.train_step,
+            in_shardings=(shardings, batch),
+            out_shardings=(shardings, everywhere),
+        ),
+        eval_step=jax.jit(
+            program.eval_step, in_shardings=(shardings.params, batch), out_shardings=everywhere
+        ),
+    )
+    abstract = jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
+    )
+    return jitted, abstract

@@ -1,0 +1,6 @@
+"""Flax NNX networks whose projections can be factorised."""
+
+from models.llama import PRESETS, Llama, LlamaConfig, preset
+from models.loss import Batch, cross_entropy, next_token_loss
+
+__all__ = ["PRESETS", "Batch", "Llama", "LlamaConfig", "cross_entropy", "next_token_loss", "preset"]

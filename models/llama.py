@@ -1,0 +1,350 @@
+"""LLaMA with factorised projections.
+
+RMSNorm, rotary embeddings, causal attention and SwiGLU without biases, untied head. Which
+projections are low-rank is a matter of ``LlamaConfig.scope``; embedding and head are full always.
+
+Shapes: B batch, L sequence, D hidden, H heads, K head size, F intermediate, V vocabulary,
+N tokens.
+"""
+
+# No `from __future__ import annotations` here: the command line reads the fields' types.
+
+import dataclasses
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from models.linear import Dense, ProjectionSpec, make_projection
+
+Array = jax.Array
+
+SCOPES = ("all", "attn", "mlp", "none")
+REMAT_POLICIES = ("none", "full", "dots")
+DTYPES = ("float32", "bfloat16", "float16", "float64")
+
+
+# Hashable, because NNX keeps it in a module's static structure, which jit hashes; mutable,
+# because command-line overrides set its fields. A model takes a private copy.
+@dataclasses.dataclass(unsafe_hash=True)
+class LlamaConfig:
+    """Architecture and precision of a LLaMA.
+
+    Attributes:
+        vocab_size: rows of the embedding and of the head.
+        hidden_size: D.
+        intermediate_size: F, width of the MLP.
+        num_layers: number of blocks.
+        num_heads: H; the head size D / H must be even (rotary pairs).
+        max_sequence_length: longest sequence that the model accepts.
+        scope: which projections are low-rank: "all", "attn" (q, k, v, o), "mlp" (gate, up, down)
+            or "none".
+        rank: rank of the low-rank projections.
+        attn_rank: rank of q, k, v, o; None: ``rank``.
+        mlp_rank: rank of gate, up, down; None: ``rank``.
+        initialiser: how factors are drawn; see :func:`loro_jax.initialise`.
+        initializer_range: standard deviation of embedding, head and dense projections.
+        rms_norm_eps: epsilon of the norms.
+        rope_theta: base of the rotary frequencies.
+        dtype: dtype of activations and products (norms, attention weights and loss reduce in
+            float32).
+        param_dtype: dtype of the stored parameters.
+        remat: what the backward pass computes again: "none", "full" (each block from its input) or
+            "dots" (all but the products with weights).
+        loss_chunk_size: tokens whose logits exist at a time.
+    """
+
+    vocab_size: int = 32000
+    hidden_size: int = 512
+    intermediate_size: int = 1376
+    num_layers: int = 8
+    num_heads: int = 8
+    max_sequence_length: int = 1024
+    scope: str = "all"
+    rank: int = 128
+    attn_rank: int | None = None
+    mlp_rank: int | None = None
+    initialiser: str = "xavier"
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    rope_theta: float = 10000.0
+    dtype: str = "float32"
+    param_dtype: str = "float32"
+    remat: str = "none"
+    loss_chunk_size: int = 4096
+
+    def validate(self) -> None:
+        """Raises ValueError, naming field, value and what was expected, if the model can't be."""
+        for name in (
+            "vocab_size",
+            "hidden_size",
+            "intermediate_size",
+            "num_layers",
+            "num_heads",
+            "max_sequence_length",
+            "loss_chunk_size",
+        ):
+            if getattr(self, name) < 1:
+                raise ValueError(f"model.{name} must be at least 1, but is {getattr(self, name)}.")
+        for name, choices in (
+            ("scope", SCOPES),
+            ("remat", REMAT_POLICIES),
+            ("dtype", DTYPES),
+            ("param_dtype", DTYPES),
+        ):
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"model.{name} must be one of {', '.join(choices)}, "
+                    f"but is {getattr(self, name)!r}."
+                )
+        if self.hidden_size % self.num_heads or self.head_size % 2:
+            raise ValueError(
+                f"model.num_heads = {self.num_heads} must divide model.hidden_size = "
+                f"{self.hidden_size} into heads of an even size (rotary embeddings turn pairs)."
+            )
+        largest = {"attn": self.hidden_size, "mlp": min(self.hidden_size, self.intermediate_size)}
+        for group, limit in largest.items():
+            rank = self.group_rank(group)
+            if rank is not None and not 1 <= rank <= limit:
+                raise ValueError(
+                    f"model.{group}_rank (or model.rank) must be between 1 and {limit}, the "
+                    f"smaller side of its projections, but is {rank}."
+                )
+
+    @property
+    def head_size(self) -> int:
+        """K, the size of a head."""
+        return self.hidden_size // self.num_heads
+
+    def group_rank(self, group: str) -> int | None:
+        """Rank of the projections of "attn" or "mlp"; None where they are dense."""
+        if self.scope not in ("all", group):
+            return None
+        own = self.attn_rank if group == "attn" else self.mlp_rank
+        return self.rank if own is None else own
+
+    def projection_spec(self, group: str) -> ProjectionSpec:
+        """How the projections of "attn" or "mlp" are made."""
+        return ProjectionSpec(
+            rank=self.group_rank(group),
+            initialiser=self.initialiser,
+            initializer_range=self.initializer_range,
+            dtype=jnp.dtype(self.dtype),
+            param_dtype=jnp.dtype(self.param_dtype),
+        )
+
+    def dense(self) -> "LlamaConfig":
+        """The full-size twin: the same architecture with dense projections."""
+        return dataclasses.replace(self, scope="none")
+
+
+def _sizes(hidden: int, intermediate: int, heads: int, layers: int, vocab: int = 32000) -> dict:
+    return {
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_heads": heads,
+        "num_layers": layers,
+        "vocab_size": vocab,
+    }
+
+
+PRESETS: dict[str, LlamaConfig] = {
+    # The paper's Table 7. It swaps the columns of 1B: that model has 24 layers of 32 heads.
+    "60m": LlamaConfig(**_sizes(512, 1376, 8, 8), rank=128),
+    "130m": LlamaConfig(**_sizes(768, 2048, 12, 12), rank=256),
+    "350m": LlamaConfig(**_sizes(1024, 2736, 16, 24), rank=256),
+    "1b": LlamaConfig(**_sizes(2048, 5461, 32, 24), rank=512),
+    "7b": LlamaConfig(**_sizes(4096, 11008, 32, 32), rank=1024, max_sequence_length=2048),
+    # Dense models of the low-rank models' size. Shallow and Slim carry the numbers of the model
+    # files in the authors' repository (60m_slim: of GaLore's, llama_40m).
+    "60m_shallow": LlamaConfig(**_sizes(480, 1400, 8, 4), scope="none"),
+    "60m_slim": LlamaConfig(**_sizes(416, 1024, 8, 8), scope="none"),
+    "130m_shallow": LlamaConfig(**_sizes(820, 1720, 10, 6, vocab=32100), scope="none"),
+    "130m_slim": LlamaConfig(**_sizes(640, 1450, 10, 12, vocab=32100), scope="none"),
+    "350m_shallow": LlamaConfig(**_sizes(1024, 1880, 16, 12), scope="none"),
+    "350m_slim": LlamaConfig(**_sizes(736, 1640, 16, 24), scope="none"),
+    "1b_shallow": LlamaConfig(**_sizes(1984, 4115, 32, 12), scope="none"),
+    "1b_slim": LlamaConfig(**_sizes(1408, 3250, 32, 24), scope="none"),
+    # Slim-MLP: full attention and a narrow MLP. The authors' repository has no such file; the
+    # widths here are those that meet the low-rank models' parameter counts.
+    "60m_slim_mlp": LlamaConfig(**_sizes(512, 131, 8, 8), scope="none"),
+    "130m_slim_mlp": LlamaConfig(**_sizes(768, 598, 12, 12), scope="none"),
+    "350m_slim_mlp": LlamaConfig(**_sizes(1024, 258, 16, 24), scope="none"),
+    "1b_slim_mlp": LlamaConfig(**_sizes(2048, 512, 32, 24), scope="none"),
+}
+
+
+def preset(name: str, **changes: object) -> LlamaConfig:
+    """A named configuration, with fields changed.
+
+    Args:
+        name: a key of :data:`PRESETS`.
+        **changes: fields of :class:`LlamaConfig` to set.
+
+    Returns:
+        A new config.
+
+    Raises:
+        ValueError: for an unknown name.
+
+    Example:
+        >>> preset("60m", rank=64).rank
+        64
+    """
+    if name not in PRESETS:
+        raise ValueError(f"preset: unknown model {name!r}; expected one of {', '.join(PRESETS)}.")
+    return dataclasses.replace(PRESETS[name], **changes)  # type: ignore[arg-type]
+
+
+class RMSNorm(nnx.Module):
+    """``scale * x / rms(x)``, reduced in float32."""
+
+    def __init__(self, size: int, config: LlamaConfig):
+        self.scale = nnx.Param(jnp.ones(size, jnp.dtype(config.param_dtype)))
+        self.eps = config.rms_norm_eps
+
+    def __call__(self, x: Array) -> Array:
+        """Normalises the last axis; keeps shape and dtype."""
+        x32 = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+        return normed.astype(x.dtype) * self.scale[...].astype(x.dtype)
+
+
+def rotary_embedding(x_BxLxHxK: Array, positions_L: Array, theta: float) -> Array:
+    """Turns each pair (k, k + K/2) of a head's entries by an angle that grows with position."""
+    half = x_BxLxHxK.shape[-1] // 2
+    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+    angles_LxK = positions_L[:, None].astype(jnp.float32) * frequencies
+    cos = jnp.cos(angles_LxK)[None, :, None, :]
+    sin = jnp.sin(angles_LxK)[None, :, None, :]
+    x32 = x_BxLxHxK.astype(jnp.promote_types(x_BxLxHxK.dtype, jnp.float32))
+    first, second = jnp.split(x32, 2, axis=-1)
+    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
+    return turned.astype(x_BxLxHxK.dtype)
+
+
+class Attention(nnx.Module):
+    """Causal multi-head self-attention with rotary positions."""
+
+    def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
+        D, spec = config.hidden_size, config.projection_spec("attn")
+        self.q = make_projection(D, D, spec, rngs)
+        self.k = make_projection(D, D, spec, rngs)
+        self.v = make_projection(D, D, spec, rngs)
+        self.o = make_projection(D, D, spec, rngs)
+        self.num_heads = config.num_heads
+        self.rope_theta = config.rope_theta
+
+    def __call__(self, x_BxLxD: Array) -> Array:
+        """Maps (B, L, D) to (B, L, D)."""
+        B, L, D = x_BxLxD.shape
+        heads = (B, L, self.num_heads, D // self.num_heads)
+        positions_L = jnp.arange(L)
+        q_BxLxHxK = rotary_embedding(self.q(x_BxLxD).reshape(heads), positions_L, self.rope_theta)
+        k_BxLxHxK = rotary_embedding(self.k(x_BxLxD).reshape(heads), positions_L, self.rope_theta)
+        v_BxLxHxK = self.v(x_BxLxD).reshape(heads)
+        y_BxLxHxK = jax.nn.dot_product_attention(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, is_causal=True)
+        return self.o(y_BxLxHxK.reshape(B, L, D))
+
+
+class MLP(nnx.Module):
+    """SwiGLU: ``down(silu(gate(x)) * up(x))``."""
+
+    def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
+        D, F = config.hidden_size, config.intermediate_size
+        spec = config.projection_spec("mlp")
+        self.gate = make_projection(D, F, spec, rngs)
+        self.up = make_projection(D, F, spec, rngs)
+        self.down = make_projection(F, D, spec, rngs)
+
+    def __call__(self, x_BxLxD: Array) -> Array:
+        """Maps (B, L, D) to (B, L, D)."""
+        return self.down(jax.nn.silu(self.gate(x_BxLxD)) * self.up(x_BxLxD))
+
+
+class Block(nnx.Module):
+    """One layer: attention and MLP, each behind a norm and added to the residual stream."""
+
+    def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
+        self.attention_norm = RMSNorm(config.hidden_size, config)
+        self.attention = Attention(config, rngs)
+        self.mlp_norm = RMSNorm(config.hidden_size, config)
+        self.mlp = MLP(config, rngs)
+
+    def __call__(self, x_BxLxD: Array) -> Array:
+        """Maps (B, L, D) to (B, L, D)."""
+        x_BxLxD = x_BxLxD + self.attention(self.attention_norm(x_BxLxD))
+        return x_BxLxD + self.mlp(self.mlp_norm(x_BxLxD))
+
+
+class Llama(nnx.Module):
+    """A LLaMA language model. The parameters of all blocks are stacked along a leading axis.
+
+    Args:
+        config: architecture and precision.
+        rngs: NNX random streams; the ``params`` stream is used.
+
+    Raises:
+        ValueError: if the config is not one of a model.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from flax import nnx
+        >>> config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_layers=2,
+        ...                      num_heads=4, rank=8)
+        >>> model = Llama(config, nnx.Rngs(0))
+        >>> model(jnp.zeros((2, 5), jnp.int32)).shape
+        (2, 5, 64)
+    """
+
+    def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
+        config.validate()
+        # A copy: the config is part of the module's static structure and must not change under it.
+        self.config = dataclasses.replace(config)
+        dtype = jnp.dtype(config.param_dtype)
+        shape = (config.vocab_size, config.hidden_size)
+        embedding = config.initializer_range * jax.random.normal(rngs.params(), shape, jnp.float32)
+        self.embedding = nnx.Param(embedding.astype(dtype))
+        make_block = nnx.split_rngs(splits=config.num_layers)(
+            nnx.vmap(lambda rngs: Block(config, rngs), in_axes=0, out_axes=0)
+        )
+        self.blocks = make_block(rngs)
+        self.norm = RMSNorm(config.hidden_size, config)
+        head = dataclasses.replace(config.projection_spec("attn"), rank=None)
+        self.head = Dense(config.hidden_size, config.vocab_size, head, rngs)
+
+    def hidden_states(self, tokens_BxL: Array) -> Array:
+        """Final hidden states, (B, L, D), behind the last norm and before the head.
+
+        Raises:
+            ValueError: if the sequence is longer than ``config.max_sequence_length``.
+        """
+        if tokens_BxL.shape[1] > self.config.max_sequence_length:
+            raise ValueError(
+                f"Llama: a sequence of {tokens_BxL.shape[1]} tokens is longer than the model's "
+                f"max_sequence_length = {self.config.max_sequence_length}."
+            )
+        x_BxLxD = self.embedding[...][tokens_BxL].astype(jnp.dtype(self.config.dtype))
+        # A plain lax.scan over the stacked parameters: one compiled block, whatever the depth.
+        graphdef, stacked = nnx.split(self.blocks)
+
+        def layer(x_BxLxD: Array, params: nnx.State) -> tuple[Array, None]:
+            return nnx.merge(graphdef, params)(x_BxLxD), None
+
+        x_BxLxD, _ = jax.lax.scan(_remat(layer, self.config.remat), x_BxLxD, stacked)
+        return self.norm(x_BxLxD)
+
+    def __call__(self, tokens_BxL: Array) -> Array:
+        """Logits (B, L, V), float32, for token ids (B, L)."""
+        x_BxLxD = self.hidden_states(tokens_BxL)
+        head_VxD = self.head.W[...].astype(x_BxLxD.dtype)
+        return jnp.matmul(x_BxLxD, head_VxD.T, preferred_element_type=jnp.float32)
+
+
+def _remat(layer: Callable, policy: str) -> Callable:
+    if policy == "none":
+        return layer
+    if policy == "full":
+        return jax.checkpoint(layer)
+    return jax.checkpoint(layer, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)

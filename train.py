@@ -1,0 +1,89 @@
+"""Pretrains a low-rank LLaMA: one config in, one run directory out.
+
+    python train.py                                       # an embedded corpus, minutes on two cores
+    python train.py --config=configs/llama_60m.py --workdir=runs/60m --config.learning_rate=0.005
+
+The same command again continues an interrupted run.
+"""
+
+import difflib
+import pathlib
+import re
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+_DEFAULT_CONFIG = pathlib.Path(__file__).parent / "configs" / "default.py"
+
+
+def _or_exit(parse: Callable[..., Any], *arguments: Any) -> Any:
+    """Calls a flag parser; one line and an exit where it would print a traceback."""
+    try:
+        return parse(*arguments)
+    except (flags.Error, KeyError, AttributeError, TypeError, ValueError) as error:
+        reason = str(error.args[0] if isinstance(error, KeyError) else error).split("\n")[0]
+        unknown = re.match(r"Field (\w+) not found", reason)
+        if unknown:
+            reason = _unknown_field(unknown[1])
+        print(f"error: {reason} (see configs/ and python train.py --help)", file=sys.stderr)
+        sys.exit(1)
+
+
+def _unknown_field(name: str) -> str:
+    from loro_jax.training.config import field_names
+
+    known = field_names()
+    likely = difflib.get_close_matches(name, known, n=1) + [
+        k for k in known if k.endswith(f".{name}")
+    ]
+    hint = f"; did you mean config.{likely[0]}?" if likely else ""
+    return f"the config has no field {name!r}{hint}"
+
+
+# Overrides on the command line are read at the definition already.
+_CONFIG = _or_exit(
+    config_flags.DEFINE_config_file,
+    "config",
+    str(_DEFAULT_CONFIG),
+    "The run's config file; override a field with --config.field=value.",
+)
+
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Run directory; default: runs/ and the config file's name."
+)
+
+
+def main(argv: list[str]) -> int:
+    """Trains, and returns the exit status."""
+    logging.set_verbosity(logging.ERROR)  # libraries log what is of no use to a run
+    # Heavy imports wait until the flags are known to be good.
+    from loro_jax.training.config import Config
+    from loro_jax.training.errors import TrainingError
+    from loro_jax.training.loop import train
+
+    try:
+        if len(argv) > 1:
+            raise TrainingError(
+                f"unexpected argument {argv[1]!r}; flags look like --config.steps=100."
+            )
+        config_file = config_flags.get_config_filename(flags.FLAGS["config"])
+        if not pathlib.Path(config_file).is_file():
+            raise TrainingError(f"--config={config_file}: there is no such file.")
+        config = _CONFIG.value
+        if not isinstance(config, Config):
+            raise TrainingError(
+                f"--config={config_file}: get_config() must return a training Config."
+            )
+        name = pathlib.Path(config_file).stem
+        command = "python train.py" + ("" if name == "default" else f" --config={config_file}")
+        return train(config, _WORKDIR.value or f"runs/{name}", command).exit_status
+    except TrainingError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    app.run(main, flags_parser=lambda argv: _or_exit(flags.FLAGS, argv))
