@@ -18,6 +18,7 @@ Adam's directions in place of gradients, computed in float32).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -212,9 +213,8 @@ def _factor_updates(
 
     def exact_step(operands: list[tuple[jax.Array, ...]]) -> list[tuple[jax.Array, ...]]:
         updates = []
-        for B, A, dB, dA in operands:
+        for (B, A, _, _), new in zip(operands, _exact_updates(operands, rate), strict=True):
             keep = 1 - rate * _pair_lr_scale(B, A, lr_scale) * weight_decay
-            new = exact_update(B, A, dB, dA, rate)
             updates.append(
                 tuple((keep * q - p).astype(p.dtype) for p, q in zip((B, A), new, strict=True))
             )
@@ -228,6 +228,38 @@ def _factor_updates(
         for pair, of_pair in zip(found, updates, strict=True)
         for index, update in zip((pair.B, pair.A), of_pair, strict=True)
     }
+
+
+def _exact_updates(
+    operands: Sequence[tuple[jax.Array, ...]], rate: Any
+) -> list[tuple[jax.Array, ...]]:
+    """Exact steps of all pairs, those of one shape in one batch.
+
+    A model has few shapes and many pairs: batches compile once a shape, and keep a GPU busy with
+    matrices that are small each.
+    """
+    groups: dict[Any, list[int]] = {}
+    for i, (B, A, _, _) in enumerate(operands):
+        groups.setdefault((B.shape[-2:], A.shape[-1], B.dtype, A.dtype), []).append(i)
+    results: dict[int, tuple[jax.Array, ...]] = {}
+    for members in groups.values():
+        if len(members) == 1:
+            results[members[0]] = exact_update(*operands[members[0]], rate)
+            continue
+        batch = [
+            jnp.concatenate(
+                [operands[i][k].reshape(-1, *operands[i][k].shape[-2:]) for i in members]
+            )
+            for k in range(4)
+        ]
+        start = 0
+        B_new, A_new = exact_update(*batch, rate)
+        for i in members:
+            B, A = operands[i][:2]
+            stop = start + math.prod(B.shape[:-2])
+            results[i] = (B_new[start:stop].reshape(B.shape), A_new[start:stop].reshape(A.shape))
+            start = stop
+    return [results[i] for i in range(len(operands))]
 
 
 def _pair_lr_scale(B: jax.Array, A: jax.Array, lr_scale: float | None) -> Any:

@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from models.linear import Dense, ProjectionSpec, make_projection
+from models.loss import reduction_dtype
 
 Array = jax.Array
 
@@ -206,7 +207,7 @@ class RMSNorm(nnx.Module):
 
     def __call__(self, x: Array) -> Array:
         """Normalises the last axis; keeps shape and dtype."""
-        x32 = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        x32 = x.astype(reduction_dtype(x.dtype))
         normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
         return normed.astype(x.dtype) * self.scale[...].astype(x.dtype)
 
@@ -218,7 +219,7 @@ def rotary_embedding(x_BxLxHxK: Array, positions_L: Array, theta: float) -> Arra
     angles_LxK = positions_L[:, None].astype(jnp.float32) * frequencies
     cos = jnp.cos(angles_LxK)[None, :, None, :]
     sin = jnp.sin(angles_LxK)[None, :, None, :]
-    x32 = x_BxLxHxK.astype(jnp.promote_types(x_BxLxHxK.dtype, jnp.float32))
+    x32 = x_BxLxHxK.astype(reduction_dtype(x_BxLxHxK.dtype))
     first, second = jnp.split(x32, 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(x_BxLxHxK.dtype)
@@ -339,7 +340,8 @@ class Llama(nnx.Module):
         """Logits (B, L, V), float32, for token ids (B, L)."""
         x_BxLxD = self.hidden_states(tokens_BxL)
         head_VxD = self.head.W[...].astype(x_BxLxD.dtype)
-        return jnp.matmul(x_BxLxD, head_VxD.T, preferred_element_type=jnp.float32)
+        dtype = reduction_dtype(x_BxLxD.dtype)
+        return jnp.matmul(x_BxLxD, head_VxD.T, preferred_element_type=dtype)
 
 
 def _remat(layer: Callable, policy: str) -> Callable:

@@ -45,7 +45,8 @@ def cross_entropy(
         chunk_size: tokens in a chunk, at least 1; N is padded to a multiple of it.
 
     Returns:
-        The sum over tokens of ``mask * -log softmax(x head^T)[target]`` in nats, float32 scalar.
+        The sum over tokens of ``mask * -log softmax(x head^T)[target]`` in nats, a scalar in
+        float32 (float64 for float64 inputs).
 
     Example:
         >>> import jax.numpy as jnp
@@ -69,14 +70,20 @@ def cross_entropy(
         return total + _chunk_cross_entropy(x_CxD, head_VxD, targets_C, mask_C), None
 
     chunks = (chunked(x_NxD), chunked(targets_N), chunked(mask_N))
-    return jax.lax.scan(add_chunk, jnp.zeros([], jnp.float32), chunks)[0]
+    return jax.lax.scan(add_chunk, jnp.zeros([], reduction_dtype(x_NxD.dtype)), chunks)[0]
 
 
 def _chunk_cross_entropy(x_CxD: Array, head_VxD: Array, targets_C: Array, mask_C: Array) -> Array:
-    logits_CxV = jnp.matmul(x_CxD, head_VxD.T, preferred_element_type=jnp.float32)
+    dtype = reduction_dtype(x_CxD.dtype)
+    logits_CxV = jnp.matmul(x_CxD, head_VxD.T, preferred_element_type=dtype)
     log_partition_C = jax.nn.logsumexp(logits_CxV, axis=-1)
     target_logits_C = jnp.take_along_axis(logits_CxV, targets_C[:, None], axis=-1)[:, 0]
-    return jnp.sum((log_partition_C - target_logits_C) * mask_C)
+    return jnp.sum((log_partition_C - target_logits_C) * mask_C.astype(dtype))
+
+
+def reduction_dtype(dtype: Any) -> Any:
+    """The dtype to sum in: float32, or float64 for float64."""
+    return jnp.promote_types(dtype, jnp.float32)
 
 
 def next_token_loss(model: Llama, batch: Batch) -> Array:

@@ -1,0 +1,83 @@
+"""Tiny runs of the real command, in processes of their own."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+ROOT = pathlib.Path(__file__).parents[2]
+
+TEXT = "\n\n".join(
+    f"Paragraph {i}: {'the quick brown fox ' * (i % 5 + 1)}jumps over {i * 37 % 101} lazy dogs."
+    for i in range(400)
+)
+
+# Exact steps at 10, 20, ..., 120; checkpoints at 11 (just behind one), 22, ..., 99 (just before
+# one), 110 (at one); evaluations at a beat of their own.
+TINY = {
+    "steps": 120,
+    "batch_size": 8,
+    "sequence_length": 64,
+    "learning_rate": 0.01,
+    "warmup_steps": 4,
+    "exact_every": 10,
+    "log_every": 1,
+    "eval_every": 25,
+    "checkpoint_every": 11,
+    "tensorboard": False,
+    "model.vocab_size": 260,
+    "model.hidden_size": 64,
+    "model.intermediate_size": 96,
+    "model.num_layers": 2,
+    "model.num_heads": 2,
+    "model.rank": 8,
+    "data.tokenizer": "bytes",
+    "data.max_eval_sequences": 8,
+}
+
+
+def corpus(folder):
+    path = folder / "corpus.txt"
+    path.write_text(TEXT, encoding="utf-8")
+    return path
+
+
+def flags(workdir, source, **changes):
+    fields = {**TINY, "data.source": source, **changes}
+    return [f"--workdir={workdir}", *(f"--config.{name}={value}" for name, value in fields.items())]
+
+
+# Compilations that the processes of one test session share. A run that others are compared with
+# compiles by itself (``shared_cache=False``), so that a comparison covers a fresh compilation too.
+CACHE = tempfile.TemporaryDirectory(prefix="loro_jax_tests_")
+
+
+def start(*arguments, shared_cache=True, **environment):
+    if shared_cache:
+        environment |= {
+            "JAX_COMPILATION_CACHE_DIR": CACHE.name,
+            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        }
+    return subprocess.Popen(
+        [sys.executable, "train.py", *arguments],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, **environment},
+    )
+
+
+def finish(process, timeout=180):
+    """Exit status and output of a process."""
+    output, _ = process.communicate(timeout=timeout)
+    return process.returncode, output
+
+
+def rows(workdir):
+    """Rows of a run's metrics without their times."""
+    lines = (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()
+    parsed = [json.loads(line) for line in lines]
+    return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in parsed]

@@ -1,0 +1,157 @@
+"""Killed at any moment and started again, a run ends as if it had never been interrupted."""
+
+import os
+import re
+import shutil
+import signal
+import time
+
+import pytest
+
+from tests.training import runs
+
+TIMEOUT = 120
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    workdir = folder / "run"
+    source = runs.corpus(folder)
+    status, output = runs.finish(runs.start(*runs.flags(workdir, source), shared_cache=False))
+    assert status == 0, output
+    return source, workdir
+
+
+def wait_for(condition, process):
+    """Waits for a moment in a running process; False when it ended before."""
+    deadline = time.monotonic() + TIMEOUT
+    while time.monotonic() < deadline:
+        if condition():
+            return True
+        if process.poll() is not None:
+            return False
+        time.sleep(0.0005)
+    raise AssertionError("the moment never came")
+
+
+def reached(workdir, step):
+    metrics = workdir / "metrics.jsonl"
+    return lambda: metrics.exists() and f'"step": {step},' in metrics.read_text()
+
+
+def writing_a_checkpoint(workdir, behind):
+    """A checkpoint newer than step ``behind`` is half on disk (Orbax writes beside its place)."""
+    folder = workdir / "checkpoints"
+
+    def condition():
+        names = os.listdir(folder) if folder.exists() else []
+        steps = [int(name.split(".")[0]) for name in names if "tmp" in name and name[0].isdigit()]
+        return any(step > behind for step in steps)
+
+    return condition
+
+
+def kill_when(source, workdir, condition):
+    process = runs.start(*runs.flags(workdir, source))
+    caught = wait_for(condition, process)
+    process.send_signal(signal.SIGKILL)
+    _, output = runs.finish(process)
+    assert caught, f"the run ended before it could be killed:\n{output}"
+    return output
+
+
+def test_killed_at_several_moments_it_ends_bit_for_bit_the_same(uninterrupted, tmp_path):
+    source, reference = uninterrupted
+    workdir = tmp_path / "run"
+    checkpoints = workdir / "checkpoints"
+    # Before any checkpoint; going on from just behind an exact step (11) and from just before one
+    # (99); and while a checkpoint is being written.
+    kill_when(source, workdir, reached(workdir, 2))
+    assert not any(name.isdigit() for name in os.listdir(checkpoints))
+    kill_when(source, workdir, (checkpoints / "11").is_dir)
+    output = kill_when(source, workdir, writing_a_checkpoint(workdir, behind=33))
+    assert re.search(r"continuing .* from step (11|22)", output)
+    kill_when(source, workdir, (checkpoints / "99").is_dir)
+    status, output = runs.finish(runs.start(*runs.flags(workdir, source)))
+    assert status == 0, output
+    assert re.search(r"continuing .* from step (99|110)", output)
+    assert runs.rows(workdir) == runs.rows(reference)
+    assert (workdir / "plot.png").stat().st_size > 5_000
+
+
+def test_two_runs_of_one_seed_are_equal_and_of_two_seeds_are_not(uninterrupted, tmp_path):
+    source, reference = uninterrupted
+    for seed, equal in ((0, True), (1, False)):
+        workdir = tmp_path / f"seed{seed}"
+        status, output = runs.finish(runs.start(*runs.flags(workdir, source, seed=seed)))
+        assert status == 0, output
+        assert (runs.rows(workdir) == runs.rows(reference)) == equal
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_polite_signal_saves_and_the_run_goes_on(uninterrupted, tmp_path, number):
+    source, reference = uninterrupted
+    workdir = tmp_path / "run"
+    process = runs.start(*runs.flags(workdir, source, checkpoint_every=1000))
+    assert wait_for(reached(workdir, 3), process)
+    process.send_signal(number)
+    status, output = runs.finish(process)
+    assert status == 128 + number, output
+    assert f"stopped by {number.name}" in output
+    (saved,) = os.listdir(workdir / "checkpoints")
+    assert int(saved) >= 3
+    status, output = runs.finish(runs.start(*runs.flags(workdir, source)))
+    assert status == 0, output
+    assert f"from step {saved}" in output
+    assert runs.rows(workdir) == runs.rows(reference)
+
+
+def test_a_finished_run_is_not_run_again(uninterrupted):
+    source, workdir = uninterrupted
+    before = (workdir / "metrics.jsonl").read_bytes()
+    status, output = runs.finish(runs.start(*runs.flags(workdir, source)))
+    assert status == 0
+    assert "validation perplexity" in output
+    assert "step 120/120" not in output
+    assert (workdir / "metrics.jsonl").read_bytes() == before
+
+
+@pytest.mark.parametrize("damage", ["truncated", "flipped", "deleted"])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(uninterrupted, tmp_path, damage):
+    source, reference = uninterrupted
+    workdir = tmp_path / "run"
+    shutil.copytree(reference, workdir)
+    newest = workdir / "checkpoints" / "120"
+    victim = max((newest / "state").rglob("*"), key=lambda p: p.stat().st_size * p.is_file())
+    content = victim.read_bytes()
+    if damage == "truncated":
+        victim.write_bytes(content[: len(content) // 2])
+    elif damage == "flipped":
+        middle = len(content) // 2
+        victim.write_bytes(
+            content[:middle] + bytes([content[middle] ^ 0xFF]) + content[middle + 1 :]
+        )
+    else:
+        victim.unlink()
+    status, output = runs.finish(runs.start(*runs.flags(workdir, source)))
+    assert status == 0, output
+    assert "checkpoint 120 is damaged" in output
+    assert "continuing" in output
+    assert (workdir / "damaged_checkpoints" / "120").is_dir()
+    assert runs.rows(workdir) == runs.rows(reference)
+
+
+def test_when_no_checkpoint_is_whole_nothing_is_touched(uninterrupted, tmp_path):
+    source, reference = uninterrupted
+    workdir = tmp_path / "run"
+    shutil.copytree(reference, workdir)
+    for file in (workdir / "checkpoints").rglob("*"):
+        if file.is_file() and file.stat().st_size > 1000:
+            file.write_bytes(file.read_bytes()[:100])
+    before = {p: p.read_bytes() for p in workdir.rglob("*") if p.is_file()}
+    status, output = runs.finish(runs.start(*runs.flags(workdir, source)))
+    assert status == 1
+    assert output.count("\n") == 1
+    assert "no checkpoint in" in output
+    assert before == {p: p.read_bytes() for p in workdir.rglob("*") if p.is_file()}
