@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import numpy as np
@@ -8,7 +9,7 @@ from loro_jax.training.ngram import DISCOUNT, ngram_perplexity
 def slow_bigram(train, inputs, targets, V):
     """Interpolated Kneser-Ney, written out."""
     train = list(train)
-    pairs = list(zip(train[:-1], train[1:], strict=True))
+    pairs = list(itertools.pairwise(train))
     continuation = [len({a for a, b in pairs if b == w}) + 0.5 for w in range(V)]
     total = sum(continuation)
     logs = []

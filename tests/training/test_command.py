@@ -1,0 +1,133 @@
+"""The command as a user meets it: bad input, one line, nothing touched."""
+
+import fcntl
+import json
+import shutil
+
+import pytest
+
+from tests.training import runs
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("finished")
+    source = runs.corpus(folder)
+    workdir = folder / "run"
+    arguments = runs.flags(workdir, source, tensorboard=True)
+    status, output = runs.finish(runs.start(*arguments))
+    assert status == 0, output
+    return source, workdir, output
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_run_leaves_what_it_promises(finished):
+    _, workdir, output = finished
+    assert {p.name for p in workdir.iterdir()} == {
+        "metrics.jsonl",
+        "config.json",
+        "checkpoints",
+        "plot.png",
+        "tensorboard",
+    }
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    training = [row for row in rows if "loss" in row]
+    evaluation = [row for row in rows if "val_loss" in row]
+    assert [row["step"] for row in training] == list(range(1, 121))
+    assert [row["step"] for row in evaluation] == [25, 50, 75, 100, 120]
+    assert {"step", "loss", "lr", "tokens", "tokens_per_second"} <= set(training[0])
+    assert training[-1]["tokens"] == 120 * 8 * 64
+    assert {"step", "val_loss", "val_ppl"} <= set(evaluation[0])
+    assert evaluation[-1]["val_loss"] < evaluation[0]["val_loss"]
+    assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["110", "120"]
+    assert (workdir / "plot.png").read_bytes().startswith(b"\x89PNG")
+    assert list((workdir / "tensorboard").glob("events.*"))
+    config = json.loads((workdir / "config.json").read_text())
+    assert config["model"]["rank"] == 8
+    assert config["b1"] == 0.9, "resolved: defaults written out"
+    for expected in ("tokens/s", "left", "unigram model", "bigram model", "dense twin", "next:"):
+        assert expected in output
+
+
+BAD = {
+    "an unknown field": (["--config.stepz=3"], "no field 'stepz'; did you mean config.steps?"),
+    "an unknown nested field": (["--config.model.rnk=3"], "no field 'rnk'"),
+    "an ill-typed field": (["--config.steps=many"], "--config.steps=many"),
+    "an unknown flag": (["--stepz=3"], "stepz"),
+    "a stray argument": (["llama_60m"], "unexpected argument 'llama_60m'"),
+    "a missing config file": (["--config=configs/none.py"], "no such file"),
+    "a rank too large": (["--config.model.rank=129"], "but is 129"),
+    "a K below 1": (["--config.exact_every=0"], "exact_every must be at least 1"),
+    "a long sequence": (["--config.sequence_length=4096"], "4096"),
+    "a missing corpus": (["--config.data.source=none/*.txt"], "matches no file"),
+    "a small vocabulary": (["--config.model.vocab_size=99"], "vocab_size = 99"),
+    "a mesh of other devices": (["--config.mesh.fsdp=3"], "config.mesh"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_line_and_leaves_no_trace(case, tmp_path):
+    arguments, message = BAD[case]
+    workdir = tmp_path / "run"
+    status, output = runs.finish(runs.start(f"--workdir={workdir}", *arguments))
+    assert status != 0
+    assert output.startswith("error: ")
+    assert output.count("\n") == 1
+    assert message in output
+    assert not workdir.exists()
+
+
+def refuse(workdir, *arguments):
+    before = contents(workdir)
+    status, output = runs.finish(runs.start(*arguments))
+    assert status == 1
+    assert output.count("\n") == 1, output
+    assert contents(workdir) == before
+    return output
+
+
+def test_a_directory_of_another_config_is_refused(finished):
+    source, workdir, _ = finished
+    output = refuse(workdir, *runs.flags(workdir, source, learning_rate=0.02, tensorboard=True))
+    assert "learning_rate: 0.01 there, 0.02 now" in output
+
+
+def test_a_directory_of_something_else_is_refused(finished, tmp_path):
+    source, _, _ = finished
+    (tmp_path / "thesis.tex").write_text("important")
+    assert "thesis.tex" in refuse(tmp_path, *runs.flags(tmp_path, source))
+
+
+def test_a_directory_in_use_is_refused(finished, tmp_path):
+    source, reference, _ = finished
+    workdir = tmp_path / "run"
+    shutil.copytree(reference, workdir)
+    with (workdir / "config.json").open() as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        output = refuse(workdir, *runs.flags(workdir, source, tensorboard=True))
+    assert "in use by another process" in output
+
+
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpoint(tmp_path):
+    source = runs.corpus(tmp_path)
+    workdir = tmp_path / "run"
+    # The rate climbs so far that the loss overflows some steps behind the first checkpoint.
+    arguments = runs.flags(
+        workdir, source, learning_rate=1e30, warmup_steps=120, initial_lr_ratio=0, checkpoint_every=1
+    )
+    status, output = runs.finish(runs.start(*arguments))
+    assert status == 1
+    last = output.strip().split("\n")[-1]
+    assert last.startswith("error: step ")
+    assert "--config.learning_rate" in last
+    stopped_at = int(last.split("step ")[1].split(":")[0])
+    assert all(row["step"] < stopped_at for row in runs.rows(workdir))
+    saved = sorted(int(p.name) for p in (workdir / "checkpoints").iterdir())
+    assert saved
+    assert saved[-1] == stopped_at - 1
+    again, output = runs.finish(runs.start(*arguments))
+    assert again == 1
+    assert f"from step {saved[-1]}" in output, "the checkpoint is whole"

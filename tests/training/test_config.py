@@ -1,0 +1,144 @@
+import dataclasses
+import importlib.util
+import json
+import os
+import pathlib
+
+import jax
+import numpy as np
+import pytest
+
+from loro_jax.training.config import Config, differences, field_names
+from loro_jax.training.errors import TrainingError
+from loro_jax.training.mesh import make_mesh
+from loro_jax.training.step import compile_program, make_program
+from models import Batch, LlamaConfig
+
+CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
+RUNS = sorted(path.stem for path in CONFIGS.glob("*.py") if path.stem not in ("paper", "__init__"))
+
+# What the paper says of each run: (steps, warm-up, rank, learning rate, K).
+PAPER = {
+    "llama_60m": (10_000, 1_000, 128, 0.01, 500),
+    "llama_130m": (20_000, 2_000, 256, 0.01, 500),
+    "llama_350m": (60_000, 6_000, 256, 0.01, 500),
+    "llama_1b": (100_000, 10_000, 512, 0.005, 200),
+}
+
+
+def load(name):
+    spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.get_config()
+
+
+def memory_gb():
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+
+
+def test_every_run_of_the_paper_has_its_config():
+    assert {"default", *PAPER} <= set(RUNS)
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_every_config_is_valid_and_makes_json(name):
+    config = load(name)
+    config.validate()
+    assert json.loads(config.to_json())["model"]["rank"] == config.model.rank
+
+
+@pytest.mark.parametrize("name", PAPER)
+def test_the_papers_settings(name):
+    config = load(name)
+    found = (
+        config.steps,
+        config.warmup_steps,
+        config.model.rank,
+        config.learning_rate,
+        config.exact_every,
+    )
+    assert found == PAPER[name]
+    assert config.batch_size == 512
+    assert config.sequence_length == 256
+    assert config.batch_size * config.sequence_length == 131_072
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_every_config_takes_a_step_on_a_small_batch(name):
+    config = load(name)
+    parameters = {"llama_1b": 0.61, "llama_350m": 0.19}.get(name, 0.1)
+    # Parameters, gradients, two moments and the updates, in float32, with room to spare.
+    needed_gb = 8 * 4 * parameters
+    if memory_gb() < needed_gb + 2:
+        pytest.skip(f"{name} needs {needed_gb:.0f} GB of memory, this machine has {memory_gb():.0f}")
+    config = dataclasses.replace(config, batch_size=2, gradient_accumulation=1, sequence_length=16)
+    program, _ = compile_program(make_program(config), make_mesh(config.mesh))
+    tokens = np.random.default_rng(0).integers(config.model.vocab_size, size=(2, 17))
+    batch = Batch(
+        tokens[:, :-1].astype(np.int32), tokens[:, 1:].astype(np.int32), np.ones((2, 16), np.float32)
+    )
+    state, metrics = program.train_step(program.init(), batch)
+    np.testing.assert_allclose(metrics["loss"], np.log(config.model.vocab_size), rtol=0.05)
+    assert np.isfinite(metrics["update_norm"])
+    assert int(state.step) == 1
+    jax.tree.map(lambda leaf: leaf.delete(), state)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method": "sgd"}, "config.method must be one of loro, lowrank, full, but is 'sgd'"),
+        ({"steps": 0}, "config.steps must be at least 1, but is 0"),
+        ({"exact_every": 0}, "config.exact_every must be at least 1"),
+        ({"learning_rate": -0.1}, "config.learning_rate must be above 0"),
+        ({"learning_rate": float("nan")}, "config.learning_rate"),
+        ({"b2": 1.0}, "config.b2 must be at least 0 and below 1"),
+        ({"eps": 0.0}, "config.eps must be above 0"),
+        ({"lr_scale": 0.0}, "config.lr_scale must be above 0"),
+        ({"warmup_steps": 20_000}, "config.warmup_steps must be at most steps = 10000"),
+        ({"refresh": "some"}, "config.refresh must be one of"),
+        ({"batch_size": 10, "gradient_accumulation": 3}, "multiple of"),
+        ({"sequence_length": 2048}, r"config.sequence_length = 2048 .* = 1024"),
+        ({"model": LlamaConfig(rank=513)}, "config.model.attn_rank .* but is 513"),
+        ({"model": LlamaConfig(scope="none")}, "needs factors"),
+    ],
+)
+def test_bad_values_are_named_with_what_was_expected(changes, message):
+    with pytest.raises(TrainingError, match=message):
+        dataclasses.replace(Config(), **changes).validate()
+
+
+def test_the_dense_twin_needs_no_rank():
+    config = Config(method="full", model=LlamaConfig(rank=10_000))
+    config.validate()
+    assert config.model_config.scope == "none"
+
+
+def test_differences_name_fields_that_matter():
+    stored = json.loads(Config().to_json())
+    changed = dataclasses.replace(
+        Config(), seed=1, keep_checkpoints=9, model=LlamaConfig(rank=64)
+    )
+    found = differences(stored, changed)
+    assert found == ["model.rank: 128 there, 64 now", "seed: 0 there, 1 now"]
+
+
+def test_fields_that_others_rely_on_have_their_names():
+    expected = {
+        "steps",
+        "seed",
+        "batch_size",
+        "sequence_length",
+        "learning_rate",
+        "method",
+        "exact_every",
+        "eval_every",
+        "checkpoint_every",
+        "data.source",
+        "data.tokenizer",
+        "mesh.data",
+        "mesh.fsdp",
+        "mesh.tensor",
+    }
+    assert expected <= set(field_names())
