@@ -243,17 +243,13 @@ def _exact_updates(
         groups.setdefault((B.shape[-2:], A.shape[-1], B.dtype, A.dtype), []).append(i)
     results: dict[int, tuple[jax.Array, ...]] = {}
     for members in groups.values():
-        if len(members) == 1:
-            results[members[0]] = exact_update(*operands[members[0]], rate)
-            continue
-        batch = [
-            jnp.concatenate(
-                [operands[i][k].reshape(-1, *operands[i][k].shape[-2:]) for i in members]
-            )
-            for k in range(4)
-        ]
+        # Leading axes flattened, pairs behind one another: (pairs x layers, rows, columns).
+        B, A, dB, dA = (
+            jnp.concatenate([x.reshape(-1, *x.shape[-2:]) for x in side])
+            for side in zip(*(operands[i] for i in members), strict=True)
+        )
+        B_new, A_new = exact_update(B, A, dB, dA, rate)
         start = 0
-        B_new, A_new = exact_update(*batch, rate)
         for i in members:
             B, A = operands[i][:2]
             stop = start + math.prod(B.shape[:-2])

@@ -1,9 +1,20 @@
 """Shared by all tests: where optional reference material lies, and a float64 switch."""
 
+import os
 import pathlib
+import tempfile
 
 import jax
 import pytest
+
+# Tests compile the same small programs again and again: they share what was compiled, among the
+# processes of one session. Processes that the tests start inherit it.
+CACHE = os.environ.setdefault(
+    "JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="loro_jax_tests_")
+)
+jax.config.update("jax_compilation_cache_dir", CACHE)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 ROOT = pathlib.Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"

@@ -135,8 +135,12 @@ class Checkpoints:
         return None, make_iterator()
 
     def _load(self, step: int, abstract_state: Any, iterator: Any) -> Restored:
-        leaves = len(jax.tree.leaves(abstract_state))
-        checksum = jax.ShapeDtypeStruct((leaves,), jnp.uint32)
+        leaves = jax.tree.leaves(abstract_state)
+        # On the devices of now: those that wrote the checkpoint may not be there.
+        everywhere = jax.sharding.NamedSharding(
+            leaves[0].sharding.mesh, jax.sharding.PartitionSpec()
+        )
+        checksum = jax.ShapeDtypeStruct((len(leaves),), jnp.uint32, sharding=everywhere)
         content = self._checkpointer.load_checkpointables(
             step,
             {

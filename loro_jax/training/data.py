@@ -61,15 +61,14 @@ def tokenise(config: Config, corpus: Corpus, tokenizer: Tokenizer) -> TokenisedC
             f"of config.data.tokenizer = {config.data.tokenizer!r}, which has "
             f"{tokenizer.vocab_size} ids."
         )
+    if config.data.shape == "packed" and not corpus.in_memory:
+        raise TrainingError(
+            f'config.data.shape = "packed" needs a source that fits into memory, but '
+            f'config.data.source = {config.data.source!r} may not; use "padded".'
+        )
     length = config.sequence_length
-    validation = (
-        list(corpus.validation[:MAX_VALIDATION_DOCUMENTS])
-        if corpus.in_memory
-        else [
-            corpus.validation[i]
-            for i in range(min(len(corpus.validation), MAX_VALIDATION_DOCUMENTS))
-        ]
-    )
+    held_out = min(len(corpus.validation), MAX_VALIDATION_DOCUMENTS)
+    validation = [corpus.validation[i] for i in range(held_out)]
     if config.data.shape == "padded":
         train_stream = None
         texts = grain.MapDataset.source(corpus.train)
@@ -84,11 +83,6 @@ def tokenise(config: Config, corpus: Corpus, tokenizer: Tokenizer) -> TokenisedC
         val_tokens = np.stack([row["tokens"] for row in rows])
         val_mask = np.stack([row["mask"] for row in rows])
     else:
-        if not corpus.in_memory:
-            raise TrainingError(
-                f'config.data.shape = "packed" needs a source that fits into memory, but '
-                f'config.data.source = {config.data.source!r} may not; use "padded".'
-            )
         train_stream = token_stream(corpus.train, tokenizer)
         val_tokens, val_mask = _windows(
             token_stream(validation, tokenizer), length, tokenizer.pad_id

@@ -152,7 +152,7 @@ def _tfds_corpus(config: DataConfig) -> Corpus:
     name = config.source.removeprefix("tfds:")
     try:
         builder = tfds.builder(name, data_dir=config.data_dir, file_format="array_record")
-        sources = builder.as_data_source(decoders=tfds.decode.PartialDecoding({config.text_field}))
+        sources = builder.as_data_source()
     except Exception as error:  # tfds raises a different class for each thing that can be missing
         reason = str(error).strip().split("\n")[0]
         raise TrainingError(
@@ -161,6 +161,11 @@ def _tfds_corpus(config: DataConfig) -> Corpus:
             "--file_format=array_record"
             + (f" --data_dir={config.data_dir}" if config.data_dir else "")
         ) from None
+    if config.text_field not in builder.info.features:
+        raise TrainingError(
+            f"config.data.source = {config.source!r} has no field {config.text_field!r} "
+            f"(config.data.text_field); it has {', '.join(builder.info.features)}."
+        )
     for split in ("train", "validation"):
         if split not in sources:
             raise TrainingError(

@@ -6,7 +6,9 @@ import math
 import pathlib
 from typing import Any
 
+import numpy as np
 from matplotlib.figure import Figure
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from loro_jax.training.ngram import NgramPerplexity
 
@@ -56,7 +58,12 @@ def plot_run(
                 label=f"{name} model (perplexity {perplexity:.1f})",
             )
     axes.set(xlabel="training tokens", ylabel="loss (nats per token)", title=title)
-    axes.secondary_yaxis("right", functions=(_exp, _log)).set_ylabel("perplexity")
+    perplexity_axis = axes.secondary_yaxis("right", functions=(np.exp, _log))
+    perplexity_axis.set_ylabel("perplexity")
+    perplexity_axis.set_yscale("log")
+    perplexity_axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+    perplexity_axis.yaxis.set_major_formatter(ScalarFormatter())
+    perplexity_axis.yaxis.set_minor_formatter(NullFormatter())
     axes.grid(alpha=0.3)
     axes.legend()
     temporary = path.with_name(f".{path.name}.tmp")
@@ -64,13 +71,5 @@ def plot_run(
     temporary.replace(path)
 
 
-def _exp(loss: Any) -> Any:
-    import numpy as np
-
-    return np.exp(np.clip(loss, -50, 50))
-
-
 def _log(perplexity: Any) -> Any:
-    import numpy as np
-
-    return np.log(np.clip(perplexity, 1e-20, None))
+    return np.log(np.maximum(perplexity, 1e-20))  # the axis asks about zero, too

@@ -5,7 +5,6 @@ import os
 import pathlib
 import subprocess
 import sys
-import tempfile
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -49,24 +48,20 @@ def flags(workdir, source, **changes):
     return [f"--workdir={workdir}", *(f"--config.{name}={value}" for name, value in fields.items())]
 
 
-# Compilations that the processes of one test session share. A run that others are compared with
-# compiles by itself (``shared_cache=False``), so that a comparison covers a fresh compilation too.
-CACHE = tempfile.TemporaryDirectory(prefix="loro_jax_tests_")
-
-
 def start(*arguments, shared_cache=True, **environment):
-    if shared_cache:
-        environment |= {
-            "JAX_COMPILATION_CACHE_DIR": CACHE.name,
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-        }
+    """Starts train.py. A run that others are compared with compiles by itself
+    (``shared_cache=False``), so that the comparison covers a fresh compilation too.
+    """
+    inherited = dict(os.environ)
+    if not shared_cache:
+        inherited.pop("JAX_COMPILATION_CACHE_DIR", None)
     return subprocess.Popen(
         [sys.executable, "train.py", *arguments],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**os.environ, **environment},
+        env={**inherited, **environment},
     )
 
 

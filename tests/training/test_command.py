@@ -116,7 +116,12 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     workdir = tmp_path / "run"
     # The rate climbs so far that the loss overflows some steps behind the first checkpoint.
     arguments = runs.flags(
-        workdir, source, learning_rate=1e30, warmup_steps=120, initial_lr_ratio=0, checkpoint_every=1
+        workdir,
+        source,
+        learning_rate=1e30,
+        warmup_steps=120,
+        initial_lr_ratio=0,
+        checkpoint_every=1,
     )
     status, output = runs.finish(runs.start(*arguments))
     assert status == 1

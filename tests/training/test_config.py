@@ -71,12 +71,16 @@ def test_every_config_takes_a_step_on_a_small_batch(name):
     # Parameters, gradients, two moments and the updates, in float32, with room to spare.
     needed_gb = 8 * 4 * parameters
     if memory_gb() < needed_gb + 2:
-        pytest.skip(f"{name} needs {needed_gb:.0f} GB of memory, this machine has {memory_gb():.0f}")
+        pytest.skip(
+            f"{name} needs {needed_gb:.0f} GB of memory, this machine has {memory_gb():.0f}"
+        )
     config = dataclasses.replace(config, batch_size=2, gradient_accumulation=1, sequence_length=16)
     program, _ = compile_program(make_program(config), make_mesh(config.mesh))
     tokens = np.random.default_rng(0).integers(config.model.vocab_size, size=(2, 17))
     batch = Batch(
-        tokens[:, :-1].astype(np.int32), tokens[:, 1:].astype(np.int32), np.ones((2, 16), np.float32)
+        tokens[:, :-1].astype(np.int32),
+        tokens[:, 1:].astype(np.int32),
+        np.ones((2, 16), np.float32),
     )
     state, metrics = program.train_step(program.init(), batch)
     np.testing.assert_allclose(metrics["loss"], np.log(config.model.vocab_size), rtol=0.05)
@@ -117,9 +121,7 @@ def test_the_dense_twin_needs_no_rank():
 
 def test_differences_name_fields_that_matter():
     stored = json.loads(Config().to_json())
-    changed = dataclasses.replace(
-        Config(), seed=1, keep_checkpoints=9, model=LlamaConfig(rank=64)
-    )
+    changed = dataclasses.replace(Config(), seed=1, keep_checkpoints=9, model=LlamaConfig(rank=64))
     found = differences(stored, changed)
     assert found == ["model.rank: 128 there, 64 now", "seed: 0 there, 1 now"]
 
