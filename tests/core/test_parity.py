@@ -78,6 +78,8 @@ def test_every_loss_and_every_weight_of_the_recording():
     losses, kept = replay()
     np.testing.assert_allclose(losses, RECORD["losses"], atol=1e-5, rtol=0)
     errors = weight_errors(kept)
+    worst_loss = np.max(np.abs(losses - RECORD["losses"]))
+    print(f"losses within {worst_loss:.1e}, weights within {max(errors.values()):.1e} (relative)")
     assert max(errors.values()) < 1e-4, errors
     final = kept[META["steps"] - 1]
     factors = {**final["first"], "B2": final["second"].B, "A2": final["second"].A}
