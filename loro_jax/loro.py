@@ -27,7 +27,7 @@ import jax.numpy as jnp
 import optax
 
 from loro_jax.adam import scale_by_uncorrected_adam
-from loro_jax.manifold import exact_update
+from loro_jax.manifold import check_method, counted_exact_update
 from loro_jax.pairs import Pair, PairsSpec, describe_leaves, find_pairs
 
 REFRESH_CHOICES = ("all", "factors", None)
@@ -38,11 +38,14 @@ class LoroState(NamedTuple):
 
     Attributes:
         count: steps taken, int32 scalar; never reset.
+        fallbacks: how many exact steps of single matrices the fast method left to the reference so
+            far, int32 scalar; see :mod:`loro_jax.retractions`.
         factors: state of the factors' direction (Adam), with ``optax.MaskedNode`` at other leaves.
         regular: state for the other leaves, with ``optax.MaskedNode`` at the factors.
     """
 
     count: jax.Array  # type: ignore[assignment]  # shadows tuple.count, as in Optax
+    fallbacks: jax.Array
     factors: Any
     regular: Any
 
@@ -61,6 +64,8 @@ def loro(
     pairs: PairsSpec | None = None,
     require_pairs: bool = True,
     regular: optax.GradientTransformation | None = None,
+    exact_method: str = "gram",
+    max_move: jax.typing.ArrayLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Low-rank Riemannian optimizer for trees of (B, A) pairs and other parameters.
 
@@ -85,13 +90,18 @@ def loro(
         require_pairs: raise when the tree holds no pair. False: such a tree gets plain Adam.
         regular: transformation for all leaves that are not factors, learning rate included; None:
             the same Adam as for the factors.
+        exact_method: how the exact step is computed: "gram" (fast) or "svd" (the reference).
+        max_move: trust region of the exact step: its size is cut so that the tangent step is at
+            most ``max_move |W|`` (Frobenius). The undamped step of ill-conditioned factors can move
+            a product by several times its norm. None: no bound, as in the paper.
 
     Returns:
         An ``optax.GradientTransformationExtraArgs``.
 
     Raises:
-        ValueError: for an ``exact_every`` below 1 or an unknown ``refresh``; from ``init``, when no
-            pair is found or a pair's shapes do not fit; from ``update``, without ``params``.
+        ValueError: for an ``exact_every`` below 1, an unknown ``refresh`` or ``exact_method``;
+            from ``init``, when no pair is found or a pair's shapes do not fit; from ``update``,
+            without ``params``.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax
@@ -113,6 +123,7 @@ def loro(
         raise ValueError(f"loro: exact_every must be at least 1 (or None), but is {exact_every}.")
     if refresh not in REFRESH_CHOICES:
         raise ValueError(f"loro: refresh must be one of {REFRESH_CHOICES}, but is {refresh!r}.")
+    check_method(exact_method, "loro")
     direction = scale_by_uncorrected_adam(b1, b2, eps, mu_dtype)
     own_regular = optax.with_extra_args_support(regular) if regular is not None else None
 
@@ -132,6 +143,7 @@ def loro(
         factors, others = _split(params, find(params))
         return LoroState(
             count=jnp.zeros([], jnp.int32),
+            fallbacks=jnp.zeros([], jnp.int32),
             factors=direction.init(factors),
             regular=(own_regular or direction).init(others),
         )
@@ -162,23 +174,34 @@ def loro(
                 other_grads, state.regular, others, **extra_args
             )
 
-        factor_updates = _factor_updates(
-            jax.tree.leaves(params),
-            jax.tree.leaves(factor_directions),
-            found,
-            exact,
-            rate,
-            lr_scale,
-            weight_decay,
+        settings = _StepSettings(rate, lr_scale, weight_decay, exact_method, max_move)
+        factor_updates, fallbacks = _factor_updates(
+            jax.tree.leaves(params), jax.tree.leaves(factor_directions), found, exact, settings
         )
         if refresh is not None:
             factor_state = _reset_where(exact, factor_state)
         if refresh == "all" and own_regular is None:
             regular_state = _reset_where(exact, regular_state)
         updates = _join(grads, found, factor_updates, jax.tree.leaves(other_updates))
-        return updates, LoroState(count, factor_state, regular_state)
+        fallbacks = jnp.minimum(state.fallbacks, jnp.iinfo(jnp.int32).max - fallbacks) + fallbacks
+        return updates, LoroState(count, fallbacks, factor_state, regular_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+class _StepSettings(NamedTuple):
+    """What both kinds of step of the factors depend on."""
+
+    rate: Any
+    lr_scale: float | None
+    weight_decay: float
+    exact_method: str
+    max_move: Any
+
+
+# One pair's factors and directions: (B, A, dB, dA).
+_Operands = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+_Factors = tuple[jax.Array, jax.Array]
 
 
 def _factor_updates(
@@ -186,54 +209,51 @@ def _factor_updates(
     directions: Sequence[jax.Array],
     found: Sequence[Pair],
     exact: jax.Array,
-    rate: Any,
-    lr_scale: float | None,
-    weight_decay: float,
-) -> dict[int, jax.Array]:
-    """Updates of all factors, by leaf index. ``directions`` holds the factors alone, in order."""
-    order = {
-        index: i for i, index in enumerate(sorted(i for pair in found for i in (pair.B, pair.A)))
-    }
+    settings: _StepSettings,
+) -> tuple[dict[int, jax.Array], jax.Array]:
+    """Updates of all factors by leaf index, and the number of fallbacks.
+
+    ``directions`` holds those of the factors alone, in the order of the leaves.
+    """
+    if not found:
+        return {}, jnp.zeros([], jnp.int32)
+    indices = sorted(index for pair in found for index in (pair.B, pair.A))
+    direction_of = dict(zip(indices, directions, strict=True))
     operands = [
-        (leaves[pair.B], leaves[pair.A], directions[order[pair.B]], directions[order[pair.A]])
+        (leaves[pair.B], leaves[pair.A], direction_of[pair.B], direction_of[pair.A])
         for pair in found
     ]
-
-    def approximate_step(operands: list[tuple[jax.Array, ...]]) -> list[tuple[jax.Array, ...]]:
-        updates = []
-        for B, A, dB, dA in operands:
-            scale = _pair_lr_scale(B, A, lr_scale)
-            updates.append(
-                tuple(
-                    (-rate * scale * (d + weight_decay * p)).astype(p.dtype)
-                    for p, d in ((B, dB), (A, dA))
-                )
-            )
-        return updates
-
-    def exact_step(operands: list[tuple[jax.Array, ...]]) -> list[tuple[jax.Array, ...]]:
-        updates = []
-        for (B, A, _, _), new in zip(operands, _exact_updates(operands, rate), strict=True):
-            keep = 1 - rate * _pair_lr_scale(B, A, lr_scale) * weight_decay
-            updates.append(
-                tuple((keep * q - p).astype(p.dtype) for p, q in zip((B, A), new, strict=True))
-            )
-        return updates
-
-    if not found:
-        return {}
-    updates = jax.lax.cond(exact, exact_step, approximate_step, operands)
-    return {
+    updates, fallbacks = jax.lax.cond(
+        exact,
+        lambda: _exact_step(operands, settings),
+        lambda: (_approximate_step(operands, settings), jnp.zeros([], jnp.int32)),
+    )
+    by_index = {
         index: update
         for pair, of_pair in zip(found, updates, strict=True)
         for index, update in zip((pair.B, pair.A), of_pair, strict=True)
     }
+    return by_index, fallbacks
 
 
-def _exact_updates(
-    operands: Sequence[tuple[jax.Array, ...]], rate: Any
-) -> list[tuple[jax.Array, ...]]:
-    """Exact steps of all pairs, those of one shape in one batch.
+def _approximate_step(operands: list[_Operands], settings: _StepSettings) -> list[_Factors]:
+    """Equation 11: Adam's step on each factor, scaled."""
+
+    def update(p: jax.Array, direction: jax.Array, scale: Any) -> jax.Array:
+        step = direction + settings.weight_decay * p
+        return (-settings.rate * scale * step).astype(p.dtype)
+
+    updates = []
+    for B, A, dB, dA in operands:
+        scale = _pair_lr_scale(B, A, settings.lr_scale)
+        updates.append((update(B, dB, scale), update(A, dA, scale)))
+    return updates
+
+
+def _exact_step(
+    operands: list[_Operands], settings: _StepSettings
+) -> tuple[list[_Factors], jax.Array]:
+    """Proposition 4 for all pairs, those of one shape in one batch.
 
     A model has few shapes and many pairs: batches compile once a shape, and keep a GPU busy with
     matrices that are small each.
@@ -241,21 +261,37 @@ def _exact_updates(
     groups: dict[Any, list[int]] = {}
     for i, (B, A, _, _) in enumerate(operands):
         groups.setdefault((B.shape[-2:], A.shape[-1], B.dtype, A.dtype), []).append(i)
-    results: dict[int, tuple[jax.Array, ...]] = {}
+    updates: dict[int, _Factors] = {}
+    fallbacks = jnp.zeros([], jnp.int32)
     for members in groups.values():
         # Leading axes flattened, pairs behind one another: (pairs x layers, rows, columns).
-        B, A, dB, dA = (
+        Bs, As, dBs, dAs = (
             jnp.concatenate([x.reshape(-1, *x.shape[-2:]) for x in side])
             for side in zip(*(operands[i] for i in members), strict=True)
         )
-        B_new, A_new = exact_update(B, A, dB, dA, rate)
+        B_new, A_new, fallen = counted_exact_update(
+            Bs,
+            As,
+            dBs,
+            dAs,
+            settings.rate,
+            method=settings.exact_method,
+            max_move=settings.max_move,
+            where="loro",
+        )
+        fallbacks += fallen
         start = 0
         for i in members:
             B, A = operands[i][:2]
             stop = start + math.prod(B.shape[:-2])
-            results[i] = (B_new[start:stop].reshape(B.shape), A_new[start:stop].reshape(A.shape))
+            scale = _pair_lr_scale(B, A, settings.lr_scale)
+            keep = 1 - settings.rate * scale * settings.weight_decay
+            updates[i] = (
+                (keep * B_new[start:stop].reshape(B.shape) - B).astype(B.dtype),
+                (keep * A_new[start:stop].reshape(A.shape) - A).astype(A.dtype),
+            )
             start = stop
-    return [results[i] for i in range(len(operands))]
+    return [updates[i] for i in range(len(operands))], fallbacks
 
 
 def _pair_lr_scale(B: jax.Array, A: jax.Array, lr_scale: float | None) -> Any:

@@ -10,7 +10,7 @@ the thin QR decompositions B = Q_B R_B and A^T = Q_A R_A:
 * Retraction: the rank-r truncated SVD of ``W - lr grad``. That matrix has rank at most 2r and
   lives in the column spaces of ``[Q_B, Q_B']`` and ``[Q_A, Q_A']``, where ``Q_B'`` spans what
   ``G Q_A`` has outside Q_B, and ``Q_A'`` likewise; so the SVD is one of a 2r x 2r core
-  (Proposition 4).
+  (Proposition 4). :mod:`loro_jax.retractions` has two ways to compute it.
 
 Algorithm 2 as printed in the paper has slips (``-lr R_b`` for ``-lr R_b'``, ``[Q_b, Q_b]`` for
 ``[Q_b, Q_b']``, A where its transpose is factorised, the full SVD where its leading r triplets are
@@ -30,6 +30,7 @@ from jax.scipy.linalg import solve_triangular
 
 from loro_jax.batching import at_least_float32, one_by_one
 from loro_jax.lowrank import check_factors
+from loro_jax.retractions import gram_step_or_reference, svd_step
 
 Array = jax.Array
 
@@ -63,40 +64,38 @@ def _tangent_projection(B: Array, A: Array, g_B: Array, g_A: Array) -> _Tangent:
     return _Tangent(Q_B, R_B, Q_A, R_A, core, right - Q_B @ (Q_B.T @ right), left - core @ Q_A.T)
 
 
-def _exact_update(
-    B: Array, A: Array, dB: Array, dA: Array, learning_rate: Array
-) -> tuple[Array, Array]:
-    """Proposition 4 for one pair: the truncated SVD of W - lr grad, on a 2r x 2r core."""
-    r = B.shape[1]
-    tangent = _tangent_projection(B, A, dB, dA)
-    Q_out, R_out = jnp.linalg.qr(tangent.out_perp)
-    Q_in, R_in = jnp.linalg.qr(tangent.in_perp.T)
-    S = tangent.R_B @ tangent.R_A.T - learning_rate * tangent.core
-    core = jnp.block([[S, -learning_rate * R_in.T], [-learning_rate * R_out, jnp.zeros_like(S)]])
-    U, s, Vt = jnp.linalg.svd(core)
-    U, root, Vt = U[:, :r], jnp.sqrt(s[:r]), Vt[:r]
-    B_new = (tangent.Q_B @ U[:r] + Q_out @ U[r:]) * root
-    A_new = root[:, None] * (Vt[:, :r] @ tangent.Q_A.T + Vt[:, r:] @ Q_in.T)
-    return B_new, A_new
+METHODS = ("gram", "svd")
 
 
 def exact_update(
-    B: Array, A: Array, dB: Array, dA: Array, learning_rate: jax.typing.ArrayLike
+    B: Array,
+    A: Array,
+    dB: Array,
+    dA: Array,
+    learning_rate: jax.typing.ArrayLike,
+    *,
+    method: str = "gram",
+    max_move: jax.typing.ArrayLike | None = None,
 ) -> tuple[Array, Array]:
     """Exact Riemannian step of one pair or a batch of pairs (Proposition 4).
 
     Moves W = B A against the Riemannian gradient and retracts by the truncated SVD:
     ``W' = SVD_r(W - learning_rate * grad)``, where grad is the tangent vector that the directions
-    dB and dA stand for (:func:`riemannian_gradient`). W itself is never formed: the cost is QR of
-    the factors and an SVD of a 2r x 2r core. The new factors are balanced: both have the square
-    roots of the singular values of W'. They are determined up to a rotation of the inner index.
+    dB and dA stand for (:func:`riemannian_gradient`). W itself is never formed: all work is on
+    blocks of width r. The new factors are balanced: both have the square roots of the singular
+    values of W'. They are determined up to a rotation of the inner index.
 
     Args:
-        B: output-side factor, shape (..., m, r), of full column rank.
-        A: input-side factor, shape (..., r, n), of full row rank.
+        B: output-side factor, shape (..., m, r).
+        A: input-side factor, shape (..., r, n).
         dB: gradient (or direction) of B, same shape as B.
         dA: gradient (or direction) of A, same shape as A.
         learning_rate: step size, a scalar.
+        method: "gram" (fast; pairs that it can't do accurately fall back to the other by
+            themselves) or "svd" (the reference); see :mod:`loro_jax.retractions`.
+        max_move: trust region. The step is cut so that ``learning_rate |grad| <= max_move |W|`` in
+            Frobenius norms; W then moves by at most ``2 max_move |W|``, because the retraction at
+            most doubles the distance. None: no bound, as in the paper.
 
     Returns:
         B' and A', same shapes and dtypes as B and A. Computed in float32, or wider if the
@@ -104,7 +103,7 @@ def exact_update(
 
     Raises:
         ValueError: if the shapes do not make a pair of rank r <= min(m, n), or dB and dA differ
-            in shape from the factors.
+            in shape from the factors, or the method is unknown.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -115,13 +114,47 @@ def exact_update(
         >>> bool(jnp.allclose(B_new.T @ B_new, A_new @ A_new.T, atol=1e-4))
         True
     """
-    _check_directions(B, A, dB, dA, "exact_update")
+    step = counted_exact_update(
+        B, A, dB, dA, learning_rate, method=method, max_move=max_move, where="exact_update"
+    )
+    return step[:2]
+
+
+def counted_exact_update(
+    B: Array,
+    A: Array,
+    dB: Array,
+    dA: Array,
+    learning_rate: jax.typing.ArrayLike,
+    *,
+    method: str,
+    max_move: jax.typing.ArrayLike | None,
+    where: str,
+) -> tuple[Array, Array, Array]:
+    """:func:`exact_update`, and how many pairs of the batch fell back to the reference (int32)."""
+    _check_directions(B, A, dB, dA, where)
+    check_method(method, where)
     dtype = at_least_float32(jnp.promote_types(B.dtype, A.dtype))
-    arguments = [x.astype(dtype) for x in (B, A, dB, dA)]
-    # The scalar travels with the batch, because every argument of a mapped function is mapped.
-    rate = jnp.broadcast_to(jnp.asarray(learning_rate, dtype), B.shape[:-2])
-    B_new, A_new = one_by_one(_exact_update, B.ndim - 2)(*arguments, rate)
-    return B_new.astype(B.dtype), A_new.astype(A.dtype)
+    batch_shape = B.shape[:-2]
+    # One batch axis, of length one where there is none.
+    Bs, As, dBs, dAs = (x.reshape(-1, *x.shape[-2:]).astype(dtype) for x in (B, A, dB, dA))
+    pairs = Bs.shape[:1]
+    rate = jnp.broadcast_to(jnp.asarray(learning_rate, dtype), pairs)
+    bound = jnp.inf if max_move is None else max_move
+    bound = jnp.broadcast_to(jnp.asarray(bound, dtype), pairs)
+    retract = gram_step_or_reference if method == "gram" else one_by_one(svd_step, 1)
+    step = retract(Bs, As, dBs, dAs, rate, bound)
+    return (
+        step.B.reshape(*batch_shape, *B.shape[-2:]).astype(B.dtype),
+        step.A.reshape(*batch_shape, *A.shape[-2:]).astype(A.dtype),
+        jnp.sum(~step.ok, dtype=jnp.int32),
+    )
+
+
+def check_method(method: str, where: str) -> None:
+    """Raises ValueError unless ``method`` names an exact step."""
+    if method not in METHODS:
+        raise ValueError(f"{where}: the method must be one of {METHODS}, but is {method!r}.")
 
 
 def riemannian_gradient(B: Array, A: Array, gB: Array, gA: Array) -> Array:

@@ -85,6 +85,8 @@ def make_program(config: Config) -> Program:
             "lr": jnp.asarray(schedule(state.step), jnp.float32),
             "grad_norm": grad_norm,
             "update_norm": optax.tree.norm(updates),
+            # Exact steps of single matrices that were too ill-conditioned for the fast method.
+            "fallbacks": opt_state.fallbacks,
         }
         return TrainState(optax.safe_increment(state.step), params, opt_state), metrics
 

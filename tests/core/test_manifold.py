@@ -36,10 +36,11 @@ def test_riemannian_gradient_is_the_tangent_projection(x64, m, n, r):
     np.testing.assert_allclose(gradient, tangent_projection(B @ A, r, G), atol=1e-11)
 
 
+@pytest.mark.parametrize("method", ["gram", "svd"])
 @pytest.mark.parametrize(("m", "n", "r"), SHAPES)
-def test_exact_update_is_the_truncated_svd(x64, m, n, r):
+def test_exact_update_is_the_truncated_svd(x64, m, n, r, method):
     B, A, G = random_pair(m, n, r)
-    B_new, A_new = exact_update(jnp.array(B), jnp.array(A), G @ A.T, B.T @ G, 0.3)
+    B_new, A_new = exact_update(jnp.array(B), jnp.array(A), G @ A.T, B.T @ G, 0.3, method=method)
     target = B @ A - 0.3 * tangent_projection(B @ A, r, G)
     np.testing.assert_allclose(B_new @ A_new, best_approximation(target, r), atol=1e-11)
 

@@ -74,8 +74,9 @@ def weight_errors(kept):
     return errors
 
 
-def test_every_loss_and_every_weight_of_the_recording():
-    losses, kept = replay()
+@pytest.mark.parametrize("method", ["gram", "svd"])
+def test_every_loss_and_every_weight_of_the_recording(method):
+    losses, kept = replay(exact_method=method)
     np.testing.assert_allclose(losses, RECORD["losses"], atol=1e-5, rtol=0)
     errors = weight_errors(kept)
     worst_loss = np.max(np.abs(losses - RECORD["losses"]))

@@ -1,0 +1,17 @@
+"""``python -m loro_jax.bench NAME [options]``."""
+
+import importlib
+import sys
+
+BENCHMARKS = ("exact_step",)
+
+
+def main(arguments: list[str]) -> None:
+    """Runs the benchmark that the first argument names."""
+    if not arguments or arguments[0] not in BENCHMARKS:
+        sys.exit(f"usage: python -m loro_jax.bench {{{','.join(BENCHMARKS)}}} [options]")
+    importlib.import_module(f"loro_jax.bench.{arguments[0]}").main(arguments[1:])
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

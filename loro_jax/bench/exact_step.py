@@ -1,0 +1,162 @@
+"""Time of the exact step: ours, our reference, and the paper's Algorithm 2 in JAX and PyTorch.
+
+The pairs are those of whole LLaMA layers: four of attention, three of the MLP. The two
+transcriptions follow the algorithm as the authors wrote it: QR of the factors, QR of what the
+gradients add, and the SVD of the 2r x 2r core, in float32, one pair after the other.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from loro_jax.bench.timing import environment, print_table, time_in_turns, write_json
+from loro_jax.manifold import exact_update
+
+# Hidden size, intermediate size and rank of the paper's models.
+MODELS = {"60m": (512, 1376, 128), "130m": (768, 2048, 256), "1b": (2048, 5461, 512)}
+RATE = 0.01
+
+Pair = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
+
+
+def layer_shapes(model: str) -> list[tuple[int, int, int]]:
+    """(m, n, r) of a layer's seven projections."""
+    hidden, intermediate, rank = MODELS[model]
+    attention = [(hidden, hidden, rank)] * 4
+    return [*attention, *[(intermediate, hidden, rank)] * 2, (hidden, intermediate, rank)]
+
+
+def make_pairs(shapes: Sequence[tuple[int, int, int]], seed: int = 0) -> list[Pair]:
+    """Xavier factors and directions of Adam's size, float32."""
+    rng = np.random.default_rng(seed)
+
+    def normal(rows: int, columns: int, std: float) -> np.ndarray:
+        return (std * rng.standard_normal((rows, columns))).astype(np.float32)
+
+    return [
+        (
+            normal(m, r, (2 / (m + r)) ** 0.5),
+            normal(r, n, (2 / (n + r)) ** 0.5),
+            normal(m, r, 0.3),
+            normal(r, n, 0.3),
+        )
+        for m, n, r in shapes
+    ]
+
+
+def naive_jax(B: jax.Array, A: jax.Array, dB: jax.Array, dA: jax.Array) -> tuple[Any, Any]:
+    """Algorithm 2, transcribed (with its misprints mended)."""
+    r = B.shape[1]
+    Q_B, R_B = jnp.linalg.qr(B)
+    Q_A, R_A = jnp.linalg.qr(A.T)
+    left = jnp.linalg.solve(R_B.T, dA)
+    right = jnp.linalg.solve(R_A.T, dB.T).T
+    core = left @ Q_A
+    Q_out, R_out = jnp.linalg.qr(right - Q_B @ (Q_B.T @ right))
+    Q_in, R_in = jnp.linalg.qr((left - core @ Q_A.T).T)
+    S = R_B @ R_A.T - RATE * core
+    U, s, Vt = jnp.linalg.svd(jnp.block([[S, -RATE * R_in.T], [-RATE * R_out, jnp.zeros_like(S)]]))
+    root = jnp.sqrt(s[:r])
+    B_new = jnp.concatenate([Q_B, Q_out], axis=1) @ U[:, :r] * root
+    return B_new, root[:, None] * (Vt[:r] @ jnp.concatenate([Q_A, Q_in], axis=1).T)
+
+
+def _torch_candidate(pairs: list[Pair]) -> Callable[[], Any] | None:
+    """The same transcription in PyTorch; None where it is not installed."""
+    try:
+        import torch
+    except ImportError:
+        return None
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    tensors = [tuple(torch.from_numpy(x).to(device) for x in pair) for pair in pairs]
+
+    def one_pair(B: Any, A: Any, dB: Any, dA: Any) -> tuple[Any, Any]:
+        r = B.shape[1]
+        Q_B, R_B = torch.linalg.qr(B)
+        Q_A, R_A = torch.linalg.qr(A.T)
+        left = torch.linalg.solve(R_B.T, dA)
+        right = torch.linalg.solve(R_A.T, dB.T).T
+        core = left @ Q_A
+        Q_out, R_out = torch.linalg.qr(right - Q_B @ (Q_B.T @ right))
+        Q_in, R_in = torch.linalg.qr((left - core @ Q_A.T).T)
+        S = R_B @ R_A.T - RATE * core
+        top = torch.cat([S, -RATE * R_in.T], dim=1)
+        bottom = torch.cat([-RATE * R_out, torch.zeros_like(S)], dim=1)
+        U, s, Vt = torch.linalg.svd(torch.cat([top, bottom]))
+        root = torch.sqrt(s[:r])
+        B_new = torch.cat([Q_B, Q_out], dim=1) @ U[:, :r] * root
+        return B_new, root[:, None] * (Vt[:r] @ torch.cat([Q_A, Q_in], dim=1).T)
+
+    def run() -> Any:
+        results = [one_pair(*pair) for pair in tensors]
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return results
+
+    return run
+
+
+def _grouped(pairs: list[Pair], method: str) -> Callable[[], Any]:
+    """Ours, batched by shape, as the optimizer does it."""
+    groups: dict[Any, list[Pair]] = {}
+    for pair in pairs:
+        groups.setdefault((pair[0].shape, pair[1].shape), []).append(pair)
+    batches = [
+        tuple(jnp.asarray(np.stack(side)) for side in zip(*group, strict=True))
+        for group in groups.values()
+    ]
+
+    @jax.jit
+    def step(batches: list[Any]) -> list[Any]:
+        return [exact_update(B, A, dB, dA, RATE, method=method) for B, A, dB, dA in batches]
+
+    return lambda: step(batches)
+
+
+def _one_by_one(pairs: list[Pair]) -> Callable[[], Any]:
+    """The naive transcription, pair after pair in one compiled program."""
+    on_device = jax.device_put(pairs)
+    step = jax.jit(lambda pairs: [naive_jax(*pair) for pair in pairs])
+    return lambda: step(on_device)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Runs the benchmark; see ``--help``."""
+    parser = argparse.ArgumentParser(
+        prog="python -m loro_jax.bench exact_step", description=__doc__
+    )
+    parser.add_argument("--models", default="60m,130m,1b", help="comma-separated: 60m, 130m, 1b")
+    parser.add_argument("--layers", type=int, default=1, help="layers whose pairs take the step")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--json", help="write the results to this file, too")
+    options = parser.parse_args(arguments)
+    rows = []
+    for model in options.models.split(","):
+        if model not in MODELS:
+            parser.error(f"--models: unknown model {model!r}; expected {', '.join(MODELS)}")
+        pairs = make_pairs(layer_shapes(model) * options.layers)
+        candidates: dict[str, Callable[[], Any]] = {
+            "gram": _grouped(pairs, "gram"),
+            "svd": _grouped(pairs, "svd"),
+            "naive jax": _one_by_one(pairs),
+        }
+        in_torch = _torch_candidate(pairs)
+        if in_torch is not None:
+            candidates["pytorch"] = in_torch
+        seconds = time_in_turns(candidates, options.rounds)
+        row: dict[str, Any] = {"model": model, "pairs": len(pairs)}
+        row |= {f"{name} ms": 1e3 * value for name, value in seconds.items()}
+        for other in list(seconds)[1:]:
+            row[f"{other} / gram"] = seconds[other] / seconds["gram"]
+        rows.append(row)
+    print(environment())
+    print_table(rows)
+    if options.json:
+        command = "python -m loro_jax.bench exact_step " + " ".join(arguments)
+        write_json(options.json, rows, command)

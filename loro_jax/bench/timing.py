@@ -1,0 +1,72 @@
+"""Timing candidates in turns."""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+
+def time_in_turns(candidates: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """Median seconds of each candidate, called in turns after one call to warm up.
+
+    Args:
+        candidates: functions by name; what they return is waited for where JAX computes it.
+        rounds: how often each is timed.
+
+    Returns:
+        Median seconds by name.
+
+    Example:
+        >>> sorted(time_in_turns({"a": lambda: 1, "b": lambda: 2}, rounds=3))
+        ['a', 'b']
+    """
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    for candidate in candidates.values():
+        jax.block_until_ready(candidate())
+    for _ in range(rounds):
+        for name, candidate in candidates.items():
+            started = time.perf_counter()
+            jax.block_until_ready(candidate())
+            seconds[name].append(time.perf_counter() - started)
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def environment() -> dict[str, Any]:
+    """What a result depends on: device and versions."""
+    device = jax.devices()[0]
+    return {
+        "device": device.device_kind,
+        "platform": device.platform,
+        "devices": jax.device_count(),
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    """Prints dicts with the same keys as a Markdown table."""
+    names = list(rows[0])
+    cells = [names, ["---"] * len(names)]
+    cells += [[_format(row[name]) for name in names] for row in rows]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(names))]
+    for row in cells:
+        print("| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |")
+
+
+def write_json(path: str, rows: list[dict[str, Any]], command: str) -> None:
+    """Writes rows with the environment and the command that made them."""
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump({"command": command, "environment": environment(), "rows": rows}, file, indent=2)
+        file.write("\n")
+
+
+def _format(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
