@@ -38,6 +38,9 @@ class LoroState(NamedTuple):
 
     Attributes:
         count: steps taken, int32 scalar; never reset.
+        stale: whether the last step was exact, so that the next begins with a refresh. (Zeroing the
+            moments with the exact step itself would cost every step a copy of them: XLA can update
+            a buffer in place only when its new content is also what the update is made of.)
         fallbacks: how many exact steps of single matrices the fast method left to the reference so
             far, int32 scalar; see :mod:`loro_jax.retractions`.
         factors: state of the factors' direction (Adam), with ``optax.MaskedNode`` at other leaves.
@@ -45,6 +48,7 @@ class LoroState(NamedTuple):
     """
 
     count: jax.Array  # type: ignore[assignment]  # shadows tuple.count, as in Optax
+    stale: jax.Array
     fallbacks: jax.Array
     factors: Any
     regular: Any
@@ -64,6 +68,7 @@ def loro(
     pairs: PairsSpec | None = None,
     require_pairs: bool = True,
     regular: optax.GradientTransformation | None = None,
+    direction: optax.GradientTransformation | None = None,
     exact_method: str = "gram",
     max_move: jax.typing.ArrayLike | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -76,8 +81,9 @@ def loro(
         learning_rate: a number or a schedule; see :func:`loro_jax.with_restarts` for the paper's
             re-warm-up after exact steps.
         exact_every: K. Step t, counted from 0, is exact when ``(t + 1) % K == 0``. None: never.
-        refresh: whose Adam state to zero after an exact step: "all" leaves', the "factors"', or
-            None. A ``regular`` transformation of your own keeps its state in any case.
+        refresh: whose Adam state to zero behind an exact step, when the next step begins: "all"
+            leaves', the "factors"', or None. A ``regular`` transformation of your own keeps its
+            state in any case.
         lr_scale: factor on the learning rate of approximate steps; None: ``r / min(m, n)`` of each
             pair. The authors' code uses ``r / hidden_size``, the same thing in a LLaMA.
         b1: decay of Adam's first moment.
@@ -89,7 +95,10 @@ def loro(
         pairs: None to find the pairs by themselves, or a spec: see :func:`loro_jax.find_pairs`.
         require_pairs: raise when the tree holds no pair. False: such a tree gets plain Adam.
         regular: transformation for all leaves that are not factors, learning rate included; None:
-            the same Adam as for the factors.
+            the same direction as for the factors.
+        direction: what turns gradients into directions, such as ``optax.scale_by_adam()``,
+            ``optax.trace(0.9)`` or ``optax.identity()``; it must not scale by a learning rate.
+            None: :func:`loro_jax.scale_by_uncorrected_adam` with b1, b2, eps and mu_dtype.
         exact_method: how the exact step is computed: "gram" (fast) or "svd" (the reference).
         max_move: trust region of the exact step: its size is cut so that the tangent step is at
             most ``max_move |W|`` (Frobenius). The undamped step of ill-conditioned factors can move
@@ -124,7 +133,9 @@ def loro(
     if refresh not in REFRESH_CHOICES:
         raise ValueError(f"loro: refresh must be one of {REFRESH_CHOICES}, but is {refresh!r}.")
     check_method(exact_method, "loro")
-    direction = scale_by_uncorrected_adam(b1, b2, eps, mu_dtype)
+    if direction is None:
+        direction = scale_by_uncorrected_adam(b1, b2, eps, mu_dtype)
+    directed = optax.with_extra_args_support(direction)
     own_regular = optax.with_extra_args_support(regular) if regular is not None else None
 
     def find(params: Any) -> list[Pair]:
@@ -143,9 +154,10 @@ def loro(
         factors, others = _split(params, find(params))
         return LoroState(
             count=jnp.zeros([], jnp.int32),
+            stale=jnp.bool_(False),
             fallbacks=jnp.zeros([], jnp.int32),
-            factors=direction.init(factors),
-            regular=(own_regular or direction).init(others),
+            factors=directed.init(factors),
+            regular=(own_regular or directed).init(others),
         )
 
     def update(
@@ -155,15 +167,41 @@ def loro(
             raise ValueError("loro: update needs the parameters: tx.update(grads, state, params).")
         found = find(params)
         factor_grads, other_grads = _split(grads, found)
-        _, others = _split(params, found)
+        factors, others = _split(params, found)
 
         rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
         count = optax.safe_increment(state.count)
         exact = jnp.bool_(False) if exact_every is None else count % exact_every == 0
+        settings = _StepSettings(rate, lr_scale, weight_decay, exact_method, max_move)
 
-        factor_directions, factor_state = direction.update(factor_grads, state.factors)
+        factor_state, regular_state = state.factors, state.regular
+        if refresh is not None:
+            factor_state = _select(state.stale, directed.init(factors), factor_state)
+        if refresh == "all" and own_regular is None:
+            regular_state = _select(state.stale, directed.init(others), regular_state)
+
+        factor_directions, factor_state = directed.update(
+            factor_grads, factor_state, factors, **extra_args
+        )
+        pairs_of_params = _pairs_of(params, found)
+        steps = _directions_of(pairs_of_params, factor_directions, found)
+        fallbacks = jnp.zeros([], jnp.int32)
+        if found and exact_every is not None:
+            # One branch takes directions to moves, the other passes them through: they are all that
+            # is stored for it, and the approximate step fuses with whatever applies the update. The
+            # barrier keeps XLA from moving Adam into a branch, where it would run on one core.
+            steps, fallbacks = jax.lax.cond(
+                exact,
+                lambda directions: _exact_step(pairs_of_params, directions, settings),
+                lambda directions: (directions, jnp.zeros([], jnp.int32)),
+                jax.lax.optimization_barrier(steps),
+            )
+        updates = _factor_updates(pairs_of_params, steps, exact, settings)
+
         if own_regular is None:
-            other_directions, regular_state = direction.update(other_grads, state.regular)
+            other_directions, regular_state = directed.update(
+                other_grads, regular_state, others, **extra_args
+            )
             other_updates = jax.tree.map(
                 lambda u, p: (-rate * (u + weight_decay * p)).astype(p.dtype),
                 other_directions,
@@ -171,20 +209,12 @@ def loro(
             )
         else:
             other_updates, regular_state = own_regular.update(
-                other_grads, state.regular, others, **extra_args
+                other_grads, regular_state, others, **extra_args
             )
 
-        settings = _StepSettings(rate, lr_scale, weight_decay, exact_method, max_move)
-        factor_updates, fallbacks = _factor_updates(
-            jax.tree.leaves(params), jax.tree.leaves(factor_directions), found, exact, settings
-        )
-        if refresh is not None:
-            factor_state = _reset_where(exact, factor_state)
-        if refresh == "all" and own_regular is None:
-            regular_state = _reset_where(exact, regular_state)
-        updates = _join(grads, found, factor_updates, jax.tree.leaves(other_updates))
+        joined = _join(grads, found, updates, jax.tree.leaves(other_updates))
         fallbacks = jnp.minimum(state.fallbacks, jnp.iinfo(jnp.int32).max - fallbacks) + fallbacks
-        return updates, LoroState(count, fallbacks, factor_state, regular_state)
+        return joined, LoroState(count, exact, fallbacks, factor_state, regular_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -199,75 +229,62 @@ class _StepSettings(NamedTuple):
     max_move: Any
 
 
-# One pair's factors and directions: (B, A, dB, dA).
-_Operands = tuple[jax.Array, jax.Array, jax.Array, jax.Array]
+# (B, A), or something of theirs.
 _Factors = tuple[jax.Array, jax.Array]
 
 
-def _factor_updates(
-    leaves: Sequence[jax.Array],
-    directions: Sequence[jax.Array],
-    found: Sequence[Pair],
-    exact: jax.Array,
-    settings: _StepSettings,
-) -> tuple[dict[int, jax.Array], jax.Array]:
-    """Updates of all factors by leaf index, and the number of fallbacks.
+def _pairs_of(params: Any, found: Sequence[Pair]) -> list[_Factors]:
+    """The factors of each pair."""
+    leaves = jax.tree.leaves(params)
+    return [(leaves[pair.B], leaves[pair.A]) for pair in found]
 
-    ``directions`` holds those of the factors alone, in the order of the leaves.
-    """
-    if not found:
-        return {}, jnp.zeros([], jnp.int32)
+
+def _directions_of(
+    pairs: Sequence[_Factors], factor_directions: Any, found: Sequence[Pair]
+) -> list[_Factors]:
+    """Their directions, in their dtypes. ``factor_directions`` has leaves for factors alone."""
     indices = sorted(index for pair in found for index in (pair.B, pair.A))
-    direction_of = dict(zip(indices, directions, strict=True))
-    operands = [
-        (leaves[pair.B], leaves[pair.A], direction_of[pair.B], direction_of[pair.A])
-        for pair in found
+    by_index = dict(zip(indices, jax.tree.leaves(factor_directions), strict=True))
+    return [
+        (by_index[pair.B].astype(B.dtype), by_index[pair.A].astype(A.dtype))
+        for pair, (B, A) in zip(found, pairs, strict=True)
     ]
-    updates, fallbacks = jax.lax.cond(
-        exact,
-        lambda: _exact_step(operands, settings),
-        lambda: (_approximate_step(operands, settings), jnp.zeros([], jnp.int32)),
-    )
-    by_index = {
-        index: update
-        for pair, of_pair in zip(found, updates, strict=True)
-        for index, update in zip((pair.B, pair.A), of_pair, strict=True)
-    }
-    return by_index, fallbacks
 
 
-def _approximate_step(operands: list[_Operands], settings: _StepSettings) -> list[_Factors]:
-    """Equation 11: Adam's step on each factor, scaled."""
+def _factor_updates(
+    pairs: Sequence[_Factors], steps: Sequence[_Factors], exact: jax.Array, settings: _StepSettings
+) -> list[_Factors]:
+    """Updates of the factors: exact moves as they are, directions by equation 11."""
 
-    def update(p: jax.Array, direction: jax.Array, scale: Any) -> jax.Array:
-        step = direction + settings.weight_decay * p
-        return (-settings.rate * scale * step).astype(p.dtype)
+    def update(p: jax.Array, step: jax.Array, scale: Any) -> jax.Array:
+        approximate = -settings.rate * scale * (step + settings.weight_decay * p)
+        return jnp.where(exact, step, approximate.astype(p.dtype))
 
     updates = []
-    for B, A, dB, dA in operands:
+    for (B, A), (step_B, step_A) in zip(pairs, steps, strict=True):
         scale = _pair_lr_scale(B, A, settings.lr_scale)
-        updates.append((update(B, dB, scale), update(A, dA, scale)))
+        updates.append((update(B, step_B, scale), update(A, step_A, scale)))
     return updates
 
 
 def _exact_step(
-    operands: list[_Operands], settings: _StepSettings
+    pairs: Sequence[_Factors], directions: Sequence[_Factors], settings: _StepSettings
 ) -> tuple[list[_Factors], jax.Array]:
-    """Proposition 4 for all pairs, those of one shape in one batch.
+    """Moves of all pairs by Proposition 4, those of one shape in one batch; and the fallbacks.
 
     A model has few shapes and many pairs: batches compile once a shape, and keep a GPU busy with
     matrices that are small each.
     """
     groups: dict[Any, list[int]] = {}
-    for i, (B, A, _, _) in enumerate(operands):
+    for i, (B, A) in enumerate(pairs):
         groups.setdefault((B.shape[-2:], A.shape[-1], B.dtype, A.dtype), []).append(i)
-    updates: dict[int, _Factors] = {}
+    moves: dict[int, _Factors] = {}
     fallbacks = jnp.zeros([], jnp.int32)
     for members in groups.values():
         # Leading axes flattened, pairs behind one another: (pairs x layers, rows, columns).
         Bs, As, dBs, dAs = (
             jnp.concatenate([x.reshape(-1, *x.shape[-2:]) for x in side])
-            for side in zip(*(operands[i] for i in members), strict=True)
+            for side in zip(*(pairs[i] + directions[i] for i in members), strict=True)
         )
         B_new, A_new, fallen = counted_exact_update(
             Bs,
@@ -282,16 +299,16 @@ def _exact_step(
         fallbacks += fallen
         start = 0
         for i in members:
-            B, A = operands[i][:2]
+            B, A = pairs[i]
             stop = start + math.prod(B.shape[:-2])
             scale = _pair_lr_scale(B, A, settings.lr_scale)
             keep = 1 - settings.rate * scale * settings.weight_decay
-            updates[i] = (
+            moves[i] = (
                 (keep * B_new[start:stop].reshape(B.shape) - B).astype(B.dtype),
                 (keep * A_new[start:stop].reshape(A.shape) - A).astype(A.dtype),
             )
             start = stop
-    return [updates[i] for i in range(len(operands))], fallbacks
+    return [moves[i] for i in range(len(pairs))], fallbacks
 
 
 def _pair_lr_scale(B: jax.Array, A: jax.Array, lr_scale: float | None) -> Any:
@@ -299,9 +316,9 @@ def _pair_lr_scale(B: jax.Array, A: jax.Array, lr_scale: float | None) -> Any:
     return A.shape[-2] / min(B.shape[-2], A.shape[-1]) if lr_scale is None else lr_scale
 
 
-def _reset_where(refresh: jax.Array, state: Any) -> Any:
-    """Adam's state, zeroed where ``refresh`` is true. All of it starts at zero."""
-    return jax.tree.map(lambda leaf: jnp.where(refresh, jnp.zeros_like(leaf), leaf), state)
+def _select(first: jax.Array, one: Any, other: Any) -> Any:
+    """One of two states of the same structure."""
+    return jax.tree.map(lambda x, y: jnp.where(first, x, y), one, other)
 
 
 def _split(tree: Any, found: Sequence[Pair]) -> tuple[Any, Any]:
@@ -315,10 +332,13 @@ def _split(tree: Any, found: Sequence[Pair]) -> tuple[Any, Any]:
 
 
 def _join(
-    like: Any, found: Sequence[Pair], factor_updates: dict[int, jax.Array], others: list[jax.Array]
+    like: Any, found: Sequence[Pair], updates: Sequence[_Factors], others: Sequence[jax.Array]
 ) -> Any:
-    """Puts the updates of factors (by leaf index) and of other leaves (in order) together."""
+    """Puts the updates of the pairs and of the other leaves (in their order) together."""
     leaves, structure = jax.tree.flatten(like)
+    joined = dict(zip((pair.B for pair in found), (B for B, _ in updates), strict=True))
+    joined |= dict(zip((pair.A for pair in found), (A for _, A in updates), strict=True))
     rest = iter(others)
-    joined = [factor_updates[i] if i in factor_updates else next(rest) for i in range(len(leaves))]
-    return jax.tree.unflatten(structure, joined)
+    return jax.tree.unflatten(
+        structure, [joined[i] if i in joined else next(rest) for i in range(len(leaves))]
+    )

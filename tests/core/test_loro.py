@@ -80,19 +80,26 @@ def test_approximate_and_exact_steps_follow_the_rules(x64):
 
 @pytest.mark.parametrize("refresh", ["all", "factors", None])
 def test_refresh_zeroes_whose_state_it_names(refresh):
+    """Behind the exact third step, the fourth begins anew for those named."""
     params, loss = problem()
     tx = loro(0.05, exact_every=3, refresh=refresh)
-    _, before, _ = run(tx, params, loss, 2)
-    moments = jax.tree.leaves((before.factors, before.regular))
-    assert all(np.any(np.asarray(leaf) != 0) for leaf in moments)
-    _, after, _ = run(tx, params, loss, 3)
-    for state, zeroed in (
-        (after.factors, refresh in ("all", "factors")),
-        (after.regular, refresh == "all"),
+    moved, after_third, _ = run(tx, params, loss, 3)
+    grads = jax.grad(loss)(moved)
+    _, after_fourth = tx.update(grads, after_third, moved)
+    for state, refreshed, gradient, mu in (
+        (
+            after_fourth.factors,
+            refresh in ("all", "factors"),
+            grads["one"].B,
+            after_fourth.factors.mu["one"].B,
+        ),
+        (after_fourth.regular, refresh == "all", grads["bias"], after_fourth.regular.mu["bias"]),
     ):
-        for leaf in jax.tree.leaves(state):
-            assert (not np.any(np.asarray(leaf))) == zeroed
-    assert int(after.count) == 3
+        assert int(state.count) == (1 if refreshed else 4)
+        assert np.allclose(mu, 0.1 * gradient, rtol=1e-5) == refreshed
+    assert int(after_fourth.count) == 4
+    assert bool(after_third.stale)
+    assert not bool(after_fourth.stale)
 
 
 def test_exact_every_none_is_plain_scaled_adam():

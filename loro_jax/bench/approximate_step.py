@@ -1,0 +1,104 @@
+"""Time and memory of LORO's approximate step beside ``optax.adamw`` on the same leaves.
+
+Both update and apply in one compiled call with donated buffers, as a training step does. The leaves
+are those of a LLaMA of the paper: stacked factors, embedding and head.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from loro_jax.bench.exact_step import MODELS, layer_shapes
+from loro_jax.bench.timing import environment, print_table, time_in_turns, write_json
+from loro_jax.loro import loro
+
+LAYERS = {"60m": 8, "130m": 12, "1b": 24}
+VOCABULARY = 32_000
+
+
+def make_leaves(model: str) -> Any:
+    """Parameters with the shapes of a whole model: stacked pairs, embedding and head."""
+    keys = iter(jax.random.split(jax.random.key(0), 20))
+    hidden = MODELS[model][0]
+
+    def normal(*shape: int) -> jax.Array:
+        return 0.02 * jax.random.normal(next(keys), shape)
+
+    layers = LAYERS[model]
+    pairs = [
+        {"B": normal(layers, m, r), "A": normal(layers, r, n)} for m, n, r in layer_shapes(model)
+    ]
+    return {
+        "pairs": pairs,
+        "embedding": normal(VOCABULARY, hidden),
+        "head": normal(VOCABULARY, hidden),
+    }
+
+
+def candidate(tx: optax.GradientTransformation, model: str) -> tuple[Callable[[], Any], int]:
+    """A function that takes a step in place, and the bytes of temporaries that it needs."""
+    params = make_leaves(model)
+    state = tx.init(params)
+    grads = jax.tree.map(lambda x: x + 0.01, params)
+
+    def step(params: Any, state: Any, grads: Any) -> tuple[Any, Any]:
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, grads).compile()
+    held = [params, state]
+
+    def run() -> Any:
+        held[:] = compiled(*held, grads)
+        return held
+
+    memory: Any = compiled.memory_analysis()
+    return run, int(memory.temp_size_in_bytes)
+
+
+def _rate(step: jax.typing.ArrayLike) -> jax.Array:
+    return jnp.float32(1e-3)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Runs the benchmark; see ``--help``."""
+    parser = argparse.ArgumentParser(
+        prog="python -m loro_jax.bench approximate_step", description=__doc__
+    )
+    parser.add_argument("--models", default="60m", help="comma-separated: 60m, 130m, 1b")
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--json", help="write the results to this file, too")
+    options = parser.parse_args(arguments)
+    rows = []
+    for model in options.models.split(","):
+        if model not in MODELS:
+            parser.error(f"--models: unknown model {model!r}; expected {', '.join(MODELS)}")
+        candidates = {
+            "adamw": candidate(optax.adamw(_rate, weight_decay=0.01), model),
+            "loro": candidate(loro(_rate, exact_every=10**9, weight_decay=0.01), model),
+            "loro, never exact": candidate(loro(_rate, exact_every=None, weight_decay=0.01), model),
+        }
+        seconds = time_in_turns(
+            {name: run for name, (run, _) in candidates.items()}, options.rounds
+        )
+        for name, (_, temporary) in candidates.items():
+            rows.append(
+                {
+                    "model": model,
+                    "optimizer": name,
+                    "ms": 1e3 * seconds[name],
+                    "time / adamw": seconds[name] / seconds["adamw"],
+                    "temporaries MB": temporary / 1e6,
+                }
+            )
+    print(environment())
+    print_table(rows)
+    if options.json:
+        command = "python -m loro_jax.bench approximate_step " + " ".join(arguments)
+        write_json(options.json, rows, command)
