@@ -29,8 +29,9 @@ import optax
 from loro_jax.adam import scale_by_uncorrected_adam
 from loro_jax.manifold import check_method, counted_exact_update
 from loro_jax.pairs import Pair, PairsSpec, describe_leaves, find_pairs
+from loro_jax.transport import transport_moments
 
-REFRESH_CHOICES = ("all", "factors", None)
+REFRESH_CHOICES = ("all", "factors", "transport", None)
 
 
 class LoroState(NamedTuple):
@@ -83,7 +84,8 @@ def loro(
         exact_every: K. Step t, counted from 0, is exact when ``(t + 1) % K == 0``. None: never.
         refresh: whose Adam state to zero behind an exact step, when the next step begins: "all"
             leaves', the "factors"', or None. A ``regular`` transformation of your own keeps its
-            state in any case.
+            state in any case. "transport" keeps all state, and carries the factors' moments into
+            their new basis (:mod:`loro_jax.transport`); it needs the Adam of this library.
         lr_scale: factor on the learning rate of approximate steps; None: ``r / min(m, n)`` of each
             pair. The authors' code uses ``r / hidden_size``, the same thing in a LLaMA.
         b1: decay of Adam's first moment.
@@ -133,6 +135,10 @@ def loro(
     if refresh not in REFRESH_CHOICES:
         raise ValueError(f"loro: refresh must be one of {REFRESH_CHOICES}, but is {refresh!r}.")
     check_method(exact_method, "loro")
+    if refresh == "transport" and direction is not None:
+        raise ValueError(
+            'loro: refresh="transport" carries Adam\'s moments; it takes no direction.'
+        )
     if direction is None:
         direction = scale_by_uncorrected_adam(b1, b2, eps, mu_dtype)
     directed = optax.with_extra_args_support(direction)
@@ -175,7 +181,7 @@ def loro(
         settings = _StepSettings(rate, lr_scale, weight_decay, exact_method, max_move)
 
         factor_state, regular_state = state.factors, state.regular
-        if refresh is not None:
+        if refresh in ("all", "factors"):
             factor_state = _select(state.stale, directed.init(factors), factor_state)
         if refresh == "all" and own_regular is None:
             regular_state = _select(state.stale, directed.init(others), regular_state)
@@ -197,6 +203,8 @@ def loro(
                 jax.lax.optimization_barrier(steps),
             )
         updates = _factor_updates(pairs_of_params, steps, exact, settings)
+        if refresh == "transport" and found and exact_every is not None:
+            factor_state = _transported(exact, factor_state, pairs_of_params, steps, found)
 
         if own_regular is None:
             other_directions, regular_state = directed.update(
@@ -314,6 +322,34 @@ def _exact_step(
 def _pair_lr_scale(B: jax.Array, A: jax.Array, lr_scale: float | None) -> Any:
     """The approximate step's factor: r / min(m, n) unless fixed by the user (equation 11)."""
     return A.shape[-2] / min(B.shape[-2], A.shape[-1]) if lr_scale is None else lr_scale
+
+
+def _transported(
+    exact: jax.Array,
+    state: Any,
+    pairs: Sequence[_Factors],
+    moves: Sequence[_Factors],
+    found: Sequence[Pair],
+) -> Any:
+    """Adam's state of the factors, its moments carried into the new basis on exact steps."""
+    structure = jax.tree.structure(state.mu)
+    # Each pair's two places among the leaves of the state, which has leaves for factors alone.
+    indices = sorted(index for pair in found for index in (pair.B, pair.A))
+    places = [(indices.index(pair.B), indices.index(pair.A)) for pair in found]
+
+    def transport(moments: tuple[list[jax.Array], list[jax.Array]]) -> Any:
+        mu, nu = list(moments[0]), list(moments[1])
+        for (b, a), (B, A), (move_B, move_A) in zip(places, pairs, moves, strict=True):
+            (mu[b], mu[a]), (nu[b], nu[a]) = transport_moments(
+                (B, A), (B + move_B, A + move_A), (mu[b], mu[a]), (nu[b], nu[a])
+            )
+        return mu, nu
+
+    moments = (jax.tree.leaves(state.mu), jax.tree.leaves(state.nu))
+    mu, nu = jax.lax.cond(exact, transport, lambda moments: moments, moments)
+    return state._replace(
+        mu=jax.tree.unflatten(structure, mu), nu=jax.tree.unflatten(structure, nu)
+    )
 
 
 def _select(first: jax.Array, one: Any, other: Any) -> Any:

@@ -35,7 +35,7 @@ from loro_jax.retractions import gram_step_or_reference, svd_step
 Array = jax.Array
 
 
-class _Tangent(NamedTuple):
+class Tangent(NamedTuple):
     """A tangent vector at W = Q_B R_B R_A^T Q_A^T, in blocks of width r.
 
     It stands for ``Q_B core Q_A^T + out_perp Q_A^T + Q_B in_perp``.
@@ -50,7 +50,7 @@ class _Tangent(NamedTuple):
     in_perp: Array  # r x n, orthogonal to Q_A
 
 
-def _tangent_projection(B: Array, A: Array, g_B: Array, g_A: Array) -> _Tangent:
+def tangent_projection(B: Array, A: Array, g_B: Array, g_A: Array) -> Tangent:
     """Proposition 3 in blocks. The core is taken from g_A alone, as in the authors' code.
 
     For true gradients the core can be had from either factor (``R_B^{-T} g_A Q_A`` equals
@@ -61,7 +61,7 @@ def _tangent_projection(B: Array, A: Array, g_B: Array, g_A: Array) -> _Tangent:
     left = solve_triangular(R_B, g_A, trans="T")  # Q_B^T G, r x n
     right = solve_triangular(R_A, g_B.T, trans="T").T  # G Q_A, m x r
     core = left @ Q_A
-    return _Tangent(Q_B, R_B, Q_A, R_A, core, right - Q_B @ (Q_B.T @ right), left - core @ Q_A.T)
+    return Tangent(Q_B, R_B, Q_A, R_A, core, right - Q_B @ (Q_B.T @ right), left - core @ Q_A.T)
 
 
 METHODS = ("gram", "svd")
@@ -187,7 +187,7 @@ def riemannian_gradient(B: Array, A: Array, gB: Array, gA: Array) -> Array:
     dtype = at_least_float32(jnp.promote_types(B.dtype, A.dtype))
 
     def assemble(B: Array, A: Array, gB: Array, gA: Array) -> Array:
-        t = _tangent_projection(B, A, gB, gA)
+        t = tangent_projection(B, A, gB, gA)
         return (t.Q_B @ t.core + t.out_perp) @ t.Q_A.T + t.Q_B @ t.in_perp
 
     return one_by_one(assemble, B.ndim - 2)(*(x.astype(dtype) for x in (B, A, gB, gA)))

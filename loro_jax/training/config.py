@@ -8,6 +8,7 @@ import math
 from typing import Any
 
 from loro_jax.loro import REFRESH_CHOICES
+from loro_jax.manifold import METHODS as METHODS_OF_EXACT_STEP
 from loro_jax.training.errors import TrainingError
 from models.llama import LlamaConfig
 
@@ -80,7 +81,10 @@ class Config:
         final_lr_ratio: last learning rate over the peak.
         restart_warmup_steps: re-warm-up after each exact step; 0: none.
         exact_every: K; step t, from 0, is exact when ``(t + 1) % K == 0``.
-        refresh: whose Adam state an exact step zeroes: "all", "factors" or "none".
+        refresh: whose Adam state an exact step zeroes: "all", "factors" or "none"; "transport"
+            carries the factors' moments into their new basis instead.
+        max_move: trust region of the exact step, over the norm of the product; 0: none.
+        exact_method: "gram" (fast) or "svd" (the reference).
         lr_scale: factor on the approximate step's learning rate; None: r / min(m, n).
         b1: decay of Adam's first moment.
         b2: decay of Adam's second moment.
@@ -110,6 +114,8 @@ class Config:
     restart_warmup_steps: int = 5
     exact_every: int = 500
     refresh: str = "all"
+    max_move: float = 0.0
+    exact_method: str = "gram"
     lr_scale: float | None = None
     b1: float = 0.9
     b2: float = 0.999
@@ -141,7 +147,13 @@ class Config:
             "keep_checkpoints",
         ):
             self._require(name, getattr(self, name) >= 1, "at least 1")
-        for name in ("warmup_steps", "restart_warmup_steps", "weight_decay", "clip_norm"):
+        for name in (
+            "warmup_steps",
+            "restart_warmup_steps",
+            "weight_decay",
+            "clip_norm",
+            "max_move",
+        ):
             self._require(name, getattr(self, name) >= 0, "at least 0")
         self._require(
             "warmup_steps", self.warmup_steps <= self.steps, f"at most steps = {self.steps}"
@@ -154,8 +166,11 @@ class Config:
             self._require(name, 0 <= getattr(self, name) <= 1, "between 0 and 1")
         if self.refresh_choice not in REFRESH_CHOICES:
             raise TrainingError(
-                _expected("refresh", 'one of "all", "factors", "none"', self.refresh)
+                _expected("refresh", 'one of "all", "factors", "transport", "none"', self.refresh)
             )
+        if self.exact_method not in METHODS_OF_EXACT_STEP:
+            expected = f"one of {', '.join(METHODS_OF_EXACT_STEP)}"
+            raise TrainingError(_expected("exact_method", expected, self.exact_method))
         if self.lr_scale is not None:
             self._require("lr_scale", self.lr_scale > 0, "above 0")
         if self.batch_size % self.gradient_accumulation:

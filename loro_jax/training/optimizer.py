@@ -42,5 +42,7 @@ def make_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
         b2=config.b2,
         eps=config.eps,
         weight_decay=config.weight_decay,
+        max_move=config.max_move if is_loro and config.max_move > 0 else None,
+        exact_method=config.exact_method,
         require_pairs=config.method != "full",
     )

@@ -1,0 +1,58 @@
+"""The benchmarks run, and compare like with like; their times are nobody's assertion."""
+
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from loro_jax import exact_update
+from loro_jax.bench import __main__ as bench
+from loro_jax.bench import approximate_step, exact_step
+
+TINY = {"tiny": (32, 48, 8)}
+
+
+@pytest.fixture
+def tiny(monkeypatch):
+    monkeypatch.setattr(exact_step, "MODELS", TINY)
+    monkeypatch.setattr(approximate_step, "MODELS", TINY)
+    monkeypatch.setattr(approximate_step, "LAYERS", {"tiny": 2})
+    monkeypatch.setattr(approximate_step, "VOCABULARY", 64)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("exact_step", {"model", "pairs", "gram ms", "svd ms", "naive jax / gram"}),
+        ("approximate_step", {"model", "optimizer", "ms", "time / adamw", "temporaries MB"}),
+    ],
+)
+def test_a_benchmark_prints_a_table_and_writes_json(tiny, tmp_path, capsys, name, expected):
+    path = tmp_path / "result.json"
+    bench.main([name, "--models=tiny", "--rounds=1", f"--json={path}"])
+    assert "| model" in capsys.readouterr().out
+    result = json.loads(path.read_text())
+    assert expected <= set(result["rows"][0])
+    assert {"device", "date", "jax"} <= set(result["environment"])
+    assert result["command"].startswith(f"python -m loro_jax.bench {name}")
+
+
+def test_the_transcription_computes_what_ours_does():
+    for B, A, dB, dA in exact_step.make_pairs([(40, 32, 8), (32, 40, 8)]):
+        ours = exact_update(jnp.array(B), jnp.array(A), dB, dA, exact_step.RATE)
+        theirs = jax.jit(exact_step.naive_jax)(B, A, dB, dA)
+        np.testing.assert_allclose(ours[0] @ ours[1], theirs[0] @ theirs[1], atol=1e-4)
+
+
+@pytest.mark.parametrize("arguments", [[], ["nothing"]])
+def test_unknown_benchmarks_are_named(arguments):
+    with pytest.raises(SystemExit, match="approximate_step,exact_step"):
+        bench.main(arguments)
+
+
+def test_unknown_models_are_named(tiny, capsys):
+    with pytest.raises(SystemExit):
+        bench.main(["exact_step", "--models=61m"])
+    assert "unknown model '61m'" in capsys.readouterr().err
