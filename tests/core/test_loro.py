@@ -234,7 +234,7 @@ MANY_SHAPES = """
         """
         step = jax.jit(step, donate_argnums=(0, 1))
         state = tx.init(params)
-        for _ in range(60):
+        for _ in range(30):
             params, state = step(params, state)
         """,
         # A batch of optimizers: vmap must not turn into batched LAPACK calls either.
@@ -243,7 +243,7 @@ MANY_SHAPES = """
         state = jax.vmap(tx.init)(ensemble)
         step = jax.jit(jax.vmap(step), donate_argnums=(0, 1))
         params = ensemble
-        for _ in range(10):
+        for _ in range(6):
             params, state = step(params, state)
         """,
     ],

