@@ -66,18 +66,34 @@ def scale_by_uncorrected_adam(
 
     def update(grads: Any, state: AdamState, params: Any = None) -> tuple[Any, AdamState]:
         del params
-        count = optax.safe_increment(state.count)
-        mu = jax.tree.map(lambda g, m: b1 * m + (1 - b1) * g, grads, state.mu)
-        nu = jax.tree.map(lambda g, v: b2 * v + (1 - b2) * jnp.square(g), grads, state.nu)
-        correction = jnp.sqrt(_one_minus_power(b2, count)) / _one_minus_power(b1, count)
-        direction = jax.tree.map(
-            lambda m, v, g: (correction * m / (jnp.sqrt(v) + eps)).astype(g.dtype), mu, nu, grads
-        )
-        mu = jax.tree.map(lambda new, old: new.astype(old.dtype), mu, state.mu)
-        nu = jax.tree.map(lambda new, old: new.astype(old.dtype), nu, state.nu)
-        return direction, AdamState(count, mu, nu)
+        moments = adam_moments(grads, state, b1, b2)
+        directions = adam_direction(moments, b1, b2, eps)
+        directions = jax.tree.map(lambda d, g: d.astype(g.dtype), directions, grads)
+        return directions, jax.tree.map(lambda new, old: new.astype(old.dtype), moments, state)
 
     return optax.GradientTransformation(init, update)
+
+
+def adam_moments(
+    grads: Any, state: AdamState, b1: jax.typing.ArrayLike, b2: jax.typing.ArrayLike
+) -> AdamState:
+    """The state after one more gradient, in the dtypes that the arithmetic gives."""
+    return AdamState(
+        optax.safe_increment(state.count),
+        jax.tree.map(lambda g, m: b1 * m + (1 - b1) * g, grads, state.mu),
+        jax.tree.map(lambda g, v: b2 * v + (1 - b2) * jnp.square(g), grads, state.nu),
+    )
+
+
+def adam_direction(
+    state: AdamState,
+    b1: jax.typing.ArrayLike,
+    b2: jax.typing.ArrayLike,
+    eps: jax.typing.ArrayLike,
+) -> Any:
+    """The direction that the moments stand for."""
+    correction = jnp.sqrt(_one_minus_power(b2, state.count)) / _one_minus_power(b1, state.count)
+    return jax.tree.map(lambda m, v: correction * m / (jnp.sqrt(v) + eps), state.mu, state.nu)
 
 
 def _one_minus_power(decay: jax.typing.ArrayLike, count: jax.Array) -> jax.Array:

@@ -10,7 +10,7 @@ the thin QR decompositions B = Q_B R_B and A^T = Q_A R_A:
 * Retraction: the rank-r truncated SVD of ``W - lr grad``. That matrix has rank at most 2r and
   lives in the column spaces of ``[Q_B, Q_B']`` and ``[Q_A, Q_A']``, where ``Q_B'`` spans what
   ``G Q_A`` has outside Q_B, and ``Q_A'`` likewise; so the SVD is one of a 2r x 2r core
-  (Proposition 4). :mod:`loro_jax.retractions` has two ways to compute it.
+  (Proposition 4). :mod:`loro_jax.retractions` has three ways to compute it.
 
 Algorithm 2 as printed in the paper has slips (``-lr R_b`` for ``-lr R_b'``, ``[Q_b, Q_b]`` for
 ``[Q_b, Q_b']``, A where its transpose is factorised, the full SVD where its leading r triplets are
@@ -30,7 +30,7 @@ from jax.scipy.linalg import solve_triangular
 
 from loro_jax.batching import at_least_float32, one_by_one
 from loro_jax.lowrank import check_factors
-from loro_jax.retractions import gram_step_or_reference, svd_step
+from loro_jax.retractions import StepSize, check_method, retract
 
 Array = jax.Array
 
@@ -64,9 +64,6 @@ def tangent_projection(B: Array, A: Array, g_B: Array, g_A: Array) -> Tangent:
     return Tangent(Q_B, R_B, Q_A, R_A, core, right - Q_B @ (Q_B.T @ right), left - core @ Q_A.T)
 
 
-METHODS = ("gram", "svd")
-
-
 def exact_update(
     B: Array,
     A: Array,
@@ -74,8 +71,9 @@ def exact_update(
     dA: Array,
     learning_rate: jax.typing.ArrayLike,
     *,
-    method: str = "gram",
+    method: str = "graph",
     max_move: jax.typing.ArrayLike | None = None,
+    damping: jax.typing.ArrayLike | None = None,
 ) -> tuple[Array, Array]:
     """Exact Riemannian step of one pair or a batch of pairs (Proposition 4).
 
@@ -91,11 +89,14 @@ def exact_update(
         dB: gradient (or direction) of B, same shape as B.
         dA: gradient (or direction) of A, same shape as A.
         learning_rate: step size, a scalar.
-        method: "gram" (fast; pairs that it can't do accurately fall back to the other by
-            themselves) or "svd" (the reference); see :mod:`loro_jax.retractions`.
+        method: "graph", "gram" or "svd", from fast to always right; pairs that one can't do
+            accurately go on to the next by themselves. See :mod:`loro_jax.retractions`.
         max_move: trust region. The step is cut so that ``learning_rate |grad| <= max_move |W|`` in
             Frobenius norms; W then moves by at most ``2 max_move |W|``, because the retraction at
             most doubles the distance. None: no bound, as in the paper.
+        damping: d >= 0. The gradient's ``(B^T B)^{-1}`` and ``(A A^T)^{-1}`` become
+            ``(B^T B + d |B|^2 / r I)^{-1}`` and likewise for A: steps along small singular values
+            are shortened, others hardly. None: none, as in the paper.
 
     Returns:
         B' and A', same shapes and dtypes as B and A. Computed in float32, or wider if the
@@ -114,47 +115,27 @@ def exact_update(
         >>> bool(jnp.allclose(B_new.T @ B_new, A_new @ A_new.T, atol=1e-4))
         True
     """
-    step = counted_exact_update(
-        B, A, dB, dA, learning_rate, method=method, max_move=max_move, where="exact_update"
-    )
-    return step[:2]
+    size = StepSize(learning_rate, max_move, damping)
+    return counted_exact_update(B, A, dB, dA, size, method=method, where="exact_update")[:2]
 
 
 def counted_exact_update(
-    B: Array,
-    A: Array,
-    dB: Array,
-    dA: Array,
-    learning_rate: jax.typing.ArrayLike,
-    *,
-    method: str,
-    max_move: jax.typing.ArrayLike | None,
-    where: str,
+    B: Array, A: Array, dB: Array, dA: Array, size: StepSize, *, method: str, where: str
 ) -> tuple[Array, Array, Array]:
-    """:func:`exact_update`, and how many pairs of the batch fell back to the reference (int32)."""
+    """:func:`exact_update`, and how many pairs of the batch the method could not do (int32)."""
     _check_directions(B, A, dB, dA, where)
     check_method(method, where)
     dtype = at_least_float32(jnp.promote_types(B.dtype, A.dtype))
     batch_shape = B.shape[:-2]
     # One batch axis, of length one where there is none.
     Bs, As, dBs, dAs = (x.reshape(-1, *x.shape[-2:]).astype(dtype) for x in (B, A, dB, dA))
-    pairs = Bs.shape[:1]
-    rate = jnp.broadcast_to(jnp.asarray(learning_rate, dtype), pairs)
-    bound = jnp.inf if max_move is None else max_move
-    bound = jnp.broadcast_to(jnp.asarray(bound, dtype), pairs)
-    retract = gram_step_or_reference if method == "gram" else one_by_one(svd_step, 1)
-    step = retract(Bs, As, dBs, dAs, rate, bound)
+    sizes = jax.tree.map(lambda x: jnp.broadcast_to(jnp.asarray(x, dtype), Bs.shape[:1]), size)
+    step = retract(method, Bs, As, dBs, dAs, sizes)
     return (
         step.B.reshape(*batch_shape, *B.shape[-2:]).astype(B.dtype),
         step.A.reshape(*batch_shape, *A.shape[-2:]).astype(A.dtype),
         jnp.sum(~step.ok, dtype=jnp.int32),
     )
-
-
-def check_method(method: str, where: str) -> None:
-    """Raises ValueError unless ``method`` names an exact step."""
-    if method not in METHODS:
-        raise ValueError(f"{where}: the method must be one of {METHODS}, but is {method!r}.")
 
 
 def riemannian_gradient(B: Array, A: Array, gB: Array, gA: Array) -> Array:

@@ -6,7 +6,6 @@ are those of a LLaMA of the paper: stacked factors, embedding and head.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from loro_jax.bench.exact_step import MODELS, layer_shapes
-from loro_jax.bench.timing import environment, print_table, time_in_turns, write_json
+from loro_jax.bench.timing import make_parser, parse_options, report, time_in_turns
 from loro_jax.loro import loro
 
 LAYERS = {"60m": 8, "130m": 12, "1b": 24}
@@ -68,17 +67,10 @@ def _rate(step: jax.typing.ArrayLike) -> jax.Array:
 
 def main(arguments: Sequence[str]) -> None:
     """Runs the benchmark; see ``--help``."""
-    parser = argparse.ArgumentParser(
-        prog="python -m loro_jax.bench approximate_step", description=__doc__
-    )
-    parser.add_argument("--models", default="60m", help="comma-separated: 60m, 130m, 1b")
-    parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--json", help="write the results to this file, too")
-    options = parser.parse_args(arguments)
+    parser = make_parser("approximate_step", __doc__, "60m", rounds=15)
+    options = parse_options(parser, arguments, MODELS)
     rows = []
-    for model in options.models.split(","):
-        if model not in MODELS:
-            parser.error(f"--models: unknown model {model!r}; expected {', '.join(MODELS)}")
+    for model in options.models:
         candidates = {
             "adamw": candidate(optax.adamw(_rate, weight_decay=0.01), model),
             "loro": candidate(loro(_rate, exact_every=10**9, weight_decay=0.01), model),
@@ -97,8 +89,4 @@ def main(arguments: Sequence[str]) -> None:
                     "temporaries MB": temporary / 1e6,
                 }
             )
-    print(environment())
-    print_table(rows)
-    if options.json:
-        command = "python -m loro_jax.bench approximate_step " + " ".join(arguments)
-        write_json(options.json, rows, command)
+    report(rows, options)

@@ -7,7 +7,6 @@ gradients add, and the SVD of the 2r x 2r core, in float32, one pair after the o
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -15,8 +14,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from loro_jax.bench.timing import environment, print_table, time_in_turns, write_json
+from loro_jax.bench.timing import make_parser, parse_options, report, time_in_turns
 from loro_jax.manifold import exact_update
+from loro_jax.retractions import METHODS
 
 # Hidden size, intermediate size and rank of the paper's models.
 MODELS = {"60m": (512, 1376, 128), "130m": (768, 2048, 256), "1b": (2048, 5461, 512)}
@@ -128,24 +128,16 @@ def _one_by_one(pairs: list[Pair]) -> Callable[[], Any]:
 
 def main(arguments: Sequence[str]) -> None:
     """Runs the benchmark; see ``--help``."""
-    parser = argparse.ArgumentParser(
-        prog="python -m loro_jax.bench exact_step", description=__doc__
-    )
-    parser.add_argument("--models", default="60m,130m,1b", help="comma-separated: 60m, 130m, 1b")
+    parser = make_parser("exact_step", __doc__, "60m,130m,1b", rounds=5)
     parser.add_argument("--layers", type=int, default=1, help="layers whose pairs take the step")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--json", help="write the results to this file, too")
-    options = parser.parse_args(arguments)
+    options = parse_options(parser, arguments, MODELS)
     rows = []
-    for model in options.models.split(","):
-        if model not in MODELS:
-            parser.error(f"--models: unknown model {model!r}; expected {', '.join(MODELS)}")
+    for model in options.models:
         pairs = make_pairs(layer_shapes(model) * options.layers)
         candidates: dict[str, Callable[[], Any]] = {
-            "gram": _grouped(pairs, "gram"),
-            "svd": _grouped(pairs, "svd"),
-            "naive jax": _one_by_one(pairs),
+            method: _grouped(pairs, method) for method in METHODS
         }
+        candidates["naive jax"] = _one_by_one(pairs)
         in_torch = _torch_candidate(pairs)
         if in_torch is not None:
             candidates["pytorch"] = in_torch
@@ -153,10 +145,6 @@ def main(arguments: Sequence[str]) -> None:
         row: dict[str, Any] = {"model": model, "pairs": len(pairs)}
         row |= {f"{name} ms": 1e3 * value for name, value in seconds.items()}
         for other in list(seconds)[1:]:
-            row[f"{other} / gram"] = seconds[other] / seconds["gram"]
+            row[f"{other} / {METHODS[0]}"] = seconds[other] / seconds[METHODS[0]]
         rows.append(row)
-    print(environment())
-    print_table(rows)
-    if options.json:
-        command = "python -m loro_jax.bench exact_step " + " ".join(arguments)
-        write_json(options.json, rows, command)
+    report(rows, options)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import argparse
 import json
+import pathlib
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -61,11 +63,35 @@ def print_table(rows: list[dict[str, Any]]) -> None:
         print("| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |")
 
 
-def write_json(path: str, rows: list[dict[str, Any]], command: str) -> None:
-    """Writes rows with the environment and the command that made them."""
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump({"command": command, "environment": environment(), "rows": rows}, file, indent=2)
-        file.write("\n")
+def make_parser(name: str, doc: str | None, models: str, rounds: int) -> argparse.ArgumentParser:
+    """The options that all benchmarks of models have."""
+    parser = argparse.ArgumentParser(prog=f"python -m loro_jax.bench {name}", description=doc)
+    parser.add_argument("--models", default=models, help=f"comma-separated, default {models}")
+    parser.add_argument("--rounds", type=int, default=rounds)
+    parser.add_argument("--json", help="write the results to this file, too")
+    return parser
+
+
+def parse_options(
+    parser: argparse.ArgumentParser, arguments: Sequence[str], known: Iterable[str]
+) -> argparse.Namespace:
+    """The options, with ``models`` as a list of known names."""
+    options = parser.parse_args(arguments)
+    options.command = " ".join([parser.prog, *arguments])
+    options.models = options.models.split(",")
+    for model in options.models:
+        if model not in known:
+            parser.error(f"--models: unknown model {model!r}; expected {', '.join(known)}")
+    return options
+
+
+def report(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
+    """Prints the rows, and writes them with the environment and the command that made them."""
+    print(environment())
+    print_table(rows)
+    if options.json:
+        result = {"command": options.command, "environment": environment(), "rows": rows}
+        pathlib.Path(options.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 
 def _format(value: Any) -> str:

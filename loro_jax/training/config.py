@@ -7,8 +7,8 @@ import json
 import math
 from typing import Any
 
-from loro_jax.loro import REFRESH_CHOICES
-from loro_jax.manifold import METHODS as METHODS_OF_EXACT_STEP
+from loro_jax.descent import REFRESH_CHOICES
+from loro_jax.retractions import METHODS as METHODS_OF_EXACT_STEP
 from loro_jax.training.errors import TrainingError
 from models.llama import LlamaConfig
 
@@ -84,7 +84,9 @@ class Config:
         refresh: whose Adam state an exact step zeroes: "all", "factors" or "none"; "transport"
             carries the factors' moments into their new basis instead.
         max_move: trust region of the exact step, over the norm of the product; 0: none.
-        exact_method: "gram" (fast) or "svd" (the reference).
+        damping: of the inverses in the exact step, over the mean square of the factor's singular
+            values; 0: none.
+        exact_method: "graph" (the fastest), "gram" or "svd" (the reference).
         lr_scale: factor on the approximate step's learning rate; None: r / min(m, n).
         b1: decay of Adam's first moment.
         b2: decay of Adam's second moment.
@@ -115,7 +117,8 @@ class Config:
     exact_every: int = 500
     refresh: str = "all"
     max_move: float = 0.0
-    exact_method: str = "gram"
+    damping: float = 0.0
+    exact_method: str = "graph"
     lr_scale: float | None = None
     b1: float = 0.9
     b2: float = 0.999
@@ -153,6 +156,7 @@ class Config:
             "weight_decay",
             "clip_norm",
             "max_move",
+            "damping",
         ):
             self._require(name, getattr(self, name) >= 0, "at least 0")
         self._require(

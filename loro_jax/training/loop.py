@@ -109,7 +109,7 @@ class _Run:
             corpus, config.batch_size // config.gradient_accumulation
         )
         self._program: Program
-        self._program, abstract_state = compile_program(make_program(config), devices)
+        self._program, abstract_state = compile_program(make_program(config, devices), devices)
         notes: list[str] = []
         self._checkpoints = Checkpoints(
             self._path / "checkpoints", config.keep_checkpoints, notes.append

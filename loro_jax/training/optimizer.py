@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import jax
 import optax
 
 from loro_jax.loro import loro
@@ -23,8 +24,10 @@ def make_schedule(config: Config) -> optax.Schedule:
     return with_restarts(schedule, config.exact_every, config.restart_warmup_steps)
 
 
-def make_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
-    """The optimizer of a run's method.
+def make_optimizer(
+    config: Config, mesh: jax.sharding.Mesh | None = None
+) -> optax.GradientTransformationExtraArgs:
+    """The optimizer of a run's method, its exact steps shared by the devices of a mesh.
 
     * loro: exact step every ``exact_every`` steps, refresh, scaled approximate steps;
     * lowrank: Adam on the factors as on all other leaves;
@@ -42,7 +45,9 @@ def make_optimizer(config: Config) -> optax.GradientTransformationExtraArgs:
         b2=config.b2,
         eps=config.eps,
         weight_decay=config.weight_decay,
-        max_move=config.max_move if is_loro and config.max_move > 0 else None,
+        max_move=config.max_move if config.max_move > 0 else None,
+        damping=config.damping if config.damping > 0 else None,
         exact_method=config.exact_method,
         require_pairs=config.method != "full",
+        mesh=mesh,
     )

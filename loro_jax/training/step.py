@@ -12,6 +12,7 @@ import optax
 from flax import nnx
 
 from loro_jax.training.config import Config
+from loro_jax.training.mesh import batch_sharding, replicated, tree_shardings
 from loro_jax.training.optimizer import make_optimizer, make_schedule
 from models.llama import Llama
 from models.loss import Batch, next_token_loss
@@ -47,17 +48,18 @@ class Program(NamedTuple):
     eval_step: Callable[[Any, Batch], tuple[Array, Array]]
 
 
-def make_program(config: Config) -> Program:
+def make_program(config: Config, mesh: jax.sharding.Mesh | None = None) -> Program:
     """Builds the functions of a run; nothing is computed yet.
 
     Args:
         config: a validated config.
+        mesh: the devices that will share the exact steps.
 
     Returns:
         The functions, to be compiled by the caller (see :func:`compile_program`).
     """
     model_config = config.model_config
-    optimizer = make_optimizer(config)
+    optimizer = make_optimizer(config, mesh)
     schedule = make_schedule(config)
     abstract_model = nnx.eval_shape(lambda: Llama(model_config, nnx.Rngs(config.seed)))
     graphdef = nnx.graphdef(abstract_model)
@@ -129,8 +131,6 @@ def compile_program(program: Program, mesh: jax.sharding.Mesh) -> tuple[Program,
     Returns:
         The jitted functions and the abstract state (shapes, dtypes, shardings) for a restore.
     """
-    from loro_jax.training.mesh import batch_sharding, replicated, tree_shardings
-
     abstract = jax.eval_shape(program.init)
     shardings = tree_shardings(mesh, abstract)
     everywhere = replicated(mesh)

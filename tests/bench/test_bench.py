@@ -25,7 +25,7 @@ def tiny(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("exact_step", {"model", "pairs", "gram ms", "svd ms", "naive jax / gram"}),
+        ("exact_step", {"model", "pairs", "graph ms", "svd ms", "naive jax / graph"}),
         ("approximate_step", {"model", "optimizer", "ms", "time / adamw", "temporaries MB"}),
     ],
 )

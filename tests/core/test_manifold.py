@@ -36,7 +36,7 @@ def test_riemannian_gradient_is_the_tangent_projection(x64, m, n, r):
     np.testing.assert_allclose(gradient, tangent_projection(B @ A, r, G), atol=1e-11)
 
 
-@pytest.mark.parametrize("method", ["gram", "svd"])
+@pytest.mark.parametrize("method", ["graph", "gram", "svd"])
 @pytest.mark.parametrize(("m", "n", "r"), SHAPES)
 def test_exact_update_is_the_truncated_svd(x64, m, n, r, method):
     B, A, G = random_pair(m, n, r)

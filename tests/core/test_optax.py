@@ -180,6 +180,7 @@ def test_injected_hyperparameters_equal_direct_ones(tree):
         "eps": 1e-5,
         "weight_decay": 0.1,
         "max_move": 0.05,
+        "damping": 0.1,
     }
     factory = functools.partial(loro, require_pairs=False)
     direct = factory(**settings)

@@ -74,7 +74,7 @@ def weight_errors(kept):
     return errors
 
 
-@pytest.mark.parametrize("method", ["gram", "svd"])
+@pytest.mark.parametrize("method", ["graph", "gram", "svd"])
 def test_every_loss_and_every_weight_of_the_recording(method):
     losses, kept = replay(exact_method=method)
     np.testing.assert_allclose(losses, RECORD["losses"], atol=1e-5, rtol=0)

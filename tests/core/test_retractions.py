@@ -5,13 +5,15 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 from loro_jax import LowRank, exact_update, loro
 from loro_jax.manifold import counted_exact_update
+from loro_jax.retractions import METHODS, StepSize, retract
 
 # Error of W beyond the best rank-r approximation, over |W - lr grad|.
-TOLERANCE = {"svd": 2e-5, "gram": 4e-5}
+TOLERANCE = {"svd": 2e-5, "gram": 4e-5, "graph": 4e-5}
 RATE = 0.01
 
 # Tall, wide and square; rank one, below half, above half, and full.
@@ -60,12 +62,12 @@ def target(B, A, dB, dA):
 def compiled(method):
     return jax.jit(
         lambda *arguments: counted_exact_update(
-            *arguments, RATE, method=method, max_move=None, where="test"
+            *arguments, StepSize(RATE), method=method, where="test"
         )
     )
 
 
-@pytest.mark.parametrize("method", ["svd", "gram"])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize("kind", ["geometric", "repeated", "deficient B", "deficient A"])
 def test_float32_error_beyond_the_best_approximation(method, shape, kind):
@@ -84,26 +86,45 @@ def test_float32_error_beyond_the_best_approximation(method, shape, kind):
             assert error <= TOLERANCE[method] * np.linalg.norm(T), (condition, gradient)
 
 
-def test_the_fast_method_is_fast_where_it_can_and_says_where_it_can_not():
+@pytest.mark.parametrize("method", ["graph", "gram"])
+def test_fast_methods_are_fast_where_they_can_and_say_where_they_can_not(method):
     rng = np.random.default_rng(0)
     for condition, expected in ((3, 0), (1e4, 1)):
         arguments = make_pair(rng, (96, 64, 16), "geometric", condition, 1e-3)
-        *_, fallbacks = compiled("gram")(*arguments)
+        *_, fallbacks = compiled(method)(*arguments)
         assert int(fallbacks) == expected
 
 
-def test_a_batch_falls_back_pair_by_pair():
+@pytest.mark.parametrize("method", ["graph", "gram"])
+def test_a_batch_falls_back_pair_by_pair(method):
     rng = np.random.default_rng(0)
     pairs = [
         make_pair(rng, (96, 64, 16), "geometric", condition, 1e-3) for condition in (3, 1e5, 2)
     ]
     batch = [np.stack(side) for side in zip(*pairs, strict=True)]
-    B, A, fallbacks = compiled("gram")(*batch)
+    B, A, fallbacks = compiled(method)(*batch)
     assert int(fallbacks) == 1
     for i, arguments in enumerate(pairs):
         T, s = target(*arguments)
         W = np.asarray(B[i], np.float64) @ np.asarray(A[i], np.float64)
         error = np.linalg.norm(W - T) - np.sqrt(np.sum(s[16:] ** 2))
+        assert error <= 4e-5 * np.linalg.norm(T)
+
+
+def test_batches_of_other_platforms_fall_back_as_a_whole(monkeypatch):
+    """On GPU and TPU a batch stays one. Run eagerly: batched LAPACK calls may block each other."""
+    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, default, **_: default(*args))
+    rng = np.random.default_rng(0)
+    pairs = [make_pair(rng, (40, 24, 8), "geometric", condition, 1e-3) for condition in (3, 1e5)]
+    batch = [jnp.array(np.stack(side)) for side in zip(*pairs, strict=True)]
+    with jax.disable_jit():
+        size = StepSize(jnp.full(2, RATE, jnp.float32))
+        B, A, ok = retract("graph", *batch, size)
+    assert ok.tolist() == [True, False]
+    for i, arguments in enumerate(pairs):
+        T, s = target(*arguments)
+        W = np.asarray(B[i], np.float64) @ np.asarray(A[i], np.float64)
+        error = np.linalg.norm(W - T) - np.sqrt(np.sum(s[8:] ** 2))
         assert error <= 4e-5 * np.linalg.norm(T)
 
 
@@ -125,7 +146,7 @@ def test_fallbacks_are_counted_in_the_state():
     assert int(state.fallbacks) == 0
 
 
-@pytest.mark.parametrize("method", ["svd", "gram"])
+@pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("condition", [1e2, 1e3])
 def test_the_trust_region_bounds_the_move(method, condition):
     """Without it, Adam-sized directions move an ill-conditioned product by more than its norm."""
@@ -144,7 +165,7 @@ def test_the_trust_region_bounds_the_move(method, condition):
     np.testing.assert_allclose(move(1e9), move(None), rtol=1e-4)
 
 
-@pytest.mark.parametrize("method", ["svd", "gram"])
+@pytest.mark.parametrize("method", METHODS)
 def test_the_trust_region_leaves_small_steps_alone(method):
     rng = np.random.default_rng(0)
     arguments = make_pair(rng, (96, 64, 16), "geometric", 10, 1e-3)
@@ -152,6 +173,81 @@ def test_the_trust_region_leaves_small_steps_alone(method):
     bound = exact_update(*arguments, RATE, method=method, max_move=0.5)
     for one, other in zip(free, bound, strict=True):
         np.testing.assert_array_equal(one, other)
+
+
+def damped_move(B, A, dB, dA, damping):
+    """``lr grad`` in float64, with the inverses of ``B^T B + mu I`` and ``A A^T + mu I``."""
+    B, A, dB, dA = (np.asarray(x, np.float64) for x in (B, A, dB, dA))
+    r = B.shape[1]
+
+    def inverse(gram):
+        return np.linalg.inv(gram + damping * np.trace(gram) / r * np.eye(r))
+
+    Q_B, Q_A = np.linalg.qr(B)[0], np.linalg.qr(A.T)[0]
+    left, right = B @ inverse(B.T @ B) @ dA, dB @ inverse(A @ A.T) @ A
+    return RATE * (left + right - Q_B @ (Q_B.T @ right) @ (Q_A @ Q_A.T))
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("condition", [3, 1e2, 1e3])
+def test_damping_is_of_the_inverses(method, condition):
+    rng = np.random.default_rng(0)
+    B, A, dB, dA = make_pair(rng, (96, 64, 16), "geometric", condition, 1.0)
+    dB, dA = np.sign(dB), np.sign(dA)
+    T = np.asarray(B, np.float64) @ A - damped_move(B, A, dB, dA, 0.1)
+    s = np.linalg.svd(T, compute_uv=False)
+    new = exact_update(B, A, dB, dA, RATE, method=method, damping=jnp.float32(0.1))
+    excess = np.linalg.norm(LowRank(*new).product() - T) - np.sqrt(np.sum(s[16:] ** 2))
+    assert excess <= 4e-5 * np.linalg.norm(T)
+
+
+@pytest.mark.parametrize("condition", [1e2, 1e3])
+def test_damping_bounds_the_move_where_the_undamped_one_exceeds_the_product(condition):
+    rng = np.random.default_rng(0)
+    B, A, dB, dA = make_pair(rng, (96, 64, 16), "geometric", condition, 1.0)
+    dB, dA = np.sign(dB), np.sign(dA)
+
+    def move(damping):
+        new = exact_update(B, A, dB, dA, RATE, damping=damping)
+        return np.linalg.norm(LowRank(*new).product() - B @ A)
+
+    assert move(None) > np.linalg.norm(B @ A)
+    # x / (x^2 + mu) is at most 1 / (2 sqrt(mu)), and the retraction at most doubles the step.
+    for damping in (0.01, 0.1, 1.0):
+        roots = [np.sqrt(damping / 16) * np.linalg.norm(X) for X in (B, A)]
+        bound = RATE * (np.linalg.norm(dA) / (2 * roots[0]) + np.linalg.norm(dB) / (2 * roots[1]))
+        assert move(damping) <= 2 * bound
+    assert move(1.0) < 0.2 * move(None)
+
+
+def test_damping_and_trust_region_follow_schedules_and_injected_values():
+    rng = np.random.default_rng(0)
+    B, A, dB, dA = make_pair(rng, (40, 24, 8), "geometric", 1e2, 1.0)
+    params, grads = LowRank(B, A), LowRank(np.sign(dB), np.sign(dA))
+    fixed = {"learning_rate": RATE, "exact_every": 1, "direction": optax.identity()}
+
+    def second_update(tx):
+        state = tx.init(params)
+        for _ in range(2):
+            updates, state = tx.update(grads, state, params)
+        return updates
+
+    for name in ("damping", "max_move"):
+        expected = second_update(loro(**fixed, **{name: 0.2}))
+        stepped = loro(**fixed, **{name: lambda step: 0.1 * (step + 1)})
+        factory = functools.partial(loro, direction=optax.identity())
+        injected = optax.inject_hyperparams(factory)(
+            learning_rate=RATE, exact_every=1, **{name: 0.2}
+        )
+        for tx in (stepped, injected):
+            found = second_update(tx)
+            np.testing.assert_allclose(found.product(), expected.product(), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["damping", "max_move"])
+def test_negative_bounds_are_named(name):
+    with pytest.raises(ValueError, match=f"{name} must not be negative, but is -0.1"):
+        loro(0.1, **{name: -0.1})
 
 
 def test_unknown_methods_are_named():

@@ -114,6 +114,14 @@ def test_batches_are_transported_pair_by_pair(x64):
             np.testing.assert_allclose(found[i], expected, atol=1e-10)
 
 
-def test_transport_needs_the_librarys_adam():
-    with pytest.raises(ValueError, match="takes no direction"):
-        loro(0.1, refresh="transport", direction=optax.identity())
+def test_transport_needs_moments(x64):
+    params, loss = problem(SIGNS[0])
+    with pytest.raises(
+        ValueError, match=r"needs a direction whose state has mu and nu.* EmptyState"
+    ):
+        loro(0.1, refresh="transport", direction=optax.identity()).init(params)
+    tx = loro(0.1, refresh="transport", exact_every=1, direction=optax.scale_by_adam())
+    _, state = tx.update(jax.grad(loss)(params), tx.init(params), params)
+    own = loro(0.1, refresh="transport", exact_every=1, eps=1e-8)
+    _, expected = own.update(jax.grad(loss)(params), own.init(params), params)
+    np.testing.assert_allclose(state.factors.mu["pair"].B, expected.factors.mu["pair"].B, rtol=1e-3)

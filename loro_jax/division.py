@@ -1,0 +1,211 @@
+"""Work on all pairs of a tree: batched by shape, and divided among the devices of a mesh.
+
+An exact step needs each pair whole, and each costs the same; so several devices take some pairs
+each. Factors may lie on the mesh in any way. Those of one shape travel like this:
+
+1. every factor is split along its long axis over all devices (from any sharding this is a slice or
+   an all-to-all), and they are stacked;
+2. one all-to-all turns "a strip of every pair" into "some whole pairs" on each device;
+3. each device works on its own pairs;
+4. one all-to-all turns them into strips again, and each factor goes back to where it lay.
+
+No device ever holds more than its share of the pairs, and nothing is gathered but, at the very end
+and factor by factor, the copies of those that are replicated. A shape whose axes no number of
+devices divides is gathered at step 1; pairs that do not fill the last round are padded by trivial
+ones.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+Array = jax.Array
+
+# (B, and what has its shape), (A, and what has its shape).
+PairArrays = tuple[tuple[Array, ...], tuple[Array, ...]]
+BatchStep = Callable[[tuple[Array, ...], tuple[Array, ...]], tuple[Any, Any, Array]]
+
+
+def map_pairs(
+    step: BatchStep, pairs: Sequence[PairArrays], mesh: Any | None = None
+) -> tuple[list[PairArrays], Array]:
+    """Applies a function of a batch of pairs to many pairs, those of one shape together.
+
+    A model has few shapes and many pairs: batches compile once a shape, and keep a GPU busy with
+    matrices that are small each.
+
+    Args:
+        step: takes arrays (N, m, r) for the output side and (N, r, n) for the input side; returns
+            two tuples of such arrays, and a count (int32 scalar).
+        pairs: for each pair, arrays (..., m, r) and (..., r, n), the same number of each for all.
+        mesh: divides the work among its devices; None: the mesh that the arrays' types name, or
+            that ``jax.set_mesh`` has set; no division where there is none.
+
+    Returns:
+        For each pair what the function returned, with the leading axes of the pair, and the sum of
+        the counts.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> B, A = jnp.ones((4, 2)), jnp.ones((3, 2, 5))
+        >>> pairs = [((B,), (A[0],)), ((jnp.stack([B, B]),), (A[1:],))]
+        >>> double = lambda outs, ins: ((2 * outs[0],), ins, jnp.int32(len(outs[0])))
+        >>> results, count = map_pairs(double, pairs)
+        >>> [result[0][0].shape for result in results], int(count)
+        ([(4, 2), (2, 4, 2)], 3)
+    """
+    division = _division([array for pair in pairs for side in pair for array in side], mesh)
+    groups: dict[Any, list[int]] = {}
+    for i, pair in enumerate(pairs):
+        groups.setdefault(_shapes(pair), []).append(i)
+    results: dict[int, PairArrays] = {}
+    total = jnp.zeros([], jnp.int32)
+    for members in groups.values():
+        arrays = [pairs[i] for i in members]
+        whole = _run_here if division is None else division.run
+        outcomes, count = whole(step, arrays)
+        results |= dict(zip(members, outcomes, strict=True))
+        total += count
+    return [results[i] for i in range(len(pairs))], total
+
+
+def _shapes(pair: PairArrays) -> Any:
+    return tuple(tuple((x.shape[-2:], x.dtype) for x in side) for side in pair)
+
+
+def _run_here(step: BatchStep, pairs: Sequence[PairArrays]) -> tuple[list[PairArrays], Array]:
+    stacked = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *(_flat(p) for p in pairs))
+    outs, ins, count = step(*stacked)
+    return _unstack((outs, ins), pairs), count
+
+
+def _flat(pair: PairArrays) -> PairArrays:
+    """Leading axes as one, of length one where there is none."""
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[-2:]), pair)
+
+
+def _unstack(stacked: PairArrays, pairs: Sequence[PairArrays]) -> list[PairArrays]:
+    results, start = [], 0
+    for outs, _ in pairs:
+        batch = outs[0].shape[:-2]
+        stop = start + math.prod(batch)
+        results.append(
+            jax.tree.map(
+                lambda x, a=start, z=stop, batch=batch: x[a:z].reshape(*batch, *x.shape[1:]),
+                stacked,
+            )
+        )
+        start = stop
+    return results
+
+
+# ------------------------------------------------------------------------------ over devices
+
+
+def _division(arrays: Sequence[Array], mesh: Any | None) -> _Division | None:
+    """How to divide work on these arrays, or None where there is nothing to divide it among."""
+    if mesh is None:
+        meshes = [jax.typeof(x).sharding.mesh for x in arrays]
+        named = [mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types]
+        mesh = named[0] if named else jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return None
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    explicit = AxisType.Explicit in kinds.values()
+    kind = AxisType.Explicit if explicit else AxisType.Auto
+    # The last axes of a mesh are those that parameters are usually split over. With them first,
+    # what is split over these and copied over the others is already near its place.
+    axes = tuple(name for name in reversed(mesh.axis_names) if kinds[name] == kind)
+    division = _Division(mesh, axes, explicit)
+    return division if division.ways > 1 else None
+
+
+class _Division(NamedTuple):
+    """The axes of a mesh that work is divided over."""
+
+    mesh: Any
+    axes: tuple[str, ...]
+    explicit: bool
+
+    @property
+    def ways(self) -> int:
+        """The number of shares."""
+        return math.prod(self.mesh.shape[axis] for axis in self.axes)
+
+    def put(self, x: Array, spec: PartitionSpec) -> Array:
+        """The array laid out by a spec."""
+        sharding = NamedSharding(self.mesh, spec)
+        if self.explicit:
+            return jax.sharding.reshard(x, sharding)
+        return jax.lax.with_sharding_constraint(x, sharding)
+
+    def strips(self, x: Array, long_axis: int) -> Array:
+        """The array split over all devices along its long axis, or the other if that can't be."""
+        spec: list[Any] = [None] * x.ndim
+        for axis in (long_axis, -3 - long_axis):
+            if x.shape[axis] % self.ways == 0:
+                spec[axis] = self.axes
+                break
+        return self.put(x, PartitionSpec(*spec))
+
+    def all_strips(self, pair: PairArrays) -> PairArrays:
+        """Strips of output sides (..., m, r) along m, and of input sides (..., r, n) along n."""
+        outs, ins = pair
+        return tuple(self.strips(x, -2) for x in outs), tuple(self.strips(x, -1) for x in ins)
+
+    def home(self, x: Array, long_axis: int, like: Array) -> Array:
+        """A strip laid out as another array is.
+
+        Where that leaves axes of the mesh unused, strips are first copied along these: in one go
+        XLA would gather the whole array.
+        """
+        spec = jax.typeof(like).sharding.spec
+        used = jax.tree.leaves(tuple(spec))
+        fewer = self._replace(axes=tuple(axis for axis in self.axes if axis in used))
+        if 0 < len(fewer.axes) < len(self.axes):
+            x = fewer.strips(x, long_axis)
+        return self.put(x, spec)
+
+    def run(self, step: BatchStep, pairs: Sequence[PairArrays]) -> tuple[list[PairArrays], Array]:
+        """What :func:`_run_here` does, by all devices together."""
+        flat = [_flat(self.all_strips(pair)) for pair in pairs]
+        stacked = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *flat)
+        missing = -len(stacked[0][0]) % self.ways
+
+        def share(x: Array) -> Array:
+            trivial = jnp.broadcast_to(
+                jnp.eye(x.shape[1], x.shape[2], dtype=x.dtype), (missing, *x.shape[1:])
+            )
+            if self.explicit:
+                trivial = jax.sharding.reshard(trivial, jax.typeof(x).sharding)
+            return self.put(jnp.concatenate([x, trivial]), PartitionSpec(self.axes))
+
+        def work(shares: PairArrays) -> tuple[PairArrays, Array]:
+            outs, ins, count = step(*shares)
+            return (outs, ins), jax.lax.psum(count, self.axes)
+
+        divided = jax.shard_map(
+            work,
+            mesh=self.mesh,
+            in_specs=PartitionSpec(self.axes),
+            out_specs=(PartitionSpec(self.axes), PartitionSpec()),
+            axis_names=set(self.axes),
+            check_vma=False,
+        )
+        done, count = divided(jax.tree.map(share, stacked))
+        results = _unstack(self.all_strips(done), pairs)
+        if self.explicit:
+            results = [
+                (
+                    tuple(self.home(x, -2, like_out) for x in outs),
+                    tuple(self.home(x, -1, like_in) for x in ins),
+                )
+                for (outs, ins), ((like_out, *_), (like_in, *_)) in zip(results, pairs, strict=True)
+            ]
+        return results, count

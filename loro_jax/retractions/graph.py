@@ -1,0 +1,157 @@
+"""The exact step of one pair by the graph of its new column space: the default.
+
+The step moves ``W = Q_b^T L_b^T L_a Q_a`` (rows of Q_b, Q_a orthonormal, r x m and r x n) to
+``T = Q_b^T S Q_a + Q_b^T z + c^T Q_a``: S is r x r, z (r x n) is orthogonal to Q_a and c (r x m) to
+Q_b. When the step is not larger than the smallest singular value of W, T has r large singular
+values and r small ones, of second order in the step; and the space of its r leading left singular
+vectors is close to Q_b's. So that space is the graph of a small X (r x r): the columns of
+``Q_b^T + c^T X``.
+
+* Subspace iteration with ``T T^T`` in terms of X reads ``X <- N^T (S N^T + z z^T)^{-1}`` with
+  ``N = S + X^T c c^T``. From X = 0 it gives ``X_1 = S^T K`` with ``K = (S S^T + z z^T)^{-1}``, and
+  with this one inverse its fixed point is also that of ``X <- X_1 + (I - X S) c c^T X K``: four
+  small products a round. The smaller the dropped singular values are beside the kept ones, the
+  faster it converges.
+* With ``G = I + X^T c c^T X = L L^T`` the new product is ``(Q_b^T + c^T X) G^{-1} (N Q_a + z)``,
+  and the eigenvectors of the r x r matrix ``L^{-1} (N N^T + z z^T) L^{-T}`` give balanced factors.
+  They only choose a basis: their rounding errors cancel in the product.
+
+All of S, ``z z^T`` and ``c c^T`` come from three r x r products of tall matrices on each side, and
+the new factors are linear combinations of B and dB, and of A and dA: ten tall products of 2 r^2 m
+flops in all for a square W. No orthonormal basis of tall size is formed. The price is that the
+condition number of the factors is squared (``B^T B`` is inverted by Cholesky), so the method says
+whether it can be trusted.
+
+Source: subspaces as graphs over an estimate, which solve a Riccati equation, are from Demmel,
+"Three methods for refining estimates of invariant subspaces", Computing 38, 1987; this iteration
+and its use for the retraction are ours.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from loro_jax.retractions.step import (
+    ExactStep,
+    StepSize,
+    cholesky_with_inverse,
+    damped_inverse,
+    limited_rate,
+    matmul,
+)
+
+Array = jax.Array
+
+# Largest norm |L^{-1}| (Frobenius, of a factor with its columns scaled to length one) that one
+# Cholesky pass is trusted with, over its least possible value sqrt(r).
+LARGEST_INVERSE = 8.0
+
+# Largest error of W, over eps |T|, that the iteration may leave by its own estimate.
+LARGEST_REMAINDER = 8.0
+
+# Most rounds of the iteration; in training one is enough.
+MOST_ITERATIONS = 8
+
+# Smallest kept singular value, over the largest: ``S S^T`` is inverted, too.
+SMALLEST_KEPT = 5e-3
+
+
+def graph_step(B: Array, A: Array, dB: Array, dA: Array, size: StepSize) -> ExactStep:
+    """Exact step of one pair; arguments as for ``svd_step``. Check ``ok`` before use.
+
+    All tall matrices are kept transposed, (r x m): products that contract the long axis are several
+    times faster on CPU when it is the last one in memory.
+    """
+    r = A.shape[0]
+    # The barrier keeps XLA from folding the transposition back into the products.
+    B_t, dB_t = jax.lax.optimization_barrier((B.T, dB.T))
+    out, inp = cholesky_with_inverse(matmul(B_t, B_t.T)), cholesky_with_inverse(matmul(A, A.T))
+    # What takes a factor's gradient to the side's piece of the full one: Q_b G = to_left dA and
+    # Q_a G^T = to_right dB_t.
+    to_left = damped_inverse(out.L, out.inverse, size.damping)
+    to_right = damped_inverse(inp.L, inp.inverse, size.damping)
+    core = matmul(matmul(to_left, matmul(dA, A.T)), inp.inverse.T)  # Q_b G Q_a^T
+    inner = matmul(matmul(to_right, matmul(dB_t, B_t.T)), out.inverse.T)  # the same by way of dB
+    zz = matmul(matmul(to_left, matmul(dA, dA.T)), to_left.T) - matmul(core, core.T)
+    cc = matmul(matmul(to_right, matmul(dB_t, dB_t.T)), to_right.T) - matmul(inner, inner.T)
+    W_core = matmul(out.L.T, inp.L)
+    grad_norm = jnp.sqrt(jnp.maximum(jnp.sum(core**2) + jnp.trace(zz) + jnp.trace(cc), 0))
+    W_norm = jnp.linalg.norm(W_core)
+    rate = limited_rate(size, grad_norm, W_norm)
+    S, zz, cc = W_core - rate * core, rate**2 * zz, rate**2 * cc
+
+    graph = _graph_of_leading_space(S, zz, cc)
+    X_t = graph.X.T
+    # The product by an orthonormal basis of the new column space, and its singular values.
+    whiten = cholesky_with_inverse(jnp.eye(r, dtype=S.dtype) + matmul(X_t, graph.overlap)).inverse
+    N = S + graph.overlap.T
+    squares = matmul(matmul(whiten, matmul(N, N.T) + zz), whiten.T)
+    eigenvalues, U = jnp.linalg.eigh(squares, symmetrize_input=False)
+    s = jnp.sqrt(jnp.maximum(eigenvalues, 0))
+    root = jnp.sqrt(s)[:, None]
+    basis = matmul(U.T, whiten)
+    left, right = root * basis, basis / root
+
+    # Q_b + X^T c and N Q_a + z, in terms of B, dB, A and dA.
+    along = rate * matmul(left, X_t)
+    B_new_t = matmul(matmul(left + matmul(along, inner), out.inverse), B_t)
+    B_new_t -= matmul(matmul(along, to_right), dB_t)
+    A_new = matmul(matmul(matmul(right, N + rate * core), inp.inverse), A)
+    A_new -= matmul(rate * matmul(right, to_left), dA)
+
+    inverse_norm = jnp.maximum(out.scaled_inverse_norm, inp.scaled_inverse_norm)
+    ok = (
+        (inverse_norm < LARGEST_INVERSE * r**0.5)
+        & (rate * grad_norm < W_norm)
+        & (s[0] > SMALLEST_KEPT * s[-1])
+        & graph.converged
+        & jnp.all(jnp.isfinite(B_new_t))
+        & jnp.all(jnp.isfinite(A_new))
+    )
+    return ExactStep(B_new_t.T, A_new, ok)
+
+
+class _Graph(NamedTuple):
+    """The leading left space of T as a graph over Q_b."""
+
+    X: Array
+    overlap: Array  # c c^T X
+    converged: Array  # by an estimate of the error of W that the iteration has left
+
+
+def _graph_of_leading_space(S: Array, zz: Array, cc: Array) -> _Graph:
+    """The fixed point of ``X <- X_1 + (I - X S) c c^T X K`` from X_1; see the module."""
+    inverse = cholesky_with_inverse(matmul(S, S.T) + zz).inverse
+    K = matmul(inverse.T, inverse)
+    X_1 = matmul(S.T, K)
+    # X as a whole moves W by about |c|, so a relative change of X moves it by that much of |c|.
+    c_norm = jnp.sqrt(jnp.maximum(jnp.trace(cc), 0))
+    tiny = jnp.finfo(S.dtype).tiny
+    relative = c_norm / jnp.maximum(jnp.linalg.norm(X_1), tiny)
+    enough = LARGEST_REMAINDER * jnp.finfo(S.dtype).eps * jnp.sqrt(jnp.sum(S**2) + jnp.trace(zz))
+
+    def again(last: _Iterate) -> _Iterate:
+        cc_X = matmul(cc, last.X)
+        X = X_1 + matmul(cc_X - matmul(last.X, matmul(S, cc_X)), K)
+        change = jnp.linalg.norm(X - last.X)
+        # The changes shrink by a factor that differs from direction to direction. The slowest may
+        # be one of r, so its factor is at most sqrt(r) times the ratio of the norms.
+        ratio = S.shape[0] ** 0.5 * change / jnp.maximum(last.change, tiny)
+        return _Iterate(last.round + 1, X, change, relative * change * jnp.minimum(ratio, 1.0))
+
+    first = _Iterate(jnp.int32(0), X_1, jnp.linalg.norm(X_1), c_norm)
+    # Where it meets no numbers, no comparison holds and it stops.
+    final = jax.lax.while_loop(
+        lambda last: (last.remainder > enough) & (last.round < MOST_ITERATIONS), again, first
+    )
+    return _Graph(final.X, matmul(cc, final.X), final.remainder <= enough)
+
+
+class _Iterate(NamedTuple):
+    round: Array
+    X: Array
+    change: Array
+    remainder: Array

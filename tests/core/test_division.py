@@ -1,0 +1,70 @@
+"""Exact steps shared by eight simulated devices, from every layout of the factors."""
+
+import json
+import os
+import subprocess
+import sys
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from loro_jax.division import _division
+from tests.conftest import ROOT
+
+# Entries of the largest leaf, the B of eight layers.
+SCANNED_FACTOR = 8 * 64 * 16
+
+
+@pytest.fixture(scope="module", params=["explicit", "auto"])
+def seen(request):
+    """What happened on a mesh of one axis or two, by mesh and layout."""
+    options = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
+    flags = {"XLA_FLAGS": options, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-W", "error", "-m", "tests.core.eight_devices", request.param]
+    done = subprocess.run(
+        command,
+        env={**os.environ, **flags},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    return {(row["mesh"], row["layout"]): row for row in rows}
+
+
+def test_updates_are_those_of_one_device(seen):
+    assert len(seen) == 9
+    for where, row in seen.items():
+        assert row["error"] < 1e-5, where
+
+
+def test_factors_and_state_lie_as_they_did(seen):
+    for where, row in seen.items():
+        assert row["state_lies_as_the_factors"], where
+        assert row["factors_lie_as_before"], where
+
+
+def test_split_factors_are_never_gathered(seen):
+    """Those that are replicated are put together one after the other; nothing else is."""
+    for layout in ("rows", "columns", "rank"):
+        assert seen["line", layout]["largest_gather"] == 0, layout
+    for where, row in seen.items():
+        assert row["largest_gather"] <= SCANNED_FACTOR, where
+        assert row["full_size"] == 0, f"{where}: a full-size W"
+
+
+def test_each_pair_is_factored_once_in_the_whole_mesh(seen):
+    for mesh in ("line", "square"):
+        row = seen[mesh, "mixed"]
+        assert row["factored"] == [1] * row["pairs"]
+        # Eight devices in rounds of one pair each: the last round is filled up.
+        assert row["in_all"] == 16
+
+
+def test_one_device_divides_nothing():
+    assert _division([jnp.ones((4, 2))], None) is None
+    assert _division([], jax.make_mesh((1,), ("x",))) is None
