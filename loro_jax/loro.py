@@ -101,15 +101,16 @@ def loro(
         >>> bool(loss(optax.apply_updates(params, updates)) < loss(params))
         True
 
-        Many steps in one compiled loop, re-warmed after each exact step:
+        Many steps in one compiled loop, re-warmed after each exact step. The best W has rank one
+        here, of two: without damping, steps along the vanishing singular value explode.
 
-        >>> tx = loro(with_restarts(lambda step: 0.05, every=10), exact_every=10)
+        >>> tx = loro(with_restarts(lambda step: 0.05, every=10), exact_every=10, damping=0.1)
         >>> def step(carry, _):
         ...     params, state = carry
         ...     updates, state = tx.update(jax.grad(loss)(params), state, params)
         ...     return (optax.apply_updates(params, updates), state), loss(params)
         >>> _, losses = jax.lax.scan(step, (params, tx.init(params)), length=100)
-        >>> bool(losses[-1] < 0.1 * losses[0])
+        >>> bool(losses[-1] < 0.01 * losses[0])
         True
 
         Another optimizer for some leaves:

@@ -39,12 +39,12 @@ from loro_jax.retractions.step import (
 
 Array = jax.Array
 
-# Smallest kept singular value, over the largest, that the fast method is trusted with: its error
+# Smallest kept singular value, over the largest, that this method is trusted with: its error
 # in W is about eps / SMALLEST_KEPT, 2e-5 in float32 (measured: up to 1.3 times that).
 SMALLEST_KEPT = 6e-3
 
 # Largest norm |R^{-1}| (Frobenius, of a factor with its columns scaled to length one) that the
-# fast method is trusted with. The error of R^{-T} g_A grows with it; on full-rank squares, where
+# method is trusted with. The error of R^{-T} g_A grows with it; on full-rank squares, where
 # nothing of it cancels, the error of W stays below 2e-7 |R^{-1}| in float32.
 LARGEST_INVERSE = 200.0
 

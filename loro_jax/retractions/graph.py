@@ -60,23 +60,17 @@ SMALLEST_KEPT = 5e-3
 
 
 def graph_step(B: Array, A: Array, dB: Array, dA: Array, size: StepSize) -> ExactStep:
-    """Exact step of one pair; arguments as for ``svd_step``. Check ``ok`` before use.
-
-    All tall matrices are kept transposed, (r x m): products that contract the long axis are several
-    times faster on CPU when it is the last one in memory.
-    """
+    """Exact step of one pair; arguments as for ``svd_step``. Check ``ok`` before use."""
     r = A.shape[0]
-    # The barrier keeps XLA from folding the transposition back into the products.
-    B_t, dB_t = jax.lax.optimization_barrier((B.T, dB.T))
-    out, inp = cholesky_with_inverse(matmul(B_t, B_t.T)), cholesky_with_inverse(matmul(A, A.T))
+    out, inp = cholesky_with_inverse(matmul(B.T, B)), cholesky_with_inverse(matmul(A, A.T))
     # What takes a factor's gradient to the side's piece of the full one: Q_b G = to_left dA and
-    # Q_a G^T = to_right dB_t.
+    # Q_a G^T = to_right dB^T.
     to_left = damped_inverse(out.L, out.inverse, size.damping)
     to_right = damped_inverse(inp.L, inp.inverse, size.damping)
     core = matmul(matmul(to_left, matmul(dA, A.T)), inp.inverse.T)  # Q_b G Q_a^T
-    inner = matmul(matmul(to_right, matmul(dB_t, B_t.T)), out.inverse.T)  # the same by way of dB
+    inner = matmul(matmul(to_right, matmul(dB.T, B)), out.inverse.T)  # the same by way of dB
     zz = matmul(matmul(to_left, matmul(dA, dA.T)), to_left.T) - matmul(core, core.T)
-    cc = matmul(matmul(to_right, matmul(dB_t, dB_t.T)), to_right.T) - matmul(inner, inner.T)
+    cc = matmul(matmul(to_right, matmul(dB.T, dB)), to_right.T) - matmul(inner, inner.T)
     W_core = matmul(out.L.T, inp.L)
     grad_norm = jnp.sqrt(jnp.maximum(jnp.sum(core**2) + jnp.trace(zz) + jnp.trace(cc), 0))
     W_norm = jnp.linalg.norm(W_core)
@@ -97,8 +91,8 @@ def graph_step(B: Array, A: Array, dB: Array, dA: Array, size: StepSize) -> Exac
 
     # Q_b + X^T c and N Q_a + z, in terms of B, dB, A and dA.
     along = rate * matmul(left, X_t)
-    B_new_t = matmul(matmul(left + matmul(along, inner), out.inverse), B_t)
-    B_new_t -= matmul(matmul(along, to_right), dB_t)
+    B_new = matmul(B, matmul(left + matmul(along, inner), out.inverse).T)
+    B_new -= matmul(dB, matmul(along, to_right).T)
     A_new = matmul(matmul(matmul(right, N + rate * core), inp.inverse), A)
     A_new -= matmul(rate * matmul(right, to_left), dA)
 
@@ -108,10 +102,8 @@ def graph_step(B: Array, A: Array, dB: Array, dA: Array, size: StepSize) -> Exac
         & (rate * grad_norm < W_norm)
         & (s[0] > SMALLEST_KEPT * s[-1])
         & graph.converged
-        & jnp.all(jnp.isfinite(B_new_t))
-        & jnp.all(jnp.isfinite(A_new))
     )
-    return ExactStep(B_new_t.T, A_new, ok)
+    return ExactStep(B_new, A_new, ok)
 
 
 class _Graph(NamedTuple):

@@ -1,5 +1,6 @@
 """The transformation as a whole: rules, states, compilation, and no hanging."""
 
+import re
 import subprocess
 import sys
 import textwrap
@@ -119,6 +120,22 @@ def test_one_compilation_and_steady_state_shapes():
     assert jax.tree.structure(state) == jax.tree.structure(after)
     for old, new in zip(jax.tree.leaves(state), jax.tree.leaves(after), strict=True):
         assert (old.shape, old.dtype) == (new.shape, new.dtype)
+
+
+def test_the_approximate_step_copies_no_factor_past_the_branch():
+    """Moments, factors and what becomes a move keep their buffers from one step to the next."""
+    params = {"w": LowRank(jnp.ones((96, 16)), jnp.ones((16, 80)))}
+    tx = loro(0.05, exact_every=1000)
+
+    def step(params, state, grads):
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    arguments = (params, tx.init(params), params)
+    compiled = jax.jit(step, donate_argnums=(0, 1)).lower(*arguments).compile()
+    entry = compiled.as_text().partition("ENTRY")[2]
+    assert " conditional(" in entry
+    assert not re.findall(r"f32\[(96,16|16,80)\]\S* copy\(", entry)
 
 
 def test_a_schedule_is_read_at_the_step_from_zero():

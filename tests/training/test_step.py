@@ -62,6 +62,20 @@ def test_the_step_compiles_once_and_donates_its_state():
     assert int(state.step) == int(state.opt_state.count) == 4
 
 
+def test_exact_steps_need_no_memory_beyond_that_of_the_gradients():
+    """Their temporaries take the place of activations, which are gone by then."""
+
+    def temporaries(method):
+        model = dataclasses.replace(BASE.model, max_sequence_length=64)
+        config = dataclasses.replace(BASE, sequence_length=64, method=method, model=model)
+        program, state = compile_program(make_program(config), make_mesh(config.mesh))
+        ids = jax.ShapeDtypeStruct((8, 64), jnp.int32)
+        batch = Batch(ids, ids, jax.ShapeDtypeStruct((8, 64), jnp.float32))
+        return program.train_step.lower(state, batch).compile().memory_analysis().temp_size_in_bytes
+
+    assert temporaries("loro") <= 1.01 * temporaries("lowrank")
+
+
 def test_the_step_moves_nothing_to_the_host(plain):
     _, _, program = plain
     state, batch = program.init(), jax.device_put(make_batch())
