@@ -133,7 +133,9 @@ def loro(
         >>> model = Projection()
         >>> optimizer = nnx.Optimizer(model, loro(0.01), wrt=nnx.Param)
         >>> grads = nnx.grad(lambda model: jnp.sum(model(jnp.ones(4)) ** 2))(model)
-        >>> optimizer.update(model, grads)
+        >>> updates = optimizer.update(model, grads)
+        >>> bool(model.B[0, 0] < 1)
+        True
 
         With Flax Linen's ``TrainState``:
 
