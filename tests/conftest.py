@@ -4,9 +4,6 @@ import os
 import pathlib
 import tempfile
 
-# Tests compile more than they compute: half of their time is LLVM's at its usual level.
-os.environ["XLA_FLAGS"] = f"--xla_backend_optimization_level=0 {os.environ.get('XLA_FLAGS', '')}"
-
 import jax
 import pytest
 

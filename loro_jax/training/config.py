@@ -24,8 +24,8 @@ class DataConfig:
     """Where the text comes from.
 
     Attributes:
-        source: "embedded" (four novels, part of the package), a glob of .txt files (documents
-            separated by blank lines) or .jsonl files, or "tfds:NAME" (a prepared
+        source: "embedded" (four novels, part of the package), a glob of .txt, .jsonl or .parquet
+            files (the first two also packed: .gz, .xz, .zst), or "tfds:NAME" (a prepared
             tensorflow-datasets text dataset, ``tfds:c4/en`` say).
         validation: a glob like ``source`` for the validation text. None: the official split of
             "embedded" and "tfds:"; for files, every 100th document by a hash of its text.
@@ -33,7 +33,11 @@ class DataConfig:
             the path of a SentencePiece model.
         shape: "packed" (documents joined by end-of-text tokens and cut into sequences) or "padded"
             (each document truncated or padded to one sequence, as in the paper).
-        text_field: the field of a JSON line or tfds example that holds the text.
+        text_field: the field of a JSON line, table or tfds example that holds the text.
+        text_files: what a .txt file holds: "paragraphs" (documents separated by blank lines) or
+            "documents" (one).
+        bad_documents: what to do with malformed lines, invalid UTF-8, damaged archives and their
+            kin: "stop" when there are more than 0.1% of them, or "skip" them all.
         data_dir: directory of prepared tensorflow-datasets; None: their default.
         max_eval_sequences: size of the fixed validation set, in sequences; 0: all of it.
         prefetch: batches prepared ahead of the step.
@@ -44,6 +48,8 @@ class DataConfig:
     tokenizer: str = "embedded"
     shape: str = "packed"
     text_field: str = "text"
+    text_files: str = "paragraphs"
+    bad_documents: str = "stop"
     data_dir: str | None = None
     max_eval_sequences: int = 0
     prefetch: int = 4
@@ -187,8 +193,15 @@ class Config:
                 f"config.sequence_length = {self.sequence_length} is longer than the model's "
                 f"config.model.max_sequence_length = {self.model.max_sequence_length}."
             )
-        if self.data.shape not in ("packed", "padded"):
-            raise TrainingError(_expected("data.shape", '"packed" or "padded"', self.data.shape))
+        for name, choices in (
+            ("shape", ("packed", "padded")),
+            ("text_files", ("paragraphs", "documents")),
+            ("bad_documents", ("stop", "skip")),
+        ):
+            value = getattr(self.data, name)
+            if value not in choices:
+                expected = " or ".join(f'"{choice}"' for choice in choices)
+                raise TrainingError(_expected(f"data.{name}", expected, value))
         if self.data.max_eval_sequences < 0 or self.data.prefetch < 0:
             raise TrainingError(
                 "config.data.max_eval_sequences and data.prefetch must be at least 0."

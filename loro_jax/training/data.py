@@ -31,6 +31,7 @@ class TokenisedCorpus(NamedTuple):
         validation_mask: float32 (S, L).
         train_stream: the training tokens in order, int32 (N,), or None for a large source.
         sequences_per_epoch: training sequences in one pass over the corpus.
+        notes: what the user should know about the reading.
     """
 
     train: grain.MapDataset
@@ -38,6 +39,7 @@ class TokenisedCorpus(NamedTuple):
     validation_mask: np.ndarray
     train_stream: np.ndarray | None
     sequences_per_epoch: int
+    notes: tuple[str, ...]
 
 
 def tokenise(config: Config, corpus: Corpus, tokenizer: Tokenizer) -> TokenisedCorpus:
@@ -94,7 +96,9 @@ def tokenise(config: Config, corpus: Corpus, tokenizer: Tokenizer) -> TokenisedC
             )
         sequences, epoch = _packed_sequences(train_stream, length, config.seed)
     limit = config.data.max_eval_sequences or len(val_tokens)
-    return TokenisedCorpus(sequences, val_tokens[:limit], val_mask[:limit], train_stream, epoch)
+    return TokenisedCorpus(
+        sequences, val_tokens[:limit], val_mask[:limit], train_stream, epoch, corpus.notes
+    )
 
 
 def token_stream(texts: Sequence[str], tokenizer: Tokenizer) -> np.ndarray:

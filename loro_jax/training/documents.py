@@ -9,13 +9,13 @@ from __future__ import annotations
 import glob
 import hashlib
 import importlib.resources
-import json
 import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from loro_jax.training.config import DataConfig
 from loro_jax.training.errors import TrainingError
+from loro_jax.training.readers import Tally, read_documents
 
 # One document in a hundred validates where the user names no validation files.
 VALIDATION_SHARE = 100
@@ -28,11 +28,13 @@ class Corpus(NamedTuple):
         train: random-access sequence of texts.
         validation: likewise; disjoint from ``train``.
         in_memory: whether ``train`` is small enough to hold all of its tokens.
+        notes: what the user should know about the reading.
     """
 
     train: Sequence[str]
     validation: Sequence[str]
     in_memory: bool
+    notes: tuple[str, ...] = ()
 
 
 def load_corpus(config: DataConfig) -> Corpus:
@@ -54,15 +56,18 @@ def load_corpus(config: DataConfig) -> Corpus:
     """
     if config.source.startswith("tfds:"):
         return _tfds_corpus(config)
+    notes: list[str | None] = []
     if config.source == "embedded":
         folder = importlib.resources.files("loro_jax.training") / "corpus"
         train = _paragraphs((folder / "train.txt").read_text(encoding="utf-8"))
         validation = _paragraphs((folder / "valid.txt").read_text(encoding="utf-8"))
     else:
-        train = _read_files(config.source, "config.data.source", config.text_field)
+        train, note = _read_files(config.source, "config.data.source", config)
+        notes.append(note)
         validation = []
     if config.validation is not None:
-        validation = _read_files(config.validation, "config.data.validation", config.text_field)
+        validation, note = _read_files(config.validation, "config.data.validation", config)
+        notes.append(note)
         held_out = set(validation)
         train = [text for text in train if text not in held_out]
     elif not validation:
@@ -74,48 +79,28 @@ def load_corpus(config: DataConfig) -> Corpus:
                 "in documents separated by blank lines, or one JSON object a line"
                 + (" (name validation files with config.data.validation)." if train else ".")
             )
-    return Corpus(train, validation, in_memory=True)
+    return Corpus(train, validation, in_memory=True, notes=tuple(filter(None, notes)))
 
 
 def _paragraphs(text: str) -> list[str]:
     return [paragraph for paragraph in text.split("\n\n") if paragraph.strip()]
 
 
-def _read_files(pattern: str, field: str, text_field: str) -> list[str]:
+def _read_files(pattern: str, setting: str, config: DataConfig) -> tuple[list[str], str | None]:
+    """Texts of all files that match, in the order of their names; and what was skipped."""
     paths = sorted(glob.glob(str(pathlib.Path(pattern).expanduser()), recursive=True))
     if not paths:
         raise TrainingError(
-            f'{field} = {pattern!r} matches no file; expected "embedded", "tfds:NAME" or a glob of '
-            ".txt or .jsonl files."
+            f'{setting} = {pattern!r} matches no file; expected "embedded", "tfds:NAME" or a glob '
+            "of .txt, .jsonl or .parquet files."
         )
-    return [text for path in paths for text in _read_file(path, field, text_field)]
-
-
-def _read_file(path: str, field: str, text_field: str) -> list[str]:
-    try:
-        content = pathlib.Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
-        raise TrainingError(f"{field}: {path} can't be read ({reason}).") from None
-    if not path.endswith((".jsonl", ".json")):
-        return _paragraphs(content)
-    texts = []
-    # Texts may hold U+2028 and its kin, which str.splitlines would break lines on.
-    for number, line in enumerate(content.split("\n"), 1):
-        if not line.strip():
-            continue
-        try:
-            text = json.loads(line)[text_field]
-        except (json.JSONDecodeError, KeyError, TypeError):
-            text = None
-        if not isinstance(text, str):
-            raise TrainingError(
-                f"{field}: {path}, line {number} is not a JSON object with a text in the field "
-                f"{text_field!r} (config.data.text_field)."
-            )
-        if text.strip():
-            texts.append(text)
-    return texts
+    tally = Tally(setting, skip=config.bad_documents == "skip")
+    whole = config.text_files == "documents"
+    texts = [
+        text for path in paths for text in read_documents(path, tally, config.text_field, whole)
+    ]
+    tally.close()
+    return texts, tally.report()
 
 
 def _split_by_hash(texts: Sequence[str]) -> tuple[list[str], list[str]]:

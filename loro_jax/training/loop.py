@@ -110,7 +110,7 @@ class _Run:
         )
         self._program: Program
         self._program, abstract_state = compile_program(make_program(config, devices), devices)
-        notes: list[str] = []
+        notes = [*corpus.notes]
         self._checkpoints = Checkpoints(
             self._path / "checkpoints", config.keep_checkpoints, notes.append
         )

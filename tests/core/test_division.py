@@ -19,7 +19,7 @@ SCANNED_FACTOR = 8 * 64 * 16
 @pytest.fixture(scope="module", params=["explicit", "auto"])
 def seen(request):
     """What happened on a mesh of one axis or two, by mesh and layout."""
-    options = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=8"
+    options = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
     flags = {"XLA_FLAGS": options, "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-W", "error", "-m", "tests.core.eight_devices", request.param]
     done = subprocess.run(

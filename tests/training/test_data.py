@@ -186,7 +186,7 @@ def test_c4_files(shared_data):
         ("one.txt", b"a single paragraph", "no validation document.*config.data.validation"),
         ("latin.txt", b"caf\xe9", "not UTF-8"),
         ("bad.jsonl", b'{"text": "x"}\n{"text": oops}\n', r"bad\.jsonl, line 2"),
-        ("field.jsonl", b'{"content": "x"}\n', r"line 1 .* 'text'"),
+        ("field.jsonl", b'{"content": "x"}\n', r"line 1: .* 'text'"),
         ("list.jsonl", b"[1]\n", "line 1"),
     ],
 )
