@@ -30,9 +30,6 @@ from loro_jax.transport import transport_moments
 
 REFRESH_CHOICES = ("all", "factors", "transport", None)
 
-# (B, A), or something of theirs.
-_Factors = tuple[jax.Array, jax.Array]
-
 
 class LoroState(NamedTuple):
     """State of :func:`loro` and :func:`riemannian_descent`.
@@ -137,7 +134,8 @@ def riemannian_descent(
             factors=of_factors.init(factors),
             regular=(own_regular or directed).init(others),
         )
-        if refresh == "transport" and not {"mu", "nu"} <= set(dir(state.factors)):
+        moments = hasattr(state.factors, "mu") and hasattr(state.factors, "nu")
+        if refresh == "transport" and not moments:
             raise ValueError(
                 'loro: refresh="transport" carries Adam\'s moments; it needs a direction whose '
                 f"state has mu and nu, but this one's is a {type(state.factors).__name__}."

@@ -28,14 +28,12 @@ class Direction(NamedTuple):
         finish: (carried, state) -> directions.
         keep: (state, carried) -> state. What is carried may be a part of the state; on an exact
             step it is then overwritten by the move, and this is the state with that in its place.
-        carries_state: whether it is.
     """
 
     init: Callable[[Any], Any]
     advance: Callable[..., tuple[Any, Any]]
     finish: Callable[[Any, Any], Any]
     keep: Callable[[Any, Any], Any]
-    carries_state: bool
 
     def update(self, grads: Any, state: Any, params: Any, **extra_args: Any) -> tuple[Any, Any]:
         """Both stages."""
@@ -44,27 +42,22 @@ class Direction(NamedTuple):
 
     def in_one_stage(self) -> Direction:
         """The same direction, itself handed over, and the state left alone."""
-
-        def advance(grads: Any, state: Any, params: Any, **extra_args: Any) -> tuple[Any, Any]:
-            directions, state = self.update(grads, state, params, **extra_args)
-            # Keeps XLA from moving the update into a branch, where it would run on one core.
-            return jax.lax.optimization_barrier(directions), state
-
-        return Direction(
-            self.init, advance, lambda carried, _: carried, lambda state, _: state, False
-        )
+        return _one_stage(self.init, self.update)
 
 
 def from_optax(tx: optax.GradientTransformation) -> Direction:
     """An Optax transformation as a direction."""
     extended = optax.with_extra_args_support(tx)
-    return Direction(
-        extended.init,
-        extended.update,
-        lambda carried, _: carried,
-        lambda state, _: state,
-        False,
-    ).in_one_stage()
+    return _one_stage(extended.init, extended.update)
+
+
+def _one_stage(init: Callable[[Any], Any], update: Callable[..., tuple[Any, Any]]) -> Direction:
+    def advance(grads: Any, state: Any, params: Any, **extra_args: Any) -> tuple[Any, Any]:
+        directions, state = update(grads, state, params, **extra_args)
+        # Keeps XLA from moving the update into a branch, where it would run on one core.
+        return jax.lax.optimization_barrier(directions), state
+
+    return Direction(init, advance, lambda carried, _: carried, lambda state, _: state)
 
 
 def adam(
@@ -93,5 +86,4 @@ def adam(
         advance=advance,
         finish=lambda mu, state: adam_direction(state._replace(mu=mu), b1, b2, eps),
         keep=lambda state, mu: state._replace(mu=mu),
-        carries_state=True,
     )

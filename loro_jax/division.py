@@ -9,10 +9,11 @@ each. Factors may lie on the mesh in any way. Those of one shape travel like thi
 3. each device works on its own pairs;
 4. one all-to-all turns them into strips again, and each factor goes back to where it lay.
 
-No device ever holds more than its share of the pairs, and nothing is gathered but, at the very end
-and factor by factor, the copies of those that are replicated. A shape whose axes no number of
-devices divides is gathered at step 1; pairs that do not fill the last round are padded by trivial
-ones.
+While it works, no device holds more than its share of the pairs. Gathered are, leaf by leaf, only
+copies: at the end, factors that are replicated over some axis of the mesh, or (with automatic axes,
+where XLA chooses the way) laid out so that it finds no shorter way; at step 1, a shape neither of
+whose axes the number of devices divides. Pairs that do not fill the last round are padded by
+trivial ones.
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ import pathlib
 import platform
 import statistics
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
@@ -73,7 +73,7 @@ def make_parser(name: str, doc: str | None, models: str, rounds: int) -> argpars
 
 
 def parse_options(
-    parser: argparse.ArgumentParser, arguments: Sequence[str], known: Iterable[str]
+    parser: argparse.ArgumentParser, arguments: Sequence[str], known: Collection[str]
 ) -> argparse.Namespace:
     """The options, with ``models`` as a list of known names."""
     options = parser.parse_args(arguments)

@@ -52,7 +52,7 @@ LARGEST_INVERSE = 8.0
 # Largest error of W, over eps |T|, that the iteration may leave by its own estimate.
 LARGEST_REMAINDER = 8.0
 
-# Most rounds of the iteration; in training one is enough.
+# Most rounds of the iteration: where it converges so slowly, another method is as fast.
 MOST_ITERATIONS = 8
 
 # Smallest kept singular value, over the largest: ``S S^T`` is inverted, too.

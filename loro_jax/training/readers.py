@@ -27,8 +27,7 @@ from loro_jax.training.errors import TrainingError
 # Share of bad documents beyond which reading stops, unless told to go on.
 MOST_BAD = 0.001
 
-# A text longer than this is a broken file rather than a document (the longest of Wikipedia's or
-# C4's have under 2 million characters).
+# A text longer than this is taken for a broken file rather than a document.
 LONGEST_DOCUMENT = 50_000_000
 
 _COMPRESSIONS = (".gz", ".xz", ".zst")
@@ -67,10 +66,8 @@ class Tally:
         Raises:
             TrainingError: if this makes too many of the first thousand, or of all since.
         """
-        self.bad[reason] += 1
-        self.first = self.first or f"{path}, {place}: {reason}"
-        if self.bad.total() > MOST_BAD * max(self.good + self.bad.total(), 1 / MOST_BAD):
-            self._stop()
+        self._count(path, place, reason)
+        self._judge(at_least=round(1 / MOST_BAD))
 
     def add_lost(self, path: str, place: str, reason: str) -> None:
         """Counts, as one, all documents behind a place from where a file can't be read.
@@ -78,8 +75,7 @@ class Tally:
         Raises:
             TrainingError: unless all is skipped: nobody knows how many they are.
         """
-        self.bad[reason] += 1
-        self.first = self.first or f"{path}, {place}: {reason}"
+        self._count(path, place, reason)
         self._stop()
 
     def close(self) -> None:
@@ -88,8 +84,7 @@ class Tally:
         Raises:
             TrainingError: if too much of it was bad.
         """
-        if self.bad.total() > MOST_BAD * (self.good + self.bad.total()):
-            self._stop()
+        self._judge()
 
     def report(self) -> str | None:
         """A line on what was skipped; None if nothing was."""
@@ -98,6 +93,14 @@ class Tally:
         reasons = ", ".join(f"{count} {reason}" for reason, count in self.bad.most_common())
         total = self.good + self.bad.total()
         return f"{self._setting}: skipped {self.bad.total()} of {total} documents ({reasons})"
+
+    def _count(self, path: str, place: str, reason: str) -> None:
+        self.bad[reason] += 1
+        self.first = self.first or f"{path}, {place}: {reason}"
+
+    def _judge(self, at_least: int = 0) -> None:
+        if self.bad.total() > MOST_BAD * max(self.good + self.bad.total(), at_least):
+            self._stop()
 
     def _stop(self) -> None:
         if not self._skip:
