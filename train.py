@@ -7,8 +7,10 @@ The same command again continues an interrupted run.
 """
 
 import difflib
+import itertools
 import pathlib
 import re
+import shlex
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -56,6 +58,16 @@ _WORKDIR = flags.DEFINE_string(
 )
 
 
+def _flags_to_repeat(arguments: list[str]) -> list[str]:
+    """The flags of this call but for those that a comparison changes."""
+    changed = ("workdir", "config.method")
+    return [
+        shlex.quote(argument)
+        for before, argument in itertools.pairwise(["", *arguments])
+        if argument.lstrip("-").split("=")[0] not in changed and before.lstrip("-") not in changed
+    ]
+
+
 def main(argv: list[str]) -> int:
     """Trains, and returns the exit status."""
     logging.set_verbosity(logging.ERROR)  # libraries log what is of no use to a run
@@ -78,7 +90,7 @@ def main(argv: list[str]) -> int:
                 f"--config={config_file}: get_config() must return a training Config."
             )
         name = pathlib.Path(config_file).stem
-        command = "python train.py" + ("" if name == "default" else f" --config={config_file}")
+        command = " ".join(["python train.py", *_flags_to_repeat(sys.argv[1:])])
         return train(config, _WORKDIR.value or f"runs/{name}", command).exit_status
     except TrainingError as error:
         print(f"error: {error}", file=sys.stderr)

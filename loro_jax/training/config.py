@@ -16,7 +16,14 @@ METHODS = ("loro", "lowrank", "full")
 
 # Fields that may differ between a run directory and the command that continues it, because the
 # trajectory and the metrics do not depend on them.
-RESUMABLE_FIELDS = ("checkpoint_every", "keep_checkpoints", "tensorboard", "mesh", "data.prefetch")
+RESUMABLE_FIELDS = (
+    "checkpoint_every",
+    "keep_checkpoints",
+    "tensorboard",
+    "mesh",
+    "data.prefetch",
+    "data.threads",
+)
 
 
 @dataclasses.dataclass
@@ -25,27 +32,39 @@ class DataConfig:
 
     Attributes:
         source: "embedded" (four novels, part of the package), a glob of .txt, .jsonl or .parquet
-            files (the first two also packed: .gz, .xz, .zst), or "tfds:NAME" (a prepared
-            tensorflow-datasets text dataset, ``tfds:c4/en`` say).
-        validation: a glob like ``source`` for the validation text. None: the official split of
-            "embedded" and "tfds:"; for files, every 100th document by a hash of its text.
+            files (the first two also packed: .gz, .xz, .zst), "tfds:NAME" (a prepared
+            tensorflow-datasets text dataset, ``tfds:c4/en`` say), a directory that
+            ``python -m loro_jax.training.data prepare`` has written, or several of these with
+            weights: "SOURCE,WEIGHT;SOURCE,WEIGHT". Weights are shares of the sequences (of the
+            documents, where sequences are packed on the way).
+        validation: a glob like ``source`` for the validation text, instead of what the source has:
+            its validation split or, where there is none, one document in a hundred by a hash of
+            its text (of unsplit "tfds:" datasets that are not prepared: every hundredth record).
         tokenizer: "embedded" (BPE with 2,048 pieces, trained on the embedded novels), "bytes", or
-            the path of a SentencePiece model.
+            the path of a SentencePiece model or of a Hugging Face tokenizer.json.
+        eos_id: the id that ends a document; None: as the tokenizer says.
+        pad_id: the id that fills a short sequence; None: as the tokenizer says.
+        vocab_multiple: what the model's vocabulary is rounded up to, where ``model.vocab_size`` is
+            0: as large as the tokenizer's.
         shape: "packed" (documents joined by end-of-text tokens and cut into sequences) or "padded"
             (each document truncated or padded to one sequence, as in the paper).
         text_field: the field of a JSON line, table or tfds example that holds the text.
         text_files: what a .txt file holds: "paragraphs" (documents separated by blank lines) or
             "documents" (one).
-        bad_documents: what to do with malformed lines, invalid UTF-8, damaged archives and their
-            kin: "stop" when there are more than 0.1% of them, or "skip" them all.
+        bad_documents: what to do with malformed lines, invalid UTF-8, damaged archives, missing
+            shards and their kin: "stop" when there are more than 0.1% of them, or "skip" them all.
         data_dir: directory of prepared tensorflow-datasets; None: their default.
         max_eval_sequences: size of the fixed validation set, in sequences; 0: all of it.
         prefetch: batches prepared ahead of the step.
+        threads: threads that encode text and assemble batches; 0: as many as there are cores.
     """
 
     source: str = "embedded"
     validation: str | None = None
     tokenizer: str = "embedded"
+    eos_id: int | None = None
+    pad_id: int | None = None
+    vocab_multiple: int = 128
     shape: str = "packed"
     text_field: str = "text"
     text_files: str = "paragraphs"
@@ -53,6 +72,7 @@ class DataConfig:
     data_dir: str | None = None
     max_eval_sequences: int = 0
     prefetch: int = 4
+    threads: int = 0
 
 
 @dataclasses.dataclass
@@ -202,12 +222,20 @@ class Config:
             if value not in choices:
                 expected = " or ".join(f'"{choice}"' for choice in choices)
                 raise TrainingError(_expected(f"data.{name}", expected, value))
-        if self.data.max_eval_sequences < 0 or self.data.prefetch < 0:
-            raise TrainingError(
-                "config.data.max_eval_sequences and data.prefetch must be at least 0."
-            )
+        for name, least in (
+            ("max_eval_sequences", 0),
+            ("prefetch", 0),
+            ("threads", 0),
+            ("vocab_multiple", 1),
+        ):
+            value = getattr(self.data, name)
+            if value < least:
+                raise TrainingError(_expected(f"data.{name}", f"at least {least}", value))
+        model = self.model_config
+        if model.vocab_size == 0:  # set from the tokenizer's
+            model = dataclasses.replace(model, vocab_size=1)
         try:
-            self.model_config.validate()
+            model.validate()
         except ValueError as error:
             raise TrainingError(f"config.{error}") from None
         if self.method != "full" and self.model.scope == "none":

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import signal
 import time
+from collections.abc import Iterator
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -15,13 +17,13 @@ from loro_jax.training import mesh as meshes
 from loro_jax.training.checkpoint import Checkpoints
 from loro_jax.training.config import Config
 from loro_jax.training.data import (
-    TokenisedCorpus,
+    Corpus,
+    describe,
+    load_corpus,
     to_batch,
-    tokenise,
     train_iterator,
     validation_batches,
 )
-from loro_jax.training.documents import load_corpus
 from loro_jax.training.errors import TrainingError
 from loro_jax.training.metrics import MetricsWriter, read_rows
 from loro_jax.training.ngram import NgramPerplexity
@@ -31,6 +33,7 @@ from loro_jax.training.report import corpus_ngrams, final_report
 from loro_jax.training.run_directory import RunDirectory
 from loro_jax.training.step import Program, TrainState, compile_program, make_program
 from loro_jax.training.tokenizer import load_tokenizer
+from loro_jax.training.vocabulary import resolve_vocabulary
 
 
 class Outcome(NamedTuple):
@@ -65,10 +68,11 @@ def train(config: Config, workdir: str, command: str = "python train.py") -> Out
     config.validate()
     devices = meshes.make_mesh(config.mesh)
     meshes.check_batch(config, devices)
-    tokenizer = load_tokenizer(config.data.tokenizer)
-    corpus = tokenise(config, load_corpus(config.data), tokenizer)
-    with RunDirectory(workdir, config) as directory, _StopSignals() as signals:
-        run = _Run(config, directory, corpus, devices, signals)
+    tokenizer = load_tokenizer(config.data.tokenizer, config.data.eos_id, config.data.pad_id)
+    config, vocabulary = resolve_vocabulary(config, tokenizer)
+    corpus = load_corpus(config, tokenizer)
+    with RunDirectory(workdir, config, corpus.fingerprint) as directory, _StopSignals() as signals:
+        run = _Run(config, directory, corpus, devices, signals, vocabulary)
         try:
             run.loop()
         finally:
@@ -97,9 +101,10 @@ class _Run:
         self,
         config: Config,
         directory: RunDirectory,
-        corpus: TokenisedCorpus,
+        corpus: Corpus,
         devices: jax.sharding.Mesh,
         signals: _StopSignals,
+        vocabulary: str,
     ):
         self._config = config
         self._path = directory.path
@@ -131,9 +136,10 @@ class _Run:
         if restored is None:
             self._display.say(
                 f"{config.method} on {jax.device_count()} {jax.devices()[0].platform} device(s), "
-                f"{corpus.sequences_per_epoch:,} training and {len(corpus.validation_tokens):,} "
-                f"validation sequences of {config.sequence_length} tokens, in {self._path}"
+                f"{describe(config, corpus)} and {len(corpus.validation_tokens):,} validation "
+                f"sequences of {config.sequence_length} tokens, in {self._path}"
             )
+            self._display.say(vocabulary)
         self._clock = _Clock()
 
     def loop(self) -> None:
@@ -167,7 +173,8 @@ class _Run:
             )
 
     def _dispatch(self, step: int) -> _Dispatched:
-        rows = next(self._iterator)
+        with self._clock.waiting():
+            rows = next(self._iterator)
         batch = jax.device_put(to_batch(rows["tokens"], rows["mask"]), self._batch_sharding)
         self._tokens += int(rows["mask"].sum())
         self._state, metrics = self._program.train_step(self._state, batch)
@@ -183,7 +190,7 @@ class _Run:
             self._clock.restart(tokens)  # the first step is mostly compilation
         if step % self._config.log_every == 0:
             row = {"step": step, **values, "tokens": tokens}
-            row["tokens_per_second"] = round(self._clock.rate(tokens), 1)
+            row |= self._clock.rates(tokens)
             self._metrics.write(row)
             self._display.training(row)
 
@@ -237,38 +244,37 @@ class _Run:
 
 
 class _Clock:
-    """Tokens per second of training, without evaluations and checkpoints."""
+    """Tokens per second of training, without evaluations and checkpoints; and waits for data."""
 
     def __init__(self) -> None:
         self.restart(0)
 
     def restart(self, tokens: int) -> None:
-        self._since, self._tokens = time.monotonic(), tokens
+        self._since, self._tokens, self._waited = time.monotonic(), tokens, 0.0
 
-    def rate(self, tokens: int) -> float:
-        """Tokens per second since the last call."""
+    def rates(self, tokens: int) -> dict[str, float]:
+        """Tokens per second since the last call, and the share of that time spent on waiting."""
         elapsed = max(time.monotonic() - self._since, 1e-9)
-        rate = (tokens - self._tokens) / elapsed
+        found = {
+            "tokens_per_second": round((tokens - self._tokens) / elapsed, 1),
+            "data_wait": round(self._waited / elapsed, 5),
+        }
         self.restart(tokens)
-        return rate
+        return found
 
-    def paused(self) -> _Pause:
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
         """A context whose time does not count."""
-        return _Pause(self)
+        started = time.monotonic()
+        yield
+        self._since += time.monotonic() - started
 
-    def shift(self, seconds: float) -> None:
-        self._since += seconds
-
-
-class _Pause:
-    def __init__(self, clock: _Clock):
-        self._clock = clock
-
-    def __enter__(self) -> None:
-        self._started = time.monotonic()
-
-    def __exit__(self, *_: object) -> None:
-        self._clock.shift(time.monotonic() - self._started)
+    @contextlib.contextmanager
+    def waiting(self) -> Iterator[None]:
+        """A context whose time is a wait for data."""
+        started = time.monotonic()
+        yield
+        self._waited += time.monotonic() - started
 
 
 class _StopSignals:

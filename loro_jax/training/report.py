@@ -8,12 +8,12 @@ import jax
 
 from loro_jax.memory import Footprint, footprint
 from loro_jax.training.config import Config
-from loro_jax.training.data import TokenisedCorpus, to_batch
+from loro_jax.training.data import Corpus, to_batch
 from loro_jax.training.ngram import NgramPerplexity, ngram_perplexity
 from loro_jax.training.step import make_program
 
 
-def corpus_ngrams(corpus: TokenisedCorpus, vocab_size: int) -> NgramPerplexity | None:
+def corpus_ngrams(corpus: Corpus, vocab_size: int) -> NgramPerplexity | None:
     """Unigram and bigram perplexity on the validation tokens; None for a streamed corpus."""
     if corpus.train_stream is None:
         return None

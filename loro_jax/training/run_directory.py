@@ -1,4 +1,4 @@
-"""The directory of a run: claimed by one process, and by one config, at a time."""
+"""The directory of a run: claimed by one process at a time, for one config and one text."""
 
 from __future__ import annotations
 
@@ -14,28 +14,30 @@ from loro_jax.training.errors import TrainingError
 class RunDirectory:
     """Claims a run directory for a config; a context manager.
 
-    A fresh directory gets the resolved config; one that holds another run's is refused before
-    anything in it is touched.
+    A fresh directory gets the resolved config and the fingerprint of the text; one that holds
+    another run's is refused before anything in it is touched.
 
     Args:
         path: the directory; made when missing.
         config: the run's config.
+        fingerprint: of the tokens that it reads.
 
     Raises:
-        TrainingError: if the directory holds a run of another config, files of something else, or
-            is in use by another process.
+        TrainingError: if the directory holds a run of another config or text, files of something
+            else, or is in use by another process.
     """
 
-    def __init__(self, path: str | pathlib.Path, config: Config):
+    def __init__(self, path: str | pathlib.Path, config: Config, fingerprint: str):
         self.path = pathlib.Path(path)
         self._config_path = self.path / "config.json"
+        self._data_path = self.path / "data.json"
         self._check(config)
+        self._check_data(config, fingerprint)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            if not self._config_path.exists():
-                temporary = self.path / "config.json.tmp"
-                temporary.write_text(config.to_json(), encoding="utf-8")
-                temporary.replace(self._config_path)
+            # The config comes last: with it the directory is a run's.
+            _write_once(self._data_path, json.dumps({"fingerprint": fingerprint}) + "\n")
+            _write_once(self._config_path, config.to_json())
         except OSError as error:
             raise TrainingError(
                 f"--workdir={self.path} can't be written ({error.strerror})."
@@ -59,14 +61,29 @@ class RunDirectory:
         elif self.path.exists():
             if not self.path.is_dir():
                 raise TrainingError(f"--workdir={self.path} is a file; expected a directory.")
-            others = [
-                entry.name for entry in self.path.iterdir() if entry.name != "config.json.tmp"
-            ]
+            own = {"config.json.tmp", "data.json", "data.json.tmp"}
+            others = [entry.name for entry in self.path.iterdir() if entry.name not in own]
             if others:
                 raise TrainingError(
                     f"--workdir={self.path} is not empty and no run directory (it holds "
                     f"{others[0]!r}, and no config.json); use another --workdir."
                 )
+
+    def _check_data(self, config: Config, fingerprint: str) -> None:
+        if not (self._config_path.exists() and self._data_path.exists()):
+            return
+        try:
+            stored = json.loads(self._data_path.read_text(encoding="utf-8"))["fingerprint"]
+        except (OSError, ValueError, KeyError, TypeError):
+            raise TrainingError(
+                f"{self._data_path} can't be read as a run's data; use another --workdir."
+            ) from None
+        if stored != fingerprint:
+            raise TrainingError(
+                f"config.data.source = {config.data.source!r} is not the text that the run in "
+                f"--workdir={self.path} has read so far (fingerprint {fingerprint}, there "
+                f"{stored}). Restore the text, or use another --workdir."
+            )
 
     def _claim(self) -> IO[str]:
         lock = self._config_path.open(encoding="utf-8")
@@ -82,3 +99,10 @@ class RunDirectory:
 
     def __exit__(self, *_: object) -> None:
         self._lock.close()
+
+
+def _write_once(path: pathlib.Path, content: str) -> None:
+    if not path.exists():
+        temporary = path.with_name(f"{path.name}.tmp")
+        temporary.write_text(content, encoding="utf-8")
+        temporary.replace(path)

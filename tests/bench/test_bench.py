@@ -1,5 +1,6 @@
 """The benchmarks run, and compare like with like; their times are nobody's assertion."""
 
+import dataclasses
 import json
 
 import jax
@@ -9,7 +10,7 @@ import pytest
 
 from loro_jax import exact_update
 from loro_jax.bench import __main__ as bench
-from loro_jax.bench import approximate_step, exact_step
+from loro_jax.bench import approximate_step, data, exact_step
 
 TINY = {"tiny": (32, 48, 8)}
 
@@ -39,6 +40,23 @@ def test_a_benchmark_prints_a_table_and_writes_json(tiny, tmp_path, capsys, name
     assert result["command"].startswith(f"python -m loro_jax.bench {name}")
 
 
+def test_the_benchmark_of_data(monkeypatch, tmp_path, capsys):
+    tiny = {"tiny": dataclasses.replace(data.PRESETS["60m"], num_layers=1, rank=8)}
+    monkeypatch.setattr(data, "PRESETS", tiny)
+    monkeypatch.setattr(data, "preset", tiny.get)
+    path = tmp_path / "result.json"
+    arguments = ["--models=tiny", "--rounds=1", "--steps=1", "--documents=300", "--batch_size=4"]
+    bench.main(["data", *arguments, "--sequence_length=32", f"--json={path}"])
+    assert "| source" in capsys.readouterr().out
+    rows = json.loads(path.read_text())["rows"]
+    found = {(row["source"], row["what"]) for row in rows}
+    formats = [".txt", ".jsonl", ".jsonl.gz", ".jsonl.xz", ".jsonl.zst", ".parquet", "tfds"]
+    assert {(name, "read and encode") for name in formats} <= found
+    for name in ("shards", "mixed shards", "tfds"):
+        assert {(name, "packed batches"), (name, "padded batches")} <= found
+    assert "of it waiting for data" in rows[-1]["what"]
+
+
 def test_the_transcription_computes_what_ours_does():
     for B, A, dB, dA in exact_step.make_pairs([(40, 32, 8), (32, 40, 8)]):
         ours = exact_update(jnp.array(B), jnp.array(A), dB, dA, exact_step.RATE)
@@ -48,7 +66,7 @@ def test_the_transcription_computes_what_ours_does():
 
 @pytest.mark.parametrize("arguments", [[], ["nothing"]])
 def test_unknown_benchmarks_are_named(arguments):
-    with pytest.raises(SystemExit, match="approximate_step,exact_step"):
+    with pytest.raises(SystemExit, match="approximate_step,data,exact_step"):
         bench.main(arguments)
 
 

@@ -75,4 +75,5 @@ def rows(workdir):
     """Rows of a run's metrics without their times."""
     lines = (pathlib.Path(workdir) / "metrics.jsonl").read_text().splitlines()
     parsed = [json.loads(line) for line in lines]
-    return [{k: v for k, v in row.items() if k != "tokens_per_second"} for row in parsed]
+    times = ("tokens_per_second", "data_wait")
+    return [{k: v for k, v in row.items() if k not in times} for row in parsed]

@@ -30,10 +30,11 @@ def contents(folder):
 
 
 def test_a_run_leaves_what_it_promises(finished):
-    _, workdir, output = finished
+    source, workdir, output = finished
     assert {p.name for p in workdir.iterdir()} == {
         "metrics.jsonl",
         "config.json",
+        "data.json",
         "checkpoints",
         "plot.png",
         "tensorboard",
@@ -55,6 +56,12 @@ def test_a_run_leaves_what_it_promises(finished):
     assert config["b1"] == 0.9, "resolved: defaults written out"
     for expected in ("tokens/s", "left", "unigram model", "bigram model", "dense twin", "next:"):
         assert expected in output
+    # The comparisons that it proposes are of the same run in all else.
+    line = next(line for line in output.splitlines() if "--config.method=full" in line)
+    assert f"--config.data.source={source}" in line
+    assert "--config.model.rank=8" in line
+    assert line.count("--workdir") == 1
+    assert all(0 <= row["data_wait"] < 1 for row in training)
 
 
 BAD_FLAGS = {

@@ -86,6 +86,15 @@ class Tally:
         """
         self._judge()
 
+    def counts(self) -> dict[str, Any]:
+        """All it has counted, as JSON takes it."""
+        return {"good": self.good, "bad": dict(self.bad), "first": self.first}
+
+    def restore(self, counts: dict[str, Any]) -> None:
+        """Goes back to what :meth:`counts` returned."""
+        self.good, self.first = counts["good"], counts["first"]
+        self.bad = collections.Counter(counts["bad"])
+
     def report(self) -> str | None:
         """A line on what was skipped; None if nothing was."""
         if not self.bad:
@@ -193,8 +202,10 @@ def _json_lines(path: str, tally: Tally, text_field: str) -> Iterator[tuple[str,
         except json.JSONDecodeError:
             row = None
         text = row.get(text_field) if isinstance(row, dict) else None
-        if isinstance(text, str):
+        if isinstance(text, str) and not (b"\\u" in line and _has_lone_surrogates(text)):
             yield place, text
+        elif isinstance(text, str):
+            tally.add_bad(path, place, "not Unicode (half of a surrogate pair)")
         else:
             tally.add_bad(
                 path,
@@ -202,6 +213,15 @@ def _json_lines(path: str, tally: Tally, text_field: str) -> Iterator[tuple[str,
                 f"not a JSON object with a text in the field {text_field!r} "
                 "(config.data.text_field)",
             )
+
+
+def _has_lone_surrogates(text: str) -> bool:
+    """Whether a JSON escape has put something into the text that no encoding can hold."""
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return True
+    return False
 
 
 def _plain(path: str, tally: Tally, whole_files: bool) -> Iterator[tuple[str, str]]:

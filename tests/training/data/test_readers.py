@@ -10,9 +10,10 @@ import pytest
 from backports import zstd
 
 from loro_jax.training.config import Config, DataConfig
-from loro_jax.training.documents import load_corpus
+from loro_jax.training.data import load_corpus
+from loro_jax.training.data.readers import Tally, read_documents
 from loro_jax.training.errors import TrainingError
-from loro_jax.training.readers import Tally, read_documents
+from tests.training.data.samples import BYTES, config
 
 TEXTS = ["first", "with \u2028 a separator of lines", "café\nwith two lines", "x" * 3_000_000]
 
@@ -131,7 +132,7 @@ def test_damaged_archives_are_named_and_what_was_read_is_kept(tmp_path, name, pa
     assert len(texts) < 50_000
     (tmp_path / "c.jsonl").write_bytes(json_lines(["text"] * 20))
     with pytest.raises(TrainingError, match=rf"b\.jsonl{name[1:]}"):
-        load_corpus(DataConfig(source=str(tmp_path / "*.jsonl*")))
+        load_corpus(config(str(tmp_path / "*.jsonl*")), BYTES)
 
 
 def test_files_that_disappear_are_bad_documents(tmp_path):
@@ -143,7 +144,7 @@ def test_files_that_disappear_are_bad_documents(tmp_path):
 
 
 def test_enormous_documents_are_bad(tmp_path, monkeypatch):
-    monkeypatch.setattr("loro_jax.training.readers.LONGEST_DOCUMENT", 1_000_000)
+    monkeypatch.setattr("loro_jax.training.data.readers.LONGEST_DOCUMENT", 1_000_000)
     (tmp_path / "a.jsonl").write_bytes(json_lines(TEXTS))
     texts, tally = read(tmp_path / "a.jsonl", skip=True)
     assert texts == TEXTS[:3]
@@ -152,8 +153,10 @@ def test_enormous_documents_are_bad(tmp_path, monkeypatch):
 
 def test_what_was_skipped_is_a_note_of_the_corpus(tmp_path):
     (tmp_path / "a.jsonl").write_bytes(json_lines(["one", "two", "three"]) + b"oops\n")
-    found = load_corpus(DataConfig(source=str(tmp_path / "a.jsonl"), bad_documents="skip"))
-    assert found.notes[0].startswith("config.data.source: skipped 1 of 4 documents")
+    run = config(str(tmp_path / "a.jsonl"), data={"bad_documents": "skip"})
+    assert (
+        load_corpus(run, BYTES).notes[0].startswith("config.data.source: skipped 1 of 4 documents")
+    )
 
 
 def test_wikipedias_archive(shared_data):

@@ -1,0 +1,245 @@
+"""How fast text becomes batches, and how long a training step waits for them.
+
+The same documents as plain text, JSON lines (packed or not), a table, a prepared tensorflow-dataset
+and prepared shards. First every source is read and encoded once, as ``prepare`` or the start of a
+run does; then batches of training are drawn; then a model is trained from prepared shards.
+"""
+
+from __future__ import annotations
+
+import gzip
+import itertools
+import json
+import lzma
+import pathlib
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import pyarrow
+import pyarrow.parquet
+from backports import zstd
+
+from loro_jax.bench.timing import make_parser, parse_options, report, time_in_turns
+from loro_jax.training import mesh as meshes
+from loro_jax.training.config import Config, DataConfig
+from loro_jax.training.data import load_corpus, to_batch, train_iterator
+from loro_jax.training.data.documents import source_parts
+from loro_jax.training.data.encoding import encode_chunks
+from loro_jax.training.data.parts import PartReader
+from loro_jax.training.data.prepare import prepare
+from loro_jax.training.step import compile_program, make_program
+from loro_jax.training.tokenizer import Tokenizer, load_tokenizer
+from models.llama import PRESETS, preset
+
+# Batches drawn in one timing.
+_BATCHES = 20
+
+# Steps of training before its clock starts.
+_WARM_UP = 2
+
+
+def prepare_tfds(folder: str, splits: dict[str, list[str]]) -> None:
+    """Prepares the dataset ``sample/en``, of C4's format, by tfds itself as ArrayRecord files.
+
+    Args:
+        folder: the directory of datasets.
+        splits: texts by split.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        import tensorflow_datasets as tfds
+
+        tfds.disable_progress_bar()
+
+        # Registered, it could be defined once in a process.
+        class Sample(  # type: ignore[call-arg]
+            tfds.core.GeneratorBasedBuilder, skip_registration=True
+        ):
+            """Text, url and timestamp, as in C4."""
+
+            VERSION = tfds.core.Version("3.1.0")
+            BUILDER_CONFIGS = (tfds.core.BuilderConfig(name="en", description="English"),)
+
+            def _info(self) -> Any:
+                features = {name: tfds.features.Text() for name in ("text", "url", "timestamp")}
+                return self.dataset_info_from_configs(features=tfds.features.FeaturesDict(features))
+
+            def _split_generators(self, dl_manager: Any) -> Any:
+                return {name: self._generate_examples(name) for name in splits}
+
+            def _generate_examples(self, split: str) -> Any:
+                for i, text in enumerate(splits[split]):
+                    yield i, {"text": text, "url": f"https://example.org/{i}", "timestamp": "now"}
+
+        builder = Sample(data_dir=folder, config="en", file_format="array_record")
+        builder.download_and_prepare()
+
+
+def write_sources(folder: pathlib.Path, texts: Sequence[str]) -> dict[str, DataConfig]:
+    """Writes the texts in every format.
+
+    Args:
+        folder: an empty directory.
+        texts: documents.
+
+    Returns:
+        For each format, the data group of a config that reads it.
+    """
+    lines = "".join(json.dumps({"text": text}, ensure_ascii=False) + "\n" for text in texts)
+    packed: dict[str, Callable[[bytes], bytes]] = {
+        "": bytes,
+        ".gz": gzip.compress,
+        ".xz": lzma.compress,
+        ".zst": zstd.compress,
+    }
+    names = {".txt": "\n\n".join(texts).encode()} | {
+        f".jsonl{suffix}": pack(lines.encode()) for suffix, pack in packed.items()
+    }
+    for suffix, content in names.items():
+        (folder / f"text{suffix}").write_bytes(content)
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts}), folder / "text.parquet")
+    found = {
+        suffix: DataConfig(source=str(folder / f"text{suffix}")) for suffix in [*names, ".parquet"]
+    }
+    middle = len(texts) // 10
+    splits = {"train": list(texts[middle:]), "validation": list(texts[:middle])}
+    prepare_tfds(str(folder / "tfds"), splits)
+    found["tfds"] = DataConfig(source="tfds:sample/en", data_dir=str(folder / "tfds"))
+    return found
+
+
+def read_all(data: DataConfig, tokenizer: Tokenizer) -> int:
+    """Reads and encodes a source once; how many tokens it has."""
+    parts, held_out = source_parts(data.source, data)
+    reader = PartReader(parts, data.bad_documents == "skip", held_out)
+    encoded = encode_chunks(reader.chunks(), tokenizer)
+    return sum(len(document) for _, documents in encoded for document in documents)
+
+
+def waiting_share(config: Config, tokenizer: Tokenizer, steps: int) -> tuple[float, float]:
+    """Trains, and takes the time.
+
+    Args:
+        config: a run's config.
+        tokenizer: its tokenizer.
+        steps: how many steps are timed.
+
+    Returns:
+        (the share of the time spent on waiting for data, seconds a step).
+    """
+    devices = meshes.make_mesh(config.mesh)
+    program, _ = compile_program(make_program(config, devices), devices)
+    state = program.init()
+    sharding = meshes.batch_sharding(devices)
+    iterator = train_iterator(config, load_corpus(config, tokenizer))
+    waited = started = 0.0
+    for step in range(_WARM_UP + steps):
+        if step == _WARM_UP:
+            jax.block_until_ready(state)
+            waited, started = 0.0, time.perf_counter()
+        before = time.perf_counter()
+        rows = next(iterator)
+        waited += time.perf_counter() - before
+        batch = jax.device_put(to_batch(rows["tokens"], rows["mask"]), sharding)
+        state, metrics = program.train_step(state, batch)
+        jax.block_until_ready(metrics)
+    elapsed = time.perf_counter() - started
+    return waited / elapsed, elapsed / steps
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Runs the benchmark; see ``--help``."""
+    parser = make_parser("data", __doc__, "60m", rounds=3)
+    parser.add_argument("--source", default="embedded", help="texts to use: a glob of files")
+    parser.add_argument("--tokenizer", default="embedded")
+    parser.add_argument("--documents", type=int, default=20_000, help="at most so many documents")
+    parser.add_argument("--batch_size", type=int, default=512, help="of the batches drawn")
+    parser.add_argument("--sequence_length", type=int, default=256)
+    parser.add_argument("--train_batch_size", type=int, default=8)
+    parser.add_argument("--steps", type=int, default=8, help="of training")
+    options = parse_options(parser, arguments, PRESETS)
+    tokenizer = load_tokenizer(options.tokenizer)
+    with tempfile.TemporaryDirectory() as folder:
+        report(_measure(options, tokenizer, pathlib.Path(folder)), options)
+
+
+def _measure(options: Any, tokenizer: Tokenizer, folder: pathlib.Path) -> list[dict[str, Any]]:
+    parts, _ = source_parts(options.source, DataConfig(source=options.source))
+    documents = (text for chunk in PartReader(parts, skip=True).chunks() for text in chunk.texts)
+    texts = list(itertools.islice(documents, options.documents))
+    if options.source == "embedded":
+        # Paragraphs of novels are short; ten of them are about as long as a document of C4.
+        texts = ["\n".join(texts[i : i + 10]) for i in range(0, len(texts), 10)]
+    sources = write_sources(folder, texts)
+    out = str(folder / "shards")
+    prepare(sources[".jsonl"], tokenizer, out)
+
+    tokens = {name: read_all(data, tokenizer) for name, data in sources.items()}
+    readers = {name: _calling(read_all, data, tokenizer) for name, data in sources.items()}
+    seconds = time_in_turns(readers, options.rounds)
+    rows = [
+        {"source": name, "what": "read and encode", "tokens/s": tokens[name] / seconds[name]}
+        for name in sources
+    ]
+
+    def drawing(data: DataConfig, shape: str) -> Callable[[], float]:
+        config = Config(
+            batch_size=options.batch_size,
+            sequence_length=options.sequence_length,
+            data=_with(data, shape=shape),
+        )
+        corpus = load_corpus(config, tokenizer)
+
+        def draw() -> float:
+            # A fresh iterator: an older one would have batches ready, made while others were timed.
+            iterator = train_iterator(config, corpus)
+            drawn = sum(float(next(iterator)["mask"].sum()) for _ in range(_BATCHES))
+            iterator.close()
+            return drawn
+
+        return draw
+
+    shards = DataConfig(source=out)
+    mixed = DataConfig(source=f"{out},3;{out},1")
+    # What is encoded on the way goes by itself: its threads work on for a moment.
+    for group in ({"shards": shards, "mixed shards": mixed}, {"tfds": sources["tfds"]}):
+        cases = {
+            f"{name}, {shape} batches": drawing(data, shape)
+            for name, data in group.items()
+            for shape in ("packed", "padded")
+        }
+        drawn = {case: draw() for case, draw in cases.items()}
+        seconds = time_in_turns(cases, options.rounds)
+        for case in cases:
+            source, what = case.split(", ")
+            rows.append({"source": source, "what": what, "tokens/s": drawn[case] / seconds[case]})
+    for model in options.models:
+        config = Config(
+            batch_size=options.train_batch_size,
+            sequence_length=options.sequence_length,
+            steps=100,
+            warmup_steps=10,
+            model=preset(model),
+            data=shards,
+        )
+        share, step = waiting_share(config, tokenizer, options.steps)
+        rows.append(
+            {
+                "source": "shards",
+                "what": f"{model}: {step:.2f} s a step, {share:.3%} of it waiting for data",
+                "tokens/s": options.train_batch_size * options.sequence_length / step,
+            }
+        )
+    return rows
+
+
+def _calling(function: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
+    return lambda: function(*arguments)
+
+
+def _with(data: DataConfig, **changes: Any) -> DataConfig:
+    return DataConfig(**{**vars(data), **changes})

@@ -1,0 +1,50 @@
+"""What the commands that read a source have in common."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Callable
+
+from loro_jax.training.config import DataConfig
+from loro_jax.training.errors import TrainingError
+
+# Options by the names of the config's fields.
+_FIELDS = ("validation", "text_field", "text_files", "bad_documents", "data_dir")
+
+
+def add_source_options(parser: argparse.ArgumentParser) -> None:
+    """Adds SOURCE and how it is read."""
+    default = DataConfig()
+    parser.add_argument(
+        "source",
+        metavar="SOURCE",
+        help='"embedded", tfds:NAME, or a glob of .txt, .jsonl or .parquet files (quoted)',
+    )
+    parser.add_argument("--validation", help="a glob of files that validate instead")
+    parser.add_argument("--text_field", default=default.text_field)
+    parser.add_argument(
+        "--text_files", default=default.text_files, choices=["paragraphs", "documents"]
+    )
+    parser.add_argument("--bad_documents", default=default.bad_documents, choices=["stop", "skip"])
+    parser.add_argument("--data_dir", help="directory of tensorflow-datasets")
+
+
+def source_config(options: argparse.Namespace) -> DataConfig:
+    """The options as the config of a run has them."""
+    return DataConfig(
+        source=options.source, **{field: getattr(options, field) for field in _FIELDS}
+    )
+
+
+def failing_in_one_line(command: Callable[[], int]) -> int:
+    """Runs a command; its errors become one line, which names options instead of fields."""
+    try:
+        return command()
+    except TrainingError as error:
+        line = str(error).replace("config.data.source", "SOURCE").replace("config.data.", "--")
+        print(f"error: {line}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130

@@ -1,0 +1,120 @@
+"""Tokens in shards: two arrays each, the ids of all documents in order and where each ends.
+
+On disk a shard is a pair of ``.npy`` files, which are mapped, not read.
+"""
+
+from __future__ import annotations
+
+import bisect
+import pathlib
+from collections.abc import Iterable, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+
+class Shard(NamedTuple):
+    """Consecutive documents.
+
+    Attributes:
+        tokens: their ids, each document closed by the end-of-text id, uint16 or uint32 (N,).
+        ends: where each document ends in ``tokens``, int64 (D,).
+        name: what errors call it.
+    """
+
+    tokens: np.ndarray
+    ends: np.ndarray
+    name: str
+
+
+def make_shard(documents: Sequence[np.ndarray], dtype: Any, name: str) -> Shard:
+    """A shard in memory.
+
+    Args:
+        documents: ids of each document, closed by the end-of-text id.
+        dtype: dtype of the shard's ids.
+        name: its name.
+
+    Returns:
+        The shard.
+    """
+    lengths = [len(document) for document in documents]
+    tokens = np.concatenate(documents) if documents else np.empty(0)
+    return Shard(tokens.astype(dtype, copy=False), np.cumsum(lengths, dtype=np.int64), name)
+
+
+def map_shard(path: pathlib.Path) -> Shard:
+    """Maps the shard ``PATH.tokens.npy`` and ``PATH.ends.npy``.
+
+    Raises:
+        OSError: if a file can't be opened.
+        ValueError: if it is no array.
+    """
+    arrays = [
+        # A plain array over the mapping: slicing a memmap makes a new one each time.
+        np.asarray(np.load(f"{path}.{name}.npy", mmap_mode="r", allow_pickle=False))
+        for name in ("tokens", "ends")
+    ]
+    return Shard(arrays[0], arrays[1], str(path))
+
+
+class TokenShards(Sequence[np.ndarray]):
+    """Documents of all shards; also one stream of tokens.
+
+    Args:
+        shards: the shards, in order.
+
+    Attributes:
+        tokens: number of tokens.
+
+    Example:
+        >>> import numpy as np
+        >>> split = TokenShards([make_shard([np.array([5, 1]), np.array([6, 7, 1])], "u2", "a")])
+        >>> len(split), split[1].tolist(), split.read(1, 4).tolist()
+        (2, [6, 7, 1], [1, 6, 7])
+    """
+
+    def __init__(self, shards: Iterable[Shard]):
+        self._shards = [shard for shard in shards if len(shard.ends)]
+        self._token_ends = np.cumsum([len(shard.tokens) for shard in self._shards]).tolist()
+        self._document_ends = np.cumsum([len(shard.ends) for shard in self._shards]).tolist()
+        self.tokens: int = self._token_ends[-1] if self._shards else 0
+
+    def __len__(self) -> int:
+        return self._document_ends[-1] if self._shards else 0
+
+    def __getitem__(self, index: Any) -> Any:
+        """Ids of a document, closed by the end-of-text id, int32 (n,)."""
+        return self.head(index, None)
+
+    def head(self, index: int, count: int | None) -> np.ndarray:
+        """The first ids of a document (all of them by default), int32."""
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        number = bisect.bisect_right(self._document_ends, index)
+        shard = self._shards[number]
+        place = index - (self._document_ends[number - 1] if number else 0)
+        start = int(shard.ends[place - 1]) if place else 0
+        end = int(shard.ends[place])
+        return shard.tokens[start : end if count is None else min(end, start + count)].astype(
+            np.int32
+        )
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """Tokens ``start`` to ``stop`` of the stream, int32."""
+        pieces = []
+        number = bisect.bisect_right(self._token_ends, start)
+        while start < stop:
+            offset = self._token_ends[number - 1] if number else 0
+            end = min(stop, self._token_ends[number])
+            pieces.append(self._shards[number].tokens[start - offset : end - offset])
+            start, number = end, number + 1
+        if len(pieces) == 1:
+            return pieces[0].astype(np.int32)
+        return np.concatenate(pieces or [np.empty(0, np.int32)]).astype(np.int32)
+
+    def stream(self) -> np.ndarray:
+        """All tokens in order, without a copy where there is one shard, (N,)."""
+        if len(self._shards) == 1:
+            return self._shards[0].tokens
+        return self.read(0, self.tokens)

@@ -1,0 +1,103 @@
+"""Packed sequences of documents that are encoded on the way, whose tokens nobody has counted.
+
+Each row of the global batch is a stream of its own: row r of B reads documents r, r + B, r + 2B
+and so on of the order, one behind the other, and cuts them into windows. A batch is therefore a
+function of (seed, step), however many processes share the rows, and nothing of a document is lost:
+what a window leaves of it begins the next one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import grain
+import numpy as np
+
+
+@dataclasses.dataclass
+class _Stream:
+    """One row's place.
+
+    Attributes:
+        taken: documents it has read.
+        rest: ids of the last one that no window has used up, int32.
+    """
+
+    taken: int
+    rest: np.ndarray
+
+
+class PackedStreams(grain.IterDataset):
+    """Batches of windows, endless.
+
+    Args:
+        order: ids of documents in the order of training, endless: a Grain dataset of int32 arrays.
+        rows: this process's rows of the global batch.
+        batch_size: rows of the global batch.
+        length: L.
+        threads: rows that are filled at a time.
+    """
+
+    def __init__(
+        self, order: grain.MapDataset, rows: range, batch_size: int, length: int, threads: int
+    ):
+        super().__init__()
+        self.order = order
+        self.rows = rows
+        self.batch_size = batch_size
+        self.length = length
+        self.threads = threads
+
+    def __iter__(self) -> grain.DatasetIterator:
+        return _PackedIterator(self)
+
+
+class _PackedIterator(grain.DatasetIterator):
+    """Its state says, for each row, how many documents were read and what is left of the last."""
+
+    def __init__(self, dataset: PackedStreams):
+        super().__init__()
+        self._dataset = dataset
+        self._streams = {row: _Stream(0, np.empty(0, np.int32)) for row in dataset.rows}
+        self._pool = ThreadPoolExecutor(dataset.threads, thread_name_prefix="pack")
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        length = self._dataset.length
+        tokens = np.stack(list(self._pool.map(self._window, self._dataset.rows)))
+        return {"tokens": tokens, "mask": np.ones((len(tokens), length), np.float32)}
+
+    def _window(self, row: int) -> np.ndarray:
+        stream, length = self._streams[row], self._dataset.length
+        pieces, size = [stream.rest], len(stream.rest)
+        while size < length + 1:
+            pieces.append(self._document(row, stream.taken))
+            stream.taken += 1
+            size += len(pieces[-1])
+        tokens = np.concatenate(pieces) if len(pieces) > 1 else stream.rest
+        # The last target is the next window's first input. All that is left lies in the last
+        # document, because without it there was no window.
+        stream.rest = tokens[length:]
+        return tokens[: length + 1]
+
+    def _document(self, row: int, number: int) -> np.ndarray:
+        return self._dataset.order[row + number * self._dataset.batch_size]
+
+    def get_state(self) -> dict[str, Any]:
+        """Documents read and tokens left, row by row."""
+        return {
+            "taken": [stream.taken for stream in self._streams.values()],
+            "left": [len(stream.rest) for stream in self._streams.values()],
+        }
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes to where :meth:`get_state` was called."""
+        for row, taken, left in zip(self._streams, state["taken"], state["left"], strict=True):
+            rest = self._document(row, taken - 1) if taken else np.empty(0, np.int32)
+            self._streams[row] = _Stream(taken, rest[len(rest) - left :])
+
+    def close(self) -> None:
+        """Releases the threads."""
+        super().close()
+        self._pool.shutdown(wait=False, cancel_futures=True)

@@ -1,0 +1,49 @@
+"""The model's vocabulary, from the tokenizer's."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from loro_jax.training.config import Config
+from loro_jax.training.errors import TrainingError
+from loro_jax.training.tokenizer import Tokenizer
+
+
+def resolve_vocabulary(config: Config, tokenizer: Tokenizer) -> tuple[Config, str]:
+    """Sets ``model.vocab_size`` where it is 0: the tokenizer's ids, rounded up.
+
+    Matrix units work on tiles: an embedding and a head whose rows are a multiple of
+    ``data.vocab_multiple`` fill them, and divide among devices. The ids on top are never a target.
+
+    Args:
+        config: the run's config.
+        tokenizer: its tokenizer.
+
+    Returns:
+        (the config with its vocabulary, a line that says what both vocabularies are).
+
+    Raises:
+        TrainingError: if the tokenizer has more ids than the model.
+
+    Example:
+        >>> from loro_jax.training.tokenizer import ByteTokenizer
+        >>> config = Config()
+        >>> config.model.vocab_size = 0
+        >>> resolve_vocabulary(config, ByteTokenizer())[1]
+        'tokenizer: 259 ids, end of text 1, padding 0; model: 384 ids (a multiple of 128)'
+    """
+    wanted, own = config.model.vocab_size, tokenizer.vocab_size
+    multiple = config.data.vocab_multiple
+    size = wanted or -(-own // multiple) * multiple
+    if own > size:
+        raise TrainingError(
+            f"config.model.vocab_size = {size} is smaller than the vocabulary of "
+            f"config.data.tokenizer = {config.data.tokenizer!r}, which has {own} ids "
+            "(0: as many as that, rounded up)."
+        )
+    line = (
+        f"tokenizer: {own:,} ids, end of text {tokenizer.eos_id}, padding {tokenizer.pad_id}; "
+        f"model: {size:,} ids" + ("" if wanted else f" (a multiple of {multiple})")
+    )
+    model = dataclasses.replace(config.model, vocab_size=size)
+    return dataclasses.replace(config, model=model), line
