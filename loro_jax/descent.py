@@ -126,7 +126,7 @@ def riemannian_descent(
         return found
 
     def init(params: Any) -> LoroState:
-        factors, others = _split(params, find(params))
+        factors, others = split_factors(params, find(params))
         state = LoroState(
             count=jnp.zeros([], jnp.int32),
             stale=jnp.bool_(False),
@@ -148,8 +148,8 @@ def riemannian_descent(
         if params is None:
             raise ValueError("loro: update needs the parameters: tx.update(grads, state, params).")
         found = find(params)
-        factor_grads, other_grads = _split(grads, found)
-        factors, others = _split(params, found)
+        factor_grads, other_grads = split_factors(grads, found)
+        factors, others = split_factors(params, found)
 
         rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
         count = optax.safe_increment(state.count)
@@ -167,7 +167,7 @@ def riemannian_descent(
         )
         carried = jax.tree.map(lambda c, p: c.astype(p.dtype), carried, factors)
         fallbacks = jnp.zeros([], jnp.int32)
-        places = _places(found)
+        places = places_of_factors(found)
         if found and exact_every is not None:
             # One branch puts moves into what is carried, the other passes it through, in place. The
             # approximate step is made outside, where it fuses with whatever applies the update.
@@ -209,7 +209,7 @@ def riemannian_descent(
                 other_grads, regular_state, others, **extra_args
             )
 
-        joined = _join(grads, found, factor_updates, other_updates)
+        joined = join_factors(grads, found, factor_updates, other_updates)
         fallbacks = jnp.minimum(state.fallbacks, jnp.iinfo(jnp.int32).max - fallbacks) + fallbacks
         return joined, LoroState(count, exact, fallbacks, factor_state, regular_state)
 
@@ -232,11 +232,11 @@ class _StepSettings(NamedTuple):
         return A.shape[-2] / min(B.shape[-2], A.shape[-1]) if fixed is None else fixed
 
 
-# Where the two factors of a pair stand among the leaves of a tree of factors alone.
 _Places = Sequence[tuple[int, int]]
 
 
-def _places(found: Sequence[Pair]) -> _Places:
+def places_of_factors(found: Sequence[Pair]) -> _Places:
+    """Where the factors of each pair stand among the leaves of a tree of factors alone."""
     indices = sorted(index for pair in found for index in (pair.B, pair.A))
     return [(indices.index(pair.B), indices.index(pair.A)) for pair in found]
 
@@ -305,7 +305,7 @@ def _select(first: jax.Array, one: Any, other: Any) -> Any:
     return jax.tree.map(lambda x, y: jnp.where(first, x, y), one, other)
 
 
-def _split(tree: Any, found: Sequence[Pair]) -> tuple[Any, Any]:
+def split_factors(tree: Any, found: Sequence[Pair]) -> tuple[Any, Any]:
     """The tree twice: with its factors alone, and with all other leaves alone."""
     leaves, structure = jax.tree.flatten(tree)
     of_pairs = _indices(found)
@@ -315,7 +315,9 @@ def _split(tree: Any, found: Sequence[Pair]) -> tuple[Any, Any]:
     return jax.tree.unflatten(structure, factors), jax.tree.unflatten(structure, others)
 
 
-def _join(like: Any, found: Sequence[Pair], factors: Sequence[jax.Array], others: Any) -> Any:
+def join_factors(
+    like: Any, found: Sequence[Pair], factors: Sequence[jax.Array], others: Any
+) -> Any:
     """Puts the updates of the factors and of the other leaves together, each in their order."""
     leaves, structure = jax.tree.flatten(like)
     of_pairs = _indices(found)

@@ -194,6 +194,7 @@ def initialise(
     xavorth    orth times the std of xavier  orth times the std of xavier
     randn_X    X                             X                             X a number
     const_X    all entries X                 all entries X                 rank one: no LORO
+    lora       zero                          uniform, 1 / sqrt(n) at most  rank zero: no LORO
     ========== ============================= ============================= ==================
 
     s is ``initializer_range``. The authors' code discards the orthogonal matrices of ``orth`` and
@@ -234,6 +235,10 @@ def initialise(
         "orth": (1.0, 1.0),
         "xavorth": (xavier_B, xavier_A),
     }
+    if method == "lora":
+        bound = n**-0.5  # torch's default for a linear layer of n inputs
+        A = jax.random.uniform(key, (r, n), jnp.float32, -bound, bound)
+        return jnp.zeros((m, r)), A
     name, _, number = method.partition("_")
     if name in ("randn", "const") and _is_number(number):
         scale_B = scale_A = float(number)
@@ -242,7 +247,7 @@ def initialise(
     else:
         raise ValueError(
             f"initialise: unknown method {method!r}; expected one of {', '.join(scales)}, "
-            "randn_X or const_X with a number X."
+            "lora, randn_X or const_X with a number X."
         )
     if name == "const":
         return jnp.full((m, r), scale_B), jnp.full((r, n), scale_A)

@@ -70,3 +70,11 @@ def footprint(params: Any, opt_state: Any) -> Footprint:
     """
     weights = count_bytes(params)
     return Footprint(count_parameters(params), weights, weights, count_bytes(opt_state))
+
+
+if __name__ == "__main__":
+    import sys
+
+    from loro_jax.training.memory_table import main
+
+    sys.exit(main(sys.argv[1:]))

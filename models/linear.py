@@ -3,7 +3,12 @@
 A projection maps ``x (..., in)`` to ``y (..., out)`` without a bias. Kinds:
 
 * dense: ``W`` (out x in), ``y = x W^T``;
-* low-rank: ``B`` (out x r) and ``A`` (r x in), ``y = (x A^T) B^T``; ``W = B A`` is never formed.
+* low_rank: ``B`` (out x r) and ``A`` (r x in), ``y = (x A^T) B^T``; ``W = B A`` is never formed;
+* cola: ``y = silu(x A^T) B^T`` (Liu et al. 2025, arXiv 2502.10940, equation 2);
+* lora: ``y = x W^T + (alpha / r) (x A^T) B^T`` with a fixed W (Hu et al. 2021, arXiv 2106.09685);
+* switchlora: the same with spare vectors that are switched with those of B and A, and ``1 / r`` for
+  a scale; see :mod:`loro_jax.peers.switchlora`;
+* sltrain: ``W = (alpha / r) B A + S`` with a sparse S; see :mod:`loro_jax.peers.sltrain`.
 """
 
 from __future__ import annotations
@@ -16,6 +21,12 @@ import jax.numpy as jnp
 from flax import nnx
 
 from loro_jax.lowrank import initialise
+from loro_jax.peers.sltrain import draw_support, entries_per_row, sparse_low_rank_product
+from loro_jax.peers.switchlora import (
+    initialise_candidates,
+    initialise_switchlora,
+    nothing_frozen,
+)
 
 Array = jax.Array
 
@@ -25,18 +36,28 @@ class ProjectionSpec:
     """What a projection is made of.
 
     Attributes:
+        kind: of the projections that have a rank, a key of :data:`KINDS`.
         rank: inner dimension of a low-rank projection; None: dense.
         initialiser: how factors are drawn, a name known to :func:`loro_jax.initialise`.
         initializer_range: standard deviation of a dense weight's entries.
+        alpha: the product of factors is scaled by ``alpha / rank`` (lora, sltrain).
+        density: share of a sparse matrix's entries that are not zero (sltrain).
         dtype: dtype of the products.
         param_dtype: dtype of the stored weights.
     """
 
+    kind: str = "low_rank"
     rank: int | None = None
     initialiser: str = "xavier"
     initializer_range: float = 0.02
+    alpha: float = 32.0
+    density: float = 0.03
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
+
+
+class Fixed(nnx.Variable):
+    """What belongs to a model and is not trained: no gradient is taken of it."""
 
 
 class Dense(nnx.Module):
@@ -70,10 +91,90 @@ class LowRankLinear(nnx.Module):
         self.A = nnx.Param(A.astype(spec.param_dtype))
         self.dtype = spec.dtype
 
+    def factors(self) -> tuple[Array, Array]:
+        """B and A in the dtype of the products."""
+        return self.B[...].astype(self.dtype), self.A[...].astype(self.dtype)
+
     def __call__(self, x: Array) -> Array:
         """Maps (..., in) to (..., out) by way of the rank."""
-        A, B = self.A[...].astype(self.dtype), self.B[...].astype(self.dtype)
+        B, A = self.factors()
         return (x.astype(self.dtype) @ A.T) @ B.T
+
+
+class ColaLinear(LowRankLinear):
+    """``y = silu(x A^T) B^T``: an auto-encoder in a projection's place."""
+
+    def __call__(self, x: Array) -> Array:
+        """Maps (..., in) to (..., out) by way of the rank."""
+        B, A = self.factors()
+        return jax.nn.silu(x.astype(self.dtype) @ A.T) @ B.T
+
+
+class LoraLinear(LowRankLinear):
+    """``y = x W^T + (alpha / r) (x A^T) B^T`` with a fixed W; B starts at zero."""
+
+    def __init__(self, in_features: int, out_features: int, spec: ProjectionSpec, rngs: nnx.Rngs):
+        adapter = dataclasses.replace(spec, initialiser="lora")
+        super().__init__(in_features, out_features, adapter, rngs)
+        W = Dense(in_features, out_features, spec, rngs).W[...]
+        self.W = Fixed(W)
+        self.scale = spec.alpha / self.A.shape[-2]
+
+    def __call__(self, x: Array) -> Array:
+        """Maps (..., in) to (..., out)."""
+        x = x.astype(self.dtype)
+        B, A = self.factors()
+        return x @ self.W[...].astype(self.dtype).T + self.scale * ((x @ A.T) @ B.T)
+
+
+class SwitchLoraLinear(LoraLinear):
+    """:class:`LoraLinear` with spare vectors, and with what keeps account of their switches."""
+
+    def __init__(self, in_features: int, out_features: int, spec: ProjectionSpec, rngs: nnx.Rngs):
+        super().__init__(in_features, out_features, spec, rngs)
+        shape = (out_features, in_features, self.A.shape[-2])
+        B, A = initialise_switchlora(rngs.params(), *shape)
+        self.B[...] = B.astype(spec.param_dtype)
+        self.A[...] = A.astype(spec.param_dtype)
+        spare = initialise_candidates(rngs.params(), *shape)
+        self.spare_B = Fixed(spare.B.astype(spec.param_dtype))
+        self.spare_A = Fixed(spare.A.astype(spec.param_dtype))
+        self.switched = Fixed(spare.switched)
+        frozen_B, frozen_A = nothing_frozen(B)
+        self.frozen_B, self.frozen_A = Fixed(frozen_B), Fixed(frozen_A)
+        self.scale = 1 / self.A.shape[-2]
+
+
+class SparseLowRankLinear(LowRankLinear):
+    """``y = x ((alpha / r) B A + S)^T``; S is sparse, B starts at zero."""
+
+    def __init__(self, in_features: int, out_features: int, spec: ProjectionSpec, rngs: nnx.Rngs):
+        factors = dataclasses.replace(spec, initialiser="lora")
+        super().__init__(in_features, out_features, factors, rngs)
+        # As in the authors' code: uniform like a linear layer's default.
+        shape = (out_features, entries_per_row(in_features, spec.density))
+        bound = in_features**-0.5
+        values = jax.random.uniform(rngs.params(), shape, jnp.float32, -bound, bound)
+        self.values = nnx.Param(values.astype(spec.param_dtype))
+        self.columns = Fixed(draw_support(rngs.params(), out_features, in_features, spec.density))
+        self.scale = spec.alpha / self.A.shape[-2]
+
+    def __call__(self, x: Array) -> Array:
+        """Maps (..., in) to (..., out); W exists for the moment of the product."""
+        B, A = self.factors()
+        values = self.values[...].astype(self.dtype)
+        return sparse_low_rank_product(
+            x.astype(self.dtype), B, A, values, self.columns[...], self.scale
+        )
+
+
+KINDS: dict[str, type[LowRankLinear]] = {
+    "low_rank": LowRankLinear,
+    "cola": ColaLinear,
+    "lora": LoraLinear,
+    "switchlora": SwitchLoraLinear,
+    "sltrain": SparseLowRankLinear,
+}
 
 
 def make_projection(
@@ -91,7 +192,8 @@ def make_projection(
         A module that maps (..., in_features) to (..., out_features).
 
     Raises:
-        ValueError: if the rank is below 1 or above min(in_features, out_features).
+        ValueError: if the rank is below 1 or above min(in_features, out_features), or the kind is
+            unknown.
 
     Example:
         >>> import jax.numpy as jnp
@@ -100,5 +202,10 @@ def make_projection(
         >>> projection(jnp.ones((4, 8))).shape
         (4, 6)
     """
-    kind = Dense if spec.rank is None else LowRankLinear
-    return kind(in_features, out_features, spec, rngs)
+    if spec.rank is None:
+        return Dense(in_features, out_features, spec, rngs)
+    if spec.kind not in KINDS:
+        raise ValueError(
+            f"make_projection: kind must be one of {', '.join(KINDS)}, but is {spec.kind!r}."
+        )
+    return KINDS[spec.kind](in_features, out_features, spec, rngs)

@@ -16,7 +16,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from models.linear import Dense, ProjectionSpec, make_projection
+from models.linear import KINDS, Dense, ProjectionSpec, make_projection
 from models.loss import reduction_dtype
 
 Array = jax.Array
@@ -44,6 +44,10 @@ class LlamaConfig:
         rank: rank of the low-rank projections.
         attn_rank: rank of q, k, v, o; None: ``rank``.
         mlp_rank: rank of gate, up, down; None: ``rank``.
+        projection: kind of the projections that have a rank, "low_rank" unless a method of training
+            asks for another; see :mod:`models.linear`.
+        alpha: the product of factors is scaled by ``alpha / rank`` (kinds "lora", "sltrain").
+        density: share of the entries that the sparse matrices of "sltrain" have.
         initialiser: how factors are drawn; see :func:`loro_jax.initialise`.
         initializer_range: standard deviation of embedding, head and dense projections.
         rms_norm_eps: epsilon of the norms.
@@ -66,6 +70,9 @@ class LlamaConfig:
     rank: int = 128
     attn_rank: int | None = None
     mlp_rank: int | None = None
+    projection: str = "low_rank"
+    alpha: float = 32.0
+    density: float = 0.03
     initialiser: str = "xavier"
     initializer_range: float = 0.02
     rms_norm_eps: float = 1e-6
@@ -93,12 +100,15 @@ class LlamaConfig:
             ("remat", REMAT_POLICIES),
             ("dtype", DTYPES),
             ("param_dtype", DTYPES),
+            ("projection", tuple(KINDS)),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(
                     f"model.{name} must be one of {', '.join(choices)}, "
                     f"but is {getattr(self, name)!r}."
                 )
+        if not 0 < self.density <= 1:
+            raise ValueError(f"model.density must be above 0 and at most 1, but is {self.density}.")
         if self.hidden_size % self.num_heads or self.head_size % 2:
             raise ValueError(
                 f"model.num_heads = {self.num_heads} must divide model.hidden_size = "
@@ -128,9 +138,12 @@ class LlamaConfig:
     def projection_spec(self, group: str) -> ProjectionSpec:
         """How the projections of "attn" or "mlp" are made."""
         return ProjectionSpec(
+            kind=self.projection,
             rank=self.group_rank(group),
             initialiser=self.initialiser,
             initializer_range=self.initializer_range,
+            alpha=self.alpha,
+            density=self.density,
             dtype=jnp.dtype(self.dtype),
             param_dtype=jnp.dtype(self.param_dtype),
         )

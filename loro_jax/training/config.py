@@ -12,7 +12,25 @@ from loro_jax.retractions import METHODS as METHODS_OF_EXACT_STEP
 from loro_jax.training.errors import TrainingError
 from models.llama import LlamaConfig
 
-METHODS = ("loro", "lowrank", "full")
+# What --config.method may say, and the projections that it trains (None: dense ones).
+METHODS: dict[str, str | None] = {
+    "loro": "low_rank",
+    "lowrank": "low_rank",
+    "lowrank_restarts": "low_rank",
+    "svd_projection": "low_rank",
+    "preconditioned": "low_rank",
+    "preconditioned_exact": "low_rank",
+    "spectron": "low_rank",
+    "cola": "cola",
+    "sltrain": "sltrain",
+    "lora": "lora",
+    "relora": "lora",
+    "switchlora": "switchlora",
+    "galore": None,
+    "fira": None,
+    "adarankgrad": None,
+    "full": None,
+}
 
 # Fields that may differ between a run directory and the command that continues it, because the
 # trajectory and the metrics do not depend on them.
@@ -95,7 +113,11 @@ class Config:
     """One run. Defaults are the paper's for 60M.
 
     Attributes:
-        method: "loro", "lowrank" (the same factors by plain Adam) or "full" (the dense twin).
+        method: "loro", or a method that it is compared with: "full" (the dense twin by Adam),
+            "lowrank" (the factors by Adam), "lowrank_restarts", "svd_projection",
+            "preconditioned", "preconditioned_exact", "spectron", "cola", "sltrain", "lora",
+            "relora", "switchlora", "galore", "fira" or "adarankgrad"; see
+            :mod:`loro_jax.training.methods`.
         steps: optimizer steps in the run.
         seed: fixes initialisation and the order of the data.
         batch_size: sequences per optimizer step, over all devices.
@@ -106,14 +128,17 @@ class Config:
         initial_lr_ratio: first learning rate over the peak.
         final_lr_ratio: last learning rate over the peak.
         restart_warmup_steps: re-warm-up after each exact step; 0: none.
-        exact_every: K; step t, from 0, is exact when ``(t + 1) % K == 0``.
+        exact_every: K; step t, from 0, is exact when ``(t + 1) % K == 0``. Other methods restart,
+            or renew their projectors, as often.
+        projection_scale: alpha, on the steps of projected gradients ("galore" and its kin).
         refresh: whose Adam state an exact step zeroes: "all", "factors" or "none"; "transport"
             carries the factors' moments into their new basis instead.
         max_move: trust region of the exact step, over the norm of the product; 0: none.
         damping: of the inverses in the exact step, over the mean square of the factor's singular
             values; 0: none.
         exact_method: "graph" (the fastest), "gram" or "svd" (the reference).
-        lr_scale: factor on the approximate step's learning rate; None: r / min(m, n).
+        lr_scale: factor on the learning rate of the factors alone (of LORO's approximate steps);
+            None: r / min(m, n) for "loro" and "svd_projection", 1 for the other methods.
         b1: decay of Adam's first moment.
         b2: decay of Adam's second moment.
         eps: Adam's epsilon.
@@ -141,6 +166,7 @@ class Config:
     final_lr_ratio: float = 0.1
     restart_warmup_steps: int = 5
     exact_every: int = 500
+    projection_scale: float = 0.25
     refresh: str = "all"
     max_move: float = 0.0
     damping: float = 0.0
@@ -183,6 +209,7 @@ class Config:
             "clip_norm",
             "max_move",
             "damping",
+            "projection_scale",
         ):
             self._require(name, getattr(self, name) >= 0, "at least 0")
         self._require(
@@ -238,7 +265,7 @@ class Config:
             model.validate()
         except ValueError as error:
             raise TrainingError(f"config.{error}") from None
-        if self.method != "full" and self.model.scope == "none":
+        if METHODS[self.method] is not None and self.model.scope == "none":
             raise TrainingError(
                 f'config.method = {self.method!r} needs factors, but config.model.scope is "none"; '
                 'expected "all", "attn" or "mlp" (or method "full").'
@@ -250,8 +277,11 @@ class Config:
 
     @property
     def model_config(self) -> LlamaConfig:
-        """The network of this run: ``model``, or its dense twin where the method is "full"."""
-        return self.model.dense() if self.method == "full" else self.model
+        """The network of this run: ``model`` with the projections of the method."""
+        projection = METHODS[self.method]
+        if projection is None:
+            return self.model.dense()
+        return dataclasses.replace(self.model, projection=projection)
 
     @property
     def refresh_choice(self) -> str | None:

@@ -208,7 +208,9 @@ class _Run:
         with self._clock.paused():
             parts = [
                 self._program.eval_step(
-                    self._state.params, jax.device_put(batch, self._batch_sharding)
+                    self._state.params,
+                    self._state.fixed,
+                    jax.device_put(batch, self._batch_sharding),
                 )
                 for batch in self._validation
             ]

@@ -13,7 +13,8 @@ from flax import nnx
 
 from loro_jax.training.config import Config
 from loro_jax.training.mesh import batch_sharding, replicated, tree_shardings
-from loro_jax.training.optimizer import make_optimizer, make_schedule
+from loro_jax.training.methods import make_maintenance, make_optimizer, make_schedule
+from models.linear import Fixed
 from models.llama import Llama
 from models.loss import Batch, next_token_loss
 
@@ -27,11 +28,13 @@ class TrainState(NamedTuple):
         step: steps taken, int32 scalar.
         params: the model's parameters as nested dicts.
         opt_state: the optimizer's state.
+        fixed: what the model holds and no gradient is taken of, likewise; empty for most methods.
     """
 
     step: Array
     params: Any
     opt_state: Any
+    fixed: Any
 
 
 class Program(NamedTuple):
@@ -40,12 +43,12 @@ class Program(NamedTuple):
     Attributes:
         init: () -> TrainState, from the seed.
         train_step: (TrainState, Batch) -> (TrainState, metrics).
-        eval_step: (params, Batch) -> (sum of losses in nats, number of tokens).
+        eval_step: (params, fixed, Batch) -> (sum of losses in nats, number of tokens).
     """
 
     init: Callable[[], TrainState]
     train_step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]
-    eval_step: Callable[[Any, Batch], tuple[Array, Array]]
+    eval_step: Callable[[Any, Any, Batch], tuple[Array, Array]]
 
 
 def make_program(config: Config, mesh: jax.sharding.Mesh | None = None) -> Program:
@@ -61,41 +64,61 @@ def make_program(config: Config, mesh: jax.sharding.Mesh | None = None) -> Progr
     model_config = config.model_config
     optimizer = make_optimizer(config, mesh)
     schedule = make_schedule(config)
+    maintenance = make_maintenance(config)
     abstract_model = nnx.eval_shape(lambda: Llama(model_config, nnx.Rngs(config.seed)))
     graphdef = nnx.graphdef(abstract_model)
 
     def init() -> TrainState:
         model = Llama(model_config, nnx.Rngs(config.seed))
         params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
-        return TrainState(jnp.zeros([], jnp.int32), params, optimizer.init(params))
+        fixed = nnx.to_pure_dict(nnx.state(model, Fixed))
+        return TrainState(jnp.zeros([], jnp.int32), params, optimizer.init(params), fixed)
 
-    def loss_sum(params: Any, batch: Batch) -> Array:
-        return next_token_loss(nnx.merge(graphdef, params), batch)
+    def loss_sum(params: Any, fixed: Any, batch: Batch) -> Array:
+        return next_token_loss(nnx.merge(graphdef, _joined(params, fixed)), batch)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         loss, grads = _mean_loss_and_gradient(
-            loss_sum, state.params, batch, config.gradient_accumulation
+            lambda p, b: loss_sum(p, state.fixed, b),
+            state.params,
+            batch,
+            config.gradient_accumulation,
         )
         grad_norm = optax.tree.norm(grads)
         if config.clip_norm > 0:
             shrink = jnp.minimum(1.0, config.clip_norm / jnp.maximum(grad_norm, 1e-12))
             grads = jax.tree.map(lambda g: g * shrink.astype(g.dtype), grads)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        params, fixed, opt_state = state.params, state.fixed, state.opt_state
+        if maintenance.before is not None:
+            grads, params, fixed, opt_state = maintenance.before(
+                state.step, grads, params, fixed, opt_state
+            )
+        updates, opt_state = optimizer.update(grads, opt_state, params)
+        params = optax.apply_updates(params, updates)
+        step = optax.safe_increment(state.step)
+        if maintenance.behind is not None:
+            params, fixed, opt_state = maintenance.behind(step, params, fixed, opt_state)
         metrics = {
             "loss": loss,
             "lr": jnp.asarray(schedule(state.step), jnp.float32),
             "grad_norm": grad_norm,
             "update_norm": optax.tree.norm(updates),
             # Exact steps of single matrices that were too ill-conditioned for the fast method.
-            "fallbacks": opt_state.fallbacks,
+            "fallbacks": getattr(opt_state, "fallbacks", jnp.zeros([], jnp.int32)),
         }
-        return TrainState(optax.safe_increment(state.step), params, opt_state), metrics
+        return TrainState(step, params, opt_state, fixed), metrics
 
-    def eval_step(params: Any, batch: Batch) -> tuple[Array, Array]:
-        return loss_sum(params, batch), jnp.sum(batch.mask)
+    def eval_step(params: Any, fixed: Any, batch: Batch) -> tuple[Array, Array]:
+        return loss_sum(params, fixed, batch), jnp.sum(batch.mask)
 
     return Program(init, train_step, eval_step)
+
+
+def _joined(one: Any, other: Any) -> Any:
+    """Two nested dicts without a leaf in common as one."""
+    return one | {
+        name: _joined(one[name], value) if name in one else value for name, value in other.items()
+    }
 
 
 def _mean_loss_and_gradient(
@@ -143,7 +166,9 @@ def compile_program(program: Program, mesh: jax.sharding.Mesh) -> tuple[Program,
             out_shardings=(shardings, everywhere),
         ),
         eval_step=jax.jit(
-            program.eval_step, in_shardings=(shardings.params, batch), out_shardings=everywhere
+            program.eval_step,
+            in_shardings=(shardings.params, shardings.fixed, batch),
+            out_shardings=everywhere,
         ),
     )
     abstract = jax.tree.map(

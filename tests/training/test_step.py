@@ -100,12 +100,12 @@ def test_the_metrics_are_what_they_say(plain):
     _, metrics, _ = plain
     program = make_program(BASE)
     state, batch = program.init(), make_batch(0)
-    loss, tokens = program.eval_step(state.params, jax.tree.map(jnp.asarray, batch))
+    loss, tokens = program.eval_step(state.params, state.fixed, jax.tree.map(jnp.asarray, batch))
     assert float(tokens) == batch.mask.sum()
     np.testing.assert_allclose(metrics[0]["loss"], loss / tokens, rtol=1e-5)
     np.testing.assert_allclose(metrics[0]["lr"], 0.1 * BASE.learning_rate, rtol=1e-5)
     assert metrics[3]["lr"] == 0.0, "the step behind an exact one re-warms from zero"
-    gradient = jax.grad(lambda p: program.eval_step(p, batch)[0] / tokens)(state.params)
+    gradient = jax.grad(lambda p: program.eval_step(p, {}, batch)[0] / tokens)(state.params)
     np.testing.assert_allclose(metrics[0]["grad_norm"], optax.tree.norm(gradient), rtol=1e-4)
 
 
@@ -139,7 +139,7 @@ def test_lowrank_is_adam_with_one_learning_rate():
     state, _, program = steps(config, 1)
     start = program.init()
     batch = make_batch(0)
-    grads = jax.grad(lambda p: program.eval_step(p, batch)[0] / batch.mask.sum())(start.params)
+    grads = jax.grad(lambda p: program.eval_step(p, {}, batch)[0] / batch.mask.sum())(start.params)
     tx = optax.adam(0.1 * config.learning_rate, eps=1e-30)
     updates, _ = tx.update(grads, tx.init(start.params))
     expected = optax.apply_updates(start.params, updates)

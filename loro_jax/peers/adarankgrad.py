@@ -1,0 +1,189 @@
+"""AdaRankGrad: GaLore with a rank that follows the gradient, and moments that follow the subspace.
+
+Source: Refael et al., ICLR 2025 (arXiv 2410.17881). A weight's subspace is renewed when Adam has
+converged inside it, or after a period. The new subspace is found by randomised SVD; its rank r is
+the smallest for which ``|G - P P^T G|^2 <= eta |G|^2`` (Frobenius). With ``C = P_new^T P_old`` the
+moments move into it: ``M <- C M``. Then follow Adam on ``R = P^T G`` and the step
+``-lr alpha P N``.
+
+Shapes are static under jit, so every projector and moment has the largest rank; columns of P beyond
+the adaptive rank are zero, and with them the rows of R, M, V and N. The method's memory for smaller
+ranks is therefore not saved here: the ``rank`` in the state says what it would be.
+
+The rules above are from the paper's abstract and from summaries of it, not from its pseudo-code:
+the defaults of ``eta`` and ``tolerance``, and what follows, are choices made here.
+
+* second moments move by ``V <- (C * C) V`` (entrywise square): what uncorrelated coordinates have,
+  and never negative. ``C V``, the first moments' rule, can be negative under Adam's root.
+* "converged" means that the projected gradient's norm fell below ``tolerance`` times what it was
+  when the subspace was made. An absolute threshold would depend on the scale of the loss.
+* layers of a stacked leaf are tested one by one; a renewal of any computes all, and keeps the rest.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from loro_jax.peers.projected_descent import (
+    Projected,
+    Slots,
+    check_settings,
+    projected_descent,
+)
+from loro_jax.peers.projection import AdamConstants, adam, lift, project
+from loro_jax.peers.subspace import adaptive_projector, moved_moments
+
+Array = jax.Array
+
+
+class AdaRankGradState(NamedTuple):
+    """State of :func:`adarankgrad`; k and l are the smaller and the larger side of a leaf.
+
+    Attributes:
+        count: steps done, int32 scalar.
+        projector: tree like the parameters: (..., k, r), or a scalar where a leaf is not projected.
+        mu: tree of first moments: (..., r, l), or the leaf's own shape.
+        nu: tree of second moments, likewise.
+        rank: tree of the adaptive ranks, int32, one for each matrix.
+        norm: tree of the projected gradients' norms when the subspaces were made.
+    """
+
+    count: jax.Array  # type: ignore[assignment]  # shadows tuple.count, as in Optax
+    projector: Any
+    mu: Any
+    nu: Any
+    rank: Any
+    norm: Any
+
+
+def adarankgrad(
+    learning_rate: optax.ScalarOrSchedule,
+    rank: int,
+    *,
+    projected: Projected,
+    update_every: int = 200,
+    scale: float = 0.25,
+    eta: float = 0.04,
+    min_rank: int = 1,
+    tolerance: float = 0.1,
+    oversample: int = 8,
+    iterations: int = 2,
+    seed: int = 0,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+) -> optax.GradientTransformationExtraArgs:
+    """AdaRankGrad on the projected leaves, Adam on the others.
+
+    State is float32 or wider, whatever the parameters' dtype, and has the size of the largest rank.
+
+    Args:
+        learning_rate: a number or a schedule.
+        rank: the largest rank of a projector.
+        projected: which leaves to project, as in :func:`loro_jax.peers.galore.galore`.
+        update_every: the period. Steps 0, T, 2T, ... renew all subspaces.
+        scale: alpha, on the projected leaves' updates.
+        eta: share of the gradient's squared norm that the subspace may lose, if the largest rank
+            can reach it.
+        min_rank: the smallest rank.
+        tolerance: a subspace is renewed early when the projected gradient's norm is below this
+            share of what it was when the subspace was made. 0: by the period alone.
+        oversample: columns of the random sketch beyond the largest rank.
+        iterations: subspace iterations of the randomised SVD.
+        seed: of the sketches; with the step it fixes them, so there is no key in the state.
+        b1: decay of the first moment.
+        b2: decay of the second moment.
+        eps: added to the root of the corrected second moment, as in ``optax.scale_by_adam``.
+        weight_decay: decoupled decay of all leaves, ``lr * weight_decay`` a step.
+
+    Returns:
+        An ``optax.GradientTransformationExtraArgs``, learning rate included.
+
+    Raises:
+        ValueError: for settings out of range; from ``init``, if ``projected`` does not fit the
+            parameters or the rank exceeds the smaller side of a leaf; from ``update``, without
+            ``params`` if there is a weight decay.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> params = {"w": jnp.zeros((4, 6))}
+        >>> tx = adarankgrad(0.01, rank=3, projected={"w": True})
+        >>> _, state = tx.update({"w": jnp.ones((4, 6))}, tx.init(params), params)
+        >>> int(state.rank["w"])  # of at most three; the gradient has rank one
+        1
+
+    References:
+        Refael et al., `AdaRankGrad: Adaptive Gradient-Rank and Moments for Memory-Efficient LLMs
+        Training and Fine-Tuning <https://arxiv.org/abs/2410.17881>`_, ICLR 2025.
+    """
+    constants = AdamConstants(b1, b2, eps)
+    check_settings("adarankgrad", rank, update_every, constants, weight_decay)
+    if not 1 <= min_rank <= rank:
+        raise ValueError(
+            f"adarankgrad: min_rank must be between 1 and rank = {rank}, is {min_rank!r}."
+        )
+    for name, value in (("eta", eta), ("tolerance", tolerance)):
+        if not 0 <= value < 1:
+            raise ValueError(f"adarankgrad: {name} must be at least 0 and below 1, is {value!r}.")
+    for name, value in (("oversample", oversample), ("iterations", iterations)):
+        if value < 0:
+            raise ValueError(f"adarankgrad: {name} must not be negative, is {value!r}.")
+    find = functools.partial(
+        adaptive_projector,
+        rank=rank,
+        min_rank=min_rank,
+        eta=eta,
+        oversample=oversample,
+        iterations=iterations,
+        seed=seed,
+    )
+
+    def begin(shape: tuple[int, ...], dtype: Any) -> Slots:
+        *batch, k, l = shape  # noqa: E741
+        shapes = (*batch, k, rank), (*batch, rank, l), (*batch, rank, l)
+        held = (jnp.zeros(shape, dtype) for shape in shapes)
+        return (*held, jnp.zeros(batch, jnp.int32), jnp.zeros(batch, dtype))
+
+    def step(G: Array, held: Slots, count: Array) -> tuple[Array, Slots]:
+        P, mu, nu, ranks, norm = held
+        converged = _norm(project(P, G)) < tolerance * norm
+        due = converged | (count % update_every == 0)
+        subspace = (P, mu, nu, ranks, norm)
+        # One scalar for the leaf, so that lax.cond skips the factorisations.
+        P, mu, nu, ranks, norm = jax.lax.cond(
+            jnp.any(due), lambda: _renewed(subspace, due, G, *find(G, count)), lambda: subspace
+        )
+        N, mu, nu = adam(project(P, G), mu, nu, count + 1, constants)
+        return scale * lift(P, N), (P, mu, nu, ranks, norm)
+
+    return projected_descent(
+        learning_rate,
+        rank,
+        projected=projected,
+        state_type=AdaRankGradState,
+        begin=begin,
+        step=step,
+        constants=constants,
+        weight_decay=weight_decay,
+        where="adarankgrad",
+    )
+
+
+def _norm(X: Array) -> Array:
+    return jnp.linalg.vector_norm(X, axis=(-2, -1))
+
+
+def _renewed(held: Slots, due: Array, G: Array, P_new: Array, ranks_new: Array) -> Slots:
+    """The slots with new subspaces where they are due."""
+    P, mu, nu, *_ = held
+    new = (P_new, *moved_moments(P_new, P, mu, nu), ranks_new, _norm(project(P_new, G)))
+    return tuple(
+        jnp.where(due.reshape(due.shape + (1,) * (after.ndim - due.ndim)), after, before)
+        for after, before in zip(new, held, strict=True)
+    )

@@ -1,0 +1,187 @@
+"""Fira: GaLore's update plus the rest of the gradient, scaled as Adam scaled the projected part.
+
+Source: Chen et al., NeurIPS 2025 (arXiv 2410.01623). With ``R = P^T G`` and Adam's direction N of
+R, the part of the gradient that GaLore drops is ``S = G - P R``. Adam has no moments for it, so
+each column is multiplied by what Adam did to the norm of the same column of R (the paper's
+norm-based scaling): ``phi_j = |N_j| / |R_j|``. Columns run along the larger side, whichever that
+is. The paper also studies one factor a matrix; the columns are its method. Then the norm-growth
+limiter: where ``|S_t| > gamma |S_(t-1)|`` (Frobenius, a norm for each matrix, after its own
+limiting), S_t is shortened to ``gamma |S_(t-1)|``. The update is ``alpha P N + S``.
+
+Details as in the authors' code: 1e-8 is added to ``|R_j|``; alpha is not applied to S; the first S
+is not limited. Otherwise than there, N carries Adam's bias correction before its norm is taken, and
+epsilon is added to the corrected root, as in the other methods here; and a zero norm limits
+nothing, because an S that was zero once would have to stay near zero for ever.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from loro_jax.peers.projected_descent import (
+    Projected,
+    Slots,
+    check_settings,
+    projected_descent,
+)
+from loro_jax.peers.projection import AdamConstants, adam, lift, project, renewed_projector
+
+Array = jax.Array
+
+_NORM_EPS = 1e-8
+
+
+class FiraState(NamedTuple):
+    """State of :func:`fira`; k and l are the smaller and the larger side of a leaf.
+
+    Attributes:
+        count: steps done, int32 scalar.
+        projector: tree like the parameters: (..., k, r), or a scalar where a leaf is not projected.
+        mu: tree of first moments: (..., r, l), or the leaf's own shape.
+        nu: tree of second moments, likewise.
+        norm: tree of the last remainders' norms, one for each matrix; zero before the first.
+    """
+
+    count: jax.Array  # type: ignore[assignment]  # shadows tuple.count, as in Optax
+    projector: Any
+    mu: Any
+    nu: Any
+    norm: Any
+
+
+def norm_scaling(N: Array, R: Array, by: str = "column") -> Array:
+    """How much Adam changed the norm of a projected gradient.
+
+    Args:
+        N: Adam's direction, (..., r, l).
+        R: the projected gradient, (..., r, l).
+        by: "column" or "matrix".
+
+    Returns:
+        Factors, (..., 1, l) by column or (..., 1, 1) by matrix.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> N, R = jnp.array([[3.0, 1.0], [4.0, 0.0]]), jnp.array([[0.6, 2.0], [0.8, 0.0]])
+        >>> [round(float(x), 3) for x in norm_scaling(N, R)[0]]
+        [5.0, 0.5]
+    """
+    axes = -2 if by == "column" else (-2, -1)
+    top, bottom = (jnp.linalg.vector_norm(x, axis=axes, keepdims=True) for x in (N, R))
+    return top / (bottom + _NORM_EPS)
+
+
+def limit_growth(S: Array, last: Array, gamma: float) -> tuple[Array, Array]:
+    """The norm-growth limiter.
+
+    Args:
+        S: (..., k, l).
+        last: norm of the previous S, (...,); zero: no limit.
+        gamma: largest growth in one step.
+
+    Returns:
+        S, shortened to norm ``gamma * last`` where it is longer, and its norm.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> S, norm = limit_growth(jnp.array([[3.0, 4.0]]), jnp.float32(1.0), 1.5)
+        >>> [round(float(x), 3) for x in S[0]], float(norm)
+        ([0.9, 1.2], 1.5)
+    """
+    norm = jnp.linalg.vector_norm(S, axis=(-2, -1))
+    kept = jnp.where(last > 0, jnp.minimum(norm, gamma * last), norm)
+    factor = kept / jnp.where(norm > 0, norm, 1)
+    return S * factor[..., None, None], kept
+
+
+def fira(
+    learning_rate: optax.ScalarOrSchedule,
+    rank: int,
+    *,
+    projected: Projected,
+    update_every: int = 200,
+    scale: float = 0.25,
+    gamma: float = 1.01,
+    scaling: str = "column",
+    as_released: bool = False,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+) -> optax.GradientTransformationExtraArgs:
+    """Fira on the projected leaves, Adam on the others.
+
+    State is float32 or wider, whatever the parameters' dtype: GaLore's and a number a matrix.
+
+    Args:
+        learning_rate: a number or a schedule.
+        rank: r of every projector.
+        projected: which leaves to project, as in :func:`loro_jax.peers.galore.galore`.
+        update_every: T. Steps 0, T, 2T, ... compute new projectors.
+        scale: alpha, on the update within the subspace.
+        gamma: the remainder's norm grows at most by this factor in a step.
+        scaling: "column" for one factor a column, "matrix" for one a matrix.
+        as_released: subtract ``alpha P R`` from the gradient, as the authors' code does, in place
+            of the paper's ``P R``; then ``1 - alpha`` of the projected part stays in S.
+        b1: decay of the first moment.
+        b2: decay of the second moment.
+        eps: added to the root of the corrected second moment, as in ``optax.scale_by_adam``.
+        weight_decay: decoupled decay of all leaves, ``lr * weight_decay`` a step.
+
+    Returns:
+        An ``optax.GradientTransformationExtraArgs``, learning rate included.
+
+    Raises:
+        ValueError: for settings out of range; from ``init``, if ``projected`` does not fit the
+            parameters or the rank exceeds the smaller side of a leaf; from ``update``, without
+            ``params`` if there is a weight decay.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> params = {"w": jnp.zeros((4, 6))}
+        >>> tx = fira(0.01, rank=1, projected={"w": True})
+        >>> G = {"w": jax.random.normal(jax.random.key(0), (4, 6))}
+        >>> updates, state = tx.update(G, tx.init(params), params)
+        >>> int(jnp.linalg.matrix_rank(updates["w"]))  # GaLore's would have rank one
+        4
+
+    References:
+        Chen et al., `Fira: Can We Achieve Full-rank Training of LLMs Under Low-rank Constraint?
+        <https://arxiv.org/abs/2410.01623>`_, NeurIPS 2025.
+    """
+    constants = AdamConstants(b1, b2, eps)
+    check_settings("fira", rank, update_every, constants, weight_decay)
+    if gamma < 1:
+        raise ValueError(f"fira: gamma must be at least 1, is {gamma!r}.")
+    if scaling not in ("column", "matrix"):
+        raise ValueError(f'fira: scaling must be "column" or "matrix", is {scaling!r}.')
+
+    def begin(shape: tuple[int, ...], dtype: Any) -> Slots:
+        *batch, k, l = shape  # noqa: E741
+        shapes = (*batch, k, rank), (*batch, rank, l), (*batch, rank, l), tuple(batch)
+        return tuple(jnp.zeros(shape, dtype) for shape in shapes)
+
+    def step(G: Array, held: Slots, count: Array) -> tuple[Array, Slots]:
+        P, mu, nu, last = held
+        P = renewed_projector(P, G, count, update_every)
+        R = project(P, G)
+        N, mu, nu = adam(R, mu, nu, count + 1, constants)
+        S = G - (scale if as_released else 1.0) * lift(P, R)
+        S, norm = limit_growth(norm_scaling(N, R, scaling) * S, last, gamma)
+        return scale * lift(P, N) + S, (P, mu, nu, norm)
+
+    return projected_descent(
+        learning_rate,
+        rank,
+        projected=projected,
+        state_type=FiraState,
+        begin=begin,
+        step=step,
+        constants=constants,
+        weight_decay=weight_decay,
+        where="fira",
+    )

@@ -1,0 +1,138 @@
+"""GaLore: Adam on gradients projected to the leading singular subspace of a recent gradient.
+
+Source: Zhao et al., ICML 2024 (arXiv 2403.03507), Algorithm 2. For a weight m x n with m <= n,
+every T steps P becomes the first r left singular vectors of the gradient; then ``R = P^T G``, Adam
+turns R into N, and the weight moves by ``-lr alpha P N``. For m > n the same holds for the
+transpose. Moments stay as they are when P changes.
+
+``optax.contrib.galore`` is not wrapped here, because four things cannot be set from outside:
+
+* the side: it projects the larger one (``use_left = m >= n``; for m < n it takes right singular
+  vectors, an n x r projector and moments m x r), where the paper projects the smaller one;
+  its dimension numbers can transpose a leaf, but the side is chosen by size afterwards. Adam acts
+  on other coordinates then, so only square matrices, and rank = full, agree;
+* leaves stacked over layers: it refuses axes that are neither rows nor columns, and split into
+  layers, each would still be projected on the wrong side;
+* precision: projector and moments take the parameter's dtype, bfloat16 for bfloat16 weights;
+* a rank beyond the smaller side is cut without a word.
+
+Its bias correction and its moments across projector changes are as in the paper, and on square
+matrices both give the same updates.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from loro_jax.peers.projected_descent import (
+    Projected,
+    Slots,
+    check_settings,
+    projected_descent,
+)
+from loro_jax.peers.projection import AdamConstants, adam, lift, project, renewed_projector
+
+Array = jax.Array
+
+
+class GaLoreState(NamedTuple):
+    """State of :func:`galore`; k and l are the smaller and the larger side of a leaf.
+
+    Attributes:
+        count: steps done, int32 scalar.
+        projector: tree like the parameters: (..., k, r), or a scalar where a leaf is not projected.
+        mu: tree of first moments: (..., r, l), or the leaf's own shape.
+        nu: tree of second moments, likewise.
+    """
+
+    count: jax.Array  # type: ignore[assignment]  # shadows tuple.count, as in Optax
+    projector: Any
+    mu: Any
+    nu: Any
+
+
+def galore(
+    learning_rate: optax.ScalarOrSchedule,
+    rank: int,
+    *,
+    projected: Projected,
+    update_every: int = 200,
+    scale: float = 0.25,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+    weight_decay: float = 0.0,
+) -> optax.GradientTransformationExtraArgs:
+    """GaLore on the projected leaves, Adam on the others.
+
+    State is float32 or wider, whatever the parameters' dtype. Square matrices are projected from
+    the left, as in the paper (the authors' code projects them from the right).
+
+    Args:
+        learning_rate: a number or a schedule.
+        rank: r of every projector.
+        projected: which leaves to project: a tree of bools of the parameters' structure, or a
+            callable that makes it from the parameters. A projected leaf is (..., m, n); leading
+            axes are layers, each with a projector of its own.
+        update_every: T. Steps 0, T, 2T, ... compute new projectors.
+        scale: alpha, on the projected leaves' updates.
+        b1: decay of the first moment.
+        b2: decay of the second moment.
+        eps: added to the root of the corrected second moment, as in ``optax.scale_by_adam``.
+        weight_decay: decoupled decay of all leaves, ``lr * weight_decay`` a step.
+
+    Returns:
+        An ``optax.GradientTransformationExtraArgs``, learning rate included.
+
+    Raises:
+        ValueError: for settings out of range; from ``init``, if ``projected`` does not fit the
+            parameters or the rank exceeds the smaller side of a leaf; from ``update``, without
+            ``params`` if there is a weight decay.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax
+        >>> params = {"w": jnp.ones((3, 4, 6)), "b": jnp.zeros(4)}
+        >>> tx = galore(0.01, rank=2, projected={"w": True, "b": False})
+        >>> state = tx.init(params)
+        >>> state.projector["w"].shape, state.mu["w"].shape, state.mu["b"].shape
+        ((3, 4, 2), (3, 2, 6), (4,))
+        >>> updates, state = tx.update(jax.tree.map(jnp.ones_like, params), state, params)
+        >>> round(float(updates["b"][0]), 4)
+        -0.01
+
+    References:
+        Zhao et al., `GaLore: Memory-Efficient LLM Training by Gradient Low-Rank Projection
+        <https://arxiv.org/abs/2403.03507>`_, ICML 2024.
+    """
+    constants = AdamConstants(b1, b2, eps)
+    check_settings("galore", rank, update_every, constants, weight_decay)
+
+    def begin(shape: tuple[int, ...], dtype: Any) -> Slots:
+        *batch, k, l = shape  # noqa: E741  # k and l are the module's names for the sides
+        return (
+            jnp.zeros((*batch, k, rank), dtype),
+            jnp.zeros((*batch, rank, l), dtype),
+            jnp.zeros((*batch, rank, l), dtype),
+        )
+
+    def step(G: Array, held: Slots, count: Array) -> tuple[Array, Slots]:
+        P, mu, nu = held
+        P = renewed_projector(P, G, count, update_every)
+        N, mu, nu = adam(project(P, G), mu, nu, count + 1, constants)
+        return scale * lift(P, N), (P, mu, nu)
+
+    return projected_descent(
+        learning_rate,
+        rank,
+        projected=projected,
+        state_type=GaLoreState,
+        begin=begin,
+        step=step,
+        constants=constants,
+        weight_decay=weight_decay,
+        where="galore",
+    )

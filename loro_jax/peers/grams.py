@@ -1,0 +1,73 @@
+"""Multiplying and dividing directions of the factors by the Gram matrices of the other factor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from loro_jax.batching import at_least_float32, one_by_one
+from loro_jax.retractions.step import cholesky_with_inverse, matmul
+
+Array = jax.Array
+
+
+def divide_by_grams(
+    B: Array, A: Array, g_B: Array, g_A: Array, damping: jax.typing.ArrayLike
+) -> tuple[Array, Array]:
+    """``g_B (A A^T + damping I)^-1`` and ``(B^T B + damping I)^-1 g_A``, of shapes (..., m, r) etc.
+
+    Computed and returned in float32 or wider. Zero factors and zero damping give finite results:
+    see :func:`loro_jax.peers.preconditioned.scale_by_preconditioner`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> B, A = jnp.eye(3, 2), 2 * jnp.eye(2, 4)
+        >>> d_B, d_A = divide_by_grams(B, A, B, A, 0.0)
+        >>> round(float(d_B[0, 0]), 5), round(float(d_A[0, 0]), 5)
+        (0.25, 2.0)
+    """
+
+    def divide(B: Array, A: Array, g_B: Array, g_A: Array, damping: Array) -> tuple[Array, Array]:
+        root_A = _inverse_root(matmul(A, A.T), damping)
+        root_B = _inverse_root(matmul(B.T, B), damping)
+        return (
+            matmul(matmul(g_B, root_A.T), root_A),
+            matmul(root_B.T, matmul(root_B, g_A)),
+        )
+
+    return _on_single_pairs(divide, B, A, g_B, g_A, damping)
+
+
+def multiply_by_grams(B: Array, A: Array, d_B: Array, d_A: Array) -> tuple[Array, Array]:
+    """``d_B (A A^T)`` and ``(B^T B) d_A``, in float32 or wider: undoes :func:`divide_by_grams`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> B, A = jnp.eye(3, 2), 2 * jnp.eye(2, 4)
+        >>> g_B, g_A = multiply_by_grams(B, A, B, A)
+        >>> float(g_B[0, 0]), float(g_A[0, 0])
+        (4.0, 2.0)
+    """
+    dtype = at_least_float32(jnp.result_type(B, A))
+    B, A, d_B, d_A = (x.astype(dtype) for x in (B, A, d_B, d_A))
+    return matmul(matmul(d_B, A), A.mT), matmul(B.mT, matmul(B, d_A))
+
+
+def _inverse_root(gram: Array, damping: Array) -> Array:
+    """X with ``X^T X = (gram + damping I)^-1``."""
+    r = gram.shape[0]
+    damped = gram + damping * jnp.eye(r, dtype=gram.dtype)
+    # What rounding leaves of eigenvalues near zero may be negative: the shift is larger.
+    return cholesky_with_inverse(damped, shift=r * float(jnp.finfo(gram.dtype).eps)).inverse
+
+
+def _on_single_pairs(
+    fn: Callable, B: Array, A: Array, g_B: Array, g_A: Array, damping: jax.typing.ArrayLike
+) -> tuple[Array, Array]:
+    dtype = at_least_float32(jnp.result_type(B, A))
+    matrices = (x.astype(dtype) for x in (B, A, g_B, g_A))
+    dampings = jnp.broadcast_to(jnp.asarray(damping, dtype), B.shape[:-2])
+    result: tuple[Array, Array] = one_by_one(fn, B.ndim - 2)(*matrices, dampings)
+    return result

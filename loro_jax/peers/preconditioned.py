@@ -1,0 +1,212 @@
+"""Scaled gradient descent: gradients of the factors preconditioned by the other factor's Gram.
+
+For a pair W = B A with the gradients ``g_B = G A^T`` and ``g_A = B^T G``,
+
+    ``d_B = g_B (A A^T + delta I)^-1``    and    ``d_A = (B^T B + delta I)^-1 g_A``.
+
+Without damping, the product's move ``d_B A + B d_A = G P_V + P_U G`` does not depend on which
+factors represent W, nor on how ill-conditioned they are. Steps along d itself are ScaledGD (Tong,
+Ma and Chi); d handed to Adam in the place of the gradient is scaled AdamW (Zhang and Pilanci).
+
+LORO's exact step asks for gradients, whose Grams it divides out by itself. So a direction d is
+multiplied by the Grams again before: with ``d_B (A A^T)`` and ``(B^T B) d_A`` that step moves W
+along ``(I - P_U) d_B A + B d_A``, the directions' own tangent vector, at their own scale. For
+Adam's directions this is the exact step of scaled AdamW; for d without damping and Adam it is the
+Riemannian gradient.
+
+Sources: Tong, Ma and Chi, "Accelerating Ill-Conditioned Low-Rank Matrix Estimation via Scaled
+Gradient Descent", JMLR 2021; Zhang and Pilanci, "Riemannian Preconditioned LoRA for Fine-Tuning
+Foundation Models", ICML 2024 (scaled GD and scaled AdamW).
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import optax
+
+from loro_jax.descent import riemannian_descent
+from loro_jax.direction import Direction, adam
+from loro_jax.manifold import counted_exact_update
+from loro_jax.pairs import PairsSpec, find_pairs
+from loro_jax.peers.grams import divide_by_grams, multiply_by_grams
+from loro_jax.retractions import StepSize, check_method
+
+Array = jax.Array
+
+
+def scale_by_preconditioner(
+    damping: jax.typing.ArrayLike = 1e-6, pairs: PairsSpec | None = None
+) -> optax.GradientTransformation:
+    """Multiplies the gradients of each pair's factors by the damped inverse of a Gram matrix.
+
+    Args:
+        damping: delta >= 0, added to the diagonals of ``A A^T`` and ``B^T B``. In float32 a Gram
+            does not tell eigenvalues below r * 1e-7 of its diagonal from zero; these are raised to
+            about that, so that all is finite with factors of any rank, zero included.
+        pairs: None to find the pairs by themselves, or a spec: see :func:`loro_jax.find_pairs`.
+
+    Returns:
+        A stateless ``optax.GradientTransformation`` that needs ``params``. Leaves that are no
+        factors pass through, and so does a tree without pairs. Computed in float32 or wider, and
+        returned in the gradients' dtypes.
+
+    Raises:
+        ValueError: for a negative ``damping``; from ``update``, without ``params``, or when a
+            pair's shapes do not fit.
+
+    Example:
+        Scaled AdamW in a chain of one's own:
+
+        >>> import jax, jax.numpy as jnp, optax
+        >>> from loro_jax import LowRank
+        >>> tx = optax.chain(scale_by_preconditioner(), optax.adamw(1e-3))
+        >>> params = LowRank(jnp.eye(6, 2), 10 * jnp.eye(2, 4))
+        >>> grads = LowRank(jnp.ones((6, 2)), jnp.ones((2, 4)))
+        >>> updates, state = tx.update(grads, tx.init(params), params)
+
+        The gradient of B is divided by the squares of A's singular values:
+
+        >>> scaled, _ = scale_by_preconditioner(0.0).update(grads, optax.EmptyState(), params)
+        >>> round(float(scaled.B[0, 0]), 5), round(float(scaled.A[0, 0]), 5)
+        (0.01, 1.0)
+
+    Source: Zhang and Pilanci, ICML 2024 (scaled GD).
+    """
+    _check_not_negative("scale_by_preconditioner", damping=damping)
+
+    def init(params: Any) -> optax.EmptyState:
+        del params
+        return optax.EmptyState()
+
+    def update(
+        grads: Any, state: optax.EmptyState, params: Any = None
+    ) -> tuple[Any, optax.EmptyState]:
+        if params is None:
+            raise ValueError("scale_by_preconditioner: update needs params, in its third place.")
+        scaled, structure = jax.tree.flatten(grads)
+        factors = jax.tree.leaves(params)
+        for pair in find_pairs(params, pairs):
+            B, A, g_B, g_A = factors[pair.B], factors[pair.A], scaled[pair.B], scaled[pair.A]
+            d_B, d_A = divide_by_grams(B, A, g_B, g_A, damping)
+            scaled[pair.B], scaled[pair.A] = d_B.astype(g_B.dtype), d_A.astype(g_A.dtype)
+        return jax.tree.unflatten(structure, scaled), state
+
+    return optax.GradientTransformation(init, update)
+
+
+def preconditioned(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    damping: jax.typing.ArrayLike = 1e-6,
+    exact_every: int | None = None,
+    refresh: str | None = "all",
+    lr_scale: float | None = 1.0,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-6,
+    weight_decay: jax.typing.ArrayLike = 0.0,
+    mu_dtype: Any | None = None,
+    pairs: PairsSpec | None = None,
+    require_pairs: bool = True,
+    regular: optax.GradientTransformation | None = None,
+    direction: optax.GradientTransformation | None = None,
+    exact_method: str = "graph",
+    max_move: jax.typing.ArrayLike | None = None,
+    mesh: Any | None = None,
+) -> optax.GradientTransformationExtraArgs:
+    """Scaled AdamW on the factors of all pairs, with LORO's exact step on every K-th step.
+
+    Args:
+        learning_rate: as for :func:`loro_jax.loro`, like all arguments that are not named here.
+        damping: delta, see :func:`scale_by_preconditioner`.
+        exact_every: K. None: never, which is the published method.
+        refresh: "all", "factors" or None; "transport" is for moments of plain gradients.
+        lr_scale: factor on the learning rate of steps that are not exact. The published method has
+            none, and preconditioned steps need none to be of the exact step's size.
+        b1: decay of Adam's first moment.
+        b2: decay of Adam's second moment.
+        eps: added to the root of Adam's uncorrected second moment, as in the authors' code.
+        weight_decay: decoupled decay.
+        mu_dtype: dtype of Adam's first moment.
+        pairs: None, or a spec.
+        require_pairs: raise when the tree holds no pair.
+        regular: transformation for all leaves that are not factors; None: the same direction as
+            for the factors, of their plain gradients.
+        direction: what makes directions of preconditioned gradients; None: Adam. With
+            ``optax.identity()`` the method is ScaledGD.
+        exact_method: how the exact step is computed.
+        max_move: trust region of the exact step, a number.
+        mesh: devices that share the exact steps.
+
+    Returns:
+        An ``optax.GradientTransformationExtraArgs`` with a :class:`loro_jax.LoroState`.
+
+    Raises:
+        ValueError: for a negative ``damping`` or ``max_move``, ``refresh="transport"``, an unknown
+            ``exact_method``, and as :func:`loro_jax.loro`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax
+        >>> from loro_jax import LowRank
+        >>> params = {"w": LowRank(jnp.eye(6, 2), 10 * jnp.eye(2, 4)), "b": jnp.zeros(6)}
+        >>> def loss(params):
+        ...     return jnp.sum((params["w"].product() + params["b"][:, None] - 3.0) ** 2)
+        >>> tx = preconditioned(0.01, exact_every=2)
+        >>> state, start = tx.init(params), loss(params)
+        >>> for _ in range(4):
+        ...     updates, state = tx.update(jax.grad(loss)(params), state, params)
+        ...     params = optax.apply_updates(params, updates)
+        >>> bool(loss(params) < start)
+        True
+
+    Sources: Tong, Ma and Chi, JMLR 2021; Zhang and Pilanci, ICML 2024; the exact step of Mo, Huang
+    and Pan, ICLR 2025, Proposition 4.
+    """
+    check_method(exact_method, "preconditioned")
+    _check_not_negative("preconditioned", damping=damping, max_move=max_move)
+    if refresh == "transport":
+        raise ValueError(
+            'preconditioned: refresh must be "all", "factors" or None, but is "transport", which '
+            "carries moments of plain gradients."
+        )
+    precondition = scale_by_preconditioner(damping, pairs)
+    directed: Direction | optax.GradientTransformation = (
+        adam(b1, b2, eps, mu_dtype) if direction is None else direction
+    )
+
+    def exact_step(
+        B: Array, A: Array, dB: Array, dA: Array, rate: Any, step: Array
+    ) -> tuple[Array, Array, Array]:
+        del step
+        g_B, g_A = multiply_by_grams(B, A, dB, dA)
+        return counted_exact_update(
+            B, A, g_B, g_A, StepSize(rate, max_move), method=exact_method, where="preconditioned"
+        )
+
+    descent = riemannian_descent(
+        learning_rate,
+        directed,
+        exact_step,
+        exact_every=exact_every,
+        refresh=refresh,
+        lr_scale=lr_scale,
+        weight_decay=weight_decay,
+        pairs=pairs,
+        require_pairs=require_pairs,
+        regular=regular,
+        mesh=mesh,
+    )
+
+    def update(grads: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+        scaled, _ = precondition.update(grads, optax.EmptyState(), params)
+        return descent.update(scaled, state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(descent.init, update)
+
+
+def _check_not_negative(where: str, **values: Any) -> None:
+    for name, value in values.items():
+        if isinstance(value, float | int) and value < 0:
+            raise ValueError(f"{where}: {name} must not be negative, but is {value}.")

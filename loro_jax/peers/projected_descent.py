@@ -1,0 +1,158 @@
+"""The Optax shell around methods that project the gradients of some dense leaves.
+
+A method says how a projected matrix begins and how it steps; the shell splits the tree, runs plain
+Adam on the other leaves, and applies learning rate and weight decay.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from loro_jax.batching import at_least_float32
+from loro_jax.peers.projection import AdamConstants, adam, as_shaped, smaller_side_first
+
+Array = jax.Array
+Projected = Any | Callable[[Any], Any]
+# What a state holds for one leaf: projector, mu, nu, and whatever the method adds.
+Slots = tuple[Array, ...]
+
+
+def projected_descent(
+    learning_rate: optax.ScalarOrSchedule,
+    rank: int,
+    *,
+    projected: Projected,
+    state_type: Callable[..., Any],
+    begin: Callable[[tuple[int, ...], Any], Slots],
+    step: Callable[[Array, Slots, Array], tuple[Array, Slots]],
+    constants: AdamConstants,
+    weight_decay: float,
+    where: str,
+) -> optax.GradientTransformationExtraArgs:
+    """Makes the transformation of a method.
+
+    Args:
+        learning_rate: a number or a schedule.
+        rank: of the projectors, for the check of shapes.
+        projected: tree of bools of the parameters' structure, or a callable that makes it.
+        state_type: NamedTuple of ``count``, ``projector``, ``mu``, ``nu`` and the method's own
+            fields. All but the count are trees of the parameters' structure; a leaf that is not
+            projected has a scalar zero in each tree except ``mu`` and ``nu``.
+        begin: from the shape (..., k, l), k <= l, and the dtype of a matrix to its first slots.
+        step: from a gradient (..., k, l), the slots and the count (from 0) to the direction and the
+            new slots.
+        constants: Adam's.
+        weight_decay: decoupled decay.
+        where: name of the method, for messages.
+
+    Returns:
+        An ``optax.GradientTransformationExtraArgs``.
+    """
+
+    def init(params: Any) -> Any:
+        count = jnp.zeros([], jnp.int32)
+        treedef: Any
+        leaves, treedef = jax.tree.flatten(params)
+        if not leaves:  # also Optax's placeholder for a whole tree of parameters
+            fields = len(jax.eval_shape(lambda: begin((1, 1), jnp.float32)))
+            return state_type(count, *[params] * fields)
+        flags = _flags(params, projected, rank, where)
+        slots = [_begin(leaf, flag, begin) for leaf, flag in zip(leaves, flags, strict=True)]
+        return state_type(count, *[treedef.unflatten(field) for field in zip(*slots, strict=True)])
+
+    def update(grads: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+        del extra_args
+        if params is None and weight_decay:
+            raise ValueError(f"{where}: update needs params, because weight_decay is not zero.")
+        treedef: Any
+        leaves, treedef = jax.tree.flatten(grads)
+        count, *trees = state
+        columns = [treedef.flatten_up_to(tree) for tree in trees]
+        rate = learning_rate(count) if callable(learning_rate) else learning_rate
+        old = leaves if params is None else treedef.flatten_up_to(params)
+        updates, slots = [], []
+        for G, W, *held in zip(leaves, old, *columns, strict=True):
+            D, new = _direction(G, tuple(held), count, step, constants)
+            if weight_decay:
+                D = D + weight_decay * W.astype(D.dtype)
+            updates.append((-rate * D).astype(W.dtype))
+            slots.append(new)
+        trees = [treedef.unflatten(field) for field in zip(*slots, strict=True)] or trees
+        return treedef.unflatten(updates), type(state)(optax.safe_increment(count), *trees)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def check_settings(
+    where: str, rank: int, update_every: int, constants: AdamConstants, weight_decay: float
+) -> None:
+    """Raises ValueError for settings that no method can use."""
+    for name, value in (("rank", rank), ("update_every", update_every)):
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{where}: {name} must be a whole number of at least 1, is {value!r}.")
+    for name, decay in (("b1", constants.b1), ("b2", constants.b2)):
+        if not 0 <= decay < 1:
+            raise ValueError(f"{where}: {name} must be at least 0 and below 1, is {decay!r}.")
+    for name, amount in (("eps", constants.eps), ("weight_decay", weight_decay)):
+        if amount < 0:
+            raise ValueError(f"{where}: {name} must not be negative, is {amount!r}.")
+
+
+def _flags(params: Any, projected: Projected, rank: int, where: str) -> list[bool]:
+    tree = projected(params) if callable(projected) else projected
+    treedef: Any
+    named, treedef = jax.tree_util.tree_flatten_with_path(params)
+    if jax.tree.structure(tree) != treedef:
+        raise ValueError(
+            f"{where}: projected must be a tree of bools of the parameters' structure {treedef}, "
+            f"but has the structure {jax.tree.structure(tree)}."
+        )
+    flags = jax.tree.leaves(tree)
+    for flag, (path, leaf) in zip(flags, named, strict=True):
+        name = jax.tree_util.keystr(path)
+        if not isinstance(flag, bool):
+            raise ValueError(f"{where}: projected must hold bools, but has {flag!r} at {name}.")
+        if flag and (leaf.ndim < 2 or rank > min(leaf.shape[-2:])):
+            raise ValueError(
+                f"{where}: the projected leaf {name} has shape {tuple(leaf.shape)}; expected "
+                f"(..., m, n) with min(m, n) at least the rank {rank}."
+            )
+    return flags
+
+
+def _begin(leaf: Array, flag: bool, begin: Callable[[tuple[int, ...], Any], Slots]) -> Slots:
+    dtype = at_least_float32(leaf.dtype)
+    if flag:
+        *batch, m, n = leaf.shape
+        return begin((*batch, min(m, n), max(m, n)), dtype)
+    # Scalars in place of what plain Adam does not need: every tree keeps an array at every leaf,
+    # and none is empty, so containers and checkpoints need no special case.
+    projector, _, _, *others = jax.eval_shape(lambda: begin((1, 1), dtype))
+    mu, nu = jnp.zeros(leaf.shape, dtype), jnp.zeros(leaf.shape, dtype)
+    return (
+        jnp.zeros([], projector.dtype),
+        mu,
+        nu,
+        *(jnp.zeros([], other.dtype) for other in others),
+    )
+
+
+def _direction(
+    G: Array,
+    held: Slots,
+    count: Array,
+    step: Callable[[Array, Slots, Array], tuple[Array, Slots]],
+    constants: AdamConstants,
+) -> tuple[Array, Slots]:
+    projector, mu, nu, *others = held
+    wide = G.astype(mu.dtype)
+    if projector.ndim >= 2:
+        D, new = step(smaller_side_first(wide), held, count)
+        return as_shaped(D, G.shape), new
+    D, mu, nu = adam(wide, mu, nu, count + 1, constants)
+    return D, (projector, mu, nu, *others)

@@ -1,0 +1,123 @@
+"""Low-rank projection of a gradient, and Adam in the subspace.
+
+Everything here takes matrices whose smaller side comes first, (..., k, l) with k <= l; leading axes
+are batch axes (the layers of a scanned model). A projector P is (..., k, r) with orthonormal
+columns, a projected gradient ``R = P^T G`` is (..., r, l), and so are its moments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from loro_jax.batching import one_by_one
+from loro_jax.retractions.step import matmul
+
+Array = jax.Array
+
+
+class AdamConstants(NamedTuple):
+    """Adam's decays and epsilon, as in ``optax.scale_by_adam``."""
+
+    b1: float
+    b2: float
+    eps: float
+
+
+def smaller_side_first(G: Array) -> Array:
+    """G (..., m, n) with the last two axes swapped where m > n. Its own inverse, given the shape.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> smaller_side_first(jnp.ones((2, 5, 3))).shape
+        (2, 3, 5)
+    """
+    return G.mT if G.shape[-2] > G.shape[-1] else G
+
+
+def as_shaped(D: Array, shape: tuple[int, ...]) -> Array:
+    """Undoes :func:`smaller_side_first` for a leaf of the given shape.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> as_shaped(jnp.ones((2, 3, 5)), (2, 5, 3)).shape
+        (2, 5, 3)
+    """
+    return D.mT if shape[-2] > shape[-1] else D
+
+
+def project(P: Array, G: Array) -> Array:
+    """``R = P^T G``: the gradient's coordinates in the subspace."""
+    return matmul(P.mT, G)
+
+
+def lift(P: Array, N: Array) -> Array:
+    """``P N``: from coordinates in the subspace back to a matrix."""
+    return matmul(P, N)
+
+
+def leading_vectors(G: Array, rank: int) -> Array:
+    """The first ``rank`` left singular vectors of G.
+
+    Args:
+        G: (..., k, l) with k <= l.
+        rank: r <= k.
+
+    Returns:
+        (..., k, r), orthonormal columns.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> P = leading_vectors(jnp.array([[0.0, 3.0, 0.0], [1.0, 0.0, 0.0]]), 1)
+        >>> [abs(round(float(x), 3)) for x in P[:, 0]]
+        [1.0, 0.0]
+    """
+
+    def of_one(G: Array) -> Array:
+        return jnp.linalg.svd(G, full_matrices=False)[0][:, :rank]
+
+    return one_by_one(of_one, G.ndim - 2)(G)
+
+
+def renewed_projector(P: Array, G: Array, count: Array, update_every: int) -> Array:
+    """P, or the gradient's leading vectors when ``count`` is a multiple of ``update_every``.
+
+    The choice is one scalar for all layers, so ``lax.cond`` skips the SVD on all other steps.
+    """
+    renew: Callable[[], Array] = lambda: leading_vectors(G, P.shape[-1])  # noqa: E731
+    return jax.lax.cond(count % update_every == 0, renew, lambda: P)
+
+
+def adam(
+    G: Array, mu: Array, nu: Array, step: Array, constants: AdamConstants
+) -> tuple[Array, Array, Array]:
+    """One step of Adam on one array.
+
+    Args:
+        G: gradient.
+        mu: first moment.
+        nu: second moment.
+        step: number of this step, from 1.
+        constants: decays and epsilon.
+
+    Returns:
+        The direction, bias corrected, and the two new moments.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> zero = jnp.zeros(2)
+        >>> G, step = jnp.array([3.0, -0.5]), jnp.int32(1)
+        >>> direction, _, _ = adam(G, zero, zero, step, AdamConstants(0.9, 0.999, 1e-8))
+        >>> [round(float(x), 3) for x in direction]
+        [1.0, -1.0]
+    """
+    b1, b2, eps = constants
+    mu = optax.tree.update_moment(G, mu, b1, 1)
+    nu = optax.tree.update_moment_per_elem_norm(G, nu, b2, 2)
+    mean = optax.tree.bias_correction(mu, b1, step)
+    square = optax.tree.bias_correction(nu, b2, step)
+    return mean / (jnp.sqrt(square) + eps), mu, nu

@@ -1,0 +1,118 @@
+"""Low-rank training that balances its factors every K steps.
+
+An ordinary step of the factors, after which ``B A`` is factorised anew by its SVD,
+``B = U S^(1/2)`` and ``A = S^(1/2) V^T``, and Adam starts anew: the product does not move, its
+factors do. LORO without its Riemannian step.
+
+* :func:`lowrank_restarts`: plain low-rank AdamW with "weight refactorization" and "momentum reset"
+  (Glentis et al., "Scalable Parameter and Memory Efficient Pretraining for LLM", 2025, arXiv
+  2505.22922).
+* :func:`svd_projection`: LORO's approximate steps, scaled by r / min(m, n), with the retraction
+  alone in the place of its exact step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+
+from loro_jax.descent import riemannian_descent
+from loro_jax.direction import Direction
+from loro_jax.lowrank import balance
+
+
+def balanced_step(lr_scale: float | None) -> Callable[..., tuple[jax.Array, jax.Array]]:
+    """A step of the factors followed by a balanced factorisation of their product.
+
+    Args:
+        lr_scale: factor on the learning rate; None: r / min(m, n) of each pair.
+
+    Returns:
+        An ``exact_step`` for :func:`loro_jax.riemannian_descent`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> B, A = jnp.ones((1, 4, 2)), jnp.ones((1, 2, 3))
+        >>> B, A = balanced_step(1.0)(B, A, B, A, 0.5, 0)
+        >>> (B @ A)[0, 0, 0]  # 2 (1 - 0.5)^2
+        Array(0.5, dtype=float32)
+    """
+
+    def step(
+        B: jax.Array, A: jax.Array, dB: jax.Array, dA: jax.Array, learning_rate: Any, count: Any
+    ) -> tuple[jax.Array, jax.Array]:
+        del count
+        scale = A.shape[-2] / min(B.shape[-2], A.shape[-1]) if lr_scale is None else lr_scale
+        size = learning_rate * scale
+        return balance((B - size * dB).astype(B.dtype), (A - size * dA).astype(A.dtype))
+
+    return step
+
+
+def lowrank_restarts(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    every: int = 200,
+    direction: optax.GradientTransformation | Direction | None = None,
+    lr_scale: float | None = 1.0,
+    refresh: str | None = "all",
+    **options: Any,
+) -> optax.GradientTransformationExtraArgs:
+    """Low-rank AdamW whose factors are balanced, and whose moments are dropped, every K steps.
+
+    Args:
+        learning_rate: a number or a schedule.
+        every: K.
+        direction: ``optax.scale_by_adam()`` by default.
+        lr_scale: factor on the learning rate of the factors; None: r / min(m, n).
+        refresh: whose moments a restart drops, "all", "factors" or None.
+        **options: passed on to :func:`loro_jax.riemannian_descent`.
+
+    Returns:
+        An ``optax.GradientTransformationExtraArgs``; its updates have to be the last of a chain.
+
+    Raises:
+        ValueError: as :func:`loro_jax.riemannian_descent`.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from loro_jax import LowRank
+        >>> params = {"w": LowRank(jnp.ones((6, 2)), jnp.eye(2, 4))}
+        >>> tx = lowrank_restarts(0.01, every=50)
+        >>> updates, state = tx.update(params, tx.init(params), params)
+    """
+    return riemannian_descent(
+        learning_rate,
+        optax.scale_by_adam() if direction is None else direction,
+        balanced_step(lr_scale),
+        exact_every=every,
+        refresh=refresh,
+        lr_scale=lr_scale,
+        **options,
+    )
+
+
+def svd_projection(
+    learning_rate: optax.ScalarOrSchedule, *, every: int = 500, **options: Any
+) -> optax.GradientTransformationExtraArgs:
+    """LORO with the retraction alone in the place of its exact step.
+
+    Args:
+        learning_rate: a number or a schedule.
+        every: K.
+        **options: as for :func:`lowrank_restarts`.
+
+    Returns:
+        An ``optax.GradientTransformationExtraArgs``; its updates have to be the last of a chain.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> from loro_jax import LowRank
+        >>> params = {"w": LowRank(jnp.ones((6, 2)), jnp.eye(2, 4))}
+        >>> tx = svd_projection(0.01, every=50)
+        >>> updates, state = tx.update(params, tx.init(params), params)
+    """
+    return lowrank_restarts(learning_rate, every=every, **{"lr_scale": None, **options})

@@ -1,0 +1,148 @@
+"""SLTrain's weight: a low-rank product plus a sparse matrix on a fixed random support.
+
+``W = (alpha / r) B A + S`` (Han et al., "SLTrain: a sparse plus low-rank approach for parameter and
+memory efficient pretraining", NeurIPS 2024, arXiv 2406.02214, equation 1 and Algorithm 1). The
+support of S is drawn once; its entries are trained.
+
+W exists for the moment of a product alone: the backward pass, which saves factors and entries,
+forms it again. The authors scatter the entries into W and gather their gradients from dL/dW. Here
+neither way scatters: the support is stratified, k entries a row of which the j-th lies in the j-th
+of k equal stretches of columns, at a place of its own in each row. So a column knows which entry of
+a row it may hold, and W is made by a comparison that fuses with what follows. The marginal
+probability of every entry is the same as for a uniform support; only that two entries of a row
+share a stretch is excluded.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def entries_per_row(n: int, density: float) -> int:
+    """k: how many of a row's n columns are in the support, the density rounded up."""
+    return math.ceil(round(density * n, 6))
+
+
+def stretches(n: int, k: int) -> np.ndarray:
+    """For each of n columns the number of its stretch, 0 to k - 1, int32 (n,)."""
+    return ((np.arange(n, dtype=np.int64) * k) // n).astype(np.int32)
+
+
+def draw_support(key: jax.Array, m: int, n: int, density: float) -> jax.Array:
+    """Draws the columns of a support.
+
+    Args:
+        key: a random key.
+        m: rows of the matrix.
+        n: its columns.
+        density: share of its entries that are in the support.
+
+    Returns:
+        Columns, int32 (m, k), ascending in each row, uniform within their stretches.
+
+    Raises:
+        ValueError: if the density is not between 0 and 1.
+
+    Example:
+        >>> import jax
+        >>> draw_support(jax.random.key(0), 4, 100, density=0.03).shape
+        (4, 3)
+    """
+    if not 0 < density <= 1:
+        raise ValueError(f"draw_support: density must be above 0 and at most 1, but is {density}.")
+    k = entries_per_row(n, density)
+    first = np.searchsorted(stretches(n, k), np.arange(k))
+    widths = np.diff(np.append(first, n))
+    offsets = jax.random.randint(key, (m, k), 0, jnp.asarray(widths), jnp.int32)
+    return jnp.asarray(first, jnp.int32) + offsets
+
+
+def sparse_matrix(values: jax.Array, columns: jax.Array, n: int) -> jax.Array:
+    """S, dense.
+
+    Args:
+        values: its entries, (m, k).
+        columns: the column of each, int32 (m, k), from :func:`draw_support`.
+        n: number of columns.
+
+    Returns:
+        The matrix, (m, n), of the values' dtype.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> sparse_matrix(jnp.array([[5.0, 7.0]]), jnp.array([[1, 2]]), 4).tolist()
+        [[0.0, 5.0, 7.0, 0.0]]
+    """
+    # Each column's stretch is known when this is compiled, so these are repeats, not searches.
+    stretch = stretches(n, values.shape[-1])
+    here = columns[..., stretch] == jnp.arange(n, dtype=columns.dtype)
+    return jnp.where(here, values[..., stretch], 0)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5,))
+def sparse_low_rank_product(
+    x: jax.Array,
+    B: jax.Array,
+    A: jax.Array,
+    values: jax.Array,
+    columns: jax.Array,
+    scale: float,
+) -> jax.Array:
+    """``y = x (scale B A + S)^T``.
+
+    Args:
+        x: inputs, (..., n).
+        B: (m, r).
+        A: (r, n).
+        values: entries of S, (m, k).
+        columns: their columns, int32 (m, k), from :func:`draw_support`.
+        scale: alpha / r.
+
+    Returns:
+        Outputs, (..., m).
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> columns = draw_support(jax.random.key(0), 6, 8, density=0.25)
+        >>> x, values = jnp.ones((3, 8)), jnp.ones((6, 2))
+        >>> B, A = jnp.ones((6, 2)), jnp.ones((2, 8))
+        >>> sparse_low_rank_product(x, B, A, values, columns, 0.5)[0, 0]
+        Array(10., dtype=float32)
+    """
+    return x @ _weight(B, A, values, columns, scale).T
+
+
+def _weight(
+    B: jax.Array, A: jax.Array, values: jax.Array, columns: jax.Array, scale: float
+) -> jax.Array:
+    return scale * (B @ A) + sparse_matrix(values, columns, A.shape[-1])
+
+
+def _forward(
+    x: jax.Array,
+    B: jax.Array,
+    A: jax.Array,
+    values: jax.Array,
+    columns: jax.Array,
+    scale: float,
+) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    y = sparse_low_rank_product(x, B, A, values, columns, scale)
+    return y, (x, B, A, values, columns)
+
+
+def _backward(
+    scale: float, saved: tuple[jax.Array, ...], dy: jax.Array
+) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, None]:
+    x, B, A, values, columns = saved
+    dx = dy @ _weight(B, A, values, columns, scale)
+    dW = dy.reshape(-1, dy.shape[-1]).T @ x.reshape(-1, x.shape[-1])
+    dvalues = jnp.take_along_axis(dW, columns, axis=-1)
+    return dx, scale * (dW @ A.T), scale * (B.T @ dW), dvalues, None
+
+
+sparse_low_rank_product.defvjp(_forward, _backward)

@@ -1,0 +1,141 @@
+"""A subspace of adaptive rank by randomised subspace iteration, and the way of moments into it."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from loro_jax.batching import one_by_one
+from loro_jax.retractions.step import matmul
+
+Array = jax.Array
+
+
+def randomised_vectors(
+    G: Array, key: Array, rank: int, oversample: int, iterations: int
+) -> tuple[Array, Array]:
+    """Leading left singular vectors and values of one matrix, approximately.
+
+    A Gaussian sketch of ``rank + oversample`` columns, orthonormalised after each product with G or
+    its transpose, then the SVD of the small matrix ``Q^T G``. A sketch as wide as the smaller side
+    makes it exact.
+
+    Args:
+        G: (k, l) with k <= l.
+        key: a JAX random key.
+        rank: how many.
+        oversample: further columns of the sketch.
+        iterations: products with ``G G^T`` after the first product with G.
+
+    Returns:
+        (k, rank) orthonormal columns, and (rank,) singular values.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> G = jnp.diag(jnp.array([1.0, 3.0, 2.0]))
+        >>> U, s = randomised_vectors(G, jax.random.key(0), 2, 1, 1)
+        >>> [round(float(x), 3) for x in s]
+        [3.0, 2.0]
+    """
+    width = min(rank + oversample, G.shape[0])
+    Q = jnp.linalg.qr(matmul(G, jax.random.normal(key, (G.shape[1], width), G.dtype)))[0]
+
+    def sharpened(_: Array, Q: Array) -> Array:
+        return jnp.linalg.qr(matmul(G, jnp.linalg.qr(matmul(G.T, Q))[0]))[0]
+
+    Q = jax.lax.fori_loop(0, iterations, sharpened, Q)
+    U, s, _ = jnp.linalg.svd(matmul(Q.T, G), full_matrices=False)
+    return matmul(Q, U[:, :rank]), s[:rank]
+
+
+def adaptive_rank(s: Array, total: Array, eta: float, min_rank: int) -> Array:
+    """The smallest rank whose approximation loses at most ``eta`` of the squared norm.
+
+    Args:
+        s: leading singular values, (..., r) in descending order.
+        total: squared Frobenius norm of the matrix, (...,).
+        eta: the information threshold.
+        min_rank: never less than this.
+
+    Returns:
+        int32 (...,), at most r, whether or not the threshold is reached.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> s = jnp.array([3.0, 2.0, 1.0])
+        >>> [int(adaptive_rank(s, jnp.sum(s**2), eta, 1)) for eta in (0.5, 0.1, 0.05)]
+        [1, 2, 3]
+    """
+    lost = total[..., None] - jnp.cumsum(s**2, axis=-1)
+    too_little = jnp.sum(lost > eta * total[..., None], axis=-1, dtype=jnp.int32)
+    return jnp.clip(too_little + 1, min_rank, s.shape[-1])
+
+
+def adaptive_projector(
+    G: Array,
+    count: Array,
+    *,
+    rank: int,
+    min_rank: int,
+    eta: float,
+    oversample: int,
+    iterations: int,
+    seed: int,
+) -> tuple[Array, Array]:
+    """The projector of a gradient, with zero columns beyond its adaptive rank.
+
+    Args:
+        G: (..., k, l) with k <= l.
+        count: the step, which with the seed fixes the sketch.
+        rank: r, the largest rank.
+        min_rank: the smallest.
+        eta: see :func:`adaptive_rank`.
+        oversample: see :func:`randomised_vectors`.
+        iterations: see :func:`randomised_vectors`.
+        seed: of the sketch.
+
+    Returns:
+        (..., k, r) and the ranks, int32 (...,).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> G = jnp.diag(jnp.array([1.0, 3.0, 0.1]))
+        >>> P, r = adaptive_projector(G, jnp.int32(0), rank=3, min_rank=1, eta=0.05, oversample=2,
+        ...     iterations=2, seed=0)
+        >>> int(r), [round(float(x), 3) for x in jnp.linalg.norm(P, axis=0)]
+        (2, [1.0, 1.0, 0.0])
+    """
+
+    def of_one(G: Array, count: Array) -> tuple[Array, Array]:
+        key = jax.random.fold_in(jax.random.key(seed), count)
+        return randomised_vectors(G, key, rank, oversample, iterations)
+
+    # The count goes along for each layer: the mapped function may close over no traced value.
+    counts = jnp.broadcast_to(count, G.shape[:-2])
+    U, s = one_by_one(of_one, G.ndim - 2)(G, counts)
+    ranks = adaptive_rank(s, jnp.sum(G**2, axis=(-2, -1)), eta, min_rank)
+    return U * (jnp.arange(rank) < ranks[..., None])[..., None, :], ranks
+
+
+def moved_moments(P_new: Array, P_old: Array, mu: Array, nu: Array) -> tuple[Array, Array]:
+    """Adam's moments, expressed in another subspace.
+
+    Args:
+        P_new: (..., k, r).
+        P_old: (..., k, r).
+        mu: first moments in the old subspace, (..., r, l).
+        nu: second moments, likewise.
+
+    Returns:
+        Both in the new subspace.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> P_old, P_new = jnp.eye(3)[:, :2], -jnp.eye(3)[:, 1:]
+        >>> mu, nu = jnp.array([[1.0], [2.0]]), jnp.array([[3.0], [4.0]])
+        >>> mu, nu = moved_moments(P_new, P_old, mu, nu)
+        >>> mu[:, 0].tolist(), nu[:, 0].tolist()
+        ([-2.0, 0.0], [4.0, 0.0])
+    """
+    C = matmul(P_new.mT, P_old)
+    return matmul(C, mu), matmul(C * C, nu)

@@ -1,0 +1,142 @@
+"""What methods with a fixed weight do to it: ReLoRA's merges and SwitchLoRA's switches.
+
+Both work on the nested dicts of a model: the factors B and A lie in ``params``, the fixed weight W
+at the same place in ``fixed``, and Adam's moments likewise in the optimizer's state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+
+from loro_jax.peers.relora import merge_and_restart
+from loro_jax.peers.switchlora import Candidates, hold, switch, thaw
+from loro_jax.training.config import Config
+
+
+class Maintenance(NamedTuple):
+    """What a method does around the optimizer's step.
+
+    Attributes:
+        before: (step from 0, grads, params, fixed, opt_state) -> the same without the step, before
+            the optimizer sees the gradients; or None.
+        behind: (steps taken, params, fixed, opt_state) -> the same without the steps; or None.
+    """
+
+    before: Callable[..., tuple[Any, Any, Any, Any]] | None = None
+    behind: Callable[..., tuple[Any, Any, Any]] | None = None
+
+
+def relora_maintenance(config: Config) -> Maintenance:
+    """Every ``exact_every`` steps the factors are merged into W, and start anew."""
+    scale = config.model.alpha
+
+    def restart(step: jax.Array, params: Any, fixed: Any, opt_state: Any) -> tuple[Any, Any, Any]:
+        key = _key(config, step)
+        mu, nu = opt_state.factors.mu, opt_state.factors.nu
+        for number, path in enumerate(_adapters(params)):
+            own, weight = _at(params, path), _at(fixed, path)
+            moments = tuple((_at(m, path)["B"], _at(m, path)["A"]) for m in (mu, nu))
+            W, B, A, pruned = merge_and_restart(
+                jax.random.fold_in(key, number),
+                weight["W"],
+                own["B"],
+                own["A"],
+                moments,
+                scale=scale / own["A"].shape[-2],
+            )
+            params, fixed = _set(params, path, B=B, A=A), _set(fixed, path, W=W)
+            mu = _set(mu, path, B=pruned[0][0], A=pruned[0][1])
+            nu = _set(nu, path, B=pruned[1][0], A=pruned[1][1])
+        return params, fixed, _with_moments(opt_state, mu, nu)
+
+    def behind(step: jax.Array, params: Any, fixed: Any, opt_state: Any) -> tuple[Any, Any, Any]:
+        return jax.lax.cond(
+            step % config.exact_every == 0,
+            restart,
+            lambda _, *unchanged: unchanged,
+            step,
+            params,
+            fixed,
+            opt_state,
+        )
+
+    return Maintenance(behind=behind)
+
+
+def switchlora_maintenance(config: Config) -> Maintenance:
+    """At every step a few vectors are switched, and some held."""
+
+    def before(
+        step: jax.Array, grads: Any, params: Any, fixed: Any, opt_state: Any
+    ) -> tuple[Any, Any, Any, Any]:
+        key = _key(config, step)
+        mu, nu = opt_state.factors.mu, opt_state.factors.nu
+        for number, path in enumerate(_adapters(params)):
+            own, rest, grad = _at(params, path), _at(fixed, path), _at(grads, path)
+            moments = tuple((_at(m, path)["B"], _at(m, path)["A"]) for m in (mu, nu))
+            W, B, A, spare, moments, frozen = switch(
+                jax.random.fold_in(key, number),
+                step,
+                rest["W"],
+                own["B"],
+                own["A"],
+                Candidates(rest["spare_B"], rest["spare_A"], rest["switched"]),
+                moments,
+                (rest["frozen_B"], rest["frozen_A"]),
+                scale=1 / own["A"].shape[-2],
+                total_steps=config.steps,
+            )
+            grad_B, grad_A = hold(grad["B"], grad["A"], frozen)
+            frozen_B, frozen_A = thaw(frozen)
+            grads = _set(grads, path, B=grad_B, A=grad_A)
+            params = _set(params, path, B=B, A=A)
+            fixed = _set(
+                fixed,
+                path,
+                W=W,
+                spare_B=spare.B,
+                spare_A=spare.A,
+                switched=spare.switched,
+                frozen_B=frozen_B,
+                frozen_A=frozen_A,
+            )
+            mu = _set(mu, path, B=moments[0][0], A=moments[0][1])
+            nu = _set(nu, path, B=moments[1][0], A=moments[1][1])
+        return grads, params, fixed, _with_moments(opt_state, mu, nu)
+
+    return Maintenance(before=before)
+
+
+def _key(config: Config, step: jax.Array) -> jax.Array:
+    # Another stream than that of the initialisation, which starts from the seed itself.
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), 1), step)
+
+
+def _with_moments(opt_state: Any, mu: Any, nu: Any) -> Any:
+    return opt_state._replace(factors=opt_state.factors._replace(mu=mu, nu=nu))
+
+
+def _adapters(params: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+    """Paths of the dicts that hold a B and an A."""
+    if {"B", "A"} <= params.keys():
+        yield path
+        return
+    for name, value in params.items():
+        if isinstance(value, dict):
+            yield from _adapters(value, (*path, name))
+
+
+def _at(tree: Any, path: tuple[str, ...]) -> Any:
+    for name in path:
+        tree = tree[name]
+    return tree
+
+
+def _set(tree: Any, path: tuple[str, ...], **leaves: Any) -> Any:
+    """The tree with some leaves of the dict at a path replaced."""
+    if not path:
+        return tree | leaves
+    return tree | {path[0]: _set(tree[path[0]], path[1:], **leaves)}

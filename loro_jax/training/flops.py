@@ -1,0 +1,50 @@
+"""Floating-point operations of a training step, counted per token from the shapes of a model."""
+
+from __future__ import annotations
+
+from loro_jax.training.config import Config
+
+
+def flops_per_token(config: Config) -> float:
+    """Operations of the forward and the backward pass, per token.
+
+    Counted are products of matrices, two operations a multiplication: projections, attention at
+    half its square (it is causal), and the head. Not counted: norms, activations, the optimizer,
+    and what ``model.remat`` computes again.
+
+    Args:
+        config: the run's config.
+
+    Returns:
+        Operations per token.
+
+    Example:
+        >>> from models import LlamaConfig
+        >>> config = Config(method="full", sequence_length=4, model=LlamaConfig(vocab_size=8,
+        ...     hidden_size=4, intermediate_size=6, num_layers=1, num_heads=2, rank=2))
+        >>> flops_per_token(config)  # 6 (4 4^2 + 3 4 6 + 8 4) + 6 4 4
+        1104.0
+    """
+    model = config.model_config
+    D, F, L = model.hidden_size, model.intermediate_size, config.sequence_length
+    shapes = {"attn": [(D, D)] * 4, "mlp": [(F, D), (F, D), (D, F)]}
+    tokens = config.batch_size * config.sequence_length / config.gradient_accumulation
+    layer = 6.0 * L * D  # scores and weighted values, 2 L D each forward, halved by the mask
+    for group, projections in shapes.items():
+        rank = model.group_rank(group)
+        for m, n in projections:
+            layer += _projection(model.projection, m, n, rank, tokens)
+    return model.num_layers * layer + 6.0 * model.vocab_size * D
+
+
+def _projection(kind: str, m: int, n: int, rank: int | None, tokens: float) -> float:
+    """Forward, and backward to the input and to what is trained."""
+    if rank is None:
+        return 6.0 * m * n
+    thin = 6.0 * rank * (m + n)
+    if kind == "lora":
+        return 4.0 * m * n + thin  # no gradient of the fixed weight
+    if kind == "sltrain":
+        # W is formed twice from its factors, and their gradients are taken from that of W.
+        return 6.0 * m * n + 8.0 * m * n * rank / tokens
+    return thin

@@ -1,0 +1,175 @@
+"""Every method trains a model, holds what is counted, and does to it what it says."""
+
+import dataclasses
+import itertools
+
+import jax
+import numpy as np
+import pytest
+
+from loro_jax.memory import count_bytes
+from loro_jax.training.config import METHODS, Config
+from loro_jax.training.errors import TrainingError
+from loro_jax.training.flops import flops_per_token
+from loro_jax.training.memory_table import held_by
+from loro_jax.training.mesh import make_mesh
+from loro_jax.training.step import compile_program, make_program
+from models import Batch, LlamaConfig
+
+MODEL = LlamaConfig(
+    vocab_size=64, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=2, rank=8
+)
+EVERY = 4
+
+
+def config(method, **changes):
+    fields = {
+        "method": method,
+        "batch_size": 4,
+        "sequence_length": 16,
+        "steps": 60,
+        "warmup_steps": 2,
+        "exact_every": EVERY,
+        "restart_warmup_steps": 2,
+        "exact_method": "svd",  # the quickest to compile
+        "model": MODEL,
+    }
+    return Config(**{**fields, **changes})
+
+
+def batch():
+    tokens = (np.arange(17)[None] * 3 + np.arange(4)[:, None]) % 64
+    ids = tokens.astype(np.int32)
+    return Batch(ids[:, :-1], ids[:, 1:], np.ones((4, 16), np.float32))
+
+
+@pytest.fixture(scope="module")
+def train():
+    """Trains by a method for some steps: its compiled step and all states, kept for other tests."""
+    known = {}
+
+    def run(method, steps=12):
+        if method not in known:
+            run = config(method)
+            run.validate()
+            devices = make_mesh(run.mesh)
+            program, abstract = compile_program(make_program(run, devices), devices)
+            compiled = program.train_step.lower(abstract, batch()).compile()
+            state, states, losses = program.init(), [], []
+            for _ in range(steps):
+                states.append(jax.tree.map(np.asarray, state))
+                state, metrics = compiled(state, batch())
+                losses.append(float(metrics["loss"]))
+            known[method] = compiled, states, losses
+        return known[method]
+
+    return run
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_the_loss_falls_and_the_step_holds_what_is_counted(train, method):
+    compiled, states, losses = train(method)
+    assert np.isfinite(losses).all()
+    assert losses[-1] < losses[0] - 0.3
+    held = held_by(config(method))
+    arguments = compiled.memory_analysis().argument_size_in_bytes - count_bytes(batch())
+    assert arguments == pytest.approx(held.weights + held.optimizer, rel=0.01)
+    shapes = [[leaf.shape for leaf in jax.tree.leaves(state)] for state in states]
+    assert all(other == shapes[0] for other in shapes)
+
+
+def adapters(state, name):
+    """An array of all projections, from params or fixed."""
+    blocks = state.params["blocks"] if name in "BA" else state.fixed["blocks"]
+    return [
+        np.asarray(projection[name], np.float64)
+        for group in ("attention", "mlp")
+        for projection in blocks[group].values()
+    ]
+
+
+def products(state, scale):
+    triples = (adapters(state, name) for name in ("W", "B", "A"))
+    return [W + scale * B @ A for W, B, A in zip(*triples, strict=True)]
+
+
+def test_lora_leaves_its_fixed_weights_alone(train):
+    _, states, _ = train("lora")
+    for first, last in zip(adapters(states[0], "W"), adapters(states[-1], "W"), strict=True):
+        np.testing.assert_array_equal(first, last)
+
+
+def test_relora_merges_every_k_steps_and_moves_nothing(train):
+    _, states, _ = train("relora")
+    scale = MODEL.alpha / MODEL.rank
+    for step, (before, after) in enumerate(itertools.pairwise(states), 1):
+        merged = any(
+            not np.array_equal(a, b)
+            for a, b in zip(adapters(before, "W"), adapters(after, "W"), strict=True)
+        )
+        assert merged == (step % EVERY == 0)
+        if merged:
+            assert all(not B.any() for B in adapters(after, "B"))
+            kept = [np.count_nonzero(nu) for nu in jax.tree.leaves(after.opt_state.factors.nu)]
+            assert max(kept) <= 2
+            # The function moved by the step alone, as by any other: nothing jumped.
+            moves = [
+                np.linalg.norm(a - b) / np.linalg.norm(b)
+                for a, b in zip(products(after, scale), products(before, scale), strict=True)
+            ]
+            assert max(moves) < 1.0
+
+
+def test_switchlora_switches_and_freezes(train):
+    _, states, _ = train("switchlora")
+    assert all(state.fixed["blocks"]["mlp"]["up"]["switched"].shape == (2,) for state in states)
+    switched = [int(state.fixed["blocks"]["mlp"]["up"]["switched"].sum()) for state in states]
+    assert switched == sorted(switched)
+    assert switched[-1] > 0
+    frozen = [state.fixed["blocks"]["mlp"]["up"]["frozen_B"].max() for state in states]
+    assert 0 < max(frozen) <= 5
+
+
+def test_restarts_balance_the_factors(train):
+    for method in ("lowrank_restarts", "svd_projection"):
+        _, states, _ = train(method)
+        for B, A in zip(adapters(states[EVERY], "B"), adapters(states[EVERY], "A"), strict=True):
+            gram = np.swapaxes(B, 1, 2) @ B
+            np.testing.assert_allclose(gram, A @ np.swapaxes(A, 1, 2), atol=1e-4)
+
+
+def test_projected_methods_hold_less_state_than_adam():
+    full = held_by(config("full"))
+    for method in ("galore", "fira", "adarankgrad"):
+        held = held_by(config(method))
+        assert held.total == full.total
+        assert held.optimizer < 0.8 * full.optimizer
+
+
+def test_a_learning_rate_of_their_own_for_the_factors():
+    """The plain low-rank arm at lr_scale = 0 trains all but its factors."""
+    run = config("lowrank", lr_scale=1e-9)
+    program = make_program(run)
+    state = program.init()
+    new, _ = jax.jit(program.train_step)(state, batch())
+    up = (state.params["blocks"]["mlp"]["up"], new.params["blocks"]["mlp"]["up"])
+    np.testing.assert_allclose(up[0]["B"], up[1]["B"], atol=1e-9)
+    assert np.abs(state.params["embedding"] - new.params["embedding"]).max() > 1e-4
+
+
+def test_flops_of_kinds():
+    flops = {method: flops_per_token(config(method)) for method in METHODS}
+    assert flops["galore"] == flops["full"]
+    assert flops["cola"] == flops["lowrank"] == flops["loro"] < flops["full"]
+    assert flops["full"] < flops["lora"]
+    dense = dataclasses.replace(MODEL, scope="none")
+    per_layer = 4 * 32 * 32 + 3 * 32 * 48
+    expected = 6 * (2 * per_layer + 64 * 32) + 2 * 6 * 16 * 32
+    assert flops_per_token(config("full", model=dense)) == expected
+
+
+def test_methods_that_need_factors_say_so():
+    dense = dataclasses.replace(MODEL, scope="none")
+    with pytest.raises(TrainingError, match="'cola' needs factors"):
+        config("cola", model=dense).validate()
+    config("galore", model=dense).validate()
