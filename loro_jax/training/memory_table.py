@@ -69,7 +69,7 @@ def held_by(config: Config) -> Held:
         ...                     num_heads=4, rank=8)
         >>> held = held_by(Config(model=model))
         >>> held.trainable, held.weights == 4 * held.total, held.optimizer > 2 * held.weights
-        (19616, True, True)
+        (12192, True, True)
     """
     state = jax.eval_shape(make_program(config).init)
     # Indices of a sparse matrix take memory; parameters they are not.
