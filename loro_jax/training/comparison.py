@@ -22,7 +22,7 @@ from typing import Any
 
 from loro_jax.training.comparison_report import Result, Run, config_of, write_report
 from loro_jax.training.config import METHODS, Config, differences
-from loro_jax.training.errors import TrainingError
+from loro_jax.training.errors import DivergedError, TrainingError
 from loro_jax.training.loop import train
 from loro_jax.training.metrics import read_rows
 
@@ -63,12 +63,10 @@ def compare(
         grid = [_finish(base, Run(method, rate, seeds[0]), directory) for rate in grids[method]]
         results += grid
         finished = [result for result in grid if result.perplexity is not None]
-        if not finished:
-            continue
-        best = min(finished, key=lambda result: result.perplexity or math.inf).run
-        results += [_finish(base, best._replace(seed=seed), directory) for seed in seeds[1:]]
+        if finished:
+            best = min(finished, key=lambda result: result.perplexity or math.inf).run
+            results += [_finish(base, best._replace(seed=seed), directory) for seed in seeds[1:]]
         write_report(base, results, directory)
-    write_report(base, results, directory)
     return results
 
 
@@ -85,9 +83,7 @@ def _finish(base: Config, run: Run, directory: pathlib.Path) -> Result:
     try:
         with contextlib.redirect_stdout(io.StringIO()):
             outcome = train(config_of(base, run), str(workdir))
-    except TrainingError as error:
-        if "stopped. The checkpoints" not in str(error):
-            raise
+    except DivergedError as error:
         note = str(error).split(";")[0]
         note_path.write_text(note, encoding="utf-8")
         print(f"{run.name}: diverged ({note})", flush=True)

@@ -3,3 +3,7 @@
 
 class TrainingError(Exception):
     """A bad input or a run that can't go on. The message is one line for the user to act on."""
+
+
+class DivergedError(TrainingError):
+    """A run's loss, or its gradient, is no longer finite."""

@@ -24,7 +24,7 @@ from loro_jax.training.data import (
     train_iterator,
     validation_batches,
 )
-from loro_jax.training.errors import TrainingError
+from loro_jax.training.errors import DivergedError
 from loro_jax.training.metrics import MetricsWriter, read_rows
 from loro_jax.training.ngram import NgramPerplexity
 from loro_jax.training.plots import plot_run
@@ -194,10 +194,10 @@ class _Run:
             self._metrics.write(row)
             self._display.training(row)
 
-    def _not_finite(self, step: int, values: dict[str, float]) -> TrainingError:
+    def _not_finite(self, step: int, values: dict[str, float]) -> DivergedError:
         bad = ", ".join(f"{k} = {v}" for k, v in values.items() if not math.isfinite(v))
         self._checkpoints.wait()
-        return TrainingError(
+        return DivergedError(
             f"step {step}: {bad}; stopped. The checkpoints of earlier steps in "
             f"{self._path / 'checkpoints'} are untouched. Try, with another --workdir, a lower "
             f"--config.learning_rate (now {self._config.learning_rate}), --config.clip_norm=1.0 "

@@ -105,22 +105,21 @@ def _loro(config: Config, mesh: Any) -> Optimizer:
 
 
 def _lowrank_restarts(config: Config, mesh: Any) -> Optimizer:
-    return lowrank_restarts(
-        make_schedule(config),
-        every=config.exact_every,
-        direction=_textbook_adam(config),
-        lr_scale=_scale_or_one(config),
-        weight_decay=config.weight_decay,
-        mesh=mesh,
-    )
+    return _balanced(lowrank_restarts, config, mesh, _scale_or_one(config))
 
 
 def _svd_projection(config: Config, mesh: Any) -> Optimizer:
-    return svd_projection(
+    return _balanced(svd_projection, config, mesh, config.lr_scale)
+
+
+def _balanced(
+    method: Callable[..., Optimizer], config: Config, mesh: Any, lr_scale: float | None
+) -> Optimizer:
+    return method(
         make_schedule(config),
         every=config.exact_every,
         direction=_textbook_adam(config),
-        lr_scale=config.lr_scale,
+        lr_scale=lr_scale,
         weight_decay=config.weight_decay,
         mesh=mesh,
     )

@@ -68,8 +68,7 @@ def train_iterator(
 
     batches = order.batch(config.batch_size).map(assemble)
     # What is encoded on the way takes all cores; shards are read by one thread.
-    counted = all(isinstance(source.documents, TokenShards) for source in corpus.train)
-    threads = config.data.threads or (1 if counted else available_cores())
+    threads = config.data.threads or (1 if _counted(corpus) else available_cores())
     ahead = config.data.prefetch
     options = grain.ReadOptions(
         num_threads=threads if ahead else 0, prefetch_buffer_size=max(ahead, 1)
@@ -79,8 +78,12 @@ def train_iterator(
 
 def is_streamed(config: Config, corpus: Corpus) -> bool:
     """Whether sequences are packed on the way, because the tokens of a source are not counted."""
-    counted = all(isinstance(source.documents, TokenShards) for source in corpus.train)
-    return config.data.shape == "packed" and not counted
+    return config.data.shape == "packed" and not _counted(corpus)
+
+
+def _counted(corpus: Corpus) -> bool:
+    """Whether the tokens of all sources are there already, in shards."""
+    return all(isinstance(source.documents, TokenShards) for source in corpus.train)
 
 
 def describe(config: Config, corpus: Corpus) -> str:
