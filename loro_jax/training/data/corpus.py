@@ -88,7 +88,8 @@ def load_corpus(config: Config, tokenizer: Tokenizer) -> Corpus:
         tokenizer: its tokenizer.
 
     Returns:
-        The corpus; no training document is in its validation set.
+        The corpus. No training document is in its validation set, unless ``config.data.validation``
+        brings some of a "tfds:" or prepared source, whose texts are not compared.
 
     Raises:
         TrainingError: if files are missing, unreadable or hold no text, or a prepared directory is
