@@ -14,6 +14,8 @@ A projection maps ``x (..., in)`` to ``y (..., out)`` without a bias. Kinds:
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -60,6 +62,21 @@ class Fixed(nnx.Variable):
     """What belongs to a model and is not trained: no gradient is taken of it."""
 
 
+def _by_rows(call: Callable[[Any, Array], Array]) -> Callable[[Any, Array], Array]:
+    """Shows a projection's ``__call__`` a matrix (N, in) in place of (..., in).
+
+    The gradient of a weight then sums over one axis. Over two, (B, L), XLA's CPU backend first
+    writes transposed copies of both operands, the larger part of such a gradient's time.
+    """
+
+    @functools.wraps(call)
+    def on_rows(self: Any, x: Array) -> Array:
+        y_NxF = call(self, x.reshape(-1, x.shape[-1]))
+        return y_NxF.reshape(*x.shape[:-1], y_NxF.shape[-1])
+
+    return on_rows
+
+
 class Dense(nnx.Module):
     """``y = x W^T`` with W (out x in)."""
 
@@ -69,6 +86,7 @@ class Dense(nnx.Module):
         self.W = nnx.Param(W.astype(spec.param_dtype))
         self.dtype = spec.dtype
 
+    @_by_rows
     def __call__(self, x: Array) -> Array:
         """Maps (..., in) to (..., out)."""
         return x.astype(self.dtype) @ self.W[...].astype(self.dtype).T
@@ -95,6 +113,7 @@ class LowRankLinear(nnx.Module):
         """B and A in the dtype of the products."""
         return self.B[...].astype(self.dtype), self.A[...].astype(self.dtype)
 
+    @_by_rows
     def __call__(self, x: Array) -> Array:
         """Maps (..., in) to (..., out) by way of the rank."""
         B, A = self.factors()
@@ -104,6 +123,7 @@ class LowRankLinear(nnx.Module):
 class ColaLinear(LowRankLinear):
     """``y = silu(x A^T) B^T``: an auto-encoder in a projection's place."""
 
+    @_by_rows
     def __call__(self, x: Array) -> Array:
         """Maps (..., in) to (..., out) by way of the rank."""
         B, A = self.factors()
@@ -120,6 +140,7 @@ class LoraLinear(LowRankLinear):
         self.W = Fixed(W)
         self.scale = spec.alpha / self.A.shape[-2]
 
+    @_by_rows
     def __call__(self, x: Array) -> Array:
         """Maps (..., in) to (..., out)."""
         x = x.astype(self.dtype)
@@ -159,6 +180,7 @@ class SparseLowRankLinear(LowRankLinear):
         self.columns = Fixed(draw_support(rngs.params(), out_features, in_features, spec.density))
         self.scale = spec.alpha / self.A.shape[-2]
 
+    @_by_rows
     def __call__(self, x: Array) -> Array:
         """Maps (..., in) to (..., out); W exists for the moment of the product."""
         B, A = self.factors()
