@@ -3,28 +3,41 @@
 ``python -m loro_jax.compare CONFIG --methods=full,lowrank,loro --lrs=0.003,0.01 --seeds=0,1,2``
 
 The grid is run with the first seed; the best learning rate of each method then with all others.
-Every run has a directory of its own and goes on where it was stopped, so the same command again
-finishes an interrupted comparison. A run whose loss is no longer finite is a row that says so.
+``--arm slow=lowrank,lr_scale=0.25`` adds an arm: a method with fields of the config set its own
+way. Every run has a directory of its own and goes on where it was stopped: the same command again
+finishes an interrupted comparison; started twice, both share the work. A run whose loss is no
+longer finite is a row that says so.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import copy
 import importlib.util
 import io
 import json
 import math
 import pathlib
 import sys
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from loro_jax.training.comparison_report import Result, Run, config_of, write_report
+from loro_jax.training.comparison_report import (
+    Arm,
+    Result,
+    Run,
+    config_of,
+    set_field,
+    write_report,
+)
 from loro_jax.training.config import METHODS, Config, differences
-from loro_jax.training.errors import DivergedError, TrainingError
+from loro_jax.training.errors import DivergedError, InUseError, TrainingError
 from loro_jax.training.loop import train
 from loro_jax.training.metrics import read_rows
+
+_PATIENCE = 10.0  # seconds between two looks at runs that another process has claimed
 
 
 class _StoppedError(Exception):
@@ -37,7 +50,7 @@ class _StoppedError(Exception):
 
 def compare(
     base: Config,
-    methods: Sequence[str],
+    arms: Sequence[Arm],
     seeds: Sequence[int],
     grids: Mapping[str, Sequence[float]],
     out: str,
@@ -46,9 +59,9 @@ def compare(
 
     Args:
         base: the config that all runs share.
-        methods: names from :data:`loro_jax.training.config.METHODS`.
+        arms: what is compared.
         seeds: seeds of initialisation and order; the first one's runs choose the learning rate.
-        grids: learning rates of each method.
+        grids: learning rates by the name of the arm.
         out: the comparison's directory.
 
     Returns:
@@ -58,31 +71,42 @@ def compare(
         TrainingError: for a bad config, or directories of other runs.
     """
     directory = pathlib.Path(out)
-    results: list[Result] = []
-    for method in methods:
-        grid = [_finish(base, Run(method, rate, seeds[0]), directory) for rate in grids[method]]
-        results += grid
-        finished = [result for result in grid if result.perplexity is not None]
-        if finished:
-            best = min(finished, key=lambda result: result.perplexity or math.inf).run
-            results += [_finish(base, best._replace(seed=seed), directory) for seed in seeds[1:]]
-        write_report(base, results, directory)
-    return results
+    while True:
+        results: list[Result] = []
+        complete = True
+        for arm in arms:
+            found = [_finish(base, Run(arm, rate, seeds[0]), directory) for rate in grids[arm.name]]
+            finished = [result for result in found if result and result.perplexity is not None]
+            if finished and None not in found:
+                best = min(finished, key=lambda result: result.perplexity or math.inf).run
+                found += [_finish(base, best._replace(seed=seed), directory) for seed in seeds[1:]]
+            results += [result for result in found if result]
+            complete = complete and None not in found
+            if results:
+                write_report(base, results, directory)
+        if complete:
+            return results
+        time.sleep(_PATIENCE)  # another process is at the rest
 
 
-def _finish(base: Config, run: Run, directory: pathlib.Path) -> Result:
-    """Trains a run to its end, unless it has ended already."""
+def _finish(base: Config, run: Run, directory: pathlib.Path) -> Result | None:
+    """Trains a run to its end, unless it has ended already; None: another process is at it."""
+    config = config_of(base, run)
     workdir = directory / run.name
     note_path = directory / f"{run.name}.diverged.txt"
-    if note_path.exists():
-        return _result(run, workdir, None, note_path.read_text(encoding="utf-8"))
-    perplexity = _ended(config_of(base, run), workdir)
-    if perplexity is not None:
-        return _result(run, workdir, perplexity, "")
+    if _belongs(config, workdir):
+        if note_path.exists():
+            return _result(run, workdir, None, note_path.read_text(encoding="utf-8"))
+        perplexity = _last_perplexity(config, workdir)
+        if perplexity is not None:
+            return _result(run, workdir, perplexity, "")
     print(f"{run.name} ...", flush=True)
     try:
         with contextlib.redirect_stdout(io.StringIO()):
-            outcome = train(config_of(base, run), str(workdir))
+            outcome = train(config, str(workdir))
+    except InUseError:
+        print(f"{run.name}: another process is at it", flush=True)
+        return None
     except DivergedError as error:
         note = str(error).split(";")[0]
         note_path.write_text(note, encoding="utf-8")
@@ -94,15 +118,18 @@ def _finish(base: Config, run: Run, directory: pathlib.Path) -> Result:
     return _result(run, workdir, outcome.val_ppl, "")
 
 
-def _ended(config: Config, workdir: pathlib.Path) -> float | None:
-    """The last perplexity of a run that has ended already, with this very config."""
+def _belongs(config: Config, workdir: pathlib.Path) -> bool:
+    """Whether a directory holds a run of this very config."""
     try:
         stored = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return None
-    if differences(stored, config):
-        return None
-    last = [row for row in read_rows(workdir / "metrics.jsonl") if row["step"] == config.steps]
+        return False
+    return not differences(stored, config)
+
+
+def _last_perplexity(config: Config, workdir: pathlib.Path) -> float | None:
+    rows = read_rows(workdir / "metrics.jsonl")
+    last = [row for row in rows if row["step"] == config.steps]
     return next((row["val_ppl"] for row in last if "val_ppl" in row), None)
 
 
@@ -139,23 +166,53 @@ def load_config(path: str, changes: Sequence[str]) -> Config:
     if not isinstance(config, Config):
         raise TrainingError(f"CONFIG = {path!r}: get_config() must return a training Config.")
     for change in changes:
-        name, separator, text = change.partition("=")
-        *groups, field = name.split(".")
-        target: Any = config
-        for group in groups:
-            target = getattr(target, group, None)
-        if not separator or not hasattr(target, field):
-            raise TrainingError(f"--set {change}: expected FIELD=VALUE with a field of the config.")
         try:
-            value = json.loads(text)
-        except json.JSONDecodeError:
-            value = text
-        setattr(target, field, value)
+            set_field(config, *_parse_change(change))
+        except (AttributeError, ValueError):
+            raise TrainingError(
+                f"--set {change}: expected FIELD=VALUE with a field of the config."
+            ) from None
     return config
 
 
-def _grids(options: Sequence[str], methods: Sequence[str]) -> dict[str, list[float]]:
-    """Learning rates by method: ``0.003,0.01`` for all, ``loro=0.01,0.02`` for one."""
+def _parse_change(text: str) -> tuple[str, Any]:
+    """``field=value``, the value as JSON or a plain string."""
+    name, separator, value = text.partition("=")
+    if not separator:
+        raise ValueError(text)
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
+
+
+def _arms(methods: str, options: Sequence[str], base: Config) -> list[Arm]:
+    """An arm for each method, and ``NAME=METHOD,FIELD=VALUE,...`` for each option."""
+    arms = [Arm(method, method) for method in methods.split(",") if method]
+    for option in options:
+        name, separator, rest = option.partition("=")
+        method, *changes = rest.split(",")
+        try:
+            arm = Arm(name, method, tuple(_parse_change(change) for change in changes))
+            for field, value in arm.changes:
+                set_field(copy.deepcopy(base), field, value)
+        except (AttributeError, ValueError):
+            separator = ""
+        if not separator or not name or "/" in name:
+            raise TrainingError(
+                f"--arm {option}: expected NAME=METHOD,FIELD=VALUE,... with fields of the config."
+            )
+        arms.append(arm)
+    for arm in arms:
+        if arm.method not in METHODS:
+            raise TrainingError(f"--methods: {arm.method!r}; expected {', '.join(METHODS)}.")
+        if sum(arm.name == other.name for other in arms) > 1:
+            raise TrainingError(f"--methods, --arm: {arm.name!r} occurs more than once.")
+    return arms
+
+
+def _grids(options: Sequence[str], names: Sequence[str]) -> dict[str, list[float]]:
+    """Learning rates by arm: ``0.003,0.01`` for all, ``loro=0.01,0.02`` for one."""
     grids: dict[str, list[float]] = {}
     for option in options:
         name, separator, text = option.rpartition("=")
@@ -165,10 +222,10 @@ def _grids(options: Sequence[str], methods: Sequence[str]) -> dict[str, list[flo
             raise TrainingError(f"--lrs {option}: expected numbers, separated by commas.") from None
         if not all(0 < rate < math.inf for rate in rates):
             raise TrainingError(f"--lrs {option}: learning rates must be above 0.")
-        if separator and name not in methods:
-            raise TrainingError(f"--lrs {option}: {name!r} is not among --methods.")
-        for method in [name] if separator else methods:
-            grids[method] = rates
+        if separator and name not in names:
+            raise TrainingError(f"--lrs {option}: {name!r} is not among --methods and --arm.")
+        for known in [name] if separator else names:
+            grids[known] = rates
     return grids
 
 
@@ -180,9 +237,16 @@ def _arguments(arguments: Sequence[str]) -> argparse.Namespace:
     )
     parser.add_argument("config", metavar="CONFIG")
     parser.add_argument("--methods", default="full,lowrank,loro")
+    parser.add_argument(
+        "--arm",
+        action="append",
+        default=[],
+        metavar="NAME=METHOD,FIELD=VALUE,...",
+        help="one more arm: a method with fields of its own; may be repeated",
+    )
     parser.add_argument("--seeds", default="0")
     parser.add_argument(
-        "--lrs", action="append", help="RATES for all methods or METHOD=RATES; may be repeated"
+        "--lrs", action="append", help="RATES for all or NAME=RATES; may be repeated"
     )
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")
     parser.add_argument("--out", default="runs/comparison")
@@ -201,20 +265,18 @@ def main(arguments: Sequence[str]) -> int:
     """``python -m loro_jax.compare``."""
     options = _arguments(arguments)
     with _one_line_errors():
-        methods = options.methods.split(",")
-        for method in methods:
-            if method not in METHODS:
-                raise TrainingError(f"--methods: {method!r}; expected {', '.join(METHODS)}.")
         try:
             seeds = [int(seed) for seed in options.seeds.split(",")]
         except ValueError:
             raise TrainingError(f"--seeds={options.seeds}: expected whole numbers.") from None
         base = load_config(options.config, options.set)
-        grids = _grids([str(base.learning_rate), *(options.lrs or [])], methods)
-        for method in methods:
-            config_of(base, Run(method, grids[method][0], seeds[0])).validate()
+        arms = _arms(options.methods, options.arm, base)
+        names = [arm.name for arm in arms]
+        grids = _grids([str(base.learning_rate), *(options.lrs or [])], names)
+        for arm in arms:
+            config_of(base, Run(arm, grids[arm.name][0], seeds[0])).validate()
         try:
-            compare(base, methods, seeds, grids, options.out)
+            compare(base, arms, seeds, grids, options.out)
         except _StoppedError as stopped:
             print("stopped; the same command goes on", file=sys.stderr)
             return stopped.status

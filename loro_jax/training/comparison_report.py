@@ -16,23 +16,37 @@ from loro_jax.training.flops import flops_per_token
 from loro_jax.training.memory_table import held_by
 
 
+class Arm(NamedTuple):
+    """What is compared: a method, with fields of the config set its own way.
+
+    Attributes:
+        name: in the table, and of its directory.
+        method: a name from :data:`loro_jax.training.config.METHODS`.
+        changes: fields, dotted, and their values.
+    """
+
+    name: str
+    method: str
+    changes: tuple[tuple[str, Any], ...] = ()
+
+
 class Run(NamedTuple):
     """One run of a comparison.
 
     Attributes:
-        method: its method.
+        arm: what it is a run of.
         learning_rate: its peak learning rate.
         seed: its seed.
     """
 
-    method: str
+    arm: Arm
     learning_rate: float
     seed: int
 
     @property
     def name(self) -> str:
         """Its directory below the comparison's."""
-        return f"{self.method}/lr{self.learning_rate:g}/seed{self.seed}"
+        return f"{self.arm.name}/lr{self.learning_rate:g}/seed{self.seed}"
 
 
 class Result(NamedTuple):
@@ -54,10 +68,33 @@ class Result(NamedTuple):
 
 
 def config_of(base: Config, run: Run) -> Config:
-    """The config of one run: the shared one with its method, learning rate and seed."""
+    """The config of one run: the shared one with its arm's fields, learning rate and seed."""
+    config = copy.deepcopy(base)
+    for name, value in run.arm.changes:
+        set_field(config, name, value)
     return dataclasses.replace(
-        copy.deepcopy(base), method=run.method, learning_rate=run.learning_rate, seed=run.seed
+        config, method=run.arm.method, learning_rate=run.learning_rate, seed=run.seed
     )
+
+
+def set_field(config: Config, name: str, value: Any) -> None:
+    """Sets a field of a config by its dotted name.
+
+    Args:
+        config: what is changed.
+        name: as after ``--config.``.
+        value: what the field becomes.
+
+    Raises:
+        AttributeError: if there is no such field.
+    """
+    *groups, field = name.split(".")
+    target: Any = config
+    for group in groups:
+        target = getattr(target, group)
+    if field not in {known.name for known in dataclasses.fields(target)}:
+        raise AttributeError(name)
+    setattr(target, field, value)
 
 
 def write_report(base: Config, results: list[Result], directory: pathlib.Path) -> None:
@@ -76,7 +113,7 @@ def write_report(base: Config, results: list[Result], directory: pathlib.Path) -
 
 
 def summary(base: Config, results: list[Result]) -> list[dict[str, Any]]:
-    """One row a method, the best first; diverged ones last.
+    """One row an arm, the best first; diverged ones last.
 
     Args:
         base: the config that all runs share.
@@ -88,8 +125,8 @@ def summary(base: Config, results: list[Result]) -> list[dict[str, Any]]:
         run, and what diverged.
     """
     rows = []
-    for method in dict.fromkeys(result.run.method for result in results):
-        own = [result for result in results if result.run.method == method]
+    for arm in dict.fromkeys(result.run.arm for result in results):
+        own = [result for result in results if result.run.arm == arm]
         finished = [result for result in own if result.perplexity is not None]
         diverged = [
             f"lr {result.run.learning_rate:g} seed {result.run.seed}"
@@ -98,7 +135,7 @@ def summary(base: Config, results: list[Result]) -> list[dict[str, Any]]:
         ]
         config = config_of(base, own[0].run)
         held = held_by(config)
-        row: dict[str, Any] = {"method": method, "best lr": None, "perplexity": None}
+        row: dict[str, Any] = {"arm": arm.name, "best lr": None, "perplexity": None}
         row |= {"spread": None, "seeds": 0, "tokens/s": None, "minutes": None}
         if finished:
             best = min(finished, key=lambda result: result.perplexity or 0).run.learning_rate
@@ -146,7 +183,11 @@ def _cell(value: Any) -> str:
 
 def _as_json(result: Result) -> dict[str, Any]:
     return {
-        **result.run._asdict(),
+        "arm": result.run.arm.name,
+        "method": result.run.arm.method,
+        "changes": dict(result.run.arm.changes),
+        "learning_rate": result.run.learning_rate,
+        "seed": result.run.seed,
         "perplexity": result.perplexity,
         "note": result.note,
         "seconds": result.seconds,
@@ -164,17 +205,17 @@ def _plot(
         chosen = [
             result
             for result in results
-            if result.run.method == row["method"] and result.run.learning_rate == row["best lr"]
+            if result.run.arm.name == row["arm"] and result.run.learning_rate == row["best lr"]
         ]
         if not chosen or not chosen[0].curve:
             continue
         tokens, losses = zip(*chosen[0].curve, strict=True)
         smooth = _running_mean(losses)
         flops = flops_per_token(config_of(base, chosen[0].run))
-        axes[0].plot([t / 1e6 for t in tokens], smooth, label=row["method"])
-        axes[1].plot([t * flops / 1e15 for t in tokens], smooth, label=row["method"])
+        axes[0].plot([t / 1e6 for t in tokens], smooth, label=row["arm"])
+        axes[1].plot([t * flops / 1e15 for t in tokens], smooth, label=row["arm"])
         axes[2].scatter(row["memory MB"], row["perplexity"])
-        axes[2].annotate(row["method"], (row["memory MB"], row["perplexity"]))
+        axes[2].annotate(row["arm"], (row["memory MB"], row["perplexity"]))
     axes[0].set(xlabel="tokens (millions)", ylabel="training loss (nats)")
     axes[1].set(xlabel="PFLOPs", ylabel="training loss (nats)")
     axes[2].set(xlabel="weights, gradients, optimizer (MB)", ylabel="validation perplexity")

@@ -7,3 +7,7 @@ class TrainingError(Exception):
 
 class DivergedError(TrainingError):
     """A run's loss, or its gradient, is no longer finite."""
+
+
+class InUseError(TrainingError):
+    """Another process works in a run's directory."""

@@ -8,7 +8,7 @@ import pathlib
 from typing import IO, Any
 
 from loro_jax.training.config import Config, differences
-from loro_jax.training.errors import TrainingError
+from loro_jax.training.errors import InUseError, TrainingError
 
 
 class RunDirectory:
@@ -23,8 +23,9 @@ class RunDirectory:
         fingerprint: of the tokens that it reads.
 
     Raises:
-        TrainingError: if the directory holds a run of another config or text, files of something
-            else, or is in use by another process.
+        TrainingError: if the directory holds a run of another config or text, or files of something
+            else.
+        InUseError: if another process has claimed it.
     """
 
     def __init__(self, path: str | pathlib.Path, config: Config, fingerprint: str):
@@ -91,7 +92,7 @@ class RunDirectory:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             lock.close()
-            raise TrainingError(f"--workdir={self.path} is in use by another process.") from None
+            raise InUseError(f"--workdir={self.path} is in use by another process.") from None
         return lock
 
     def __enter__(self) -> RunDirectory:

@@ -49,7 +49,7 @@ def compared(config, tmp_path_factory):
 def test_the_table_has_a_row_a_method(compared):
     _, out = compared
     content = json.loads((out / "table.json").read_text())
-    rows = {row["method"]: row for row in content["rows"]}
+    rows = {row["arm"]: row for row in content["rows"]}
     assert set(rows) == {"lowrank", "full"}
     for row in rows.values():
         assert row["seeds"] == 2
@@ -59,12 +59,12 @@ def test_the_table_has_a_row_a_method(compared):
         assert row["MFLOPs/token"] > 0
     assert rows["full"]["diverged"] == "lr 1e+30 seed 0"
     assert rows["lowrank"]["trainable M"] < rows["full"]["trainable M"]
-    by_run = {(r["method"], r["learning_rate"], r["seed"]): r for r in content["runs"]}
+    by_run = {(r["arm"], r["learning_rate"], r["seed"]): r for r in content["runs"]}
     assert len(by_run) == 6
     grid = {rate: by_run["lowrank", rate, 0]["perplexity"] for rate in (0.003, 0.01)}
     assert rows["lowrank"]["best lr"] == min(grid, key=grid.get)
     table = (out / "table.md").read_text().splitlines()
-    assert re.match(r"\| method +\|", table[0])
+    assert re.match(r"\| arm +\|", table[0])
     assert len(table) == 4
     assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
 
@@ -96,8 +96,13 @@ def test_again_it_trains_nothing(compared, monkeypatch, capsys):
         (["--seeds=a"], "--seeds=a: expected whole numbers"),
         (["--lrs=0.1,x"], "expected numbers"),
         (["--lrs=-1"], "must be above 0"),
-        (["--lrs=cola=0.1"], "'cola' is not among --methods"),
+        (["--lrs=cola=0.1"], "'cola' is not among --methods and --arm"),
         (["--set=stepz=3"], "--set stepz=3: expected FIELD=VALUE"),
+        (["--arm=slow=lowrank,lr=3"], "--arm slow=lowrank,lr=3: expected NAME=METHOD,FIELD=VALUE"),
+        (["--arm=slow=lowrank,lr_scale"], "expected NAME=METHOD,FIELD=VALUE"),
+        (["--arm=a/b=lowrank"], "expected NAME=METHOD,FIELD=VALUE"),
+        (["--arm=slow=lorank"], "'lorank'; expected loro, lowrank"),
+        (["--arm=full=lowrank"], "'full' occurs more than once"),
         (["--set=steps=0"], "config.steps must be at least 1"),
     ],
 )
