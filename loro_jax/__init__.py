@@ -10,6 +10,7 @@ from loro_jax.descent import LoroState, riemannian_descent
 from loro_jax.loro import loro
 from loro_jax.lowrank import LowRank, balance, from_dense, initialise
 from loro_jax.manifold import exact_update, riemannian_gradient
+from loro_jax.orthogonal import orthogonal
 from loro_jax.pairs import find_pairs
 from loro_jax.schedules import warmup_cosine, with_restarts
 
@@ -23,6 +24,7 @@ __all__ = [
     "from_dense",
     "initialise",
     "loro",
+    "orthogonal",
     "riemannian_descent",
     "riemannian_gradient",
     "scale_by_uncorrected_adam",

@@ -65,6 +65,7 @@ def riemannian_descent(
     pairs: PairsSpec | None = None,
     require_pairs: bool = True,
     regular: optax.GradientTransformation | None = None,
+    regular_direction: optax.GradientTransformation | Direction | None = None,
     mesh: Any | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """LORO with any direction and any exact step.
@@ -77,12 +78,14 @@ def riemannian_descent(
             (N, m, r) and (N, r, n), with the number of the step from 0. It returns the new factors,
             and may return as a third value an int32 count to add to the state's ``fallbacks``.
         exact_every: K.
-        refresh: "transport" needs a direction whose state has Adam's moments ``mu`` and ``nu``.
+        refresh: "transport" needs a direction whose state has a first moment ``mu``, and perhaps a
+            second one, ``nu``, as Adam's.
         lr_scale: factor on the learning rate of approximate steps.
         weight_decay: decoupled decay.
         pairs: None, or a spec.
         require_pairs: raise when the tree holds no pair.
         regular: transformation for all leaves that are not factors.
+        regular_direction: direction for those leaves; None: the same as for the factors.
         mesh: devices that share the exact steps.
 
     Returns:
@@ -108,6 +111,12 @@ def riemannian_descent(
     if refresh not in REFRESH_CHOICES:
         raise ValueError(f"loro: refresh must be one of {REFRESH_CHOICES}, but is {refresh!r}.")
     directed = direction if isinstance(direction, Direction) else from_optax(direction)
+    if regular_direction is None:
+        of_others = directed
+    elif isinstance(regular_direction, Direction):
+        of_others = regular_direction
+    else:
+        of_others = from_optax(regular_direction)
     # Moments that the next step zeroes may be overwritten by the moves; others may not.
     zeroed = refresh in ("all", "factors")
     of_factors = directed if zeroed and exact_every is not None else directed.in_one_stage()
@@ -132,13 +141,12 @@ def riemannian_descent(
             stale=jnp.bool_(False),
             fallbacks=jnp.zeros([], jnp.int32),
             factors=of_factors.init(factors),
-            regular=(own_regular or directed).init(others),
+            regular=(own_regular or of_others).init(others),
         )
-        moments = hasattr(state.factors, "mu") and hasattr(state.factors, "nu")
-        if refresh == "transport" and not moments:
+        if refresh == "transport" and not _moments_of(state.factors):
             raise ValueError(
-                'loro: refresh="transport" carries Adam\'s moments; it needs a direction whose '
-                f"state has mu and nu, but this one's is a {type(state.factors).__name__}."
+                'loro: refresh="transport" carries moments; it needs a direction whose state has '
+                f"mu (and perhaps nu), but this one's is a {type(state.factors).__name__}."
             )
         return state
 
@@ -160,27 +168,27 @@ def riemannian_descent(
         if zeroed:
             factor_state = _select(state.stale, of_factors.init(factors), factor_state)
         if refresh == "all" and own_regular is None:
-            regular_state = _select(state.stale, directed.init(others), regular_state)
+            regular_state = _select(state.stale, of_others.init(others), regular_state)
 
-        carried, factor_state = of_factors.advance(
-            factor_grads, factor_state, factors, **extra_args
-        )
+        places = places_of_factors(found)
+        told = {**extra_args, "places": places} if of_factors.moves else extra_args
+        carried, factor_state = of_factors.advance(factor_grads, factor_state, factors, **told)
         carried = jax.tree.map(lambda c, p: c.astype(p.dtype), carried, factors)
         fallbacks = jnp.zeros([], jnp.int32)
-        places = places_of_factors(found)
         if found and exact_every is not None:
             # One branch puts moves into what is carried, the other passes it through, in place. The
             # approximate step is made outside, where it fuses with whatever applies the update.
             if refresh == "transport":
-                carried, mu, nu, fallbacks = jax.lax.cond(
+                moments = _moments_of(factor_state)
+                carried, *moved, fallbacks = jax.lax.cond(
                     exact,
                     lambda directions, *moments: _exact_step(
                         settings, places, factors, directions, *moments
                     ),
                     lambda *unchanged: (*unchanged, jnp.zeros([], jnp.int32)),
-                    *(carried, factor_state.mu, factor_state.nu),
+                    *(carried, *moments.values()),
                 )
-                factor_state = factor_state._replace(mu=mu, nu=nu)
+                factor_state = factor_state._replace(**dict(zip(moments, moved, strict=True)))
             else:
                 carried, fallbacks = jax.lax.cond(
                     exact,
@@ -196,7 +204,7 @@ def riemannian_descent(
         factor_state = of_factors.keep(factor_state, carried)
 
         if own_regular is None:
-            other_directions, regular_state = directed.update(
+            other_directions, regular_state = of_others.update(
                 other_grads, regular_state, others, **extra_args
             )
             other_updates = jax.tree.map(
@@ -244,7 +252,7 @@ def places_of_factors(found: Sequence[Pair]) -> _Places:
 def _exact_step(
     settings: _StepSettings, places: _Places, factors: Any, directions: Any, *moments: Any
 ) -> tuple[Any, ...]:
-    """Moves of all pairs, trees of moments carried along with them (mu, nu, or none), fallbacks."""
+    """Moves of all pairs, trees of moments carried along with them, fallbacks."""
 
     def step(outs: tuple[jax.Array, ...], ins: tuple[jax.Array, ...]) -> Any:
         (B, dB, *out_moments), (A, dA, *in_moments) = outs, ins
@@ -253,10 +261,8 @@ def _exact_step(
         out = [(keep * B_new - B).astype(B.dtype)]
         inp = [(keep * A_new - A).astype(A.dtype)]
         if moments:
-            mu, nu = zip(out_moments, in_moments, strict=True)
-            for out_moment, in_moment in transport_moments(
-                (B, A), (B + out[0], A + inp[0]), mu, nu
-            ):
+            both = zip(out_moments, in_moments, strict=True)
+            for out_moment, in_moment in transport_moments((B, A), (B + out[0], A + inp[0]), *both):
                 out.append(out_moment)
                 inp.append(in_moment)
         return tuple(out), tuple(inp), *(count or (jnp.zeros([], jnp.int32),))
@@ -298,6 +304,12 @@ def _factor_updates(
         for i in (b, a):
             updates[i] = update(leaves[0][i], leaves[1][i], leaves[2][i], scale)
     return updates
+
+
+def _moments_of(state: Any) -> dict[str, Any]:
+    """The moments that a state has of mu and nu; none without mu."""
+    found = {name: getattr(state, name) for name in ("mu", "nu") if hasattr(state, name)}
+    return found if "mu" in found else {}
 
 
 def _select(first: jax.Array, one: Any, other: Any) -> Any:

@@ -28,12 +28,16 @@ class Direction(NamedTuple):
         finish: (carried, state) -> directions.
         keep: (state, carried) -> state. What is carried may be a part of the state; on an exact
             step it is then overwritten by the move, and this is the state with that in its place.
+        moves: whether the directions are moves of factors, to be made as they are (times minus the
+            learning rate), where others are like gradients. ``advance`` is then told, by the
+            keyword ``places``, where B and A of each pair stand among the leaves of the factors.
     """
 
     init: Callable[[Any], Any]
     advance: Callable[..., tuple[Any, Any]]
     finish: Callable[[Any, Any], Any]
     keep: Callable[[Any, Any], Any]
+    moves: bool = False
 
     def update(self, grads: Any, state: Any, params: Any, **extra_args: Any) -> tuple[Any, Any]:
         """Both stages."""
@@ -42,7 +46,7 @@ class Direction(NamedTuple):
 
     def in_one_stage(self) -> Direction:
         """The same direction, itself handed over, and the state left alone."""
-        return _one_stage(self.init, self.update)
+        return _one_stage(self.init, self.update)._replace(moves=self.moves)
 
 
 def from_optax(tx: optax.GradientTransformation) -> Direction:

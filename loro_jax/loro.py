@@ -15,6 +15,7 @@ import optax
 from loro_jax.descent import riemannian_descent
 from loro_jax.direction import Direction, adam, from_optax
 from loro_jax.manifold import counted_exact_update
+from loro_jax.orthogonal import as_gradients
 from loro_jax.pairs import PairsSpec
 from loro_jax.retractions import StepSize, check_method
 
@@ -33,7 +34,7 @@ def loro(
     pairs: PairsSpec | None = None,
     require_pairs: bool = True,
     regular: optax.GradientTransformation | None = None,
-    direction: optax.GradientTransformation | None = None,
+    direction: optax.GradientTransformation | Direction | None = None,
     exact_method: str = "graph",
     max_move: jax.typing.ArrayLike | optax.Schedule | None = None,
     damping: jax.typing.ArrayLike | optax.Schedule | None = None,
@@ -51,9 +52,10 @@ def loro(
         refresh: whose Adam state to zero behind an exact step, when the next step begins: "all"
             leaves', the "factors"', or None. A ``regular`` transformation of your own keeps its
             state in any case. "transport" keeps all state, and carries the factors' moments into
-            their new basis (:mod:`loro_jax.transport`); it needs the Adam of this library.
+            their new basis (:mod:`loro_jax.transport`); it needs a direction of this library.
         lr_scale: factor on the learning rate of approximate steps; None: ``r / min(m, n)`` of each
-            pair. The authors' code uses ``r / hidden_size``, the same thing in a LLaMA.
+            pair. The authors' code uses ``r / hidden_size``, the same thing in a LLaMA. With
+            :func:`loro_jax.orthogonal` it is on all steps of the factors, and None is 1.
         b1: decay of Adam's first moment.
         b2: decay of Adam's second moment.
         eps: added to the root of Adam's uncorrected second moment.
@@ -66,7 +68,8 @@ def loro(
             the same direction as for the factors.
         direction: what turns gradients into directions, such as ``optax.scale_by_adam()``,
             ``optax.trace(0.9)`` or ``optax.identity()``; it must not scale by a learning rate.
-            None: :func:`loro_jax.scale_by_uncorrected_adam` with b1, b2, eps and mu_dtype.
+            None: :func:`loro_jax.scale_by_uncorrected_adam` with b1, b2, eps and mu_dtype. Or
+            :func:`loro_jax.orthogonal`; all leaves but factors then have that Adam.
         exact_method: how the exact step is computed: "graph", "gram" or "svd", from fast to always
             right; see :mod:`loro_jax.retractions`.
         max_move: trust region of the exact step: its size is cut so that the tangent step is at
@@ -153,10 +156,15 @@ def loro(
     for name, value in (("max_move", max_move), ("damping", damping)):
         if isinstance(value, float | int) and value < 0:
             raise ValueError(f"loro: {name} must not be negative, but is {value}.")
+    directed: Direction
     if direction is None:
-        directed: Direction = adam(b1, b2, eps, mu_dtype)
+        directed = adam(b1, b2, eps, mu_dtype)
+    elif isinstance(direction, Direction):
+        directed = direction
     else:
         directed = from_optax(direction)
+    if directed.moves and lr_scale is None:
+        lr_scale = 1.0
 
     def at(value: Any, step: jax.Array) -> Any:
         return value(step) if callable(value) else value
@@ -164,6 +172,9 @@ def loro(
     def exact_step(
         B: jax.Array, A: jax.Array, dB: jax.Array, dA: jax.Array, rate: Any, step: jax.Array
     ) -> tuple[jax.Array, jax.Array, jax.Array]:
+        if directed.moves:
+            rate = rate * lr_scale
+            dB, dA = as_gradients(B, A, dB, dA)
         size = StepSize(rate, at(max_move, step), at(damping, step))
         return counted_exact_update(B, A, dB, dA, size, method=exact_method, where="loro")
 
@@ -178,5 +189,6 @@ def loro(
         pairs=pairs,
         require_pairs=require_pairs,
         regular=regular,
+        regular_direction=adam(b1, b2, eps, mu_dtype) if directed.moves else None,
         mesh=mesh,
     )

@@ -1,4 +1,4 @@
-"""Spectral tools made of matrix products alone: orthogonalisation, and the largest singular value.
+"""Spectral tools made of matrix products alone: orthogonalisation, inverse roots, largest values.
 
 They map over leading axes as they are: no factorisation is called, so batches are safe on CPU.
 """
@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from loro_jax.batching import at_least_float32
+from loro_jax.retractions.step import matmul
 
 Array = jax.Array
 
@@ -47,6 +48,40 @@ def orthogonalise(X: Array, steps: int = 5) -> Array:
         gram = tall.mT @ tall  # on the shorter side: r x r for a factor
         tall = a * tall + tall @ (b * gram + c * (gram @ gram))
     return tall.mT if wide else tall
+
+
+def inverse_root(S: Array, damping: float = 1e-3, steps: int = 16) -> Array:
+    """``(S + damping tr(S) / r I)^{-1/2}`` of positive semi-definite matrices (Newton-Schulz).
+
+    The coupled iteration ``T = (3 I - Z Y) / 2, Y <- Y T, Z <- T Z`` from ``Y = S / |S|`` and
+    ``Z = I`` ends at the root and its inverse. A small eigenvalue of Y grows by 9/4 a step.
+
+    Args:
+        S: array of shape (..., r, r), float32 or wider, symmetric.
+        damping: added to the eigenvalues, over their mean.
+        steps: how many times; 16 are enough for ``r / damping`` up to a few hundred thousand.
+
+    Returns:
+        Array of the shape of S; zero where S is zero.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> R = inverse_root(jnp.diag(jnp.array([4.0, 0.25])), damping=0.0)
+        >>> [round(float(x), 3) for x in jnp.diag(R)]
+        [0.5, 2.0]
+
+    Source: Higham, "Functions of Matrices", 2008, section 6.3.
+    """
+    r = S.shape[-1]
+    identity = jnp.eye(r, dtype=S.dtype)
+    mean = jnp.trace(S, axis1=-2, axis2=-1)[..., None, None] / r
+    damped = S + damping * mean * identity
+    norm = _norm(damped)
+    Y, Z = jnp.where(norm > 0, damped / jnp.where(norm > 0, norm, 1), identity), identity
+    for _ in range(steps):
+        T = 1.5 * identity - 0.5 * matmul(Z, Y)
+        Y, Z = matmul(Y, T), matmul(T, Z)
+    return jnp.where(norm > 0, Z * jax.lax.rsqrt(jnp.where(norm > 0, norm, 1)), 0)
 
 
 def power_iteration(X: Array, u: Array, steps: int = 1) -> tuple[Array, Array]:

@@ -1,4 +1,4 @@
-"""Carrying Adam's moments through an exact step.
+"""Carrying moments, Adam's or momentum, through an exact step.
 
 An exact step gives each pair new factors (B', A') in a new basis, whose signs are arbitrary, and
 the moments of the old ones no longer fit. They can be dropped (a refresh), or carried over by a
@@ -30,18 +30,19 @@ Factors = tuple[Array, Array]
 
 
 def transport_moments(
-    old: Factors, new: Factors, mu: Factors, nu: Factors
-) -> tuple[Factors, Factors]:
+    old: Factors, new: Factors, mu: Factors, nu: Factors | None = None
+) -> tuple[Factors, ...]:
     """Moments of the new factors of a pair (or a batch of pairs) from those of the old.
 
     Args:
         old: (B, A) before the exact step, shapes (..., m, r) and (..., r, n).
         new: (B', A') behind it, same shapes.
         mu: first moments (m_B, m_A), shapes as the factors.
-        nu: second moments (v_B, v_A), shapes as the factors.
+        nu: second moments (v_B, v_A), shapes as the factors; None: there are none.
 
     Returns:
-        The first and the second moments of the new factors, in the dtypes of the old ones.
+        The first and (if there are) the second moments of the new factors, in the dtypes of the
+        old ones.
 
     Example:
         >>> import jax.numpy as jnp
@@ -52,24 +53,25 @@ def transport_moments(
         >>> [float(x) for x in mu_B[0]]
         [-1.0, 1.0]
     """
-    arguments = (*old, *new, *mu, *nu)
+    moments = (*mu, *(nu or ()))
+    arguments = (*old, *new, *moments)
     dtype = at_least_float32(jnp.result_type(*arguments))
     mapped = one_by_one(_transport, old[0].ndim - 2)
     moved = mapped(*(x.astype(dtype) for x in arguments))
-    mu_B, mu_A, nu_B, nu_A = (
-        x.astype(like.dtype) for x, like in zip(moved, (*mu, *nu), strict=True)
-    )
-    return (mu_B, mu_A), (nu_B, nu_A)
+    mu_B, mu_A, *nu_new = (x.astype(like.dtype) for x, like in zip(moved, moments, strict=True))
+    return ((mu_B, mu_A), (nu_new[0], nu_new[1])) if nu_new else ((mu_B, mu_A),)
 
 
 def _transport(
-    B: Array, A: Array, B_new: Array, A_new: Array, m_B: Array, m_A: Array, v_B: Array, v_A: Array
-) -> tuple[Array, Array, Array, Array]:
+    B: Array, A: Array, B_new: Array, A_new: Array, m_B: Array, m_A: Array, *v: Array
+) -> tuple[Array, ...]:
     t = tangent_projection(B, A, m_B, m_A)
     inner_A, inner_B = A_new @ t.Q_A, t.Q_B.T @ B_new  # r x r
     # T A'^T and B'^T T, with T in blocks.
     m_B_new = t.Q_B @ (t.core @ inner_A.T + t.in_perp @ A_new.T) + t.out_perp @ inner_A.T
     m_A_new = (inner_B.T @ t.core + B_new.T @ t.out_perp) @ t.Q_A.T + inner_B.T @ t.in_perp
+    if not v:
+        return m_B_new, m_A_new
     X = solve_triangular(t.R_A, inner_A.T).T  # A' A^+ = A' Q_A R_A^{-T}
     Y = solve_triangular(t.R_B, inner_B)  # B^+ B' = R_B^{-1} Q_B^T B'
-    return m_B_new, m_A_new, v_B @ (X**2).T, (Y**2).T @ v_A
+    return m_B_new, m_A_new, v[0] @ (X**2).T, (Y**2).T @ v[1]

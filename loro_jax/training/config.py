@@ -128,8 +128,11 @@ class Config:
         initial_lr_ratio: first learning rate over the peak.
         final_lr_ratio: last learning rate over the peak.
         restart_warmup_steps: re-warm-up after each exact step; 0: none.
-        exact_every: K; step t, from 0, is exact when ``(t + 1) % K == 0``. Other methods restart,
-            or renew their projectors, as often.
+        exact_every: K; step t, from 0, is exact when ``(t + 1) % K == 0``; 0: never ("loro").
+            Other methods restart, or renew their projectors, as often.
+        direction: of LORO's factors, "adam" or "orthogonal" (:func:`loro_jax.orthogonal`, whose
+            learning rate is of another size: set ``lr_scale``).
+        momentum: decay of the averaged gradients, with ``direction`` "orthogonal".
         projection_scale: alpha, on the steps of projected gradients ("galore" and its kin).
         refresh: whose Adam state an exact step zeroes: "all", "factors" or "none"; "transport"
             carries the factors' moments into their new basis instead.
@@ -138,7 +141,8 @@ class Config:
             values; 0: none.
         exact_method: "graph" (the fastest), "gram" or "svd" (the reference).
         lr_scale: factor on the learning rate of the factors alone (of LORO's approximate steps);
-            None: r / min(m, n) for "loro" and "svd_projection", 1 for the other methods.
+            None: r / min(m, n) for "loro" and "svd_projection", 1 for the other methods and
+            for ``direction`` "orthogonal".
         b1: decay of Adam's first moment.
         b2: decay of Adam's second moment.
         eps: Adam's epsilon.
@@ -166,6 +170,8 @@ class Config:
     final_lr_ratio: float = 0.1
     restart_warmup_steps: int = 5
     exact_every: int = 500
+    direction: str = "adam"
+    momentum: float = 0.95
     projection_scale: float = 0.25
     refresh: str = "all"
     max_move: float = 0.0
@@ -195,7 +201,6 @@ class Config:
             "batch_size",
             "sequence_length",
             "gradient_accumulation",
-            "exact_every",
             "log_every",
             "eval_every",
             "checkpoint_every",
@@ -217,7 +222,11 @@ class Config:
         )
         self._require("learning_rate", 0 < self.learning_rate < math.inf, "above 0 and finite")
         self._require("eps", self.eps > 0, "above 0")
-        for name in ("b1", "b2"):
+        least = 0 if self.method == "loro" else 1
+        self._require("exact_every", self.exact_every >= least, f"at least {least}")
+        if self.direction not in ("adam", "orthogonal"):
+            raise TrainingError(_expected("direction", '"adam" or "orthogonal"', self.direction))
+        for name in ("b1", "b2", "momentum"):
             self._require(name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
         for name in ("initial_lr_ratio", "final_lr_ratio"):
             self._require(name, 0 <= getattr(self, name) <= 1, "between 0 and 1")

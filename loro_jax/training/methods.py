@@ -15,6 +15,7 @@ import optax
 
 from loro_jax.descent import riemannian_descent
 from loro_jax.loro import loro
+from loro_jax.orthogonal import orthogonal
 from loro_jax.peers.adarankgrad import adarankgrad
 from loro_jax.peers.fira import fira
 from loro_jax.peers.galore import galore
@@ -47,7 +48,7 @@ def make_schedule(config: Config) -> optax.Schedule:
     )
     if config.method == "relora":
         return jagged_schedule(schedule, config.exact_every, config.restart_warmup_steps)
-    if config.method not in _RESTARTED:
+    if config.method not in _RESTARTED or not config.exact_every:
         return schedule
     return with_restarts(schedule, config.exact_every, config.restart_warmup_steps)
 
@@ -88,9 +89,11 @@ def _no_exact_step(*_: Any) -> Any:
 
 
 def _loro(config: Config, mesh: Any) -> Optimizer:
+    orthogonalised = config.direction == "orthogonal"
     return loro(
         make_schedule(config),
-        exact_every=config.exact_every,
+        direction=orthogonal(config.momentum) if orthogonalised else None,
+        exact_every=config.exact_every or None,
         refresh=config.refresh_choice,
         lr_scale=config.lr_scale,
         b1=config.b1,

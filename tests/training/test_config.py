@@ -94,7 +94,10 @@ def test_every_config_takes_a_step_on_a_small_batch(name):
     [
         ({"method": "sgd"}, "config.method must be one of loro, lowrank, .*full, but is 'sgd'"),
         ({"steps": 0}, "config.steps must be at least 1, but is 0"),
-        ({"exact_every": 0}, "config.exact_every must be at least 1"),
+        ({"exact_every": 0, "method": "lowrank_restarts"}, "config.exact_every must be at least 1"),
+        ({"direction": "muon"}, 'config.direction must be "adam" or "orthogonal"'),
+        ({"momentum": 1.0}, "config.momentum must be at least 0 and below 1"),
+        ({"exact_every": -1}, "config.exact_every must be at least 0"),
         ({"learning_rate": -0.1}, "config.learning_rate must be above 0"),
         ({"learning_rate": float("nan")}, "config.learning_rate"),
         ({"b2": 1.0}, "config.b2 must be at least 0 and below 1"),
