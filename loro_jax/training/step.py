@@ -44,11 +44,14 @@ class Program(NamedTuple):
         init: () -> TrainState, from the seed.
         train_step: (TrainState, Batch) -> (TrainState, metrics).
         eval_step: (params, fixed, Batch) -> (sum of losses in nats, number of tokens).
+        loss_and_gradient: (params, fixed, Batch) -> (mean loss, its gradient), the part of a
+            training step before its optimizer.
     """
 
     init: Callable[[], TrainState]
     train_step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]
     eval_step: Callable[[Any, Any, Batch], tuple[Array, Array]]
+    loss_and_gradient: Callable[[Any, Any, Batch], tuple[Array, Any]]
 
 
 def make_program(config: Config, mesh: jax.sharding.Mesh | None = None) -> Program:
@@ -77,13 +80,13 @@ def make_program(config: Config, mesh: jax.sharding.Mesh | None = None) -> Progr
     def loss_sum(params: Any, fixed: Any, batch: Batch) -> Array:
         return next_token_loss(nnx.merge(graphdef, _joined(params, fixed)), batch)
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
-        loss, grads = _mean_loss_and_gradient(
-            lambda p, b: loss_sum(p, state.fixed, b),
-            state.params,
-            batch,
-            config.gradient_accumulation,
+    def loss_and_gradient(params: Any, fixed: Any, batch: Batch) -> tuple[Array, Any]:
+        return _mean_loss_and_gradient(
+            lambda p, b: loss_sum(p, fixed, b), params, batch, config.gradient_accumulation
         )
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        loss, grads = loss_and_gradient(state.params, state.fixed, batch)
         grad_norm = optax.tree.norm(grads)
         if config.clip_norm > 0:
             shrink = jnp.minimum(1.0, config.clip_norm / jnp.maximum(grad_norm, 1e-12))
@@ -111,7 +114,7 @@ def make_program(config: Config, mesh: jax.sharding.Mesh | None = None) -> Progr
     def eval_step(params: Any, fixed: Any, batch: Batch) -> tuple[Array, Array]:
         return loss_sum(params, fixed, batch), jnp.sum(batch.mask)
 
-    return Program(init, train_step, eval_step)
+    return Program(init, train_step, eval_step, loss_and_gradient)
 
 
 def _joined(one: Any, other: Any) -> Any:
@@ -169,6 +172,11 @@ def compile_program(program: Program, mesh: jax.sharding.Mesh) -> tuple[Program,
             program.eval_step,
             in_shardings=(shardings.params, shardings.fixed, batch),
             out_shardings=everywhere,
+        ),
+        loss_and_gradient=jax.jit(
+            program.loss_and_gradient,
+            in_shardings=(shardings.params, shardings.fixed, batch),
+            out_shardings=(everywhere, shardings.params),
         ),
     )
     abstract = jax.tree.map(

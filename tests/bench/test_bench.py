@@ -10,7 +10,7 @@ import pytest
 
 from loro_jax import exact_update
 from loro_jax.bench import __main__ as bench
-from loro_jax.bench import approximate_step, data, exact_step
+from loro_jax.bench import approximate_step, data, exact_step, train_step
 
 TINY = {"tiny": (32, 48, 8)}
 
@@ -55,6 +55,38 @@ def test_the_benchmark_of_data(monkeypatch, tmp_path, capsys):
     for name in ("shards", "mixed shards", "tfds"):
         assert {(name, "packed batches"), (name, "padded batches")} <= found
     assert "of it waiting for data" in rows[-1]["what"]
+
+
+def test_the_benchmark_of_training_steps(monkeypatch, tmp_path, capsys):
+    tiny = {
+        "tiny": dataclasses.replace(
+            data.PRESETS["60m"], num_layers=1, rank=8, vocab_size=64, hidden_size=32, num_heads=2
+        )
+    }
+    monkeypatch.setattr(train_step, "PRESETS", tiny)
+    monkeypatch.setattr(
+        train_step, "preset", lambda name, **changes: dataclasses.replace(tiny[name], **changes)
+    )
+    monkeypatch.setattr(train_step, "_PEAK_SIZE", {jax.default_backend(): 64})
+    path = tmp_path / "result.json"
+    arguments = ["--models=tiny", "--rounds=1", "--batch_size=2", "--sequence_length=16"]
+    bench.main(["train_step", *arguments, "--set=clip_norm=1.0", f"--json={path}"])
+    assert "| model" in capsys.readouterr().out
+    rows = json.loads(path.read_text())["rows"]
+    assert [row["method"] for row in rows] == ["full", "lowrank", "loro", "loro exact"]
+    for row in rows:
+        assert row["speed-up / FLOP ratio"] == pytest.approx(row["speed-up"] / row["FLOP ratio"])
+        assert row["MFU"] > 0
+        assert row["optimizer share"] < 1
+    assert rows[0]["speed-up"] == rows[0]["FLOP ratio"] == 1
+    assert rows[0]["FLOP ratio"] < rows[1]["FLOP ratio"]
+    assert rows[0]["state MB"] > rows[1]["state MB"]
+
+
+def test_the_benchmark_of_training_steps_names_what_it_does_not_know(capsys):
+    with pytest.raises(SystemExit):
+        bench.main(["train_step", "--methods=lorro"])
+    assert "unknown method 'lorro'" in capsys.readouterr().err
 
 
 def test_the_transcription_computes_what_ours_does():

@@ -1,0 +1,174 @@
+"""Speed and memory of whole training steps: methods in turns, against each other and the machine.
+
+One round times a step of every method, the gradient of every method alone (the rest of a step is
+its optimizer), and a large matrix product in the same dtype, whose rate stands for the machine's
+peak. Steps are approximate ones; ``loro exact`` is the same step with an exact one in it.
+
+MFU is the share of that peak: FLOPs that the model needs (products of matrices, no recomputation)
+over the time, over the peak. ``speed-up`` is over the first method, and stands beside the ratio of
+the FLOPs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import time
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from loro_jax.bench.timing import make_parser, parse_options, report, time_in_turns
+from loro_jax.training import mesh as meshes
+from loro_jax.training.config import METHODS, Config
+from loro_jax.training.flops import flops_per_token
+from loro_jax.training.step import compile_program, make_program
+from models.llama import PRESETS, preset
+from models.loss import Batch
+
+# Side of the square matrices whose product measures the peak.
+_PEAK_SIZE = {"cpu": 2048, "gpu": 8192, "tpu": 8192}
+
+# LORO's step with an exact one in it, every time.
+_EXACT = "loro exact"
+
+
+class _Case(NamedTuple):
+    """A method's compiled step, ready to be timed."""
+
+    config: Config
+    step: Callable[[], Any]
+    gradient: Callable[[], Any]
+    compile_seconds: float
+    state_bytes: int
+    temporary_bytes: int
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Runs the benchmark; see ``--help``."""
+    parser = make_parser("train_step", __doc__, "60m", rounds=5)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--methods", default=f"full,lowrank,loro,{_EXACT}")
+    parser.add_argument("--batch_size", type=int, default=8)
+    parser.add_argument("--sequence_length", type=int, default=256)
+    parser.add_argument("--gradient_accumulation", type=int, default=1)
+    parser.add_argument("--rank", type=int, help="default: the model's")
+    parser.add_argument("--dtype", default="float32", help="of activations and products")
+    parser.add_argument("--param_dtype", help="of weights and states; default: the same")
+    parser.add_argument("--remat", default="none", help="none, dots or full")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="FIELD=VALUE", help="more of the config"
+    )
+    options = parse_options(parser, arguments, PRESETS)
+    options.methods = options.methods.split(",")
+    for method in options.methods:
+        if method not in (*METHODS, _EXACT):
+            parser.error(f"--methods: unknown method {method!r}; expected {', '.join(METHODS)}")
+    rows = [row for model in options.models for row in _measure(model, options)]
+    report(rows, options)
+
+
+def _measure(model: str, options: argparse.Namespace) -> list[dict[str, Any]]:
+    cases = {method: _prepare(_config(model, method, options)) for method in options.methods}
+    # The state of an exact step that is timed apart is not one that training has.
+    candidates = {f"step {name}": case.step for name, case in cases.items()}
+    candidates |= {f"gradient {name}": case.gradient for name, case in cases.items()}
+    size = _PEAK_SIZE.get(jax.default_backend(), 4096)
+    candidates["peak"] = _product(size, options.dtype)
+    seconds = time_in_turns(candidates, options.rounds)
+    peak = 2 * size**3 / seconds["peak"]
+    tokens = options.batch_size * options.sequence_length
+    first = options.methods[0]
+    rows = []
+    for name, case in cases.items():
+        step, flops = seconds[f"step {name}"], flops_per_token(case.config)
+        speed_up = seconds[f"step {first}"] / step
+        flop_ratio = flops_per_token(cases[first].config) / flops
+        rows.append(
+            {
+                "model": model,
+                "method": name,
+                "tokens/s": tokens / step,
+                "MFLOPs/token": flops / 1e6,
+                "MFU": flops * tokens / step / peak,
+                "speed-up": speed_up,
+                "FLOP ratio": flop_ratio,
+                "speed-up / FLOP ratio": speed_up / flop_ratio,
+                "optimizer share": 1 - seconds[f"gradient {name}"] / step,
+                "state MB": case.state_bytes / 1e6,
+                "temporaries MB": case.temporary_bytes / 1e6,
+                "device peak MB": _device_peak() / 1e6,
+                "compile s": case.compile_seconds,
+                "peak GFLOPS": peak / 1e9,
+            }
+        )
+    return rows
+
+
+def _config(model: str, method: str, options: argparse.Namespace) -> Config:
+    changes = {
+        "dtype": options.dtype,
+        "param_dtype": options.param_dtype or options.dtype,
+        "remat": options.remat,
+    }
+    if options.rank is not None:
+        changes["rank"] = options.rank
+    config = Config(
+        method="loro" if method == _EXACT else method,
+        exact_every=1 if method == _EXACT else 10_000,
+        batch_size=options.batch_size,
+        sequence_length=options.sequence_length,
+        gradient_accumulation=options.gradient_accumulation,
+        model=preset(model, **changes),
+    )
+    for change in options.set:
+        field, _, value = change.partition("=")
+        kind = type(getattr(config, field))
+        config = dataclasses.replace(config, **{field: kind(value)})
+    config.validate()
+    return config
+
+
+def _prepare(config: Config) -> _Case:
+    devices = meshes.make_mesh(config.mesh)
+    program, abstract = compile_program(make_program(config, devices), devices)
+    rng = np.random.default_rng(0)
+    shape = (config.batch_size, config.sequence_length)
+    tokens = rng.integers(0, config.model.vocab_size, shape, np.int32)
+    batch = jax.device_put(
+        Batch(tokens, np.roll(tokens, -1, axis=1), np.ones(shape, np.float32)),
+        meshes.batch_sharding(devices),
+    )
+    started = time.perf_counter()
+    compiled = program.train_step.lower(abstract, batch).compile()  # type: ignore[attr-defined]
+    compile_seconds = time.perf_counter() - started
+    memory = compiled.memory_analysis()
+    held = [program.init()]
+
+    def step() -> Any:
+        held[0], metrics = compiled(held[0], batch)
+        return metrics
+
+    return _Case(
+        config=config,
+        step=step,
+        gradient=lambda: program.loss_and_gradient(held[0].params, held[0].fixed, batch),
+        compile_seconds=compile_seconds,
+        state_bytes=memory.argument_size_in_bytes,
+        temporary_bytes=memory.temp_size_in_bytes,
+    )
+
+
+def _product(size: int, dtype: str) -> Callable[[], Any]:
+    x = jnp.ones((size, size), dtype)
+    multiply = jax.jit(jnp.matmul)
+    return lambda: multiply(x, x)
+
+
+def _device_peak() -> float:
+    """Bytes that the device held at most so far in this process; NaN where it does not say."""
+    statistics = jax.devices()[0].memory_stats() or {}
+    return float(statistics.get("peak_bytes_in_use", float("nan")))
