@@ -1,26 +1,29 @@
 """LLaMA with factorised projections.
 
-RMSNorm, rotary embeddings, causal attention and SwiGLU without biases, untied head. Which
-projections are low-rank is a matter of ``LlamaConfig.scope``; embedding and head are full always.
+RMSNorm, rotary embeddings, causal attention and SwiGLU without biases. Which projections are
+low-rank is a matter of ``LlamaConfig.scope``; embedding and head are full always.
 
-Shapes: B batch, L sequence, D hidden, H heads, K head size, F intermediate, V vocabulary,
-N tokens.
+Shapes: B batch, L sequence, D hidden, H heads, G heads of keys and values, K head size, F
+intermediate, V vocabulary, N tokens.
 """
 
 # No `from __future__ import annotations` here: the command line reads the fields' types.
 
 import dataclasses
+import functools
 from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from models.linear import KINDS, Dense, ProjectionSpec, make_projection
+from models.linear import KINDS, Dense, LowRankLinear, ProjectionSpec, make_projection
 from models.loss import reduction_dtype
+from models.rope import RopeScaling, frequencies, rotary_embedding
 
 Array = jax.Array
 
+GROUPS = ("attn", "mlp")
 SCOPES = ("all", "attn", "mlp", "none")
 REMAT_POLICIES = ("none", "full", "dots")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
@@ -37,7 +40,10 @@ class LlamaConfig:
         hidden_size: D.
         intermediate_size: F, width of the MLP.
         num_layers: number of blocks.
-        num_heads: H; the head size D / H must be even (rotary pairs).
+        num_heads: H, heads of queries.
+        num_kv_heads: heads of keys and values, each shared by H / num_kv_heads of queries (grouped
+            queries); None: as many as of queries.
+        head_dim: K, entries of a head, an even number (rotary pairs); None: D / H.
         max_sequence_length: longest sequence that the model accepts.
         scope: which projections are low-rank: "all", "attn" (q, k, v, o), "mlp" (gate, up, down)
             or "none".
@@ -52,6 +58,8 @@ class LlamaConfig:
         initializer_range: standard deviation of embedding, head and dense projections.
         rms_norm_eps: epsilon of the norms.
         rope_theta: base of the rotary frequencies.
+        rope_scaling: what slows them down; nothing, unless a checkpoint says so.
+        tie_embeddings: the head is the embedding, not a matrix of its own.
         dtype: dtype of activations and products (norms, attention weights and loss reduce in
             float32).
         param_dtype: dtype of the stored parameters.
@@ -65,6 +73,8 @@ class LlamaConfig:
     intermediate_size: int = 1376
     num_layers: int = 8
     num_heads: int = 8
+    num_kv_heads: int | None = None
+    head_dim: int | None = None
     max_sequence_length: int = 1024
     scope: str = "all"
     rank: int = 128
@@ -77,6 +87,8 @@ class LlamaConfig:
     initializer_range: float = 0.02
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
+    rope_scaling: RopeScaling = dataclasses.field(default_factory=RopeScaling)
+    tie_embeddings: bool = False
     dtype: str = "float32"
     param_dtype: str = "float32"
     remat: str = "none"
@@ -109,13 +121,24 @@ class LlamaConfig:
                 )
         if not 0 < self.density <= 1:
             raise ValueError(f"model.density must be above 0 and at most 1, but is {self.density}.")
-        if self.hidden_size % self.num_heads or self.head_size % 2:
+        if self.head_dim is None and (self.hidden_size % self.num_heads or self.head_size % 2):
             raise ValueError(
                 f"model.num_heads = {self.num_heads} must divide model.hidden_size = "
                 f"{self.hidden_size} into heads of an even size (rotary embeddings turn pairs)."
             )
-        largest = {"attn": self.hidden_size, "mlp": min(self.hidden_size, self.intermediate_size)}
-        for group, limit in largest.items():
+        if self.head_size < 2 or self.head_size % 2:
+            raise ValueError(
+                "model.head_dim must be even (rotary embeddings turn pairs), but is "
+                f"{self.head_dim}."
+            )
+        if self.kv_heads < 1 or self.num_heads % self.kv_heads:
+            raise ValueError(
+                f"model.num_kv_heads = {self.num_kv_heads} must divide model.num_heads = "
+                f"{self.num_heads}."
+            )
+        self.rope_scaling.validate()
+        smallest = {group: min(map(min, self.shapes(group).values())) for group in GROUPS}
+        for group, limit in smallest.items():
             rank = self.group_rank(group)
             if rank is not None and not 1 <= rank <= limit:
                 raise ValueError(
@@ -126,7 +149,20 @@ class LlamaConfig:
     @property
     def head_size(self) -> int:
         """K, the size of a head."""
-        return self.hidden_size // self.num_heads
+        return self.hidden_size // self.num_heads if self.head_dim is None else self.head_dim
+
+    @property
+    def kv_heads(self) -> int:
+        """Heads of keys and values."""
+        return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
+
+    def shapes(self, group: str) -> dict[str, tuple[int, int]]:
+        """Outputs and inputs of the projections of "attn" or "mlp", by name."""
+        D, F = self.hidden_size, self.intermediate_size
+        if group == "mlp":
+            return {"gate": (F, D), "up": (F, D), "down": (D, F)}
+        queries, keys = self.num_heads * self.head_size, self.kv_heads * self.head_size
+        return {"q": (queries, D), "k": (keys, D), "v": (keys, D), "o": (D, queries)}
 
     def group_rank(self, group: str) -> int | None:
         """Rank of the projections of "attn" or "mlp"; None where they are dense."""
@@ -225,56 +261,49 @@ class RMSNorm(nnx.Module):
         return normed.astype(x.dtype) * self.scale[...].astype(x.dtype)
 
 
-def rotary_embedding(x_BxLxHxK: Array, positions_L: Array, theta: float) -> Array:
-    """Turns each pair (k, k + K/2) of a head's entries by an angle that grows with position."""
-    half = x_BxLxHxK.shape[-1] // 2
-    frequencies = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles_LxK = positions_L[:, None].astype(jnp.float32) * frequencies
-    cos = jnp.cos(angles_LxK)[None, :, None, :]
-    sin = jnp.sin(angles_LxK)[None, :, None, :]
-    x32 = x_BxLxHxK.astype(reduction_dtype(x_BxLxHxK.dtype))
-    first, second = jnp.split(x32, 2, axis=-1)
-    turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
-    return turned.astype(x_BxLxHxK.dtype)
-
-
 class Attention(nnx.Module):
-    """Causal multi-head self-attention with rotary positions."""
+    """Causal self-attention with rotary positions; heads of keys may serve several of queries."""
 
     def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
-        D, spec = config.hidden_size, config.projection_spec("attn")
-        self.q = make_projection(D, D, spec, rngs)
-        self.k = make_projection(D, D, spec, rngs)
-        self.v = make_projection(D, D, spec, rngs)
-        self.o = make_projection(D, D, spec, rngs)
-        self.num_heads = config.num_heads
+        make = functools.partial(_make_projection, config, "attn", rngs)
+        self.q, self.k, self.v, self.o = make("q"), make("k"), make("v"), make("o")
+        self.head_size = config.head_size
         self.rope_theta = config.rope_theta
+        self.rope_scaling = dataclasses.replace(config.rope_scaling)
 
     def __call__(self, x_BxLxD: Array) -> Array:
         """Maps (B, L, D) to (B, L, D)."""
-        B, L, D = x_BxLxD.shape
-        heads = (B, L, self.num_heads, D // self.num_heads)
+        B, L, _ = x_BxLxD.shape
         positions_L = jnp.arange(L)
-        q_BxLxHxK = rotary_embedding(self.q(x_BxLxD).reshape(heads), positions_L, self.rope_theta)
-        k_BxLxHxK = rotary_embedding(self.k(x_BxLxD).reshape(heads), positions_L, self.rope_theta)
-        v_BxLxHxK = self.v(x_BxLxD).reshape(heads)
-        y_BxLxHxK = jax.nn.dot_product_attention(q_BxLxHxK, k_BxLxHxK, v_BxLxHxK, is_causal=True)
-        return self.o(y_BxLxHxK.reshape(B, L, D))
+        frequencies_K = frequencies(self.head_size, self.rope_theta, self.rope_scaling)
+
+        def heads(y_BxLxD: Array) -> Array:
+            return y_BxLxD.reshape(B, L, -1, self.head_size)
+
+        q_BxLxHxK = rotary_embedding(heads(self.q(x_BxLxD)), positions_L, frequencies_K)
+        k_BxLxGxK = rotary_embedding(heads(self.k(x_BxLxD)), positions_L, frequencies_K)
+        v_BxLxGxK = heads(self.v(x_BxLxD))
+        y_BxLxHxK = jax.nn.dot_product_attention(q_BxLxHxK, k_BxLxGxK, v_BxLxGxK, is_causal=True)
+        return self.o(y_BxLxHxK.reshape(B, L, -1))
 
 
 class MLP(nnx.Module):
     """SwiGLU: ``down(silu(gate(x)) * up(x))``."""
 
     def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
-        D, F = config.hidden_size, config.intermediate_size
-        spec = config.projection_spec("mlp")
-        self.gate = make_projection(D, F, spec, rngs)
-        self.up = make_projection(D, F, spec, rngs)
-        self.down = make_projection(F, D, spec, rngs)
+        make = functools.partial(_make_projection, config, "mlp", rngs)
+        self.gate, self.up, self.down = make("gate"), make("up"), make("down")
 
     def __call__(self, x_BxLxD: Array) -> Array:
         """Maps (B, L, D) to (B, L, D)."""
         return self.down(jax.nn.silu(self.gate(x_BxLxD)) * self.up(x_BxLxD))
+
+
+def _make_projection(
+    config: LlamaConfig, group: str, rngs: nnx.Rngs, name: str
+) -> Dense | LowRankLinear:
+    out_features, in_features = config.shapes(group)[name]
+    return make_projection(in_features, out_features, config.projection_spec(group), rngs)
 
 
 class Block(nnx.Module):
@@ -315,7 +344,9 @@ class Llama(nnx.Module):
     def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
         config.validate()
         # A copy: the config is part of the module's static structure and must not change under it.
-        self.config = dataclasses.replace(config)
+        self.config = dataclasses.replace(
+            config, rope_scaling=dataclasses.replace(config.rope_scaling)
+        )
         dtype = jnp.dtype(config.param_dtype)
         shape = (config.vocab_size, config.hidden_size)
         embedding = config.initializer_range * jax.random.normal(rngs.params(), shape, jnp.float32)
@@ -325,8 +356,14 @@ class Llama(nnx.Module):
         )
         self.blocks = make_block(rngs)
         self.norm = RMSNorm(config.hidden_size, config)
-        head = dataclasses.replace(config.projection_spec("attn"), rank=None)
-        self.head = Dense(config.hidden_size, config.vocab_size, head, rngs)
+        if not config.tie_embeddings:
+            head = dataclasses.replace(config.projection_spec("attn"), rank=None)
+            self.head = Dense(config.hidden_size, config.vocab_size, head, rngs)
+
+    def head_VxD(self) -> Array:
+        """The output projection, in the dtype of the activations."""
+        stored = self.embedding if self.config.tie_embeddings else self.head.W
+        return stored[...].astype(jnp.dtype(self.config.dtype))
 
     def hidden_states(self, tokens_BxL: Array) -> Array:
         """Final hidden states, (B, L, D), behind the last norm and before the head.
@@ -352,9 +389,8 @@ class Llama(nnx.Module):
     def __call__(self, tokens_BxL: Array) -> Array:
         """Logits (B, L, V), float32, for token ids (B, L)."""
         x_BxLxD = self.hidden_states(tokens_BxL)
-        head_VxD = self.head.W[...].astype(x_BxLxD.dtype)
         dtype = reduction_dtype(x_BxLxD.dtype)
-        return jnp.matmul(x_BxLxD, head_VxD.T, preferred_element_type=dtype)
+        return jnp.matmul(x_BxLxD, self.head_VxD().T, preferred_element_type=dtype)
 
 
 def _remat(layer: Callable, policy: str) -> Callable:

@@ -94,7 +94,7 @@ def next_token_loss(model: Llama, batch: Batch) -> Array:
     x_BxLxD = model.hidden_states(batch.inputs)
     return cross_entropy(
         x_BxLxD.reshape(-1, x_BxLxD.shape[-1]),
-        model.head.W[...].astype(x_BxLxD.dtype),
+        model.head_VxD(),
         batch.targets.reshape(-1),
         batch.mask.reshape(-1),
         model.config.loss_chunk_size,

@@ -312,11 +312,13 @@ def differences(stored: dict[str, Any], config: Config) -> list[str]:
     Returns:
         One string a field: ``name: stored != given``; :data:`RESUMABLE_FIELDS` are passed over.
     """
-    old, new = _flatten(stored), _flatten(json.loads(config.to_json()))
+    # A run of an earlier version lacks the fields that came later: it ran with their defaults.
+    old = _flatten(json.loads(Config().to_json())) | _flatten(stored)
+    new = _flatten(json.loads(config.to_json()))
     return [
-        f"{name}: {old.get(name, '(absent)')!r} there, {new.get(name, '(absent)')!r} now"
-        for name in sorted(old.keys() | new.keys())
-        if old.get(name, "(absent)") != new.get(name, "(absent)")
+        f"{name}: {old[name]!r} there, {new.get(name, '(absent)')!r} now"
+        for name in sorted(old)
+        if old[name] != new.get(name, "(absent)")
         and not any(name == free or name.startswith(f"{free}.") for free in RESUMABLE_FIELDS)
     ]
 

@@ -26,15 +26,14 @@ def flops_per_token(config: Config) -> float:
         1104.0
     """
     model = config.model_config
-    D, F, L = model.hidden_size, model.intermediate_size, config.sequence_length
-    shapes = {"attn": [(D, D)] * 4, "mlp": [(F, D), (F, D), (D, F)]}
+    queries, L = model.num_heads * model.head_size, config.sequence_length
     tokens = config.batch_size * config.sequence_length / config.gradient_accumulation
-    layer = 6.0 * L * D  # scores and weighted values, 2 L D each forward, halved by the mask
-    for group, projections in shapes.items():
+    layer = 6.0 * L * queries  # scores and weighted values, 2 L D each forward, halved by the mask
+    for group in ("attn", "mlp"):
         rank = model.group_rank(group)
-        for m, n in projections:
+        for m, n in model.shapes(group).values():
             layer += _projection(model.projection, m, n, rank, tokens)
-    return model.num_layers * layer + 6.0 * model.vocab_size * D
+    return model.num_layers * layer + 6.0 * model.vocab_size * model.hidden_size
 
 
 def _projection(kind: str, m: int, n: int, rank: int | None, tokens: float) -> float:

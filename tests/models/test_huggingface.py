@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 from models import Llama, LlamaConfig
+from models.rope import RopeScaling
 
 torch = pytest.importorskip("torch", reason="the counterpart needs torch")
 transformers = pytest.importorskip("transformers", reason="the counterpart needs transformers")
@@ -33,7 +34,7 @@ OURS_TO_THEIRS = {
 }
 
 
-def counterpart(config, params):
+def counterpart(config, params, rope=None):
     theirs = transformers.LlamaForCausalLM(
         transformers.LlamaConfig(
             vocab_size=config.vocab_size,
@@ -43,16 +44,18 @@ def counterpart(config, params):
             num_attention_heads=config.num_heads,
             max_position_embeddings=config.max_sequence_length,
             rms_norm_eps=config.rms_norm_eps,
-            rope_theta=config.rope_theta,
             attention_bias=False,
-            tie_word_embeddings=False,
+            num_key_value_heads=config.kv_heads,
+            head_dim=config.head_size,
+            tie_word_embeddings=config.tie_embeddings,
+            rope_parameters={"rope_theta": config.rope_theta, **(rope or {"rope_type": "default"})},
         )
     )
     tensor = lambda x: torch.tensor(np.array(x))  # noqa: E731
     weights = {
         "model.embed_tokens.weight": tensor(params["embedding"]),
         "model.norm.weight": tensor(params["norm"]["scale"]),
-        "lm_head.weight": tensor(params["head"]["W"]),
+        "lm_head.weight": tensor(params.get("head", {"W": params["embedding"]})["W"]),
     }
     blocks = params["blocks"]
     for layer in range(config.num_layers):
@@ -69,9 +72,29 @@ def counterpart(config, params):
     return theirs.eval()
 
 
-@pytest.mark.parametrize("theta", [10_000.0, 500_000.0])
-def test_logits_equal_those_of_transformers(theta):
-    config = dataclasses.replace(CONFIG, rope_theta=theta)
+LINEAR = {"rope_type": "linear", "factor": 4.0}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+
+
+@pytest.mark.parametrize(
+    ("changes", "rope"),
+    [
+        ({}, None),
+        ({"rope_theta": 500_000.0}, None),
+        ({"num_kv_heads": 2}, None),
+        ({"num_kv_heads": 1, "head_dim": 24, "tie_embeddings": True}, None),
+        ({"rope_scaling": RopeScaling("linear", 4.0)}, LINEAR),
+        ({"rope_scaling": RopeScaling("llama3", 8.0, original_length=32)}, LLAMA3),
+    ],
+)
+def test_logits_equal_those_of_transformers(changes, rope):
+    config = dataclasses.replace(CONFIG, **changes)
     graphdef, state = nnx.split(Llama(config, nnx.Rngs(0)), nnx.Param)
     params = nnx.to_pure_dict(state)
     rng = np.random.default_rng(0)
@@ -82,6 +105,6 @@ def test_logits_equal_those_of_transformers(theta):
     tokens = rng.integers(config.vocab_size, size=(2, 128))
     ours = np.asarray(nnx.merge(graphdef, params)(jnp.array(tokens)))
     with torch.no_grad():
-        theirs = counterpart(config, params)(torch.tensor(tokens)).logits.numpy()
+        theirs = counterpart(config, params, rope)(torch.tensor(tokens)).logits.numpy()
     assert np.std(theirs) > 0.5
     np.testing.assert_allclose(ours, theirs, atol=1e-4 * np.max(np.abs(theirs)), rtol=0)

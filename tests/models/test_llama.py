@@ -9,6 +9,7 @@ from flax import nnx
 from loro_jax import find_pairs
 from loro_jax.memory import count_parameters
 from models import PRESETS, Batch, Llama, LlamaConfig, cross_entropy, next_token_loss, preset
+from models.rope import RopeScaling
 
 TINY = LlamaConfig(
     vocab_size=61,
@@ -222,6 +223,11 @@ def test_sequences_beyond_the_maximum_are_refused():
         ({"remat": "yes"}, "remat must be one of"),
         ({"dtype": "int8"}, "dtype must be one of"),
         ({"num_heads": 5}, "num_heads = 5"),
+        ({"num_kv_heads": 3}, "model.num_kv_heads = 3 must divide model.num_heads = 4"),
+        ({"head_dim": 7}, "model.head_dim must be even .* but is 7"),
+        ({"num_kv_heads": 1, "rank": 9}, "must be between 1 and 8"),
+        ({"rope_scaling": RopeScaling("yarn")}, "rope_scaling.kind must be one of none"),
+        ({"rope_scaling": RopeScaling("linear", 0.5)}, "rope_scaling.factor must be at least 1"),
         ({"num_heads": 32}, "heads of an even size"),
         ({"vocab_size": 0}, "vocab_size must be at least 1"),
     ],
