@@ -54,6 +54,7 @@ def compare(
     seeds: Sequence[int],
     grids: Mapping[str, Sequence[float]],
     out: str,
+    command: str = "",
 ) -> list[Result]:
     """Runs a comparison, or what is missing of one, and writes its table and plots.
 
@@ -63,6 +64,7 @@ def compare(
         seeds: seeds of initialisation and order; the first one's runs choose the learning rate.
         grids: learning rates by the name of the arm.
         out: the comparison's directory.
+        command: what started it, for the report.
 
     Returns:
         All results, in the order of the runs.
@@ -83,7 +85,7 @@ def compare(
             results += [result for result in found if result]
             complete = complete and None not in found
             if results:
-                write_report(base, results, directory)
+                write_report(base, results, directory, command)
         if complete:
             return results
         time.sleep(_PATIENCE)  # another process is at the rest
@@ -276,7 +278,8 @@ def main(arguments: Sequence[str]) -> int:
         for arm in arms:
             config_of(base, Run(arm, grids[arm.name][0], seeds[0])).validate()
         try:
-            compare(base, arms, seeds, grids, options.out)
+            command = " ".join(["python -m loro_jax.compare", *arguments])
+            compare(base, arms, seeds, grids, options.out, command)
         except _StoppedError as stopped:
             print("stopped; the same command goes on", file=sys.stderr)
             return stopped.status

@@ -9,11 +9,16 @@ import pathlib
 import statistics
 from typing import Any, NamedTuple
 
+import matplotlib
 from matplotlib.figure import Figure
 
+from loro_jax.bench.timing import environment
 from loro_jax.training.config import Config
 from loro_jax.training.flops import flops_per_token
 from loro_jax.training.memory_table import held_by
+
+# Names beside the points of a plot, while they can be read; the legend has them in any case.
+_NAMED_POINTS = 12
 
 
 class Arm(NamedTuple):
@@ -97,17 +102,26 @@ def set_field(config: Config, name: str, value: Any) -> None:
     setattr(target, field, value)
 
 
-def write_report(base: Config, results: list[Result], directory: pathlib.Path) -> None:
+def write_report(
+    base: Config, results: list[Result], directory: pathlib.Path, command: str = ""
+) -> None:
     """Writes ``table.md``, ``table.json`` and ``curves.png`` into a comparison's directory.
 
     Args:
         base: the config that all runs share.
         results: all results so far.
         directory: where to write.
+        command: what made them.
     """
     rows = summary(base, results)
     (directory / "table.md").write_text(_markdown(rows), encoding="utf-8")
-    content = {"rows": rows, "runs": [_as_json(result) for result in results]}
+    content = {
+        "command": command,
+        "environment": environment(),
+        "config": dataclasses.asdict(base),
+        "rows": rows,
+        "runs": [_as_json(result) for result in results],
+    }
     (directory / "table.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     _plot(base, results, rows, directory / "curves.png")
 
@@ -199,9 +213,10 @@ def _plot(
     base: Config, results: list[Result], rows: list[dict[str, Any]], path: pathlib.Path
 ) -> None:
     """Loss against tokens and against FLOPs for the best rate; perplexity against memory."""
-    figure = Figure(figsize=(16, 5), layout="constrained")
+    figure = Figure(figsize=(18, 6), layout="constrained")
     axes = figure.subplots(1, 3)
-    for row in rows:
+    colours = matplotlib.colormaps["turbo"]
+    for i, row in enumerate(rows):
         chosen = [
             result
             for result in results
@@ -212,15 +227,18 @@ def _plot(
         tokens, losses = zip(*chosen[0].curve, strict=True)
         smooth = _running_mean(losses)
         flops = flops_per_token(config_of(base, chosen[0].run))
-        axes[0].plot([t / 1e6 for t in tokens], smooth, label=row["arm"])
-        axes[1].plot([t * flops / 1e15 for t in tokens], smooth, label=row["arm"])
-        axes[2].scatter(row["memory MB"], row["perplexity"])
-        axes[2].annotate(row["arm"], (row["memory MB"], row["perplexity"]))
+        style = {"color": colours((i + 0.5) / len(rows))}
+        label = f"{row['arm']} {row['perplexity']:.4g}"
+        axes[0].plot([t / 1e6 for t in tokens], smooth, label=label, **style)
+        axes[1].plot([t * flops / 1e15 for t in tokens], smooth, **style)
+        axes[2].scatter(row["memory MB"], row["perplexity"], **style)
+        if len(rows) <= _NAMED_POINTS:
+            axes[2].annotate(row["arm"], (row["memory MB"], row["perplexity"]))
     axes[0].set(xlabel="tokens (millions)", ylabel="training loss (nats)")
     axes[1].set(xlabel="PFLOPs", ylabel="training loss (nats)")
     axes[2].set(xlabel="weights, gradients, optimizer (MB)", ylabel="validation perplexity")
     if axes[0].lines:
-        axes[0].legend(fontsize="small")
+        figure.legend(loc="outside right upper", fontsize="small")
     figure.savefig(path, dpi=120)
 
 

@@ -140,9 +140,9 @@ class Config:
         damping: of the inverses in the exact step, over the mean square of the factor's singular
             values; 0: none.
         exact_method: "graph" (the fastest), "gram" or "svd" (the reference).
-        lr_scale: factor on the learning rate of the factors alone (of LORO's approximate steps);
-            None: r / min(m, n) for "loro" and "svd_projection", 1 for the other methods and
-            for ``direction`` "orthogonal".
+        lr_scale: factor on the learning rate of the factors alone (of LORO's approximate steps),
+            or of the dense projections of "full"; None: r / min(m, n) for "loro" and
+            "svd_projection", 1 for the other methods and for ``direction`` "orthogonal".
         b1: decay of Adam's first moment.
         b2: decay of Adam's second moment.
         eps: Adam's epsilon.

@@ -29,7 +29,7 @@ from loro_jax.training.adapters import (
     relora_maintenance,
     switchlora_maintenance,
 )
-from loro_jax.training.config import Config
+from loro_jax.training.config import METHODS, Config
 
 Optimizer: TypeAlias = optax.GradientTransformationExtraArgs
 
@@ -62,8 +62,11 @@ def make_optimizer(config: Config, mesh: jax.sharding.Mesh | None = None) -> Opt
 
 
 def _adam(config: Config, mesh: Any) -> Optimizer:
-    """AdamW on all that is trained; the factors may have a learning rate of their own."""
-    return riemannian_descent(
+    """AdamW on all that is trained; the factors may have a learning rate of their own.
+
+    So may the projections of a dense model.
+    """
+    everything = riemannian_descent(
         make_schedule(config),
         _textbook_adam(config),
         _no_exact_step,
@@ -74,6 +77,9 @@ def _adam(config: Config, mesh: Any) -> Optimizer:
         require_pairs=False,
         mesh=mesh,
     )
+    if config.lr_scale is None or METHODS[config.method] is not None:
+        return everything
+    return optax.chain(everything, optax.masked(optax.scale(config.lr_scale), _projections))
 
 
 def _textbook_adam(config: Config) -> optax.GradientTransformation:

@@ -13,6 +13,7 @@ from loro_jax.training.errors import TrainingError
 from loro_jax.training.flops import flops_per_token
 from loro_jax.training.memory_table import held_by
 from loro_jax.training.mesh import make_mesh
+from loro_jax.training.methods import make_optimizer
 from loro_jax.training.step import compile_program, make_program
 from models import Batch, LlamaConfig
 
@@ -173,3 +174,20 @@ def test_methods_that_need_factors_say_so():
     with pytest.raises(TrainingError, match="'cola' needs factors"):
         config("cola", model=dense).validate()
     config("galore", model=dense).validate()
+
+
+@pytest.mark.parametrize("method", ["full", "lowrank"])
+def test_projections_may_have_a_learning_rate_of_their_own(method):
+    params = make_program(config(method)).init().params
+    grads = jax.tree.map(np.ones_like, params)
+    moves = []
+    for scale in (None, 0.25):
+        tx = make_optimizer(config(method, lr_scale=scale))
+        updates, _ = tx.update(grads, tx.init(params), params)
+        moves.append(updates)
+    ratios = jax.tree_util.tree_map_with_path(
+        lambda path, one, other: (path[-1].key, path[0].key, float(np.mean(other / one))), *moves
+    )
+    for leaf, group, ratio in jax.tree.leaves(ratios, is_leaf=lambda x: isinstance(x, tuple)):
+        of_projection = group == "blocks" and leaf in ("W", "B", "A")
+        assert ratio == pytest.approx(0.25 if of_projection else 1.0, rel=1e-5)
