@@ -70,10 +70,11 @@ def test_the_benchmark_of_training_steps(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(train_step, "_PEAK_SIZE", {jax.default_backend(): 64})
     path = tmp_path / "result.json"
     arguments = ["--models=tiny", "--rounds=1", "--batch_size=2", "--sequence_length=16"]
-    bench.main(["train_step", *arguments, "--set=clip_norm=1.0", f"--json={path}"])
+    arguments += ["--methods=full,loro", "--set=clip_norm=1.0", f"--json={path}"]
+    bench.main(["train_step", *arguments])
     assert "| model" in capsys.readouterr().out
     rows = json.loads(path.read_text())["rows"]
-    assert [row["method"] for row in rows] == ["full", "lowrank", "loro", "loro exact"]
+    assert [row["method"] for row in rows] == ["full", "loro"]
     for row in rows:
         assert row["speed-up / FLOP ratio"] == pytest.approx(row["speed-up"] / row["FLOP ratio"])
         assert row["MFU"] > 0
