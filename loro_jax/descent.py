@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from loro_jax.direction import Direction, from_optax
+from loro_jax.direction import Direction, as_direction
 from loro_jax.division import map_pairs
 from loro_jax.pairs import Pair, PairsSpec, describe_leaves, find_pairs
 from loro_jax.transport import transport_moments
@@ -110,13 +110,8 @@ def riemannian_descent(
         raise ValueError(f"loro: exact_every must be at least 1 (or None), but is {exact_every}.")
     if refresh not in REFRESH_CHOICES:
         raise ValueError(f"loro: refresh must be one of {REFRESH_CHOICES}, but is {refresh!r}.")
-    directed = direction if isinstance(direction, Direction) else from_optax(direction)
-    if regular_direction is None:
-        of_others = directed
-    elif isinstance(regular_direction, Direction):
-        of_others = regular_direction
-    else:
-        of_others = from_optax(regular_direction)
+    directed = as_direction(direction)
+    of_others = directed if regular_direction is None else as_direction(regular_direction)
     # Moments that the next step zeroes may be overwritten by the moves; others may not.
     zeroed = refresh in ("all", "factors")
     of_factors = directed if zeroed and exact_every is not None else directed.in_one_stage()

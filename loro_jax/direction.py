@@ -55,6 +55,11 @@ def from_optax(tx: optax.GradientTransformation) -> Direction:
     return _one_stage(extended.init, extended.update)
 
 
+def as_direction(given: optax.GradientTransformation | Direction) -> Direction:
+    """A direction as it is, an Optax transformation as one."""
+    return given if isinstance(given, Direction) else from_optax(given)
+
+
 def _one_stage(init: Callable[[Any], Any], update: Callable[..., tuple[Any, Any]]) -> Direction:
     def advance(grads: Any, state: Any, params: Any, **extra_args: Any) -> tuple[Any, Any]:
         directions, state = update(grads, state, params, **extra_args)

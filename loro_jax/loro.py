@@ -13,7 +13,7 @@ import jax
 import optax
 
 from loro_jax.descent import riemannian_descent
-from loro_jax.direction import Direction, adam, from_optax
+from loro_jax.direction import Direction, adam, as_direction
 from loro_jax.manifold import counted_exact_update
 from loro_jax.orthogonal import as_gradients
 from loro_jax.pairs import PairsSpec
@@ -156,13 +156,7 @@ def loro(
     for name, value in (("max_move", max_move), ("damping", damping)):
         if isinstance(value, float | int) and value < 0:
             raise ValueError(f"loro: {name} must not be negative, but is {value}.")
-    directed: Direction
-    if direction is None:
-        directed = adam(b1, b2, eps, mu_dtype)
-    elif isinstance(direction, Direction):
-        directed = direction
-    else:
-        directed = from_optax(direction)
+    directed = adam(b1, b2, eps, mu_dtype) if direction is None else as_direction(direction)
     if directed.moves and lr_scale is None:
         lr_scale = 1.0
 

@@ -12,7 +12,6 @@ the FLOPs.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -24,6 +23,8 @@ import numpy as np
 from loro_jax.bench.timing import make_parser, parse_options, report, time_in_turns
 from loro_jax.training import mesh as meshes
 from loro_jax.training.config import METHODS, Config
+from loro_jax.training.errors import TrainingError
+from loro_jax.training.fields import apply_changes
 from loro_jax.training.flops import flops_per_token
 from loro_jax.training.step import compile_program, make_program
 from models.llama import PRESETS, preset
@@ -67,13 +68,15 @@ def main(arguments: Sequence[str]) -> None:
     for method in options.methods:
         if method not in (*METHODS, _EXACT):
             parser.error(f"--methods: unknown method {method!r}; expected {', '.join(METHODS)}")
-    rows = [row for model in options.models for row in _measure(model, options)]
+    try:
+        rows = [row for model in options.models for row in _measure(model, options)]
+    except TrainingError as error:
+        parser.error(str(error))
     report(rows, options)
 
 
 def _measure(model: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     cases = {method: _prepare(_config(model, method, options)) for method in options.methods}
-    # The state of an exact step that is timed apart is not one that training has.
     candidates = {f"step {name}": case.step for name, case in cases.items()}
     candidates |= {f"gradient {name}": case.gradient for name, case in cases.items()}
     size = _PEAK_SIZE.get(jax.default_backend(), 4096)
@@ -124,10 +127,7 @@ def _config(model: str, method: str, options: argparse.Namespace) -> Config:
         gradient_accumulation=options.gradient_accumulation,
         model=preset(model, **changes),
     )
-    for change in options.set:
-        field, _, value = change.partition("=")
-        kind = type(getattr(config, field))
-        config = dataclasses.replace(config, **{field: kind(value)})
+    apply_changes(config, options.set)
     config.validate()
     return config
 

@@ -22,18 +22,17 @@ import pathlib
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 from loro_jax.training.comparison_report import (
     Arm,
     Result,
     Run,
     config_of,
-    set_field,
     write_report,
 )
 from loro_jax.training.config import METHODS, Config, differences
 from loro_jax.training.errors import DivergedError, InUseError, TrainingError
+from loro_jax.training.fields import apply_changes, parse_change, set_field
 from loro_jax.training.loop import train
 from loro_jax.training.metrics import read_rows
 
@@ -167,25 +166,8 @@ def load_config(path: str, changes: Sequence[str]) -> Config:
     config = module.get_config()
     if not isinstance(config, Config):
         raise TrainingError(f"CONFIG = {path!r}: get_config() must return a training Config.")
-    for change in changes:
-        try:
-            set_field(config, *_parse_change(change))
-        except (AttributeError, ValueError):
-            raise TrainingError(
-                f"--set {change}: expected FIELD=VALUE with a field of the config."
-            ) from None
+    apply_changes(config, changes)
     return config
-
-
-def _parse_change(text: str) -> tuple[str, Any]:
-    """``field=value``, the value as JSON or a plain string."""
-    name, separator, value = text.partition("=")
-    if not separator:
-        raise ValueError(text)
-    try:
-        return name, json.loads(value)
-    except json.JSONDecodeError:
-        return name, value
 
 
 def _arms(methods: str, options: Sequence[str], base: Config) -> list[Arm]:
@@ -195,7 +177,7 @@ def _arms(methods: str, options: Sequence[str], base: Config) -> list[Arm]:
         name, separator, rest = option.partition("=")
         method, *changes = rest.split(",")
         try:
-            arm = Arm(name, method, tuple(_parse_change(change) for change in changes))
+            arm = Arm(name, method, tuple(parse_change(change) for change in changes))
             for field, value in arm.changes:
                 set_field(copy.deepcopy(base), field, value)
         except (AttributeError, ValueError):

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from loro_jax.bench.timing import environment
 from loro_jax.training.config import Config
+from loro_jax.training.fields import set_field
 from loro_jax.training.flops import flops_per_token
 from loro_jax.training.memory_table import held_by
 
@@ -80,26 +81,6 @@ def config_of(base: Config, run: Run) -> Config:
     return dataclasses.replace(
         config, method=run.arm.method, learning_rate=run.learning_rate, seed=run.seed
     )
-
-
-def set_field(config: Config, name: str, value: Any) -> None:
-    """Sets a field of a config by its dotted name.
-
-    Args:
-        config: what is changed.
-        name: as after ``--config.``.
-        value: what the field becomes.
-
-    Raises:
-        AttributeError: if there is no such field.
-    """
-    *groups, field = name.split(".")
-    target: Any = config
-    for group in groups:
-        target = getattr(target, group)
-    if field not in {known.name for known in dataclasses.fields(target)}:
-        raise AttributeError(name)
-    setattr(target, field, value)
 
 
 def write_report(

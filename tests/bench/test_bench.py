@@ -70,7 +70,7 @@ def test_the_benchmark_of_training_steps(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(train_step, "_PEAK_SIZE", {jax.default_backend(): 64})
     path = tmp_path / "result.json"
     arguments = ["--models=tiny", "--rounds=1", "--batch_size=2", "--sequence_length=16"]
-    arguments += ["--methods=full,loro", "--set=clip_norm=1.0", f"--json={path}"]
+    arguments += ["--methods=full,loro", "--set=lr_scale=0.5", f"--json={path}"]
     bench.main(["train_step", *arguments])
     assert "| model" in capsys.readouterr().out
     rows = json.loads(path.read_text())["rows"]
@@ -88,6 +88,9 @@ def test_the_benchmark_of_training_steps_names_what_it_does_not_know(capsys):
     with pytest.raises(SystemExit):
         bench.main(["train_step", "--methods=lorro"])
     assert "unknown method 'lorro'" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        bench.main(["train_step", "--set=lr_scael=0.5"])
+    assert "--set lr_scael=0.5: expected FIELD=VALUE" in capsys.readouterr().err
 
 
 def test_the_transcription_computes_what_ours_does():

@@ -90,7 +90,11 @@ def test_bad_input_is_one_line_and_leaves_no_trace(case, tmp_path):
 
 BAD_VALUES = {
     "a rank below 1": ({"model": LlamaConfig(rank=0)}, "but is 0"),
-    "a K below 1": ({"exact_every": 0}, "exact_every must be at least 1"),
+    "a negative K": ({"exact_every": -1}, "exact_every must be at least 0"),
+    "restarts that never come": (
+        {"method": "lowrank_restarts", "exact_every": 0},
+        "exact_every must be at least 1",
+    ),
     "a long sequence": ({"sequence_length": 4096}, "4096"),
     "a small vocabulary": ({"model": LlamaConfig(vocab_size=99)}, "vocab_size = 99"),
     "a missing tokenizer": ({"data": DataConfig(tokenizer="none.model")}, "none.model"),

@@ -1,0 +1,78 @@
+"""Fields of a config set by their dotted names, as commands other than ``train.py`` take them."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from loro_jax.training.config import Config
+from loro_jax.training.errors import TrainingError
+
+
+def set_field(config: Config, name: str, value: Any) -> None:
+    """Sets a field of a config by its dotted name.
+
+    Args:
+        config: what is changed.
+        name: as after ``--config.``.
+        value: what the field becomes.
+
+    Raises:
+        AttributeError: if there is no such field.
+    """
+    *groups, field = name.split(".")
+    target: Any = config
+    for group in groups:
+        target = getattr(target, group)
+    if not dataclasses.is_dataclass(target) or field not in {
+        known.name for known in dataclasses.fields(target)
+    }:
+        raise AttributeError(name)
+    setattr(target, field, value)
+
+
+def parse_change(text: str) -> tuple[str, Any]:
+    """Splits ``FIELD=VALUE``.
+
+    Args:
+        text: a dotted field and a value, as JSON or a plain string.
+
+    Returns:
+        The field's name and its value.
+
+    Raises:
+        ValueError: where there is no "=".
+
+    Example:
+        >>> parse_change("model.rank=16"), parse_change("lr_scale=null")
+        (('model.rank', 16), ('lr_scale', None))
+    """
+    name, separator, value = text.partition("=")
+    if not separator:
+        raise ValueError(text)
+    try:
+        return name, json.loads(value)
+    except json.JSONDecodeError:
+        return name, value
+
+
+def apply_changes(config: Config, changes: Sequence[str], option: str = "--set") -> None:
+    """Sets fields of a config, in place.
+
+    Args:
+        config: what is changed.
+        changes: ``FIELD=VALUE`` each.
+        option: of the command line, for the message.
+
+    Raises:
+        TrainingError: for a field that does not exist, or text without a value.
+    """
+    for change in changes:
+        try:
+            set_field(config, *parse_change(change))
+        except (AttributeError, ValueError):
+            raise TrainingError(
+                f"{option} {change}: expected FIELD=VALUE with a field of the config."
+            ) from None
