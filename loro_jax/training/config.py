@@ -274,6 +274,12 @@ class Config:
             model.validate()
         except ValueError as error:
             raise TrainingError(f"config.{error}") from None
+        if model.projection == "cola" and self.method == "loro" and self.exact_every:
+            raise TrainingError(
+                f"config.exact_every = {self.exact_every}: an exact step gives the product B A new "
+                'factors, which mean another function with config.model.projection = "cola" '
+                "(an activation stands between them); expected 0, never."
+            )
         if METHODS[self.method] is not None and self.model.scope == "none":
             raise TrainingError(
                 f'config.method = {self.method!r} needs factors, but config.model.scope is "none"; '
@@ -290,6 +296,8 @@ class Config:
         projection = METHODS[self.method]
         if projection is None:
             return self.model.dense()
+        if self.method == "loro" and self.model.projection == "cola":
+            return self.model
         return dataclasses.replace(self.model, projection=projection)
 
     @property

@@ -109,6 +109,7 @@ def test_every_config_takes_a_step_on_a_small_batch(name):
         ({"sequence_length": 2048}, r"config.sequence_length = 2048 .* = 1024"),
         ({"model": LlamaConfig(rank=513)}, "config.model.attn_rank .* but is 513"),
         ({"model": LlamaConfig(scope="none")}, "needs factors"),
+        ({"model": LlamaConfig(projection="cola")}, "config.exact_every = 500.* expected 0"),
     ],
 )
 def test_bad_values_are_named_with_what_was_expected(changes, message):
@@ -120,6 +121,15 @@ def test_the_dense_twin_needs_no_rank():
     config = Config(method="full", model=LlamaConfig(rank=10_000))
     config.validate()
     assert config.model_config.scope == "none"
+
+
+def test_loro_also_trains_projections_with_an_activation_but_without_exact_steps():
+    config = Config(exact_every=0, model=LlamaConfig(projection="cola"))
+    config.validate()
+    assert config.model_config.projection == "cola"
+    other = Config(method="lowrank", model=LlamaConfig(projection="cola"))
+    other.validate()
+    assert other.model_config.projection == "low_rank"
 
 
 def test_differences_name_fields_that_matter():
