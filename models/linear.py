@@ -22,8 +22,14 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from loro_jax.batching import at_least_float32
 from loro_jax.lowrank import initialise
-from loro_jax.peers.sltrain import draw_support, entries_per_row, sparse_low_rank_product
+from loro_jax.peers.sltrain import (
+    draw_support,
+    entries_per_row,
+    sparse_low_rank_product,
+    sparse_matrix,
+)
 from loro_jax.peers.switchlora import (
     initialise_candidates,
     initialise_switchlora,
@@ -91,6 +97,10 @@ class Dense(nnx.Module):
         """Maps (..., in) to (..., out)."""
         return x.astype(self.dtype) @ self.W[...].astype(self.dtype).T
 
+    def weight(self) -> Array:
+        """The matrix that it multiplies by, (out, in)."""
+        return self.W[...]
+
 
 class LowRankLinear(nnx.Module):
     """``y = (x A^T) B^T`` with B (out x r) and A (r x in)."""
@@ -119,6 +129,16 @@ class LowRankLinear(nnx.Module):
         B, A = self.factors()
         return (x.astype(self.dtype) @ A.T) @ B.T
 
+    def product(self) -> Array:
+        """B A, (out, in), in float32 or wider."""
+        dtype = at_least_float32(self.B[...].dtype)
+        B, A = self.B[...].astype(dtype), self.A[...].astype(dtype)
+        return jnp.matmul(B, A, precision=jax.lax.Precision.HIGHEST)
+
+    def weight(self) -> Array:
+        """The matrix that it multiplies by, (out, in), in float32 or wider."""
+        return self.product()
+
 
 class ColaLinear(LowRankLinear):
     """``y = silu(x A^T) B^T``: an auto-encoder in a projection's place."""
@@ -128,6 +148,10 @@ class ColaLinear(LowRankLinear):
         """Maps (..., in) to (..., out) by way of the rank."""
         B, A = self.factors()
         return jax.nn.silu(x.astype(self.dtype) @ A.T) @ B.T
+
+    def weight(self) -> Array:
+        """There is none: raises TypeError."""
+        raise TypeError("ColaLinear: an activation between the factors; no matrix does the same.")
 
 
 class LoraLinear(LowRankLinear):
@@ -146,6 +170,10 @@ class LoraLinear(LowRankLinear):
         x = x.astype(self.dtype)
         B, A = self.factors()
         return x @ self.W[...].astype(self.dtype).T + self.scale * ((x @ A.T) @ B.T)
+
+    def weight(self) -> Array:
+        """The matrix that it multiplies by, (out, in), in float32 or wider."""
+        return self.W[...] + self.scale * self.product()
 
 
 class SwitchLoraLinear(LoraLinear):
@@ -188,6 +216,11 @@ class SparseLowRankLinear(LowRankLinear):
         return sparse_low_rank_product(
             x.astype(self.dtype), B, A, values, self.columns[...], self.scale
         )
+
+    def weight(self) -> Array:
+        """The matrix that it multiplies by, (out, in), in float32 or wider."""
+        S = sparse_matrix(self.values[...], self.columns[...], self.A.shape[-1])
+        return self.scale * self.product() + S
 
 
 KINDS: dict[str, type[LowRankLinear]] = {

@@ -135,24 +135,15 @@ class Checkpoints:
         return None, make_iterator()
 
     def _load(self, step: int, abstract_state: Any, iterator: Any) -> Restored:
-        leaves = jax.tree.leaves(abstract_state)
-        # On the devices of now: those that wrote the checkpoint may not be there.
-        everywhere = jax.sharding.NamedSharding(
-            leaves[0].sharding.mesh, jax.sharding.PartitionSpec()
-        )
-        checksum = jax.ShapeDtypeStruct((len(leaves),), jnp.uint32, sharding=everywhere)
         content = self._checkpointer.load_checkpointables(
             step,
             {
-                "state": {"state": abstract_state, "checksum": checksum},
+                "state": _checked(abstract_state),
                 "data": iterator,
                 "progress": None,
             },
         )
-        state = content["state"]["state"]
-        if not np.array_equal(_checksum(state), content["state"]["checksum"]):
-            raise ValueError("its checksum does not match")
-        return Restored(step, state, content["progress"])
+        return Restored(step, _check(content["state"]), content["progress"])
 
     def _set_aside(self, damaged: list[tuple[int, str]], good_step: int) -> None:
         if not damaged:
@@ -176,6 +167,39 @@ class Checkpoints:
             self.wait()
         finally:
             self._checkpointer.close()
+
+
+def read_checkpoint(path: pathlib.Path, abstract_state: Any) -> Any:
+    """The state of one checkpoint; nothing on disk is touched.
+
+    Args:
+        path: the checkpoint's directory.
+        abstract_state: shapes, dtypes and shardings of the state.
+
+    Returns:
+        The state.
+
+    Raises:
+        ValueError: if a byte of it has changed; or whatever Orbax raises when it can't be read.
+    """
+    content = ocp.load_checkpointables(path.absolute(), {"state": _checked(abstract_state)})
+    return _check(content["state"])
+
+
+def _checked(abstract_state: Any) -> dict[str, Any]:
+    """A state as it is stored, with its checksum."""
+    leaves = jax.tree.leaves(abstract_state)
+    # On the devices of now: those that wrote the checkpoint may not be there.
+    everywhere = jax.sharding.NamedSharding(leaves[0].sharding.mesh, jax.sharding.PartitionSpec())
+    checksum = jax.ShapeDtypeStruct((len(leaves),), jnp.uint32, sharding=everywhere)
+    return {"state": abstract_state, "checksum": checksum}
+
+
+def _check(stored: dict[str, Any]) -> Any:
+    """The state, if its checksum is the stored one."""
+    if not np.array_equal(_checksum(stored["state"]), stored["checksum"]):
+        raise ValueError("its checksum does not match")
+    return stored["state"]
 
 
 def _unused(path: pathlib.Path) -> pathlib.Path:

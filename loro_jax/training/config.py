@@ -120,6 +120,9 @@ class Config:
             :mod:`loro_jax.training.methods`.
         steps: optimizer steps in the run.
         seed: fixes initialisation and the order of the data.
+        init_from: a directory of a Hugging Face LLaMA, dense or with its factors kept: the run
+            takes its architecture and starts from its weights (factors: from their truncated SVD);
+            None: fresh weights.
         batch_size: sequences per optimizer step, over all devices.
         sequence_length: tokens per sequence.
         gradient_accumulation: micro-batches that one step is split into.
@@ -161,6 +164,7 @@ class Config:
     method: str = "loro"
     steps: int = 10_000
     seed: int = 0
+    init_from: str | None = None
     batch_size: int = 512
     sequence_length: int = 256
     gradient_accumulation: int = 1

@@ -31,6 +31,7 @@ from loro_jax.training.plots import plot_run
 from loro_jax.training.progress import ProgressDisplay
 from loro_jax.training.report import corpus_ngrams, final_report
 from loro_jax.training.run_directory import RunDirectory
+from loro_jax.training.start import check_start, start_from, with_architecture
 from loro_jax.training.step import Program, TrainState, compile_program, make_program
 from loro_jax.training.tokenizer import load_tokenizer
 from loro_jax.training.vocabulary import resolve_vocabulary
@@ -65,10 +66,12 @@ def train(config: Config, workdir: str, command: str = "python train.py") -> Out
         TrainingError: for a bad config or corpus, a directory of another run, a damaged set of
             checkpoints, or a loss that is not finite.
     """
+    config = with_architecture(config)
     config.validate()
     devices = meshes.make_mesh(config.mesh)
     meshes.check_batch(config, devices)
     tokenizer = load_tokenizer(config.data.tokenizer, config.data.eos_id, config.data.pad_id)
+    check_start(config, tokenizer)
     config, vocabulary = resolve_vocabulary(config, tokenizer)
     corpus = load_corpus(config, tokenizer)
     with RunDirectory(workdir, config, corpus.fingerprint) as directory, _StopSignals() as signals:
@@ -125,6 +128,9 @@ class _Run:
         if restored is None:
             self._start, self._tokens = 0, 0
             self._state: TrainState = self._program.init()
+            if config.init_from is not None:
+                self._state, note = start_from(config, self._state)
+                notes.append(note)
         else:
             self._start, self._tokens = restored.step, restored.progress["tokens"]
             self._state = restored.state

@@ -78,7 +78,7 @@ def make_program(config: Config, mesh: jax.sharding.Mesh | None = None) -> Progr
         return TrainState(jnp.zeros([], jnp.int32), params, optimizer.init(params), fixed)
 
     def loss_sum(params: Any, fixed: Any, batch: Batch) -> Array:
-        return next_token_loss(nnx.merge(graphdef, _joined(params, fixed)), batch)
+        return next_token_loss(nnx.merge(graphdef, joined(params, fixed)), batch)
 
     def loss_and_gradient(params: Any, fixed: Any, batch: Batch) -> tuple[Array, Any]:
         return _mean_loss_and_gradient(
@@ -117,10 +117,10 @@ def make_program(config: Config, mesh: jax.sharding.Mesh | None = None) -> Progr
     return Program(init, train_step, eval_step, loss_and_gradient)
 
 
-def _joined(one: Any, other: Any) -> Any:
+def joined(one: Any, other: Any) -> Any:
     """Two nested dicts without a leaf in common as one."""
     return one | {
-        name: _joined(one[name], value) if name in one else value for name, value in other.items()
+        name: joined(one[name], value) if name in one else value for name, value in other.items()
     }
 
 
@@ -147,6 +147,31 @@ def _mean_loss_and_gradient(
     return loss, jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
 
 
+def merge_model(config: Config, params: Any, fixed: Any) -> Llama:
+    """The model of a run, from the two parts of a state that hold it.
+
+    Args:
+        config: the run's.
+        params: trained parameters, nested dicts.
+        fixed: what is not trained, likewise.
+
+    Returns:
+        The model.
+    """
+    abstract = nnx.eval_shape(lambda: Llama(config.model_config, nnx.Rngs(config.seed)))
+    return nnx.merge(nnx.graphdef(abstract), joined(params, fixed))
+
+
+def abstract_state(program: Program, mesh: jax.sharding.Mesh) -> TrainState:
+    """Shapes, dtypes and shardings of a run's state; nothing is computed."""
+    abstract = jax.eval_shape(program.init)
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        abstract,
+        tree_shardings(mesh, abstract),
+    )
+
+
 def compile_program(program: Program, mesh: jax.sharding.Mesh) -> tuple[Program, Any]:
     """Wraps the functions in ``jax.jit`` with their shardings, the state donated.
 
@@ -157,8 +182,8 @@ def compile_program(program: Program, mesh: jax.sharding.Mesh) -> tuple[Program,
     Returns:
         The jitted functions and the abstract state (shapes, dtypes, shardings) for a restore.
     """
-    abstract = jax.eval_shape(program.init)
-    shardings = tree_shardings(mesh, abstract)
+    abstract = abstract_state(program, mesh)
+    shardings = jax.tree.map(lambda x: x.sharding, abstract)
     everywhere = replicated(mesh)
     batch = batch_sharding(mesh)
     jitted = Program(
@@ -178,8 +203,5 @@ def compile_program(program: Program, mesh: jax.sharding.Mesh) -> tuple[Program,
             in_shardings=(shardings.params, shardings.fixed, batch),
             out_shardings=(everywhere, shardings.params),
         ),
-    )
-    abstract = jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), abstract, shardings
     )
     return jitted, abstract

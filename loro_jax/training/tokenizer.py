@@ -17,6 +17,11 @@ import sentencepiece
 import tokenizers
 
 from loro_jax.training.errors import TrainingError
+from loro_jax.training.tokenizer_conversion import (
+    from_bytes,
+    from_sentencepiece,
+    tokenizer_files,
+)
 
 
 class Tokenizer(Protocol):
@@ -40,6 +45,9 @@ class Tokenizer(Protocol):
     def decode(self, ids: Sequence[int]) -> str:
         """The text of the ids."""
 
+    def files(self) -> dict[str, bytes]:
+        """Contents, by name, of the files that other programs read this tokenizer from."""
+
 
 class SentencePieceTokenizer:
     """A SentencePiece model file (T5's and LLaMA's format).
@@ -60,6 +68,7 @@ class SentencePieceTokenizer:
             raise TrainingError(
                 f"config.data.tokenizer = {name!r} is not a SentencePiece model."
             ) from None
+        self._model = model
         self.vocab_size = self._processor.vocab_size()
         self.eos_id = self._processor.eos_id() if eos_id is None else eos_id
         if self.eos_id < 0:
@@ -79,6 +88,12 @@ class SentencePieceTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """The text of the ids; special pieces vanish."""
         return self._processor.decode([int(i) for i in ids])
+
+    def files(self) -> dict[str, bytes]:
+        """The model file and, made of it, a ``tokenizer.json`` with its config."""
+        converted = from_sentencepiece(self._model)
+        own = {"tokenizer.model": self._model}
+        return own | tokenizer_files(converted, self.eos_id, self.pad_id)
 
 
 class HuggingFaceTokenizer:
@@ -105,6 +120,7 @@ class HuggingFaceTokenizer:
             raise TrainingError(
                 f"config.data.tokenizer = {name!r} is not a tokenizer.json."
             ) from None
+        self._content = content
         self._tokenizer.no_truncation()
         self._tokenizer.no_padding()
         # A text that holds the characters of a special token must not end a document.
@@ -136,6 +152,11 @@ class HuggingFaceTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """The text of the ids; special tokens vanish."""
         return self._tokenizer.decode([int(i) for i in ids], skip_special_tokens=True)
+
+    def files(self) -> dict[str, bytes]:
+        """The file as it was read, with a config that names its special tokens."""
+        made = tokenizer_files(self._tokenizer, self.eos_id, self.pad_id)
+        return made | {"tokenizer.json": self._content}
 
 
 # In the order in which they are looked for.
@@ -181,6 +202,10 @@ class ByteTokenizer:
     def decode(self, ids: Sequence[int]) -> str:
         """The text of the ids; special ids vanish, broken sequences turn into U+FFFD."""
         return bytes(i - 3 for i in ids if i >= 3).decode("utf-8", errors="replace")
+
+    def files(self) -> dict[str, bytes]:
+        """A ``tokenizer.json`` of bytes, with its config."""
+        return tokenizer_files(from_bytes(), self.eos_id, self.pad_id)
 
 
 def load_tokenizer(name: str, eos_id: int | None = None, pad_id: int | None = None) -> Tokenizer:

@@ -85,6 +85,33 @@ def test_t5_and_llama_models(shared_data):
     assert (llama.vocab_size, llama.eos_id) == (32_000, 2)
 
 
+def check_files(tokenizer, folder, texts):
+    """The files that it writes give the same ids and special tokens."""
+    folder.mkdir()
+    for name, data in tokenizer.files().items():
+        (folder / name).write_bytes(data)
+    again = load_tokenizer(str(folder))
+    assert again.encode(texts) == tokenizer.encode(texts)
+    assert (again.eos_id, again.vocab_size) == (tokenizer.eos_id, tokenizer.vocab_size)
+    return again
+
+
+SPACES = ["", " ", "  two  spaces ", "lines\n\n\ttab", "a \u2581 b"]
+
+
+@pytest.mark.parametrize("name", ["embedded", "bytes", "t.json", "t.model"])
+def test_the_files_for_other_programs_give_the_same_ids(trained, novel, name, tmp_path):
+    tokenizer = load_tokenizer(str(trained / name) if "." in name else name)
+    again = check_files(tokenizer, tmp_path / "out", [*novel[:200], TEXT, *SPACES])
+    assert again.decode(again.encode([TEXT])[0]) == TEXT
+
+
+@pytest.mark.parametrize("name", ["t5_spiece.model", "mistral_v1_32000.model"])
+def test_the_files_of_known_models_give_the_same_ids(shared_data, novel, name, tmp_path):
+    tokenizer = load_tokenizer(str(shared_data / "tokenizers" / name))
+    check_files(tokenizer, tmp_path / "out", [*novel[:200], TEXT, *SPACES])
+
+
 def test_transformers_reads_the_same_ids(trained):
     transformers = pytest.importorskip("transformers")
     theirs = transformers.PreTrainedTokenizerFast(tokenizer_file=str(trained / "t.json"))

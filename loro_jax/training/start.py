@@ -1,0 +1,119 @@
+"""Runs that start from the weights of another model, in Hugging Face's format."""
+
+from __future__ import annotations
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import jax
+from flax import nnx
+
+from loro_jax.training.config import Config
+from loro_jax.training.errors import TrainingError
+from loro_jax.training.step import TrainState, joined
+from loro_jax.training.tokenizer import Tokenizer, load_tokenizer
+from models.huggingface import CheckpointError, check_parameters, read_config, read_parameters
+from models.llama import Llama
+
+# What a model is, whatever its projections are made of and however it is computed.
+_ARCHITECTURE = (
+    "vocab_size",
+    "hidden_size",
+    "intermediate_size",
+    "num_layers",
+    "num_heads",
+    "num_kv_heads",
+    "head_dim",
+    "max_sequence_length",
+    "rms_norm_eps",
+    "rope_theta",
+    "rope_scaling",
+    "tie_embeddings",
+)
+
+
+def with_architecture(config: Config) -> Config:
+    """The config with the architecture of the model that its run starts from.
+
+    Rank, kind of projections and precision stay the config's.
+
+    Args:
+        config: of a run.
+
+    Returns:
+        The config itself where ``init_from`` names nothing.
+
+    Raises:
+        TrainingError: if the directory can't be read.
+    """
+    if config.init_from is None:
+        return config
+    try:
+        there = read_config(config.init_from)
+    except CheckpointError as error:
+        raise TrainingError(f"config.init_from: {error}") from None
+    fields = {name: getattr(there, name) for name in _ARCHITECTURE}
+    return dataclasses.replace(config, model=dataclasses.replace(config.model, **fields))
+
+
+def check_start(config: Config, tokenizer: Tokenizer) -> None:
+    """Raises TrainingError if a run can't start from what ``init_from`` names; reads no tensor.
+
+    Its projections must be what the run's can be made of, its tokenizer one of as many ids.
+    """
+    if config.init_from is None:
+        return
+    model = nnx.eval_shape(lambda: Llama(config.model_config, nnx.Rngs(0)))
+    try:
+        check_parameters(config.init_from, nnx.to_pure_dict(nnx.state(model)))
+    except CheckpointError as error:
+        raise TrainingError(f"config.init_from: {error}") from None
+    path = pathlib.Path(config.init_from) / "tokenizer.json"
+    if not path.exists():
+        return
+    theirs = load_tokenizer(str(path), eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
+    if theirs.vocab_size != tokenizer.vocab_size:
+        raise TrainingError(
+            f"config.data.tokenizer = {config.data.tokenizer!r} has {tokenizer.vocab_size} ids, "
+            f"but {path} has {theirs.vocab_size}; expected the tokenizer of config.init_from."
+        )
+
+
+def start_from(config: Config, state: TrainState) -> tuple[TrainState, str]:
+    """A fresh state with the weights of another model.
+
+    Args:
+        config: from :func:`with_architecture`, with an ``init_from``.
+        state: a fresh one.
+
+    Returns:
+        (the state, a line that says where the weights are from and what was left out of them).
+
+    Raises:
+        TrainingError: if the directory can't be read, or does not fit the run's projections.
+    """
+    assert config.init_from is not None  # the caller asked
+    fresh = {"params": state.params, "fixed": state.fixed}
+    wanted = joined(state.params, state.fixed)
+    try:
+        found, errors = read_parameters(config.init_from, wanted)
+    except CheckpointError as error:
+        raise TrainingError(f"config.init_from: {error}") from None
+
+    def pick(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+        value: Any = found
+        for entry in path[1:]:
+            value = value[entry.key]
+        return jax.device_put(value, leaf.sharding)
+
+    picked = jax.tree_util.tree_map_with_path(pick, fresh)
+    line = f"starting from {config.init_from}"
+    if errors:
+        worst = max(error.error for error in errors)
+        least = min(error.error for error in errors)
+        line += (
+            f", {len(errors)} projections as truncated SVDs "
+            f"(relative errors {least:.3f} to {worst:.3f})"
+        )
+    return state._replace(params=picked["params"], fixed=picked["fixed"]), line

@@ -1,0 +1,166 @@
+"""Safetensors files of a directory: several where one would be too large, written beside, renamed.
+
+Nothing is ever seen half-written: a directory is filled under another name and takes its own when
+it is complete.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import ml_dtypes  # comes with JAX; teaches NumPy bfloat16
+import numpy as np
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from models.huggingface.errors import CheckpointError
+
+SINGLE = "model.safetensors"
+INDEX = "model.safetensors.index.json"
+DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
+
+
+@contextlib.contextmanager
+def new_directory(out: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
+    """A directory to fill, which becomes ``out`` if nothing fails and vanishes if something does.
+
+    Args:
+        out: must not exist, or be an empty directory.
+
+    Raises:
+        CheckpointError: if it does, or its parent can't be written to.
+    """
+    target = pathlib.Path(out)
+    if target.exists() and (not target.is_dir() or any(target.iterdir())):
+        raise CheckpointError(f"{target} exists already; expected a name that is free.")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        partial = pathlib.Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+    except OSError as error:
+        raise CheckpointError(f"{target} can't be written ({error.strerror}).") from None
+    try:
+        yield partial
+        partial.chmod(0o755)
+        partial.replace(target)
+    except OSError as error:
+        raise CheckpointError(f"{target} can't be written ({error.strerror or error}).") from None
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def write_tensors(
+    directory: pathlib.Path, tensors: Iterable[tuple[str, np.ndarray]], shard_bytes: int
+) -> int:
+    """Writes tensors as they come, holding one file's worth of them.
+
+    Args:
+        directory: where.
+        tensors: names and values.
+        shard_bytes: size that a file does not exceed, unless a single tensor does.
+
+    Returns:
+        Bytes of all tensors.
+    """
+    parts: list[list[str]] = []
+    held: dict[str, np.ndarray] = {}
+    size = total = 0
+
+    def flush() -> None:
+        part = directory / f"part-{len(parts)}"
+        save_file(held, part, metadata={"format": "pt"})
+        part.chmod(0o644)  # safetensors makes it the owner's alone
+        parts.append(list(held))
+        held.clear()
+
+    for name, value in tensors:
+        if held and size + value.nbytes > shard_bytes:
+            flush()
+            size = 0
+        held[name] = np.asarray(value, order="C")  # ascontiguousarray would make scalars vectors
+        size += value.nbytes
+        total += value.nbytes
+    flush()
+    if len(parts) == 1:
+        (directory / "part-0").rename(directory / SINGLE)
+        return total
+    weight_map: dict[str, str] = {}
+    for i, names in enumerate(parts):
+        name = f"model-{i + 1:05}-of-{len(parts):05}.safetensors"
+        (directory / f"part-{i}").rename(directory / name)
+        weight_map |= dict.fromkeys(names, name)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    return total
+
+
+class Tensors:
+    """The tensors of a directory, each read when it is asked for.
+
+    Args:
+        directory: a directory with ``model.safetensors``, or several files and their index.
+
+    Raises:
+        CheckpointError: if a file is missing or damaged, or an index names what is not there.
+    """
+
+    def __init__(self, directory: pathlib.Path):
+        self._directory = directory
+        self._files: dict[str, Any] = {}
+        index = directory / INDEX
+        if index.exists():
+            names = set(read_json(index).get("weight_map", {}).values())
+        elif (directory / SINGLE).exists():
+            names = {SINGLE}
+        else:
+            raise CheckpointError(f"{directory} holds no model: expected {SINGLE} or {INDEX}.")
+        for name in sorted(names):
+            path = directory / name
+            if not path.exists():
+                raise CheckpointError(f"{path} is missing; {INDEX} names it.")
+            try:
+                file = safe_open(path, framework="np")
+                self._files |= dict.fromkeys(file.keys(), file)
+            except (SafetensorError, OSError) as error:
+                raise CheckpointError(
+                    f"{path} can't be read as safetensors, it is damaged or cut short ({error})."
+                ) from None
+
+    @property
+    def names(self) -> set[str]:
+        """Names of all tensors."""
+        return set(self._files)
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor that is there."""
+        return tuple(self._files[name].get_slice(name).get_shape())
+
+    def read(self, name: str) -> np.ndarray:
+        """A tensor that is there."""
+        try:
+            return self._files[name].get_tensor(name)
+        except (SafetensorError, TypeError, KeyError) as error:
+            raise CheckpointError(f"{self._directory}: {name} can't be read ({error}).") from None
+
+
+def read_json(path: pathlib.Path) -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Raises:
+        CheckpointError: if there is none.
+    """
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing.") from None
+    except (OSError, ValueError) as error:
+        raise CheckpointError(f"{path} can't be read as JSON ({error}).") from None
+    if not isinstance(content, dict):
+        raise CheckpointError(f"{path} holds no JSON object.")
+    return content

@@ -1,0 +1,213 @@
+"""The parameters in a directory, in the form that a model wants them."""
+
+from __future__ import annotations
+
+import os
+import pathlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from loro_jax.batching import at_least_float32
+from loro_jax.lowrank import from_dense
+from models.huggingface.configs import from_huggingface
+from models.huggingface.errors import CheckpointError
+from models.huggingface.files import Tensors, read_json
+from models.huggingface.names import (
+    EMBEDDING,
+    HEAD,
+    NORM,
+    NORMS,
+    PROJECTIONS,
+    layer_prefix,
+    variable_name,
+)
+from models.llama import Llama, LlamaConfig
+
+
+class LayerError(NamedTuple):
+    """What a truncated SVD left out.
+
+    Attributes:
+        name: of the projection, theirs.
+        shape: of the matrix.
+        rank: kept.
+        error: ``|W - B A| / |W|`` in the Frobenius norm.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    rank: int
+    error: float
+
+
+def read_parameters(
+    directory: str | os.PathLike[str], wanted: dict[str, Any]
+) -> tuple[dict[str, Any], list[LayerError]]:
+    """The parameters of a directory in the form that a model wants.
+
+    A projection that wants factors and finds a matrix takes its truncated SVD; one that wants a
+    matrix and factors beside it (adapters) takes the matrix and keeps the factors it has.
+
+    Args:
+        directory: with ``config.json`` and safetensors.
+        wanted: parameters and fixed arrays of the model, a nested dict: their shapes, dtypes and,
+            for adapters, values.
+
+    Returns:
+        (arrays on the host in the places of ``wanted``, the error of each projection that was
+        factorised).
+
+    Raises:
+        CheckpointError: for a missing, extra or damaged tensor, a wrong shape, or projections that
+            can't be made of those stored.
+    """
+    tensors, num_layers = _checked(pathlib.Path(directory), wanted)
+
+    def read(name: str, like: Any) -> np.ndarray:
+        value = tensors.read(name)
+        return value.astype(like.dtype) if jnp.issubdtype(value.dtype, jnp.floating) else value
+
+    result: dict[str, Any] = {"norm": {"scale": read(NORM, wanted["norm"]["scale"])}}
+    result["embedding"] = read(EMBEDDING, wanted["embedding"])
+    if "head" in wanted:
+        result["head"] = {"W": read(HEAD, wanted["head"]["W"])}
+    blocks: dict[str, Any] = {"attention": {}, "mlp": {}}
+    prefixes = [layer_prefix(layer) for layer in range(num_layers)]
+    errors: list[LayerError] = []
+    for (part, name), theirs in PROJECTIONS.items():
+        places = wanted["blocks"][part][name]
+        names = [f"{prefix}{theirs}" for prefix in prefixes]
+        arrays, left_out = _projection(tensors, names, places, read)
+        blocks[part][name] = arrays
+        errors += left_out
+    for ours, theirs in NORMS.items():
+        like = wanted["blocks"][ours]["scale"]
+        scales = [read(f"{prefix}{theirs}.weight", like) for prefix in prefixes]
+        blocks[ours] = {"scale": np.stack(scales)}
+    return result | {"blocks": blocks}, errors
+
+
+def check_parameters(directory: str | os.PathLike[str], wanted: dict[str, Any]) -> None:
+    """Raises what :func:`read_parameters` would, without reading a tensor.
+
+    Args:
+        directory: with ``config.json`` and safetensors.
+        wanted: as there; shapes and dtypes will do.
+
+    Raises:
+        CheckpointError: as there.
+    """
+    _checked(pathlib.Path(directory), wanted)
+
+
+def _checked(path: pathlib.Path, wanted: dict[str, Any]) -> tuple[Tensors, int]:
+    """The tensors of a directory, and its number of layers, if they are what is wanted."""
+    tensors = Tensors(path)
+    config = from_huggingface(read_json(path / "config.json"), str(path / "config.json"))
+    _check(config, tensors, path)
+    for (part, name), theirs in PROJECTIONS.items():
+        own = f"{layer_prefix(0)}{theirs}"
+        stored, places = _stored(tensors, own), wanted["blocks"][part][name]
+        if stored == {"weight"} and ("W" in places or set(places) == {"B", "A"}):
+            continue  # their shapes follow from the config, which the caller has compared
+        if stored != {variable_name(variable) for variable in places}:
+            raise CheckpointError(
+                f"{path}: {own} is stored as {', '.join(sorted(stored))}; the model wants "
+                f"{', '.join(sorted(map(variable_name, places)))}, which can't be made of that."
+            )
+        for variable, like in sorted(places.items()):
+            shape = tensors.shape(f"{own}.{variable_name(variable)}")
+            if shape != tuple(like.shape[1:]):
+                raise CheckpointError(
+                    f"{path}: {own}.{variable_name(variable)} has shape {shape}; the model wants "
+                    f"{tuple(like.shape[1:])}."
+                )
+    return tensors, config.num_layers
+
+
+def _stored(tensors: Tensors, projection: str) -> set[str]:
+    """What a projection is stored as."""
+    prefix = f"{projection}."
+    return {name.removeprefix(prefix) for name in tensors.names if name.startswith(prefix)}
+
+
+def _projection(
+    tensors: Tensors,
+    names: Sequence[str],
+    places: dict[str, Any],
+    read: Callable[[str, Any], np.ndarray],
+) -> tuple[dict[str, np.ndarray], list[LayerError]]:
+    """One projection of all layers, stacked, in the form that is wanted."""
+
+    def stacked(variable: str) -> np.ndarray:
+        like = places[variable]
+        return np.stack([read(f"{name}.{variable_name(variable)}", like) for name in names])
+
+    if _stored(tensors, names[0]) == {variable_name(variable) for variable in places}:
+        return {variable: stacked(variable) for variable in places}, []
+    if "W" in places:
+        fresh = {variable: np.asarray(value) for variable, value in places.items()}
+        return fresh | {"W": stacked("W")}, []
+    rank = places["B"].shape[-1]
+    matrices = [read(f"{name}.weight", places["B"]) for name in names]
+    pairs = [_factorise(W, rank, name) for W, name in zip(matrices, names, strict=True)]
+    both = {variable: np.stack([factors[variable] for factors, _ in pairs]) for variable in places}
+    return both, [error for _, error in pairs]
+
+
+def _factorise(W: np.ndarray, rank: int, name: str) -> tuple[dict[str, np.ndarray], LayerError]:
+    """Balanced factors of a matrix, and what they leave out."""
+    full = jnp.asarray(W, at_least_float32(W.dtype))
+    B, A = from_dense(full, rank)
+    error = jnp.linalg.norm(full - B @ A) / jnp.linalg.norm(full)
+    factors = {"B": np.asarray(B, W.dtype), "A": np.asarray(A, W.dtype)}
+    return factors, LayerError(name, W.shape, rank, float(error))
+
+
+def _shapes(config: LlamaConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
+    """Names and shapes of the tensors that a config asks for."""
+    model = nnx.eval_shape(lambda: Llama(config, nnx.Rngs(0)))
+    state = nnx.to_pure_dict(nnx.state(model))
+    yield EMBEDDING, state["embedding"].shape
+    yield NORM, state["norm"]["scale"].shape
+    if "head" in state:
+        yield HEAD, state["head"]["W"].shape
+    for layer in range(config.num_layers):
+        for theirs, value in _layer(state["blocks"], layer):
+            yield theirs, value.shape[1:]
+
+
+def _layer(blocks: Any, layer: int) -> Iterator[tuple[str, Any]]:
+    """Their names of a layer's tensors, and ours stacked."""
+    prefix = layer_prefix(layer)
+    for (part, name), theirs in PROJECTIONS.items():
+        for variable, value in blocks[part][name].items():
+            yield f"{prefix}{theirs}.{variable_name(variable)}", value
+    for ours, theirs in NORMS.items():
+        yield f"{prefix}{theirs}.weight", blocks[ours]["scale"]
+
+
+def _check(config: LlamaConfig, tensors: Tensors, path: pathlib.Path) -> None:
+    expected = dict(_shapes(config))
+    found = tensors.names
+    # Files of long ago store what is computed from the config.
+    found = {name for name in found if not name.endswith("rotary_emb.inv_freq")}
+    if config.tie_embeddings:
+        found.discard(HEAD)
+    for what, names in (
+        ("missing", expected.keys() - found),
+        ("not expected", found - set(expected)),
+    ):
+        if names:
+            more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
+            raise CheckpointError(f"{path}: {min(names)} is {what}{more}.")
+    for name, shape in expected.items():
+        if tensors.shape(name) != tuple(shape):
+            raise CheckpointError(
+                f"{path}: {name} has shape {tensors.shape(name)}; config.json asks for "
+                f"{tuple(shape)}."
+            )

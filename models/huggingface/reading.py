@@ -1,0 +1,86 @@
+"""Reading a directory of Hugging Face's format as a model of ours."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from models.huggingface.configs import from_huggingface
+from models.huggingface.errors import CheckpointError
+from models.huggingface.files import DTYPES, Tensors, read_json
+from models.huggingface.names import NORM
+from models.huggingface.parameters import LayerError, read_parameters
+from models.llama import Llama, LlamaConfig
+
+
+def read_model(
+    directory: str | os.PathLike[str], *, rank: int | None = None, dtype: str | None = None
+) -> tuple[Llama, list[LayerError]]:
+    """Reads a model, dense or factored, or factorises a dense one.
+
+    Args:
+        directory: with ``config.json`` and safetensors.
+        rank: factorise dense projections by their truncated SVD (balanced factors) at this rank;
+            None: take them as they are.
+        dtype: of parameters and products; None: as stored.
+
+    Returns:
+        (the model, the error of each projection that was factorised).
+
+    Raises:
+        CheckpointError: for anything but a LLaMA; a missing, extra or damaged tensor; a wrong
+            shape; a rank that does not fit.
+
+    Example:
+        >>> import tempfile
+        >>> from models.huggingface import write_model
+        >>> config = LlamaConfig(64, 32, 48, num_layers=2, num_heads=4, rank=8)
+        >>> with tempfile.TemporaryDirectory() as parent:
+        ...     _ = write_model(Llama(config, nnx.Rngs(0)), f"{parent}/model")
+        ...     model, errors = read_model(f"{parent}/model", rank=8)
+        >>> model.config.rank, len(errors), max(error.error for error in errors) < 1e-5
+        (8, 14, True)
+    """
+    config = read_config(directory, dtype=dtype)
+    if rank is not None:
+        where = pathlib.Path(directory) / "config.json"
+        if config.scope != "none":
+            raise CheckpointError(f"{where}: the projections are factored; expected no rank.")
+        config = dataclasses.replace(config, scope="all", rank=rank)
+        try:
+            config.validate()
+        except ValueError as error:
+            raise CheckpointError(f"rank {rank} does not fit {where}: {error}") from None
+    model = nnx.eval_shape(lambda: Llama(config, nnx.Rngs(0)))
+    graphdef, state = nnx.split(model)
+    params, errors = read_parameters(directory, nnx.to_pure_dict(state))
+    state.replace_by_pure_dict(jax.tree.map(jnp.asarray, params))
+    return nnx.merge(graphdef, state), errors
+
+
+def read_config(directory: str | os.PathLike[str], *, dtype: str | None = None) -> LlamaConfig:
+    """The config of the model in a directory.
+
+    Args:
+        directory: with ``config.json`` and safetensors.
+        dtype: of parameters and products; None: as stored.
+
+    Returns:
+        The config.
+
+    Raises:
+        CheckpointError: if it is missing or not one of a LLaMA, or the dtype is unknown.
+    """
+    path = pathlib.Path(directory)
+    if not path.is_dir():
+        raise CheckpointError(f"{path} is no directory.")
+    config = from_huggingface(read_json(path / "config.json"), str(path / "config.json"))
+    chosen = dtype or str(Tensors(path).read(NORM).dtype)
+    if chosen not in DTYPES:
+        raise CheckpointError(f"dtype must be one of {', '.join(DTYPES)}, but is {chosen!r}.")
+    return dataclasses.replace(config, dtype=chosen, param_dtype=chosen)

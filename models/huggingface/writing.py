@@ -1,0 +1,127 @@
+"""Writing a model as a directory of Hugging Face's format."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+
+import jax
+import numpy as np
+from flax import nnx
+
+from models.huggingface.configs import to_huggingface
+from models.huggingface.errors import CheckpointError
+from models.huggingface.files import DTYPES, new_directory, write_tensors
+from models.huggingface.names import (
+    EMBEDDING,
+    HEAD,
+    NORM,
+    NORMS,
+    PROJECTIONS,
+    layer_prefix,
+    variable_name,
+)
+from models.llama import Llama
+
+# Hugging Face's programs split larger files than this.
+SHARD_BYTES = 5_000_000_000
+
+
+def write_model(
+    model: Llama,
+    out: str | os.PathLike[str],
+    *,
+    dtype: str = "float32",
+    keep_factors: bool = False,
+    files: Mapping[str, bytes] | None = None,
+    token_ids: Mapping[str, int] | None = None,
+    shard_bytes: int = SHARD_BYTES,
+) -> int:
+    """Writes a model: merged, as any program reads it, or with its factors.
+
+    Args:
+        model: what to write.
+        out: a directory that does not exist yet.
+        dtype: of the tensors: "float32", "bfloat16" or "float16".
+        keep_factors: store B and A, not their product.
+        files: contents of more files by name, such as a tokenizer's.
+        token_ids: ``eos_token_id`` and its kin, for ``config.json``.
+        shard_bytes: size from which a file is split.
+
+    Returns:
+        Bytes of the tensors.
+
+    Raises:
+        CheckpointError: if ``out`` exists or can't be written, the dtype is unknown, or the
+            projections have no single matrix to be merged into.
+
+    Example:
+        >>> import tempfile
+        >>> from models import LlamaConfig
+        >>> config = LlamaConfig(64, 32, 48, num_layers=2, num_heads=4, rank=8)
+        >>> with tempfile.TemporaryDirectory() as parent:
+        ...     write_model(Llama(config, nnx.Rngs(0)), f"{parent}/model")
+        86656
+    """
+    if dtype not in DTYPES:
+        raise CheckpointError(f"dtype must be one of {', '.join(DTYPES)}, but is {dtype!r}.")
+    config = model.config
+    if not keep_factors and config.scope != "none" and config.projection == "cola":
+        raise CheckpointError(
+            'projections of kind "cola" are no single matrix (an activation stands between their '
+            "factors); expected --keep-factors."
+        )
+    content = to_huggingface(config, dtype, keep_factors) | dict(token_ids or {})
+    tensors = _factors(model) if keep_factors else _matrices(model)
+    with new_directory(out) as directory:
+        total = write_tensors(directory, _cast(_named(model, tensors), dtype), shard_bytes)
+        (directory / "config.json").write_text(json.dumps(content, indent=2) + "\n", "utf-8")
+        for name, data in (files or {}).items():
+            (directory / name).write_bytes(data)
+    return total
+
+
+_Tensors = Iterator[tuple[str, jax.Array]]
+
+
+def _named(model: Llama, layers: _Tensors) -> _Tensors:
+    """All tensors, in the order of the computation."""
+    yield EMBEDDING, model.embedding[...]
+    yield from layers
+    yield NORM, model.norm.scale[...]
+    if not model.config.tie_embeddings:
+        yield HEAD, model.head.W[...]
+
+
+def _matrices(model: Llama) -> _Tensors:
+    """The layers' tensors, a dense matrix for each projection."""
+    graphdef, stacked = nnx.split(model.blocks)
+    for layer in range(model.config.num_layers):
+        block = nnx.merge(graphdef, jax.tree.map(lambda x, layer=layer: x[layer], stacked))
+        prefix = layer_prefix(layer)
+        for (part, name), theirs in PROJECTIONS.items():
+            projection = getattr(getattr(block, part), name)
+            yield f"{prefix}{theirs}.weight", projection.weight()
+        for ours, theirs in NORMS.items():
+            yield f"{prefix}{theirs}.weight", getattr(block, ours).scale[...]
+
+
+def _factors(model: Llama) -> _Tensors:
+    """The layers' tensors as they were trained."""
+    blocks = nnx.to_pure_dict(nnx.state(model.blocks))
+    for layer in range(model.config.num_layers):
+        prefix = layer_prefix(layer)
+        for (part, name), theirs in PROJECTIONS.items():
+            for variable, value in blocks[part][name].items():
+                yield f"{prefix}{theirs}.{variable_name(variable)}", value[layer]
+        for ours, theirs in NORMS.items():
+            yield f"{prefix}{theirs}.weight", blocks[ours]["scale"][layer]
+
+
+def _cast(tensors: _Tensors, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
+    """On the host, floating point numbers in one dtype."""
+    for name, tensor in tensors:
+        value = np.asarray(tensor)
+        floating = jax.numpy.issubdtype(value.dtype, jax.numpy.floating)
+        yield name, value.astype(DTYPES[dtype]) if floating else value

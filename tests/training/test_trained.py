@@ -1,0 +1,203 @@
+"""Models of runs, taken out of their directories and put into new ones."""
+
+import dataclasses
+import json
+import shutil
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from loro_jax.training.config import Config, DataConfig
+from loro_jax.training.errors import TrainingError
+from loro_jax.training.loop import train
+from loro_jax.training.trained import load_config, load_run
+from models import LlamaConfig
+from models.huggingface import read_model
+from models.huggingface.__main__ import main
+from tests.training import runs
+
+TEXT = "Paragraph 7: the quick brown fox jumps over 57 lazy dogs."
+
+
+@pytest.fixture(scope="module")
+def make_config(tmp_path_factory):
+    source = runs.corpus(tmp_path_factory.mktemp("text"))
+
+    def make(**changes):
+        model = LlamaConfig(
+            vocab_size=0,
+            hidden_size=32,
+            intermediate_size=48,
+            num_layers=2,
+            num_heads=2,
+            max_sequence_length=64,
+            rank=8,
+        )
+        fields = {
+            "steps": 8,
+            "batch_size": 4,
+            "sequence_length": 32,
+            "warmup_steps": 2,
+            "exact_every": 4,
+            "eval_every": 8,
+            "checkpoint_every": 4,
+            "tensorboard": False,
+            "exact_method": "svd",  # the quickest to compile
+            "model": model,
+            "data": DataConfig(source=str(source), max_eval_sequences=4),
+        }
+        return Config(**{**fields, **changes})
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def run(make_config, tmp_path_factory):
+    """A run's directory and its last validation perplexity."""
+    workdir = tmp_path_factory.mktemp("run") / "run"
+    return workdir, train(make_config(), str(workdir)).val_ppl
+
+
+@pytest.fixture(scope="module")
+def exported(run, tmp_path_factory):
+    """The run's model, merged and with its factors."""
+    folder = tmp_path_factory.mktemp("exported")
+    assert main(["export", str(run[0]), str(folder / "merged")]) == 0
+    assert main(["export", str(run[0]), str(folder / "factored"), "--keep-factors"]) == 0
+    return folder
+
+
+def contents(folder):
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_the_last_model_of_a_run_and_an_earlier_one(run):
+    before = contents(run[0])
+    last, earlier = load_run(run[0]), load_run(run[0], step=4)
+    assert (last.step, earlier.step) == (8, 4)
+    assert not np.array_equal(last.model.embedding[...], earlier.model.embedding[...])
+    assert last.tokenizer.vocab_size == 2048
+    assert last.config == load_config(run[0] / "config.json")
+    assert contents(run[0]) == before
+
+
+def test_a_stored_config_is_read_as_it_was(make_config, tmp_path):
+    config = make_config(lr_scale=0.5, model=LlamaConfig(num_kv_heads=4, rank=3))
+    (tmp_path / "config.json").write_text(config.to_json())
+    assert load_config(tmp_path / "config.json") == config
+    content = json.loads(config.to_json())
+    del content["init_from"], content["model"]["head_dim"]
+    (tmp_path / "config.json").write_text(json.dumps(content))
+    assert load_config(tmp_path / "config.json") == config
+    for bad in ("{", "[]", '{"stpes": 3}'):
+        (tmp_path / "config.json").write_text(bad)
+        with pytest.raises(TrainingError, match=r"config\.json can't be read"):
+            load_config(tmp_path / "config.json")
+
+
+def test_what_is_no_run_is_named(run, tmp_path):
+    with pytest.raises(TrainingError, match="is no run directory"):
+        load_run(tmp_path)
+    with pytest.raises(TrainingError, match="no checkpoint of step 5; expected one of 4, 8"):
+        load_run(run[0], step=5)
+    shutil.copy(run[0] / "config.json", tmp_path)
+    with pytest.raises(TrainingError, match="holds no checkpoint"):
+        load_run(tmp_path)
+    shutil.copytree(run[0] / "checkpoints", tmp_path / "checkpoints")
+    for path in (tmp_path / "checkpoints" / "8").rglob("*"):
+        if path.is_file() and path.stat().st_size > 1000:
+            data = bytearray(path.read_bytes())
+            data[len(data) // 2] ^= 0xFF
+            path.write_bytes(data)
+    with pytest.raises(TrainingError, match="checkpoints/8 can't be read"):
+        load_run(tmp_path)
+
+
+def test_transformers_computes_what_the_run_does_from_text_to_logits(run, exported):
+    torch = pytest.importorskip("torch", reason="the counterpart needs torch")
+    transformers = pytest.importorskip("transformers", reason="the counterpart needs transformers")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(exported / "merged")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(exported / "merged")
+    ours = load_run(run[0])
+    assert tokenizer.eos_token_id == theirs.config.eos_token_id == ours.tokenizer.eos_id
+    ids = tokenizer(TEXT, add_special_tokens=False)["input_ids"]
+    assert ids == ours.tokenizer.encode([TEXT])[0]
+    assert tokenizer.decode(ids) == TEXT
+    with torch.no_grad():
+        logits = theirs(torch.tensor([ids])).logits.numpy()
+    np.testing.assert_allclose(logits, ours.model(jnp.array([ids])), atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("form", "method"),
+    [("merged", "full"), ("merged", "loro"), ("factored", "lowrank"), ("merged", "lora")],
+)
+def test_a_run_goes_on_from_exported_weights(run, exported, make_config, tmp_path, form, method):
+    # The products have the rank of the run, so a truncated SVD of that rank leaves nothing out.
+    config = make_config(
+        method=method,
+        init_from=str(exported / form),
+        steps=1,
+        learning_rate=1e-12,
+        warmup_steps=0,
+        eval_every=1,
+        model=LlamaConfig(rank=8),  # all else is taken from the directory
+    )
+    outcome = train(config, str(tmp_path / "run"))
+    assert outcome.val_ppl == pytest.approx(run[1], rel=1e-4)
+    stored = load_config(tmp_path / "run" / "config.json")
+    assert stored.model.hidden_size == 32
+    assert train(config, str(tmp_path / "run")).val_ppl == outcome.val_ppl  # resumes
+
+
+BAD_STARTS = {
+    "nothing": ({"init_from": "nowhere"}, "config.init_from: nowhere is no directory"),
+    "another rank": (
+        {"model": LlamaConfig(rank=4)},
+        r"q_proj\.A has shape \(8, 32\); the model wants \(4, 32\)",
+    ),
+    "factors for a dense model": ({"method": "full"}, "q_proj is stored as A, B; the model wants"),
+    "another tokenizer": (
+        {"data": DataConfig(tokenizer="bytes")},
+        "config.data.tokenizer = 'bytes' has 259 ids, but .* has 2048",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", BAD_STARTS)
+def test_starts_that_do_not_fit_are_named(exported, make_config, tmp_path, case):
+    changes, message = BAD_STARTS[case]
+    config = make_config(init_from=str(exported / "factored"))
+    if "data" in changes:
+        changes = {"data": dataclasses.replace(changes["data"], source=config.data.source)}
+    with pytest.raises(TrainingError, match=message) as caught:
+        train(dataclasses.replace(config, **changes), str(tmp_path / "run"))
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_command_imports_and_prints_errors(exported, tmp_path, capsys):
+    arguments = [str(exported / "merged"), str(tmp_path / "small"), "--rank=4"]
+    assert main(["import", *arguments]) == 0
+    printed = capsys.readouterr().out
+    assert "| projection | shape | rank | relative error |" in printed
+    assert "| model.layers.1.mlp.down_proj | 32 x 48 | 4 |" in printed
+    model, _ = read_model(tmp_path / "small")
+    assert model.config.rank == 4
+    assert (tmp_path / "small" / "tokenizer.json").exists()
+    assert main(["import", *arguments]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert error.count("\n") == 1
+    assert main(["export", str(tmp_path), str(tmp_path / "out")]) == 1
+    assert "is no run directory" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("text", "size"), [("5GB", 5e9), ("200MB", 2e8), ("1.5k", 1500)])
+def test_sizes_of_files(exported, tmp_path, text, size):
+    from models.huggingface.__main__ import _size
+
+    assert _size(text) == size
+    with pytest.raises(SystemExit):
+        main(["import", str(exported), str(tmp_path / "out"), "--shard-bytes=large"])
