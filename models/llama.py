@@ -272,18 +272,27 @@ class Attention(nnx.Module):
         self.rope_theta = config.rope_theta
         self.rope_scaling = dataclasses.replace(config.rope_scaling)
 
-    def __call__(self, x_BxLxD: Array) -> Array:
-        """Maps (B, L, D) to (B, L, D)."""
+    def queries_keys_values(self, x_BxLxD: Array, positions: Array) -> tuple[Array, Array, Array]:
+        """Heads (B, L, H, K) of queries and (B, L, G, K) of keys and values, turned by position.
+
+        Args:
+            x_BxLxD: input.
+            positions: of the tokens, (L,), or (B, L) where rows differ.
+        """
         B, L, _ = x_BxLxD.shape
-        positions_L = jnp.arange(L)
         frequencies_K = frequencies(self.head_size, self.rope_theta, self.rope_scaling)
 
         def heads(y_BxLxD: Array) -> Array:
             return y_BxLxD.reshape(B, L, -1, self.head_size)
 
-        q_BxLxHxK = rotary_embedding(heads(self.q(x_BxLxD)), positions_L, frequencies_K)
-        k_BxLxGxK = rotary_embedding(heads(self.k(x_BxLxD)), positions_L, frequencies_K)
-        v_BxLxGxK = heads(self.v(x_BxLxD))
+        q_BxLxHxK = rotary_embedding(heads(self.q(x_BxLxD)), positions, frequencies_K)
+        k_BxLxGxK = rotary_embedding(heads(self.k(x_BxLxD)), positions, frequencies_K)
+        return q_BxLxHxK, k_BxLxGxK, heads(self.v(x_BxLxD))
+
+    def __call__(self, x_BxLxD: Array) -> Array:
+        """Maps (B, L, D) to (B, L, D)."""
+        B, L, _ = x_BxLxD.shape
+        q_BxLxHxK, k_BxLxGxK, v_BxLxGxK = self.queries_keys_values(x_BxLxD, jnp.arange(L))
         y_BxLxHxK = jax.nn.dot_product_attention(q_BxLxHxK, k_BxLxGxK, v_BxLxGxK, is_causal=True)
         return self.o(y_BxLxHxK.reshape(B, L, -1))
 

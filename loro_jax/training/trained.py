@@ -14,6 +14,7 @@ from loro_jax.training.errors import TrainingError
 from loro_jax.training.mesh import make_mesh
 from loro_jax.training.step import abstract_state, make_program, merge_model
 from loro_jax.training.tokenizer import Tokenizer, load_tokenizer
+from models.huggingface import read_model
 from models.llama import Llama
 
 
@@ -69,6 +70,40 @@ def load_run(path: str | pathlib.Path, step: int | None = None) -> Trained:
     model = merge_model(config, state.params, state.fixed)
     tokenizer = load_tokenizer(config.data.tokenizer, config.data.eos_id, config.data.pad_id)
     return Trained(config, chosen, model, tokenizer)
+
+
+def load_model(path: str | pathlib.Path) -> tuple[Llama, Tokenizer]:
+    """The model in a run directory, or in one of Hugging Face's format.
+
+    Args:
+        path: the directory.
+
+    Returns:
+        (the model, its tokenizer).
+
+    Raises:
+        TrainingError: if it is neither, or can't be read, or has no tokenizer.
+        CheckpointError: if it is of Hugging Face's format and damaged.
+    """
+    directory = pathlib.Path(path)
+    try:
+        content = json.loads((directory / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        content = None
+    if not isinstance(content, dict) or "model_type" not in content:
+        run = load_run(directory)
+        return run.model, run.tokenizer
+    eos, pad = (content.get(f"{name}_token_id") for name in ("eos", "pad"))
+    if isinstance(eos, list):  # some models have several; the first is the usual one
+        eos = eos[0]
+    model, _ = read_model(directory)
+    tokenizer = load_tokenizer(str(directory), eos_id=eos, pad_id=pad)
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise TrainingError(
+            f"{directory}: its tokenizer has {tokenizer.vocab_size} ids, its model "
+            f"{model.config.vocab_size}."
+        )
+    return model, tokenizer
 
 
 def load_config(path: pathlib.Path) -> Config:

@@ -75,6 +75,8 @@ def test_every_config_takes_a_step_on_a_small_batch(name):
             f"{name} needs {needed_gb:.0f} GB of memory, this machine has {memory_gb():.0f}"
         )
     config = dataclasses.replace(config, batch_size=2, gradient_accumulation=1, sequence_length=16)
+    # The quickest to compile; the others are tested on all shapes of pairs elsewhere.
+    config = dataclasses.replace(config, exact_method="svd")
     program, _ = compile_program(make_program(config), make_mesh(config.mesh))
     tokens = np.random.default_rng(0).integers(config.model.vocab_size, size=(2, 17))
     batch = Batch(

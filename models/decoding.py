@@ -1,0 +1,221 @@
+"""Text from a model, one token at a time, with the keys and values of the past kept.
+
+Prompts of different lengths are padded on the left, so that all rows write to the same slot of the
+cache; a row's positions count from its first token. Projections stay what they are: a low-rank one
+multiplies by its factors when decoding, too.
+
+Shapes: as in :mod:`models.llama`; T slots of the cache, N layers.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from models.llama import Block, Llama, LlamaConfig
+from models.loss import reduction_dtype
+from models.sampling import GREEDY, Sampling, next_tokens
+
+Array = jax.Array
+
+# Prompts are padded to a multiple, so that those of similar lengths share a compiled program.
+_PROMPT_MULTIPLE = 32
+
+
+class Cache(NamedTuple):
+    """Keys and values of the past.
+
+    Attributes:
+        keys: turned by their positions, (N, B, T, G, K); a layer's own: (B, T, G, K).
+        values: likewise.
+    """
+
+    keys: Array
+    values: Array
+
+
+def empty_cache(config: LlamaConfig, batch_size: int, length: int) -> Cache:
+    """A cache of zeros.
+
+    Args:
+        config: the model's.
+        batch_size: B.
+        length: T.
+
+    Returns:
+        The cache, in the dtype of the activations.
+    """
+    shape = (config.num_layers, batch_size, length, config.kv_heads, config.head_size)
+    zeros = functools.partial(jnp.zeros, shape, jnp.dtype(config.dtype))
+    return Cache(zeros(), zeros())
+
+
+def extend(
+    model: Llama, tokens_BxL: Array, cache: Cache, slot: Array | int, padding_B: Array
+) -> tuple[Array, Cache]:
+    """Reads tokens behind those in the cache.
+
+    Args:
+        model: the model.
+        tokens_BxL: token ids.
+        cache: of the tokens before.
+        slot: where the first of the tokens goes, the same in all rows.
+        padding_B: slots of each row before its first token.
+
+    Returns:
+        (logits behind the last token (B, V), float32, and the cache with these tokens).
+
+    Example:
+        >>> config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_layers=2,
+        ...                      num_heads=4, rank=8)
+        >>> model, tokens = Llama(config, nnx.Rngs(0)), jnp.array([[5, 6, 7]])
+        >>> logits, _ = extend(model, tokens, empty_cache(config, 1, 4), 0, jnp.array([0]))
+        >>> bool(jnp.allclose(logits, model(tokens)[:, -1], atol=1e-5))
+        True
+    """
+    slots_L = slot + jnp.arange(tokens_BxL.shape[1])
+    slots_T = jnp.arange(cache.keys.shape[2])
+    positions_BxL = jnp.maximum(slots_L - padding_B[:, None], 0)
+    seen_BxLxT = (slots_T <= slots_L[:, None]) & (slots_T >= padding_B[:, None, None])
+    x_BxLxD = model.embedding[...][tokens_BxL].astype(jnp.dtype(model.config.dtype))
+    graphdef, stacked = nnx.split(model.blocks)
+
+    def layer(x_BxLxD: Array, inputs: tuple[nnx.State, Cache]) -> tuple[Array, Cache]:
+        params, past = inputs
+        block = nnx.merge(graphdef, params)
+        return _cached_block(block, x_BxLxD, past, slot, positions_BxL, seen_BxLxT)
+
+    x_BxLxD, cache = jax.lax.scan(layer, x_BxLxD, (stacked, cache))
+    last_BxD = model.norm(x_BxLxD[:, -1])
+    dtype = reduction_dtype(last_BxD.dtype)
+    return jnp.matmul(last_BxD, model.head_VxD().T, preferred_element_type=dtype), cache
+
+
+def _cached_block(
+    block: Block,
+    x_BxLxD: Array,
+    past: Cache,
+    slot: Array | int,
+    positions_BxL: Array,
+    seen_BxLxT: Array,
+) -> tuple[Array, Cache]:
+    """A layer whose queries see the cache; ``past`` is that layer's part of it."""
+    h_BxLxD = block.attention_norm(x_BxLxD)
+    q_BxLxHxK, k_BxLxGxK, v_BxLxGxK = block.attention.queries_keys_values(h_BxLxD, positions_BxL)
+    k_BxTxGxK = jax.lax.dynamic_update_slice_in_dim(past.keys, k_BxLxGxK, slot, axis=1)
+    v_BxTxGxK = jax.lax.dynamic_update_slice_in_dim(past.values, v_BxLxGxK, slot, axis=1)
+    y_BxLxHxK = jax.nn.dot_product_attention(
+        q_BxLxHxK, k_BxTxGxK, v_BxTxGxK, mask=seen_BxLxT[:, None]
+    )
+    x_BxLxD = x_BxLxD + block.attention.o(y_BxLxHxK.reshape(*x_BxLxD.shape[:2], -1))
+    x_BxLxD = x_BxLxD + block.mlp(block.mlp_norm(x_BxLxD))
+    return x_BxLxD, Cache(k_BxTxGxK, v_BxTxGxK)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 7), donate_argnums=3)
+def _step(
+    graphdef: Any,
+    state: Any,
+    tokens_BxL: Array,
+    cache: Cache,
+    slot: Array,
+    padding_B: Array,
+    key: Array,
+    sampling: Sampling,
+) -> tuple[Array, Cache]:
+    """Reads tokens and draws the next of each row, (B, 1)."""
+    model = nnx.merge(graphdef, state)
+    logits_BxV, cache = extend(model, tokens_BxL, cache, slot, padding_B)
+    return next_tokens(logits_BxV, sampling, key)[:, None], cache
+
+
+def generate(
+    model: Llama,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    sampling: Sampling = GREEDY,
+    *,
+    eos_id: int | None = None,
+    seed: int = 0,
+) -> Iterator[np.ndarray]:
+    """Continues prompts; yields the next token of every row.
+
+    Args:
+        model: the model.
+        prompts: token ids, at least one each.
+        max_new_tokens: tokens to add at most.
+        sampling: how they are drawn; the likeliest by default.
+        eos_id: the id that ends a text; a row behind it goes on with it, and all rows there end
+            the iteration. None: there is none.
+        seed: of the draws.
+
+    Yields:
+        Token ids, int32 (B,).
+
+    Raises:
+        ValueError: for an empty prompt, an id outside the vocabulary, more tokens than the model
+            takes, or a bad sampling.
+
+    Example:
+        >>> config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_layers=2,
+        ...                      num_heads=4, rank=8)
+        >>> model = Llama(config, nnx.Rngs(0))
+        >>> np.stack(list(generate(model, [[5, 6, 7], [8]], max_new_tokens=4)), axis=1).shape
+        (2, 4)
+    """
+    sampling.validate()
+    config = model.config
+    longest = max((len(prompt) for prompt in prompts), default=0)
+    if not prompts or not all(prompts):
+        raise ValueError("generate: expected prompts of at least one token each.")
+    if max_new_tokens < 1 or longest + max_new_tokens > config.max_sequence_length:
+        raise ValueError(
+            f"generate: max_new_tokens must be between 1 and {config.max_sequence_length - longest}"
+            f" (the model's max_sequence_length = {config.max_sequence_length} less the longest "
+            f"prompt's {longest}), but is {max_new_tokens}."
+        )
+    for prompt in prompts:
+        if not 0 <= min(prompt) <= max(prompt) < config.vocab_size:
+            raise ValueError(
+                f"generate: ids must be between 0 and {config.vocab_size - 1}, but one is "
+                f"{min(prompt) if min(prompt) < 0 else max(prompt)}."
+            )
+    slots = -(-longest // _PROMPT_MULTIPLE) * _PROMPT_MULTIPLE
+    padding_B = np.array([slots - len(prompt) for prompt in prompts], np.int32)
+    tokens_BxL = np.zeros((len(prompts), slots), np.int32)
+    for row, prompt in zip(tokens_BxL, prompts, strict=True):
+        row[slots - len(prompt) :] = prompt
+    cache = empty_cache(config, len(prompts), slots + max_new_tokens)
+    graphdef, state = nnx.split(model)
+    keys = jax.random.split(jax.random.key(seed), max_new_tokens)
+    tokens: Any = jnp.asarray(tokens_BxL)
+    ended_B = np.zeros(len(prompts), bool)
+    slot = 0
+    waiting: Array | None = None
+    for key in keys:
+        where = jnp.asarray(slot, jnp.int32)
+        slot += tokens.shape[1]
+        tokens, cache = _step(graphdef, state, tokens, cache, where, padding_B, key, sampling)
+        # The tokens of the step before, now that the device has this one to work on.
+        if waiting is not None:
+            yield _settle(waiting, ended_B, eos_id)
+            if ended_B.all():
+                return
+        waiting = tokens
+    assert waiting is not None  # there was at least one step
+    yield _settle(waiting, ended_B, eos_id)
+
+
+def _settle(tokens_Bx1: Array, ended_B: np.ndarray, eos_id: int | None) -> np.ndarray:
+    """Tokens on the host, the end-of-text id where a row has ended; notes rows that end here."""
+    tokens_B = np.asarray(tokens_Bx1)[:, 0]
+    if eos_id is not None:
+        tokens_B = np.where(ended_B, eos_id, tokens_B).astype(np.int32)
+        ended_B |= tokens_B == eos_id
+    return tokens_B

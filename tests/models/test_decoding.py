@@ -1,0 +1,189 @@
+"""Decoding with a cache against the model itself, and against transformers."""
+
+import dataclasses
+import io
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+
+from loro_jax.training.tokenizer import load_tokenizer
+from models import Llama, LlamaConfig, decoding
+from models.decoding import generate
+from models.generate import continuations, main
+from models.huggingface import write_model
+from models.sampling import GREEDY, Sampling, next_tokens, restricted_logits
+
+CONFIG = LlamaConfig(
+    vocab_size=259,
+    hidden_size=32,
+    intermediate_size=48,
+    num_layers=2,
+    num_heads=4,
+    max_sequence_length=96,
+    rank=8,
+)
+PROMPTS = [[5, 6, 7, 8, 9], [10], [200, 100, 50], [3] * 40]
+
+
+def make(**changes):
+    """A model far from its initial values, so that its logits differ."""
+    graphdef, state = nnx.split(Llama(dataclasses.replace(CONFIG, **changes), nnx.Rngs(0)))
+    rng = np.random.default_rng(0)
+    state = jax.tree.map(lambda x: (x + rng.normal(scale=0.2, size=x.shape)).astype(x.dtype), state)
+    return nnx.merge(graphdef, state)
+
+
+def collect(*arguments, **keywords):
+    return np.stack(list(generate(*arguments, **keywords)), axis=1)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"num_kv_heads": 2, "head_dim": 6, "tie_embeddings": True}, {"projection": "cola"}],
+)
+def test_a_batch_of_prompts_goes_on_as_the_whole_model_says(changes):
+    model = make(**changes)
+    found = collect(model, PROMPTS, max_new_tokens=6)
+    assert len(np.unique(found)) > 6
+    padded = np.zeros((len(PROMPTS), 48), np.int32)
+    lengths = [len(prompt) for prompt in PROMPTS]
+    for row, prompt in zip(padded, PROMPTS, strict=True):
+        row[: len(prompt)] = prompt
+    whole = jax.jit(lambda tokens: model(tokens))
+    for step in range(6):
+        # What stands behind a token does not change its logits.
+        logits = np.asarray(whole(padded))
+        for i, length in enumerate(lengths):
+            assert found[i, step] == np.argmax(logits[i, length + step - 1])
+            padded[i, length + step] = found[i, step]
+
+
+def test_greedy_text_is_that_of_transformers(tmp_path):
+    torch = pytest.importorskip("torch", reason="the counterpart needs torch")
+    transformers = pytest.importorskip("transformers", reason="the counterpart needs transformers")
+    model = make(num_kv_heads=2)
+    write_model(model, tmp_path / "out")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    found = collect(model, PROMPTS, max_new_tokens=24)
+    for prompt, continuation in zip(PROMPTS, found, strict=True):
+        tokens = torch.tensor([prompt])
+        expected = theirs.generate(
+            tokens,
+            attention_mask=torch.ones_like(tokens),
+            max_new_tokens=24,
+            do_sample=False,
+            pad_token_id=0,
+        )
+        assert expected[0, len(prompt) :].tolist() == continuation.tolist()
+
+
+def test_a_prompt_of_another_length_compiles_nothing_new():
+    model = make()
+    collect(model, [[5, 6, 7]], max_new_tokens=5)
+    before = decoding._step._cache_size()
+    collect(model, [[9] * 30], max_new_tokens=5)
+    assert decoding._step._cache_size() == before
+
+
+def test_draws_follow_the_seed_and_the_distribution():
+    model = make()
+    sampling = Sampling(temperature=1.0)
+    one, same, other = (
+        collect(model, PROMPTS, 8, sampling, seed=seed).tolist() for seed in (1, 1, 2)
+    )
+    assert one == same != other
+    logits = jnp.log(jnp.array([[0.1, 0.6, 0.3]]))
+    keys = jax.random.split(jax.random.key(0), 20_000)
+    drawn = jax.vmap(lambda key: next_tokens(logits, Sampling(), key)[0])(keys)
+    np.testing.assert_allclose(np.bincount(drawn) / 20_000, [0.1, 0.6, 0.3], atol=0.015)
+    assert set(np.unique(next_tokens(jnp.tile(logits, (99, 1)), Sampling(top_k=1), keys[0]))) == {1}
+    assert next_tokens(logits, GREEDY, keys[0]).tolist() == [1]
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        Sampling(0.7),
+        Sampling(1.0, top_k=5),
+        Sampling(1.0, top_p=0.8),
+        Sampling(1.3, top_k=40, top_p=0.5),
+        Sampling(1.0, top_k=10_000),
+        Sampling(1.0, top_p=1e-6),
+    ],
+)
+def test_restrictions_are_those_of_transformers(sampling):
+    torch = pytest.importorskip("torch", reason="the counterpart needs torch")
+    transformers = pytest.importorskip("transformers", reason="the counterpart needs transformers")
+    logits = np.random.default_rng(0).normal(scale=3, size=(16, 259)).astype(np.float32)
+    expected = torch.tensor(logits)
+    warpers = [transformers.TemperatureLogitsWarper(sampling.temperature)]
+    if sampling.top_k:
+        warpers.append(transformers.TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        warpers.append(transformers.TopPLogitsWarper(sampling.top_p))
+    for warper in warpers:
+        expected = warper(None, expected)
+    found = np.asarray(restricted_logits(jnp.array(logits), sampling))
+    np.testing.assert_allclose(found, expected.numpy(), rtol=1e-6)
+
+
+def test_rows_end_at_the_end_of_a_text():
+    model = make()
+    free = collect(model, PROMPTS, max_new_tokens=12)
+    eos = int(free[0, 3])
+    bound = collect(model, PROMPTS, max_new_tokens=12, eos_id=eos)
+    for row, expected in zip(bound, free, strict=True):
+        end = list(expected).index(eos) if eos in expected else len(expected)
+        assert row[:end].tolist() == expected[: min(end, len(row))].tolist()
+        assert set(row[end:].tolist()) <= {eos}
+    alone = collect(model, PROMPTS[:1], max_new_tokens=12, eos_id=eos)
+    assert alone.shape[1] == list(free[0]).index(eos) + 1
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"prompts": [[5], []]}, "at least one token each"),
+        ({"prompts": [[5, 259]]}, "between 0 and 258, but one is 259"),
+        ({"prompts": [[5] * 90], "max_new_tokens": 7}, "between 1 and 6 .* but is 7"),
+        ({"max_new_tokens": 0}, "but is 0"),
+        ({"sampling": Sampling(-1.0)}, "temperature must be at least 0"),
+        ({"sampling": Sampling(top_k=-1)}, "top_k must be at least 0"),
+        ({"sampling": Sampling(top_p=0.0)}, "top_p must be above 0"),
+    ],
+)
+def test_bad_values_are_named(changes, message):
+    arguments = {"prompts": [[5]], "max_new_tokens": 4, **changes}
+    with pytest.raises(ValueError, match=message):
+        next(generate(make(), **arguments))
+
+
+def test_characters_of_several_bytes_come_whole(monkeypatch):
+    tokenizer = load_tokenizer("bytes")
+    text = "é 日本 \U0001f99c!"
+    ids = [*tokenizer.encode([text])[0], tokenizer.eos_id, tokenizer.eos_id]
+    monkeypatch.setattr("models.generate.generate", lambda *_, **__: iter(np.array(ids)[:, None]))
+    grown = [texts[0] for texts in continuations(make(), tokenizer, ["Say: "], 99, GREEDY)]
+    assert "".join(grown) == text
+    assert "日" in grown
+    assert not any("\ufffd" in piece for piece in grown)
+
+
+def test_the_command(tmp_path, capsys):
+    tokenizer = load_tokenizer("bytes")
+    ids = {"eos_token_id": 1, "pad_token_id": 0}
+    write_model(make(), tmp_path / "out", files=tokenizer.files(), token_ids=ids)
+    arguments = [str(tmp_path / "out"), "--max-new-tokens=9", "--temperature=0"]
+    one, both = io.StringIO(), io.StringIO()
+    assert main([*arguments, "--prompt=The end"], one) == 0
+    assert main([*arguments, "--prompt=The end", "--prompt=A"], both) == 0
+    assert one.getvalue().startswith("The end")
+    assert both.getvalue().startswith(one.getvalue())
+    for bad in (["--top-p=2"], ["--max-new-tokens=500"]):
+        assert main([*arguments, "--prompt=A", *bad]) == 1
+    assert main([str(tmp_path), "--prompt=A"]) == 1
+    errors = capsys.readouterr().err
+    assert errors.count("error: ") == errors.count("\n") == 3
