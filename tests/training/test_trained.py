@@ -13,6 +13,7 @@ from loro_jax.training.errors import TrainingError
 from loro_jax.training.loop import train
 from loro_jax.training.trained import load_config, load_run
 from models import LlamaConfig
+from models.evaluate import main as evaluate
 from models.huggingface import read_model
 from models.huggingface.__main__ import main
 from tests.training import runs
@@ -149,6 +150,26 @@ def test_a_run_goes_on_from_exported_weights(run, exported, make_config, tmp_pat
     stored = load_config(tmp_path / "run" / "config.json")
     assert stored.model.hidden_size == 32
     assert train(config, str(tmp_path / "run")).val_ppl == outcome.val_ppl  # resumes
+
+
+@pytest.mark.parametrize("form", ["run", "merged", "factored"])
+def test_the_command_evaluates_as_the_run_did(run, exported, make_config, tmp_path, capsys, form):
+    directory = run[0] if form == "run" else exported / form
+    source = make_config().data.source
+    tokens = 4 * 32 + 1  # of the run's validation set
+    arguments = [str(directory), source, "--window=32", f"--max-tokens={tokens}"]
+    assert evaluate([*arguments, "--json"]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["tokens"] == tokens - 1
+    assert found["perplexity"] == pytest.approx(run[1], rel=1e-5)
+    assert evaluate([*arguments, "--split=all", "--stride=8"]) == 0
+    assert "windows of 32 every 8" in capsys.readouterr().out
+    for bad in (["--window=65"], ["--stride=33"], ["--batch-size=0"]):
+        assert evaluate([*arguments, *bad]) == 1
+    (tmp_path / "empty.txt").write_text("")
+    assert evaluate([str(directory), str(tmp_path / "empty.txt")]) == 1
+    errors = capsys.readouterr().err
+    assert errors.count("error: ") == errors.count("\n") == 4
 
 
 BAD_STARTS = {

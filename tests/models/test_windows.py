@@ -1,0 +1,68 @@
+import numpy as np
+import pytest
+from flax import nnx
+
+from models import Llama, LlamaConfig
+from models.huggingface import write_model
+from models.windows import score, windows
+
+CONFIG = LlamaConfig(
+    vocab_size=96,
+    hidden_size=32,
+    intermediate_size=48,
+    num_layers=2,
+    num_heads=4,
+    max_sequence_length=64,
+    rank=8,
+    initializer_range=0.3,
+    initialiser="auto",
+)
+STREAM = np.random.default_rng(0).integers(96, size=203)
+
+
+@pytest.mark.parametrize(("length", "stride"), [(16, 16), (16, 5), (16, 1), (64, 64), (202, 7)])
+def test_every_token_but_the_first_is_predicted_once_and_with_context(length, stride):
+    predicted = []
+    for i, window in enumerate(windows(STREAM, length, stride)):
+        (places,) = np.nonzero(window.mask[0])
+        start = i * stride
+        predicted += list(start + 1 + places)
+        np.testing.assert_array_equal(window.targets[0, places], STREAM[start + 1 + places])
+        inputs = window.inputs[0, : places.max() + 1]
+        np.testing.assert_array_equal(inputs, STREAM[start : start + len(inputs)])
+        assert i == 0 or places.min() >= length - stride
+    assert predicted == list(range(1, len(STREAM)))
+
+
+@pytest.mark.parametrize(("length", "stride"), [(32, 32), (32, 12)])
+def test_the_score_is_transformers_loss_on_the_same_windows(length, stride, tmp_path):
+    torch = pytest.importorskip("torch", reason="the counterpart needs torch")
+    transformers = pytest.importorskip("transformers", reason="the counterpart needs transformers")
+    model = Llama(CONFIG, nnx.Rngs(0))
+    write_model(model, tmp_path / "out")
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    nats, tokens, end_before = 0.0, 0, 1
+    for start in range(0, len(STREAM), stride):
+        part = torch.tensor(STREAM[None, start : start + length + 1])
+        labels = part.clone()
+        labels[:, : end_before - start] = -100
+        new = int((labels[:, 1:] != -100).sum())
+        if not new:
+            break
+        with torch.no_grad():
+            nats += float(theirs(part, labels=labels).loss) * new
+        tokens += new
+        end_before = start + part.shape[1]
+    found = score(model, STREAM, length, stride, batch_size=3)
+    assert found.tokens == tokens == len(STREAM) - 1
+    assert found.nats / found.tokens == pytest.approx(nats / tokens, abs=1e-4)
+    assert found.perplexity > 100  # far from uniform: every window matters
+
+
+@pytest.mark.parametrize(
+    ("stream", "stride", "message"),
+    [(STREAM[:1], 4, "at least two tokens"), (STREAM, 0, "stride must be"), (STREAM, 9, "and 8")],
+)
+def test_bad_values_are_named(stream, stride, message):
+    with pytest.raises(ValueError, match=message):
+        next(windows(stream, 8, stride))
