@@ -1,6 +1,7 @@
 """Models of runs, taken out of their directories and put into new ones."""
 
 import dataclasses
+import importlib.resources
 import json
 import shutil
 
@@ -18,7 +19,8 @@ from models.huggingface import read_model
 from models.huggingface.__main__ import main
 from tests.training import runs
 
-TEXT = "Paragraph 7: the quick brown fox jumps over 57 lazy dogs."
+NOVEL = importlib.resources.files("loro_jax.training") / "corpus" / "valid.txt"
+TEXT = NOVEL.read_text(encoding="utf-8")[10_000:10_120]
 
 
 @pytest.fixture(scope="module")
