@@ -4,7 +4,8 @@ Prompts of different lengths are padded on the left, so that all rows write to t
 cache; a row's positions count from its first token. Projections stay what they are: a low-rank one
 multiplies by its factors when decoding, too.
 
-Shapes: as in :mod:`models.llama`; T slots of the cache, N layers.
+Shapes: as in :mod:`models.llama`; T slots of the cache, N layers, M = L H / G queries of a head of
+keys.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from models.llama import Block, Llama, LlamaConfig
+from models.llama import Llama, LlamaConfig
 from models.loss import reduction_dtype
 from models.sampling import GREEDY, Sampling, next_tokens
 
@@ -32,7 +33,8 @@ class Cache(NamedTuple):
     """Keys and values of the past.
 
     Attributes:
-        keys: turned by their positions, (N, B, T, G, K); a layer's own: (B, T, G, K).
+        keys: turned by their positions, (N, B, G, T, K): each head's lie together, as its products
+            with a query read them.
         values: likewise.
     """
 
@@ -51,7 +53,7 @@ def empty_cache(config: LlamaConfig, batch_size: int, length: int) -> Cache:
     Returns:
         The cache, in the dtype of the activations.
     """
-    shape = (config.num_layers, batch_size, length, config.kv_heads, config.head_size)
+    shape = (config.num_layers, batch_size, config.kv_heads, length, config.head_size)
     zeros = functools.partial(jnp.zeros, shape, jnp.dtype(config.dtype))
     return Cache(zeros(), zeros())
 
@@ -80,42 +82,50 @@ def extend(
         True
     """
     slots_L = slot + jnp.arange(tokens_BxL.shape[1])
-    slots_T = jnp.arange(cache.keys.shape[2])
+    slots_T = jnp.arange(cache.keys.shape[3])
     positions_BxL = jnp.maximum(slots_L - padding_B[:, None], 0)
     seen_BxLxT = (slots_T <= slots_L[:, None]) & (slots_T >= padding_B[:, None, None])
     x_BxLxD = model.embedding[...][tokens_BxL].astype(jnp.dtype(model.config.dtype))
     graphdef, stacked = nnx.split(model.blocks)
 
-    def layer(x_BxLxD: Array, inputs: tuple[nnx.State, Cache]) -> tuple[Array, Cache]:
-        params, past = inputs
+    def layer(carry: tuple[Array, Cache], inputs: tuple[Array, nnx.State]) -> Any:
+        # The cache is carried, and written in place; as an output it would be copied every time.
+        x_BxLxD, cache = carry
+        number, params = inputs
         block = nnx.merge(graphdef, params)
-        return _cached_block(block, x_BxLxD, past, slot, positions_BxL, seen_BxLxT)
+        h_BxLxD = block.attention_norm(x_BxLxD)
+        q_BxLxHxK, *new = block.attention.queries_keys_values(h_BxLxD, positions_BxL)
+        cache = Cache(*(_written(old, x, number, slot) for old, x in zip(cache, new, strict=True)))
+        y_BxLxHxK = _attention(q_BxLxHxK, cache.keys[number], cache.values[number], seen_BxLxT)
+        x_BxLxD = x_BxLxD + block.attention.o(y_BxLxHxK.reshape(*x_BxLxD.shape[:2], -1))
+        return (x_BxLxD + block.mlp(block.mlp_norm(x_BxLxD)), cache), None
 
-    x_BxLxD, cache = jax.lax.scan(layer, x_BxLxD, (stacked, cache))
+    layers = (jnp.arange(model.config.num_layers), stacked)
+    (x_BxLxD, cache), _ = jax.lax.scan(layer, (x_BxLxD, cache), layers)
     last_BxD = model.norm(x_BxLxD[:, -1])
     dtype = reduction_dtype(last_BxD.dtype)
     return jnp.matmul(last_BxD, model.head_VxD().T, preferred_element_type=dtype), cache
 
 
-def _cached_block(
-    block: Block,
-    x_BxLxD: Array,
-    past: Cache,
-    slot: Array | int,
-    positions_BxL: Array,
-    seen_BxLxT: Array,
-) -> tuple[Array, Cache]:
-    """A layer whose queries see the cache; ``past`` is that layer's part of it."""
-    h_BxLxD = block.attention_norm(x_BxLxD)
-    q_BxLxHxK, k_BxLxGxK, v_BxLxGxK = block.attention.queries_keys_values(h_BxLxD, positions_BxL)
-    k_BxTxGxK = jax.lax.dynamic_update_slice_in_dim(past.keys, k_BxLxGxK, slot, axis=1)
-    v_BxTxGxK = jax.lax.dynamic_update_slice_in_dim(past.values, v_BxLxGxK, slot, axis=1)
-    y_BxLxHxK = jax.nn.dot_product_attention(
-        q_BxLxHxK, k_BxTxGxK, v_BxTxGxK, mask=seen_BxLxT[:, None]
-    )
-    x_BxLxD = x_BxLxD + block.attention.o(y_BxLxHxK.reshape(*x_BxLxD.shape[:2], -1))
-    x_BxLxD = x_BxLxD + block.mlp(block.mlp_norm(x_BxLxD))
-    return x_BxLxD, Cache(k_BxTxGxK, v_BxTxGxK)
+def _written(past_NxBxGxTxK: Array, new_BxLxGxK: Array, layer: Array, slot: Array | int) -> Array:
+    """A half of the cache with a layer's new keys or values in it."""
+    new = new_BxLxGxK.swapaxes(1, 2)[None].astype(past_NxBxGxTxK.dtype)
+    return jax.lax.dynamic_update_slice(past_NxBxGxTxK, new, (layer, 0, 0, slot, 0))
+
+
+def _attention(q_BxLxHxK: Array, k_BxGxTxK: Array, v_BxGxTxK: Array, seen_BxLxT: Array) -> Array:
+    """Softmax attention of queries to the slots that they see; weights in float32."""
+    B, L, H, K = q_BxLxHxK.shape
+    G = k_BxGxTxK.shape[1]
+    dtype = reduction_dtype(q_BxLxHxK.dtype)
+    q_BxGxMxK = q_BxLxHxK.reshape(B, L, G, -1, K).transpose(0, 2, 1, 3, 4).reshape(B, G, -1, K)
+    scores_BxGxMxT = jnp.matmul(q_BxGxMxK, k_BxGxTxK.mT, preferred_element_type=dtype) * K**-0.5
+    seen_Bx1xMxT = jnp.repeat(seen_BxLxT, H // G, axis=1)[:, None]
+    scores_BxGxMxT = jnp.where(seen_Bx1xMxT, scores_BxGxMxT, jnp.finfo(dtype).min)
+    weights_BxGxMxT = jax.nn.softmax(scores_BxGxMxT).astype(v_BxGxTxK.dtype)
+    y_BxGxMxK = jnp.matmul(weights_BxGxMxT, v_BxGxTxK)
+    y_BxLxGxRxK = y_BxGxMxK.reshape(B, G, L, -1, K).transpose(0, 2, 1, 3, 4)
+    return y_BxLxGxRxK.reshape(B, L, H, K)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 7), donate_argnums=3)

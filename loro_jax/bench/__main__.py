@@ -3,7 +3,7 @@
 import importlib
 import sys
 
-BENCHMARKS = ("approximate_step", "data", "exact_step", "train_step")
+BENCHMARKS = ("approximate_step", "data", "exact_step", "inference", "train_step")
 
 
 def main(arguments: list[str]) -> None:

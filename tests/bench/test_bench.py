@@ -10,7 +10,7 @@ import pytest
 
 from loro_jax import exact_update
 from loro_jax.bench import __main__ as bench
-from loro_jax.bench import approximate_step, data, exact_step, train_step
+from loro_jax.bench import approximate_step, data, exact_step, inference, train_step
 
 TINY = {"tiny": (32, 48, 8)}
 
@@ -93,6 +93,37 @@ def test_the_benchmark_of_training_steps_names_what_it_does_not_know(capsys):
     assert "--set lr_scael=0.5: expected FIELD=VALUE" in capsys.readouterr().err
 
 
+def test_the_benchmark_of_serving(monkeypatch, tmp_path, capsys):
+    tiny = dataclasses.replace(
+        data.PRESETS["60m"], num_layers=1, rank=8, vocab_size=64, hidden_size=32, num_heads=2
+    )
+    monkeypatch.setattr(inference, "PRESETS", {"tiny": tiny})
+    monkeypatch.setattr(
+        inference, "preset", lambda name, **changes: dataclasses.replace(tiny, **changes)
+    )
+    path = tmp_path / "result.json"
+    arguments = ["--models=tiny", "--rounds=1", "--batch_sizes=1,2", "--prompt=7"]
+    bench.main(["inference", *arguments, f"--json={path}"])
+    rows = json.loads(path.read_text())["rows"]
+    found = [(row["batch"], row["projections"]) for row in rows]
+    assert found == [(1, "full"), (1, "low_rank"), (2, "full"), (2, "low_rank")]
+    full, low_rank = rows[2:]
+    # Head, q, k, v, o, gate, up, down; keys and values of 2 rows of 8 tokens.
+    matrices = 64 * 32 + 4 * 32 * 32 + 3 * 32 * 1376
+    factors = 64 * 32 + 8 * (4 * 64 + 3 * (32 + 1376))
+    assert full["weights MB"] == pytest.approx(4e-6 * matrices)
+    assert low_rank["weights MB"] == pytest.approx(4e-6 * factors)
+    cache = 2 * 2 * 8 * 32
+    assert full["cache MB"] == low_rank["cache MB"] == pytest.approx(4e-6 * cache)
+    assert low_rank["byte ratio"] == pytest.approx((matrices + cache) / (factors + cache))
+    attention = 2 * 32 * 8
+    expected = (matrices + attention) / (factors + attention)
+    assert low_rank["FLOP ratio"] == pytest.approx(expected)
+    for bad in ("--batch_sizes=0", "--prompt=1024", "--rank=33"):
+        with pytest.raises(SystemExit):
+            bench.main(["inference", *arguments, bad])
+
+
 def test_the_transcription_computes_what_ours_does():
     for B, A, dB, dA in exact_step.make_pairs([(40, 32, 8), (32, 40, 8)]):
         ours = exact_update(jnp.array(B), jnp.array(A), dB, dA, exact_step.RATE)
@@ -102,7 +133,7 @@ def test_the_transcription_computes_what_ours_does():
 
 @pytest.mark.parametrize("arguments", [[], ["nothing"]])
 def test_unknown_benchmarks_are_named(arguments):
-    with pytest.raises(SystemExit, match="approximate_step,data,exact_step"):
+    with pytest.raises(SystemExit, match="approximate_step,data,exact_step,inference"):
         bench.main(arguments)
 
 

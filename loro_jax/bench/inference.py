@@ -1,0 +1,132 @@
+"""Speed of serving: dense against low-rank, prompts read and tokens written, in turns.
+
+Prefill reads a batch of prompts; decode adds one token to each behind them. A low-rank model keeps
+its factors. Ratios are the dense model's over the low-rank one's: ``byte ratio`` of what one
+decoding step has to read (weights and the cache), ``FLOP ratio`` of products of matrices a token.
+At batch 1 the bytes decide, in large batches the FLOPs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from loro_jax.bench.timing import make_parser, parse_options, report, time_in_turns
+from loro_jax.memory import count_bytes
+from models.decoding import empty_cache, extend
+from models.llama import PRESETS, Llama, LlamaConfig, preset
+
+
+class _Case(NamedTuple):
+    """One model, ready to be timed."""
+
+    prefill: Callable[[], Any]
+    decode: Callable[[], Any]
+    weight_bytes: int
+    cache_bytes: int
+    flops_per_token: int
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Runs the benchmark; see ``--help``."""
+    parser = make_parser("inference", __doc__, "60m", rounds=5)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--batch_sizes", default="1,8,64", help="default 1,8,64")
+    parser.add_argument("--prompt", type=int, default=128, help="tokens of a prompt")
+    parser.add_argument("--rank", type=int, help="default: the model's")
+    parser.add_argument("--dtype", default="float32", help="of weights, products and cache")
+    options = parse_options(parser, arguments, PRESETS)
+    try:
+        batch_sizes = [int(size) for size in options.batch_sizes.split(",")]
+    except ValueError:
+        batch_sizes = [0]
+    if min(batch_sizes) < 1:
+        parser.error(f"--batch_sizes: expected whole numbers above 0, not {options.batch_sizes!r}")
+    rows = []
+    for name in options.models:
+        changes = {"dtype": options.dtype, "param_dtype": options.dtype}
+        low_rank = preset(name, **changes, **({"rank": options.rank} if options.rank else {}))
+        try:
+            low_rank.validate()
+        except ValueError as error:
+            parser.error(str(error))
+        if not 1 <= options.prompt < low_rank.max_sequence_length:
+            parser.error(
+                f"--prompt: expected 1 to {low_rank.max_sequence_length - 1}, not {options.prompt}"
+            )
+        models = {"full": low_rank.dense(), "low_rank": low_rank}
+        for batch_size in batch_sizes:
+            rows += _measure(name, models, batch_size, options)
+    report(rows, options)
+
+
+def _measure(
+    name: str, models: dict[str, LlamaConfig], batch_size: int, options: argparse.Namespace
+) -> list[dict[str, Any]]:
+    cases = {kind: _prepare(config, batch_size, options.prompt) for kind, config in models.items()}
+    candidates = {f"prefill {kind}": case.prefill for kind, case in cases.items()}
+    candidates |= {f"decode {kind}": case.decode for kind, case in cases.items()}
+    seconds = time_in_turns(candidates, options.rounds)
+    dense = cases["full"]
+    rows = []
+    for kind, case in cases.items():
+        prefill, decode = seconds[f"prefill {kind}"], seconds[f"decode {kind}"]
+        byte_ratio = (dense.weight_bytes + dense.cache_bytes) / (
+            case.weight_bytes + case.cache_bytes
+        )
+        flop_ratio = dense.flops_per_token / case.flops_per_token
+        rows.append(
+            {
+                "model": name,
+                "projections": kind,
+                "batch": batch_size,
+                "prefill tokens/s": batch_size * options.prompt / prefill,
+                "prefill speed-up": seconds["prefill full"] / prefill,
+                "decode tokens/s": batch_size / decode,
+                "decode speed-up": seconds["decode full"] / decode,
+                "byte ratio": byte_ratio,
+                "FLOP ratio": flop_ratio,
+                "weights MB": case.weight_bytes / 1e6,
+                "cache MB": case.cache_bytes / 1e6,
+            }
+        )
+    return rows
+
+
+def _prepare(config: LlamaConfig, batch_size: int, prompt: int) -> _Case:
+    graphdef, state = nnx.split(Llama(config, nnx.Rngs(0)))
+    rng = np.random.default_rng(0)
+    tokens = jnp.asarray(rng.integers(config.vocab_size, size=(batch_size, prompt)), jnp.int32)
+    padding = jnp.zeros(batch_size, jnp.int32)
+
+    @functools.partial(jax.jit, donate_argnums=2)
+    def read(state: Any, tokens: jax.Array, cache: Any, slot: jax.Array) -> Any:
+        return extend(nnx.merge(graphdef, state), tokens, cache, slot, padding)
+
+    held = [empty_cache(config, batch_size, prompt + 1)]
+
+    def run(part: jax.Array, slot: int) -> Any:
+        logits, held[0] = read(state, part, held[0], jnp.asarray(slot, jnp.int32))
+        return logits
+
+    leaves = jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(state))
+    # Of the embedding a step reads one row a token; every other matrix makes a product.
+    looked_up = 0 if config.tie_embeddings else config.vocab_size * config.hidden_size
+    products = sum(leaf.size for path, leaf in leaves if path[-1].key != "scale")
+    products -= looked_up
+    attention = 2 * config.num_layers * config.num_heads * config.head_size * (prompt + 1)
+    itemsize = jnp.dtype(config.param_dtype).itemsize
+    return _Case(
+        prefill=lambda: run(tokens, 0),
+        decode=lambda: run(tokens[:, :1], prompt),
+        weight_bytes=products * itemsize,
+        cache_bytes=count_bytes(held[0]),
+        flops_per_token=2 * (products + attention),
+    )
