@@ -51,8 +51,8 @@ class LlamaConfig:
         attn_rank: rank of q, k, v, o; None: ``rank``.
         mlp_rank: rank of gate, up, down; None: ``rank``.
         projection: kind of the projections that have a rank, "low_rank" unless a method of training
-            asks for another; see :mod:`models.linear`. Method "loro" also trains "cola", without
-            exact steps.
+            asks for another; see :mod:`models.linear`. Method "loro" also trains "sltrain" (the
+            factors; the sparse entries as all other leaves) and, without exact steps, "cola".
         alpha: the product of factors is scaled by ``alpha / rank`` (kinds "lora", "sltrain").
         density: share of the entries that the sparse matrices of "sltrain" have.
         initialiser: how factors are drawn; see :func:`loro_jax.initialise`.

@@ -32,6 +32,9 @@ METHODS: dict[str, str | None] = {
     "full": None,
 }
 
+# Kinds that "loro" trains where model.projection asks for them.
+LORO_PROJECTIONS = ("low_rank", "cola", "sltrain")
+
 # Fields that may differ between a run directory and the command that continues it, because the
 # trajectory and the metrics do not depend on them.
 RESUMABLE_FIELDS = (
@@ -300,7 +303,7 @@ class Config:
         projection = METHODS[self.method]
         if projection is None:
             return self.model.dense()
-        if self.method == "loro" and self.model.projection == "cola":
+        if self.method == "loro" and self.model.projection in LORO_PROJECTIONS:
             return self.model
         return dataclasses.replace(self.model, projection=projection)
 

@@ -125,11 +125,12 @@ def test_the_dense_twin_needs_no_rank():
     assert config.model_config.scope == "none"
 
 
-def test_loro_also_trains_projections_with_an_activation_but_without_exact_steps():
-    config = Config(exact_every=0, model=LlamaConfig(projection="cola"))
+@pytest.mark.parametrize(("kind", "exact_every"), [("cola", 0), ("sltrain", 500)])
+def test_loro_also_trains_projections_of_other_kinds(kind, exact_every):
+    config = Config(exact_every=exact_every, model=LlamaConfig(projection=kind))
     config.validate()
-    assert config.model_config.projection == "cola"
-    other = Config(method="lowrank", model=LlamaConfig(projection="cola"))
+    assert config.model_config.projection == kind
+    other = Config(method="lowrank", model=LlamaConfig(projection=kind))
     other.validate()
     assert other.model_config.projection == "low_rank"
 
