@@ -41,7 +41,7 @@ def _projection(kind: str, m: int, n: int, rank: int | None, tokens: float) -> f
     if rank is None:
         return 6.0 * m * n
     thin = 6.0 * rank * (m + n)
-    if kind == "lora":
+    if kind in ("lora", "switchlora"):
         return 4.0 * m * n + thin  # no gradient of the fixed weight
     if kind == "sltrain":
         # W is formed twice from its factors, and their gradients are taken from that of W.

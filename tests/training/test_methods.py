@@ -162,7 +162,7 @@ def test_flops_of_kinds():
     flops = {method: flops_per_token(config(method)) for method in METHODS}
     assert flops["galore"] == flops["full"]
     assert flops["cola"] == flops["lowrank"] == flops["loro"] < flops["full"]
-    assert flops["full"] < flops["lora"]
+    assert flops["full"] < flops["lora"] == flops["switchlora"]
     dense = dataclasses.replace(MODEL, scope="none")
     per_layer = 4 * 32 * 32 + 3 * 32 * 48
     expected = 6 * (2 * per_layer + 64 * 32) + 2 * 6 * 16 * 32
