@@ -80,8 +80,12 @@ def _evaluate(options: argparse.Namespace) -> int:
             f"--window={length}, --stride={stride}: expected 1 <= stride <= window <= {longest}, "
             "the model's max_sequence_length."
         )
-    if options.batch_size < 1:
-        raise TrainingError(f"--batch-size={options.batch_size}: expected at least 1.")
+    for option, value, least in (
+        ("--batch-size", options.batch_size, 1),
+        ("--max-tokens", options.max_tokens, 0),
+    ):
+        if value < least:
+            raise TrainingError(f"{option}={value}: expected at least {least}.")
     found = score(model, read_stream(options, tokenizer), length, stride, options.batch_size)
     row = {
         "directory": str(options.directory),

@@ -62,7 +62,8 @@ def restricted_logits(logits_BxV: Array, sampling: Sampling) -> Array:
     if sampling.top_p < 1:
         order_BxV = jnp.argsort(-logits_BxV, axis=-1)
         sorted_BxV = jnp.take_along_axis(logits_BxV, order_BxV, axis=-1)
-        likelier_BxV = jnp.cumsum(jax.nn.softmax(sorted_BxV), axis=-1) - jax.nn.softmax(sorted_BxV)
+        shares_BxV = jax.nn.softmax(sorted_BxV)
+        likelier_BxV = jnp.cumsum(shares_BxV, axis=-1) - shares_BxV
         kept_BxV = likelier_BxV < sampling.top_p  # what is likelier does not suffice
         ranks_BxV = jnp.argsort(order_BxV, axis=-1)
         kept_BxV = jnp.take_along_axis(kept_BxV, ranks_BxV, axis=-1)

@@ -139,7 +139,8 @@ def _result(run: Run, workdir: pathlib.Path, perplexity: float | None, note: str
     curve = [(row["tokens"], row["loss"]) for row in rows]
     seconds = 0.0
     for before, row in zip([{"tokens": 0}, *rows], rows, strict=False):
-        seconds += (row["tokens"] - before["tokens"]) / row["tokens_per_second"]
+        if row["tokens_per_second"] > 0:  # 0 where the machine slept
+            seconds += (row["tokens"] - before["tokens"]) / row["tokens_per_second"]
     return Result(run, perplexity, note, curve, seconds)
 
 

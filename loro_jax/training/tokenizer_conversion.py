@@ -6,8 +6,9 @@ import json
 from typing import Any
 
 import tokenizers
-from sentencepiece import sentencepiece_model_pb2
 from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+
+from loro_jax.training.errors import TrainingError
 
 _SPACE = "\u2581"  # SentencePiece's mark of a space
 _SPACES = Regex(" {2,}")
@@ -24,7 +25,7 @@ def from_sentencepiece(model: bytes) -> tokenizers.Tokenizer:
         A tokenizer that gives the same ids and has the control pieces as special tokens.
 
     Raises:
-        ValueError: for another kind of model (words, characters).
+        TrainingError: for another kind of model (words, characters).
 
     Example:
         >>> import importlib.resources
@@ -33,6 +34,9 @@ def from_sentencepiece(model: bytes) -> tokenizers.Tokenizer:
         >>> tokenizer.encode("Call me Ishmael.").tokens[:2]
         ['▁C', 'all']
     """
+    # Here, because only an export needs protobuf's machinery.
+    from sentencepiece import sentencepiece_model_pb2
+
     message: Any = sentencepiece_model_pb2
     proto = message.ModelProto.FromString(model)
     kind, rules, piece = proto.trainer_spec, proto.normalizer_spec, message.ModelProto.SentencePiece
@@ -58,8 +62,8 @@ def from_sentencepiece(model: bytes) -> tokenizers.Tokenizer:
             byte_fallback=kind.byte_fallback,
         )
     else:
-        raise ValueError(
-            "from_sentencepiece: expected a BPE or unigram model, but found "
+        raise TrainingError(
+            "tokenizer.json: expected a SentencePiece model of kind BPE or UNIGRAM, but it is "
             f"{kind.ModelType.Name(kind.model_type)}."
         )
     tokenizer = tokenizers.Tokenizer(core)

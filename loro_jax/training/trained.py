@@ -97,6 +97,7 @@ def load_model(path: str | pathlib.Path) -> tuple[Llama, Tokenizer]:
     if isinstance(eos, list):  # some models have several; the first is the usual one
         eos = eos[0]
     model, _ = read_model(directory)
+    pad = None if pad == -1 else pad  # how the first LLaMA checkpoints say that there is none
     tokenizer = load_tokenizer(str(directory), eos_id=eos, pad_id=pad)
     if tokenizer.vocab_size > model.config.vocab_size:
         raise TrainingError(

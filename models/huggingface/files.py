@@ -49,8 +49,9 @@ def new_directory(out: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
         yield partial
         partial.chmod(0o755)
         partial.replace(target)
-    except OSError as error:
-        raise CheckpointError(f"{target} can't be written ({error.strerror or error}).") from None
+    except (OSError, SafetensorError) as error:  # a full disk is either, as the file may be
+        reason = getattr(error, "strerror", None) or error
+        raise CheckpointError(f"{target} can't be written ({reason}).") from None
     finally:
         shutil.rmtree(partial, ignore_errors=True)
 

@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import resource
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -243,6 +245,16 @@ def test_nothing_is_overwritten_and_nothing_half_written(tmp_path):
         write_model(model, tmp_path / "other", dtype="int8")
     with pytest.raises(TypeError):
         write_model(model, tmp_path / "other", files={"tokenizer.json": "not bytes"})
+    # Beyond this size of a file the system refuses to write, as on a full disk.
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, limits[1]))
+    try:
+        with pytest.raises(CheckpointError, match="other can't be written"):
+            write_model(model, tmp_path / "other")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["thesis.tex"]
 

@@ -12,7 +12,7 @@ import pytest
 from loro_jax.training.config import Config, DataConfig
 from loro_jax.training.errors import TrainingError
 from loro_jax.training.loop import train
-from loro_jax.training.trained import load_config, load_run
+from loro_jax.training.trained import load_config, load_model, load_run
 from models import LlamaConfig
 from models.evaluate import main as evaluate
 from models.huggingface import read_model
@@ -166,12 +166,20 @@ def test_the_command_evaluates_as_the_run_did(run, exported, make_config, tmp_pa
     assert found["perplexity"] == pytest.approx(run[1], rel=1e-5)
     assert evaluate([*arguments, "--split=all", "--stride=8"]) == 0
     assert "windows of 32 every 8" in capsys.readouterr().out
-    for bad in (["--window=65"], ["--stride=33"], ["--batch-size=0"]):
+    for bad in (["--window=65"], ["--stride=33"], ["--batch-size=0"], ["--max-tokens=-1"]):
         assert evaluate([*arguments, *bad]) == 1
     (tmp_path / "empty.txt").write_text("")
     assert evaluate([str(directory), str(tmp_path / "empty.txt")]) == 1
     errors = capsys.readouterr().err
-    assert errors.count("error: ") == errors.count("\n") == 4
+    assert errors.count("error: ") == errors.count("\n") == 5
+
+
+def test_no_padding_token_said_as_minus_one(exported, tmp_path):
+    directory = tmp_path / "old"
+    shutil.copytree(exported / "merged", directory)
+    content = json.loads((directory / "config.json").read_text())
+    (directory / "config.json").write_text(json.dumps(content | {"pad_token_id": -1}))
+    assert load_model(directory)[1].pad_id >= 0
 
 
 BAD_STARTS = {
