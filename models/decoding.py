@@ -4,22 +4,22 @@ Prompts of different lengths are padded on the left, so that all rows write to t
 cache; a row's positions count from its first token. Projections stay what they are: a low-rank one
 multiplies by its factors when decoding, too.
 
-Shapes: as in :mod:`models.llama`; T slots of the cache, N layers, M = L H / G queries of a head of
-keys.
+Shapes: as in :mod:`models.llama`; T slots of the cache, N layers.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from models.llama import Llama, LlamaConfig
+from models.cache import Cache, attend, empty_cache, remember
+from models.llama import Llama
 from models.loss import reduction_dtype
 from models.sampling import GREEDY, Sampling, next_tokens
 
@@ -27,35 +27,6 @@ Array = jax.Array
 
 # Prompts are padded to a multiple, so that those of similar lengths share a compiled program.
 _PROMPT_MULTIPLE = 32
-
-
-class Cache(NamedTuple):
-    """Keys and values of the past.
-
-    Attributes:
-        keys: turned by their positions, (N, B, G, T, K): each head's lie together, as its products
-            with a query read them.
-        values: likewise.
-    """
-
-    keys: Array
-    values: Array
-
-
-def empty_cache(config: LlamaConfig, batch_size: int, length: int) -> Cache:
-    """A cache of zeros.
-
-    Args:
-        config: the model's.
-        batch_size: B.
-        length: T.
-
-    Returns:
-        The cache, in the dtype of the activations.
-    """
-    shape = (config.num_layers, batch_size, config.kv_heads, length, config.head_size)
-    zeros = functools.partial(jnp.zeros, shape, jnp.dtype(config.dtype))
-    return Cache(zeros(), zeros())
 
 
 def extend(
@@ -74,6 +45,7 @@ def extend(
         (logits behind the last token (B, V), float32, and the cache with these tokens).
 
     Example:
+        >>> from models import LlamaConfig
         >>> config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_layers=2,
         ...                      num_heads=4, rank=8)
         >>> model, tokens = Llama(config, nnx.Rngs(0)), jnp.array([[5, 6, 7]])
@@ -82,7 +54,8 @@ def extend(
         True
     """
     slots_L = slot + jnp.arange(tokens_BxL.shape[1])
-    slots_T = jnp.arange(cache.keys.shape[3])
+    slots_T = jnp.arange(cache.slots)
+    positions_BxT = jnp.maximum(slots_T - padding_B[:, None], 0)
     positions_BxL = jnp.maximum(slots_L - padding_B[:, None], 0)
     seen_BxLxT = (slots_T <= slots_L[:, None]) & (slots_T >= padding_B[:, None, None])
     x_BxLxD = model.embedding[...][tokens_BxL].astype(jnp.dtype(model.config.dtype))
@@ -93,11 +66,11 @@ def extend(
         x_BxLxD, cache = carry
         number, params = inputs
         block = nnx.merge(graphdef, params)
-        h_BxLxD = block.attention_norm(x_BxLxD)
-        q_BxLxHxK, *new = block.attention.queries_keys_values(h_BxLxD, positions_BxL)
-        cache = Cache(*(_written(old, x, number, slot) for old, x in zip(cache, new, strict=True)))
-        y_BxLxHxK = _attention(q_BxLxHxK, cache.keys[number], cache.values[number], seen_BxLxT)
-        x_BxLxD = x_BxLxD + block.attention.o(y_BxLxHxK.reshape(*x_BxLxD.shape[:2], -1))
+        attention, h_BxLxD = block.attention, block.attention_norm(x_BxLxD)
+        cache = remember(attention, h_BxLxD, positions_BxL, cache, number, slot)
+        q_BxLxHxK = attention.turned_heads(attention.q(h_BxLxD), positions_BxL)
+        y_BxLxHxK = attend(attention, q_BxLxHxK, cache, number, positions_BxT, seen_BxLxT)
+        x_BxLxD = x_BxLxD + attention.o(y_BxLxHxK.reshape(*x_BxLxD.shape[:2], -1))
         return (x_BxLxD + block.mlp(block.mlp_norm(x_BxLxD)), cache), None
 
     layers = (jnp.arange(model.config.num_layers), stacked)
@@ -105,27 +78,6 @@ def extend(
     last_BxD = model.norm(x_BxLxD[:, -1])
     dtype = reduction_dtype(last_BxD.dtype)
     return jnp.matmul(last_BxD, model.head_VxD().T, preferred_element_type=dtype), cache
-
-
-def _written(past_NxBxGxTxK: Array, new_BxLxGxK: Array, layer: Array, slot: Array | int) -> Array:
-    """A half of the cache with a layer's new keys or values in it."""
-    new = new_BxLxGxK.swapaxes(1, 2)[None].astype(past_NxBxGxTxK.dtype)
-    return jax.lax.dynamic_update_slice(past_NxBxGxTxK, new, (layer, 0, 0, slot, 0))
-
-
-def _attention(q_BxLxHxK: Array, k_BxGxTxK: Array, v_BxGxTxK: Array, seen_BxLxT: Array) -> Array:
-    """Softmax attention of queries to the slots that they see; weights in float32."""
-    B, L, H, K = q_BxLxHxK.shape
-    G = k_BxGxTxK.shape[1]
-    dtype = reduction_dtype(q_BxLxHxK.dtype)
-    q_BxGxMxK = q_BxLxHxK.reshape(B, L, G, -1, K).transpose(0, 2, 1, 3, 4).reshape(B, G, -1, K)
-    scores_BxGxMxT = jnp.matmul(q_BxGxMxK, k_BxGxTxK.mT, preferred_element_type=dtype) * K**-0.5
-    seen_Bx1xMxT = jnp.repeat(seen_BxLxT, H // G, axis=1)[:, None]
-    scores_BxGxMxT = jnp.where(seen_Bx1xMxT, scores_BxGxMxT, jnp.finfo(dtype).min)
-    weights_BxGxMxT = jax.nn.softmax(scores_BxGxMxT).astype(v_BxGxTxK.dtype)
-    y_BxGxMxK = jnp.matmul(weights_BxGxMxT, v_BxGxTxK)
-    y_BxLxGxRxK = y_BxGxMxK.reshape(B, G, L, -1, K).transpose(0, 2, 1, 3, 4)
-    return y_BxLxGxRxK.reshape(B, L, H, K)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 7), donate_argnums=3)
@@ -153,6 +105,7 @@ def generate(
     *,
     eos_id: int | None = None,
     seed: int = 0,
+    cache: str = "full",
 ) -> Iterator[np.ndarray]:
     """Continues prompts; yields the next token of every row.
 
@@ -164,15 +117,17 @@ def generate(
         eos_id: the id that ends a text; a row behind it goes on with it, and all rows there end
             the iteration. None: there is none.
         seed: of the draws.
+        cache: what is kept of the past, one of :data:`models.cache.CACHES`.
 
     Yields:
         Token ids, int32 (B,).
 
     Raises:
         ValueError: for an empty prompt, an id outside the vocabulary, more tokens than the model
-            takes, or a bad sampling.
+            takes, a bad sampling, or a cache that the model can't have.
 
     Example:
+        >>> from models import LlamaConfig
         >>> config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_layers=2,
         ...                      num_heads=4, rank=8)
         >>> model = Llama(config, nnx.Rngs(0))
@@ -201,7 +156,7 @@ def generate(
     tokens_BxL = np.zeros((len(prompts), slots), np.int32)
     for row, prompt in zip(tokens_BxL, prompts, strict=True):
         row[slots - len(prompt) :] = prompt
-    cache = empty_cache(config, len(prompts), slots + max_new_tokens)
+    past = empty_cache(config, len(prompts), slots + max_new_tokens, cache)
     graphdef, state = nnx.split(model)
     keys = jax.random.split(jax.random.key(seed), max_new_tokens)
     tokens: Any = jnp.asarray(tokens_BxL)
@@ -211,7 +166,7 @@ def generate(
     for key in keys:
         where = jnp.asarray(slot, jnp.int32)
         slot += tokens.shape[1]
-        tokens, cache = _step(graphdef, state, tokens, cache, where, padding_B, key, sampling)
+        tokens, past = _step(graphdef, state, tokens, past, where, padding_B, key, sampling)
         # The tokens of the step before, now that the device has this one to work on.
         if waiting is not None:
             yield _settle(waiting, ended_B, eos_id)

@@ -17,6 +17,7 @@ import numpy as np
 from loro_jax.training.errors import TrainingError
 from loro_jax.training.tokenizer import Tokenizer
 from loro_jax.training.trained import load_model
+from models.cache import CACHES
 from models.decoding import generate
 from models.huggingface import CheckpointError
 from models.llama import Llama
@@ -30,6 +31,7 @@ def continuations(
     max_new_tokens: int,
     sampling: Sampling,
     seed: int = 0,
+    cache: str = "full",
 ) -> Iterator[list[str]]:
     """Continues texts; yields what each has grown by.
 
@@ -42,6 +44,7 @@ def continuations(
         max_new_tokens: tokens to add at most to each.
         sampling: how they are drawn.
         seed: of the draws.
+        cache: what is kept of the past, one of :data:`models.cache.CACHES`.
 
     Yields:
         A string for each prompt, most of them one token's.
@@ -52,7 +55,9 @@ def continuations(
     ids = [found or [tokenizer.eos_id] for found in tokenizer.encode(list(prompts))]
     written = [tokenizer.decode(prompt) for prompt in ids]
     ended = np.zeros(len(ids), bool)
-    steps = generate(model, ids, max_new_tokens, sampling, eos_id=tokenizer.eos_id, seed=seed)
+    steps = generate(
+        model, ids, max_new_tokens, sampling, eos_id=tokenizer.eos_id, seed=seed, cache=cache
+    )
     for tokens in steps:
         ended |= tokens == tokenizer.eos_id
         grown = []
@@ -75,7 +80,13 @@ def main(arguments: Sequence[str], out: TextIO = sys.stdout) -> int:
         sampling.validate()
         model, tokenizer = load_model(options.source)
         steps = continuations(
-            model, tokenizer, options.prompt, options.max_new_tokens, sampling, options.seed
+            model,
+            tokenizer,
+            options.prompt,
+            options.max_new_tokens,
+            sampling,
+            options.seed,
+            options.cache,
         )
         if len(options.prompt) == 1:
             out.write(options.prompt[0])
@@ -105,6 +116,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--top-k", type=int, default=0, metavar="K")
     parser.add_argument("--top-p", type=float, default=1.0, metavar="P")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--cache",
+        choices=CACHES,
+        default="full",
+        help="what is kept of the past; with a rank, values or both may be kept as latents",
+    )
     return parser
 
 

@@ -105,6 +105,9 @@ class Dense(nnx.Module):
 class LowRankLinear(nnx.Module):
     """``y = (x A^T) B^T`` with B (out x r) and A (r x in)."""
 
+    # Whether all of y goes through the rank, y = up(down(x)); a kind that adds more says no.
+    through_rank = True
+
     def __init__(self, in_features: int, out_features: int, spec: ProjectionSpec, rngs: nnx.Rngs):
         assert spec.rank is not None  # make_projection chose this class by it
         B, A = initialise(
@@ -123,11 +126,18 @@ class LowRankLinear(nnx.Module):
         """B and A in the dtype of the products."""
         return self.B[...].astype(self.dtype), self.A[...].astype(self.dtype)
 
+    def down(self, x: Array) -> Array:
+        """Maps (..., in) to the latent (..., r)."""
+        return x.astype(self.dtype) @ self.factors()[1].T
+
+    def up(self, latent: Array) -> Array:
+        """Maps the latent (..., r) to (..., out)."""
+        return latent @ self.factors()[0].T
+
     @_by_rows
     def __call__(self, x: Array) -> Array:
         """Maps (..., in) to (..., out) by way of the rank."""
-        B, A = self.factors()
-        return (x.astype(self.dtype) @ A.T) @ B.T
+        return self.up(self.down(x))
 
     def product(self) -> Array:
         """B A, (out, in), in float32 or wider."""
@@ -143,11 +153,9 @@ class LowRankLinear(nnx.Module):
 class ColaLinear(LowRankLinear):
     """``y = silu(x A^T) B^T``: an auto-encoder in a projection's place."""
 
-    @_by_rows
-    def __call__(self, x: Array) -> Array:
-        """Maps (..., in) to (..., out) by way of the rank."""
-        B, A = self.factors()
-        return jax.nn.silu(x.astype(self.dtype) @ A.T) @ B.T
+    def down(self, x: Array) -> Array:
+        """Maps (..., in) to the latent (..., r)."""
+        return jax.nn.silu(super().down(x))
 
     def weight(self) -> Array:
         """There is none: raises TypeError."""
@@ -156,6 +164,8 @@ class ColaLinear(LowRankLinear):
 
 class LoraLinear(LowRankLinear):
     """``y = x W^T + (alpha / r) (x A^T) B^T`` with a fixed W; B starts at zero."""
+
+    through_rank = False
 
     def __init__(self, in_features: int, out_features: int, spec: ProjectionSpec, rngs: nnx.Rngs):
         adapter = dataclasses.replace(spec, initialiser="lora")
@@ -196,6 +206,8 @@ class SwitchLoraLinear(LoraLinear):
 
 class SparseLowRankLinear(LowRankLinear):
     """``y = x ((alpha / r) B A + S)^T``; S is sparse, B starts at zero."""
+
+    through_rank = False
 
     def __init__(self, in_features: int, out_features: int, spec: ProjectionSpec, rngs: nnx.Rngs):
         factors = dataclasses.replace(spec, initialiser="lora")

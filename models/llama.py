@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from models.layout import by_sequence
 from models.linear import KINDS, Dense, LowRankLinear, ProjectionSpec, make_projection
 from models.loss import reduction_dtype
 from models.rope import RopeScaling, frequencies, rotary_embedding
@@ -272,27 +273,27 @@ class Attention(nnx.Module):
         self.rope_theta = config.rope_theta
         self.rope_scaling = dataclasses.replace(config.rope_scaling)
 
-    def queries_keys_values(self, x_BxLxD: Array, positions: Array) -> tuple[Array, Array, Array]:
-        """Heads (B, L, H, K) of queries and (B, L, G, K) of keys and values, turned by position.
+    def heads(self, y_BxLxC: Array) -> Array:
+        """A projection's output by heads, (B, L, H or G, K)."""
+        y_BxLxHxK = y_BxLxC.reshape(*y_BxLxC.shape[:2], -1, self.head_size)
+        return by_sequence(y_BxLxHxK, split_axis=2)
+
+    def turned_heads(self, y_BxLxC: Array, positions: Array) -> Array:
+        """The same, turned by position: queries and keys.
 
         Args:
-            x_BxLxD: input.
+            y_BxLxC: a projection's output.
             positions: of the tokens, (L,), or (B, L) where rows differ.
         """
-        B, L, _ = x_BxLxD.shape
         frequencies_K = frequencies(self.head_size, self.rope_theta, self.rope_scaling)
-
-        def heads(y_BxLxD: Array) -> Array:
-            return y_BxLxD.reshape(B, L, -1, self.head_size)
-
-        q_BxLxHxK = rotary_embedding(heads(self.q(x_BxLxD)), positions, frequencies_K)
-        k_BxLxGxK = rotary_embedding(heads(self.k(x_BxLxD)), positions, frequencies_K)
-        return q_BxLxHxK, k_BxLxGxK, heads(self.v(x_BxLxD))
+        return rotary_embedding(self.heads(y_BxLxC), positions, frequencies_K)
 
     def __call__(self, x_BxLxD: Array) -> Array:
         """Maps (B, L, D) to (B, L, D)."""
         B, L, _ = x_BxLxD.shape
-        q_BxLxHxK, k_BxLxGxK, v_BxLxGxK = self.queries_keys_values(x_BxLxD, jnp.arange(L))
+        q_BxLxHxK = self.turned_heads(self.q(x_BxLxD), jnp.arange(L))
+        k_BxLxGxK = self.turned_heads(self.k(x_BxLxD), jnp.arange(L))
+        v_BxLxGxK = self.heads(self.v(x_BxLxD))
         y_BxLxHxK = jax.nn.dot_product_attention(q_BxLxHxK, k_BxLxGxK, v_BxLxGxK, is_causal=True)
         return self.o(y_BxLxHxK.reshape(B, L, -1))
 
@@ -306,7 +307,8 @@ class MLP(nnx.Module):
 
     def __call__(self, x_BxLxD: Array) -> Array:
         """Maps (B, L, D) to (B, L, D)."""
-        return self.down(jax.nn.silu(self.gate(x_BxLxD)) * self.up(x_BxLxD))
+        y_BxLxF = jax.nn.silu(self.gate(x_BxLxD)) * self.up(x_BxLxD)
+        return self.down(by_sequence(y_BxLxF, split_axis=2))
 
 
 def _make_projection(
@@ -327,8 +329,8 @@ class Block(nnx.Module):
 
     def __call__(self, x_BxLxD: Array) -> Array:
         """Maps (B, L, D) to (B, L, D)."""
-        x_BxLxD = x_BxLxD + self.attention(self.attention_norm(x_BxLxD))
-        return x_BxLxD + self.mlp(self.mlp_norm(x_BxLxD))
+        x_BxLxD = by_sequence(x_BxLxD + self.attention(self.attention_norm(x_BxLxD)))
+        return by_sequence(x_BxLxD + self.mlp(self.mlp_norm(x_BxLxD)))
 
 
 class Llama(nnx.Module):
@@ -387,6 +389,7 @@ class Llama(nnx.Module):
                 f"max_sequence_length = {self.config.max_sequence_length}."
             )
         x_BxLxD = self.embedding[...][tokens_BxL].astype(jnp.dtype(self.config.dtype))
+        x_BxLxD = by_sequence(x_BxLxD)
         # A plain lax.scan over the stacked parameters: one compiled block, whatever the depth.
         graphdef, stacked = nnx.split(self.blocks)
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+
+from models.layout import batch_ways, by_sequence
 
 if TYPE_CHECKING:
     from models.llama import Llama
@@ -29,20 +32,21 @@ class Batch(NamedTuple):
     mask: Any
 
 
-def cross_entropy(
-    x_NxD: Array, head_VxD: Array, targets_N: Array, mask_N: Array, chunk_size: int
-) -> Array:
-    """Sum of the masked cross-entropies of N tokens, computed ``chunk_size`` tokens at a time.
+def cross_entropy(x: Array, head_VxD: Array, targets: Array, mask: Array, chunk_size: int) -> Array:
+    """Sum of the masked cross-entropies of tokens, some of them computed at a time.
 
     The logits of one chunk exist at a time, in the forward and in the backward pass (where they
     are computed again): at 131,072 tokens and 32,000 ids all logits would take 17 GB in float32.
+    Chunks are cut along the sequence, so that each holds tokens of every sequence, and devices
+    that share a batch share every chunk.
 
     Args:
-        x_NxD: final hidden states, (N, D).
+        x: final hidden states, (..., L, D).
         head_VxD: output projection, (V, D).
-        targets_N: token ids, int (N,).
-        mask_N: weights, float (N,).
-        chunk_size: tokens in a chunk, at least 1; N is padded to a multiple of it.
+        targets: token ids, int (..., L).
+        mask: weights, float (..., L).
+        chunk_size: tokens in a chunk, at least 1; on several devices, on each of them. A chunk
+            holds one position of every sequence at least, and L is padded to whole chunks.
 
     Returns:
         The sum over tokens of ``mask * -log softmax(x head^T)[target]`` in nats, a scalar in
@@ -55,30 +59,37 @@ def cross_entropy(
         >>> round(float(loss), 4)  # 2 log 8
         4.1589
     """
-    N = x_NxD.shape[0]
-    if chunk_size >= N:
-        return _chunk_cross_entropy(x_NxD, head_VxD, targets_N, mask_N)
-    padding = -N % chunk_size
+    axis, L = targets.ndim - 1, targets.shape[-1]
+    sequences = max(math.prod(targets.shape[:-1]), 1)
+    positions = max(chunk_size * batch_ways() // sequences, 1)
+    if positions >= L:
+        return _chunk_cross_entropy(x, head_VxD, targets, mask)
 
     def chunked(array: Array) -> Array:
-        width = [(0, padding)] + [(0, 0)] * (array.ndim - 1)
-        return jnp.pad(array, width).reshape(-1, chunk_size, *array.shape[1:])
+        width = [(0, 0)] * array.ndim
+        width[axis] = (0, -L % positions)
+        array = jnp.pad(array, width)
+        shape = (*array.shape[:axis], -1, positions, *array.shape[axis + 1 :])
+        return jnp.moveaxis(array.reshape(shape), axis, 0)
 
     @jax.checkpoint
     def add_chunk(total: Array, chunk: tuple[Array, Array, Array]) -> tuple[Array, None]:
-        x_CxD, targets_C, mask_C = chunk
-        return total + _chunk_cross_entropy(x_CxD, head_VxD, targets_C, mask_C), None
+        x, targets, mask = chunk
+        return total + _chunk_cross_entropy(by_sequence(x), head_VxD, targets, mask), None
 
-    chunks = (chunked(x_NxD), chunked(targets_N), chunked(mask_N))
-    return jax.lax.scan(add_chunk, jnp.zeros([], reduction_dtype(x_NxD.dtype)), chunks)[0]
+    chunks = (chunked(x), chunked(targets), chunked(mask))
+    return jax.lax.scan(add_chunk, jnp.zeros([], reduction_dtype(x.dtype)), chunks)[0]
 
 
-def _chunk_cross_entropy(x_CxD: Array, head_VxD: Array, targets_C: Array, mask_C: Array) -> Array:
-    dtype = reduction_dtype(x_CxD.dtype)
-    logits_CxV = jnp.matmul(x_CxD, head_VxD.T, preferred_element_type=dtype)
-    log_partition_C = jax.nn.logsumexp(logits_CxV, axis=-1)
-    target_logits_C = jnp.take_along_axis(logits_CxV, targets_C[:, None], axis=-1)[:, 0]
-    return jnp.sum((log_partition_C - target_logits_C) * mask_C.astype(dtype))
+def _chunk_cross_entropy(x: Array, head_VxD: Array, targets: Array, mask: Array) -> Array:
+    dtype = reduction_dtype(x.dtype)
+    x_NxD = x.reshape(-1, x.shape[-1])
+    logits_NxV = jnp.matmul(x_NxD, head_VxD.T, preferred_element_type=dtype)
+    logits_NxV = by_sequence(logits_NxV, split_axis=-1)
+    targets_N, mask_N = targets.reshape(-1), mask.reshape(-1)
+    log_partition_N = jax.nn.logsumexp(logits_NxV, axis=-1)
+    target_logits_N = jnp.take_along_axis(logits_NxV, targets_N[:, None], axis=-1)[:, 0]
+    return jnp.sum((log_partition_N - target_logits_N) * mask_N.astype(dtype))
 
 
 def reduction_dtype(dtype: Any) -> Any:
@@ -91,11 +102,10 @@ def next_token_loss(model: Llama, batch: Batch) -> Array:
 
     The sum, so that micro-batches with different numbers of tokens add up to the right mean.
     """
-    x_BxLxD = model.hidden_states(batch.inputs)
     return cross_entropy(
-        x_BxLxD.reshape(-1, x_BxLxD.shape[-1]),
+        model.hidden_states(batch.inputs),
         model.head_VxD(),
-        batch.targets.reshape(-1),
-        batch.mask.reshape(-1),
+        batch.targets,
+        batch.mask,
         model.config.loss_chunk_size,
     )

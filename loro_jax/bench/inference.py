@@ -1,9 +1,10 @@
 """Speed of serving: dense against low-rank, prompts read and tokens written, in turns.
 
 Prefill reads a batch of prompts; decode adds one token to each behind them. A low-rank model keeps
-its factors. Ratios are the dense model's over the low-rank one's: ``byte ratio`` of what one
-decoding step has to read (weights and the cache), ``FLOP ratio`` of products of matrices a token.
-At batch 1 the bytes decide, in large batches the FLOPs.
+its factors, and may keep latents of the past (``--caches``; see :mod:`models.cache`). Ratios are
+the dense model's over the low-rank one's: ``byte ratio`` of what one decoding step has to read
+(weights and the cache), ``FLOP ratio`` of products of matrices a decoded token. At batch 1 the
+bytes decide, in large batches the FLOPs.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from flax import nnx
 
 from loro_jax.bench.timing import make_parser, parse_options, report, time_in_turns
 from loro_jax.memory import count_bytes
-from models.decoding import empty_cache, extend
+from models.cache import CACHES, empty_cache
+from models.decoding import extend
 from models.llama import PRESETS, Llama, LlamaConfig, preset
 
 
@@ -42,7 +44,14 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--prompt", type=int, default=128, help="tokens of a prompt")
     parser.add_argument("--rank", type=int, help="default: the model's")
     parser.add_argument("--dtype", default="float32", help="of weights, products and cache")
+    parser.add_argument(
+        "--caches", default="full", help=f"of the low-rank model, of {','.join(CACHES)}"
+    )
     options = parse_options(parser, arguments, PRESETS)
+    options.caches = options.caches.split(",")
+    for cache in options.caches:
+        if cache not in CACHES:
+            parser.error(f"--caches: expected some of {', '.join(CACHES)}, not {cache!r}")
     try:
         batch_sizes = [int(size) for size in options.batch_sizes.split(",")]
     except ValueError:
@@ -61,16 +70,20 @@ def main(arguments: Sequence[str]) -> None:
             parser.error(
                 f"--prompt: expected 1 to {low_rank.max_sequence_length - 1}, not {options.prompt}"
             )
-        models = {"full": low_rank.dense(), "low_rank": low_rank}
+        models = {"full": (low_rank.dense(), "full")}
+        models |= {f"low_rank, {cache} cache": (low_rank, cache) for cache in options.caches}
         for batch_size in batch_sizes:
             rows += _measure(name, models, batch_size, options)
     report(rows, options)
 
 
 def _measure(
-    name: str, models: dict[str, LlamaConfig], batch_size: int, options: argparse.Namespace
+    name: str,
+    models: dict[str, tuple[LlamaConfig, str]],
+    batch_size: int,
+    options: argparse.Namespace,
 ) -> list[dict[str, Any]]:
-    cases = {kind: _prepare(config, batch_size, options.prompt) for kind, config in models.items()}
+    cases = {kind: _prepare(*made, batch_size, options.prompt) for kind, made in models.items()}
     candidates = {f"prefill {kind}": case.prefill for kind, case in cases.items()}
     candidates |= {f"decode {kind}": case.decode for kind, case in cases.items()}
     seconds = time_in_turns(candidates, options.rounds)
@@ -100,7 +113,7 @@ def _measure(
     return rows
 
 
-def _prepare(config: LlamaConfig, batch_size: int, prompt: int) -> _Case:
+def _prepare(config: LlamaConfig, cache: str, batch_size: int, prompt: int) -> _Case:
     graphdef, state = nnx.split(Llama(config, nnx.Rngs(0)))
     rng = np.random.default_rng(0)
     tokens = jnp.asarray(rng.integers(config.vocab_size, size=(batch_size, prompt)), jnp.int32)
@@ -110,7 +123,7 @@ def _prepare(config: LlamaConfig, batch_size: int, prompt: int) -> _Case:
     def read(state: Any, tokens: jax.Array, cache: Any, slot: jax.Array) -> Any:
         return extend(nnx.merge(graphdef, state), tokens, cache, slot, padding)
 
-    held = [empty_cache(config, batch_size, prompt + 1)]
+    held = [empty_cache(config, batch_size, prompt + 1, cache)]
 
     def run(part: jax.Array, slot: int) -> Any:
         logits, held[0] = read(state, part, held[0], jnp.asarray(slot, jnp.int32))
@@ -121,7 +134,11 @@ def _prepare(config: LlamaConfig, batch_size: int, prompt: int) -> _Case:
     looked_up = 0 if config.tie_embeddings else config.vocab_size * config.hidden_size
     products = sum(leaf.size for path, leaf in leaves if path[-1].key != "scale")
     products -= looked_up
-    attention = 2 * config.num_layers * config.num_heads * config.head_size * (prompt + 1)
+    rank = config.group_rank("attn") or 0
+    # A token of the past: in scores, in the sum of values, and where keys are made again.
+    past = config.num_heads * (config.head_size + (config.head_size if cache == "full" else rank))
+    past += config.kv_heads * config.head_size * rank if cache == "latent" else 0
+    attention = config.num_layers * past * (prompt + 1)
     itemsize = jnp.dtype(config.param_dtype).itemsize
     return _Case(
         prefill=lambda: run(tokens, 0),

@@ -11,7 +11,8 @@ from flax import nnx
 
 from loro_jax.training.tokenizer import load_tokenizer
 from models import Llama, LlamaConfig, decoding
-from models.decoding import generate
+from models.cache import empty_cache
+from models.decoding import extend, generate
 from models.generate import continuations, main
 from models.huggingface import write_model
 from models.sampling import GREEDY, Sampling, next_tokens, restricted_logits
@@ -59,6 +60,28 @@ def test_a_batch_of_prompts_goes_on_as_the_whole_model_says(changes):
         for i, length in enumerate(lengths):
             assert found[i, step] == np.argmax(logits[i, length + step - 1])
             padded[i, length + step] = found[i, step]
+
+
+@pytest.mark.parametrize("cache", ["values", "latent"])
+@pytest.mark.parametrize(
+    "changes", [{}, {"num_kv_heads": 2, "attn_rank": 5}, {"projection": "cola"}]
+)
+def test_latents_of_the_past_say_what_keys_and_values_do(changes, cache):
+    model = make(**changes)
+    found = collect(model, PROMPTS, max_new_tokens=6, cache=cache)
+    assert found.tolist() == collect(model, PROMPTS, max_new_tokens=6).tolist()
+    # The logits, too, of rows with padding before them, in one piece and token by token.
+    tokens = jax.random.randint(jax.random.key(0), (3, 12), 0, CONFIG.vocab_size)
+    padding = jnp.array([0, 3, 7])
+    rank = model.config.group_rank("attn")
+    logits = []
+    for kind in ("full", cache):
+        past = empty_cache(model.config, 3, 12, kind)
+        for slots in (slice(0, 8), *(slice(i, i + 1) for i in range(8, 12))):
+            last, past = extend(model, tokens[:, slots], past, slots.start, padding)
+        logits.append(last)
+    np.testing.assert_allclose(logits[0], logits[1], rtol=2e-5, atol=2e-5)
+    assert past.values.shape == (2, 3, 12, rank)
 
 
 def test_greedy_text_is_that_of_transformers(tmp_path):
@@ -153,12 +176,16 @@ def test_rows_end_at_the_end_of_a_text():
         ({"sampling": Sampling(-1.0)}, "temperature must be at least 0"),
         ({"sampling": Sampling(top_k=-1)}, "top_k must be at least 0"),
         ({"sampling": Sampling(top_p=0.0)}, "top_p must be above 0"),
+        ({"cache": "half"}, "cache must be one of full, values, latent, but is 'half'"),
+        ({"model": {"scope": "mlp"}, "cache": "values"}, "cache=values .* these are dense"),
+        ({"model": {"projection": "sltrain"}, "cache": "latent"}, "are of kind 'sltrain'"),
     ],
 )
 def test_bad_values_are_named(changes, message):
     arguments = {"prompts": [[5]], "max_new_tokens": 4, **changes}
+    model = make(**arguments.pop("model", {}))
     with pytest.raises(ValueError, match=message):
-        next(generate(make(), **arguments))
+        next(generate(model, **arguments))
 
 
 def test_characters_of_several_bytes_come_whole(monkeypatch):
@@ -175,15 +202,26 @@ def test_characters_of_several_bytes_come_whole(monkeypatch):
 def test_the_command(tmp_path, capsys):
     tokenizer = load_tokenizer("bytes")
     ids = {"eos_token_id": 1, "pad_token_id": 0}
-    write_model(make(), tmp_path / "out", files=tokenizer.files(), token_ids=ids)
+    for name, factors in (("out", False), ("factors", True)):
+        write_model(
+            make(),
+            tmp_path / name,
+            files=tokenizer.files(),
+            token_ids=ids,
+            keep_factors=factors,
+        )
     arguments = [str(tmp_path / "out"), "--max-new-tokens=9", "--temperature=0"]
     one, both = io.StringIO(), io.StringIO()
     assert main([*arguments, "--prompt=The end"], one) == 0
     assert main([*arguments, "--prompt=The end", "--prompt=A"], both) == 0
     assert one.getvalue().startswith("The end")
     assert both.getvalue().startswith(one.getvalue())
-    for bad in (["--top-p=2"], ["--max-new-tokens=500"]):
+    latents = io.StringIO()
+    latent = [str(tmp_path / "factors"), *arguments[1:], "--cache=latent", "--prompt=The end"]
+    assert main(latent, latents) == 0
+    assert latents.getvalue() == one.getvalue()
+    for bad in (["--top-p=2"], ["--max-new-tokens=500"], ["--cache=values"]):
         assert main([*arguments, "--prompt=A", *bad]) == 1
     assert main([str(tmp_path), "--prompt=A"]) == 1
     errors = capsys.readouterr().err
-    assert errors.count("error: ") == errors.count("\n") == 3
+    assert errors.count("error: ") == errors.count("\n") == 4
