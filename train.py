@@ -57,10 +57,35 @@ _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Run directory; default: runs/ and the config file's name."
 )
 
+_DISTRIBUTED = flags.DEFINE_bool(
+    "distributed",
+    False,
+    "One of several processes, as SLURM, Open MPI, Kubernetes or a TPU pod say in the environment.",
+)
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator", None, "HOST:PORT of the first of several processes, where nothing else says so."
+)
+_PROCESSES = flags.DEFINE_integer("processes", None, "How many processes there are.")
+_PROCESS = flags.DEFINE_integer("process", None, "The number of this one, from 0.")
+_HEARTBEAT = flags.DEFINE_integer(
+    "heartbeat_seconds", 60, "Silence after which another process is taken for dead."
+)
+
+
+_DRY_RUN = flags.DEFINE_bool(
+    "dry_run", False, "Compile the step for simulated devices, print what it takes, and end."
+)
+_DEVICES = flags.DEFINE_integer(
+    "devices", None, "Devices of a dry run; default: as config.mesh says.", lower_bound=1
+)
+
+# Flags that say which of several processes this one is.
+_CLUSTER = ("distributed", "coordinator", "processes", "process", "heartbeat_seconds")
+
 
 def _flags_to_repeat(arguments: list[str]) -> list[str]:
     """The flags of this call but for those that a comparison changes."""
-    changed = ("workdir", "config.method")
+    changed = ("workdir", "config.method", *_CLUSTER)
     return [
         shlex.quote(argument)
         for before, argument in itertools.pairwise(["", *arguments])
@@ -73,10 +98,22 @@ def main(argv: list[str]) -> int:
     logging.set_verbosity(logging.ERROR)  # libraries log what is of no use to a run
     # Heavy imports wait until the flags are known to be good.
     from loro_jax.training.config import Config
+    from loro_jax.training.dry_run import dry_run
     from loro_jax.training.errors import TrainingError
     from loro_jax.training.loop import train
+    from loro_jax.training.processes import Cluster, connect, leave
 
     try:
+        if not _DRY_RUN.value:
+            connect(
+                Cluster(
+                    _COORDINATOR.value,
+                    _PROCESSES.value,
+                    _PROCESS.value,
+                    _DISTRIBUTED.value,
+                    _HEARTBEAT.value,
+                )
+            )
         if len(argv) > 1:
             raise TrainingError(
                 f"unexpected argument {argv[1]!r}; flags look like --config.steps=100."
@@ -89,12 +126,15 @@ def main(argv: list[str]) -> int:
             raise TrainingError(
                 f"--config={config_file}: get_config() must return a training Config."
             )
+        if _DRY_RUN.value:
+            dry_run(config, _DEVICES.value)
+            return 0
         name = pathlib.Path(config_file).stem
         command = " ".join(["python train.py", *_flags_to_repeat(sys.argv[1:])])
         return train(config, _WORKDIR.value or f"runs/{name}", command).exit_status
     except TrainingError as error:
         print(f"error: {error}", file=sys.stderr)
-        return 1
+        return leave(1)
 
 
 if __name__ == "__main__":

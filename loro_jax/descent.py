@@ -86,7 +86,7 @@ def riemannian_descent(
         require_pairs: raise when the tree holds no pair.
         regular: transformation for all leaves that are not factors.
         regular_direction: direction for those leaves; None: the same as for the factors.
-        mesh: devices that share the exact steps.
+        mesh: devices that share the exact steps, or where the parameters lie.
 
     Returns:
         An ``optax.GradientTransformationExtraArgs``.
@@ -157,7 +157,9 @@ def riemannian_descent(
         rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
         count = optax.safe_increment(state.count)
         exact = jnp.bool_(False) if exact_every is None else count % exact_every == 0
-        settings = _StepSettings(rate, state.count, lr_scale, weight_decay, exact_step, mesh)
+        settings = _StepSettings(
+            rate, state.count, lr_scale, weight_decay, exact_step, *_places_on(mesh, params, found)
+        )
 
         factor_state, regular_state = state.factors, state.regular
         if zeroed:
@@ -228,6 +230,7 @@ class _StepSettings(NamedTuple):
     weight_decay: Any
     exact_step: Callable[..., Any]
     mesh: Any
+    homes: Any
 
     def scale(self, B: jax.Array, A: jax.Array) -> Any:
         """The approximate step's factor: r / min(m, n) unless fixed by the user (equation 11)."""
@@ -242,6 +245,21 @@ def places_of_factors(found: Sequence[Pair]) -> _Places:
     """Where the factors of each pair stand among the leaves of a tree of factors alone."""
     indices = sorted(index for pair in found for index in (pair.B, pair.A))
     return [(indices.index(pair.B), indices.index(pair.A)) for pair in found]
+
+
+def _places_on(mesh: Any, params: Any, found: Sequence[Pair]) -> tuple[Any, Any]:
+    """The mesh, and where on it the factors of each pair lie if ``mesh`` says so."""
+    if mesh is None or isinstance(mesh, jax.sharding.Mesh | jax.sharding.AbstractMesh):
+        return mesh, None
+    shardings = jax.tree.leaves(mesh)
+    expected = len(jax.tree.leaves(params))
+    if len(shardings) != expected:
+        raise ValueError(
+            f"loro: mesh must be a mesh, or a tree of {expected} shardings like the parameters, "
+            f"but has {len(shardings)} leaves."
+        )
+    homes = [(shardings[pair.B], shardings[pair.A]) for pair in found]
+    return shardings[0].mesh, homes
 
 
 def _exact_step(
@@ -268,7 +286,7 @@ def _exact_step(
         (tuple(column[b] for column in columns), tuple(column[a] for column in columns))
         for b, a in places
     ]
-    results, fallbacks = map_pairs(step, pairs, settings.mesh)
+    results, fallbacks = map_pairs(step, pairs, settings.mesh, settings.homes)
     trees = []
     for i, like in enumerate((factors, *moments)):
         leaves = [*jax.tree.leaves(like)]

@@ -34,7 +34,10 @@ BatchStep = Callable[[tuple[Array, ...], tuple[Array, ...]], tuple[Any, Any, Arr
 
 
 def map_pairs(
-    step: BatchStep, pairs: Sequence[PairArrays], mesh: Any | None = None
+    step: BatchStep,
+    pairs: Sequence[PairArrays],
+    mesh: Any | None = None,
+    homes: Sequence[tuple[NamedSharding, NamedSharding]] | None = None,
 ) -> tuple[list[PairArrays], Array]:
     """Applies a function of a batch of pairs to many pairs, those of one shape together.
 
@@ -47,6 +50,9 @@ def map_pairs(
         pairs: for each pair, arrays (..., m, r) and (..., r, n), the same number of each for all.
         mesh: divides the work among its devices; None: the mesh that the arrays' types name, or
             that ``jax.set_mesh`` has set; no division where there is none.
+        homes: where the output and the input side of each pair lie, and the results shall. With
+            automatic axes nothing else says so, and XLA may lay out what is around as suits the
+            work best. None: as the arrays' types say, or as XLA decides.
 
     Returns:
         For each pair what the function returned, with the leading axes of the pair, and the sum of
@@ -69,11 +75,27 @@ def map_pairs(
     total = jnp.zeros([], jnp.int32)
     for members in groups.values():
         arrays = [pairs[i] for i in members]
-        whole = _run_here if division is None else division.run
-        outcomes, count = whole(step, arrays)
+        if division is None:
+            outcomes, count = _run_here(step, arrays)
+        else:
+            specs = [_specs(pairs[i], homes and homes[i], division.explicit) for i in members]
+            outcomes, count = division.run(step, arrays, specs)
         results |= dict(zip(members, outcomes, strict=True))
         total += count
     return [results[i] for i in range(len(pairs))], total
+
+
+# Specs of the output and of the input side of a pair; None: nobody knows.
+_Specs = tuple[PartitionSpec, PartitionSpec] | None
+
+
+def _specs(pair: PairArrays, home: Any, explicit: bool) -> _Specs:
+    if home is not None:
+        return home[0].spec, home[1].spec
+    if not explicit:
+        return None
+    (out, *_), (inp, *_) = pair
+    return jax.typeof(out).sharding.spec, jax.typeof(inp).sharding.spec
 
 
 def _shapes(pair: PairArrays) -> Any:
@@ -160,21 +182,24 @@ class _Division(NamedTuple):
         outs, ins = pair
         return tuple(self.strips(x, -2) for x in outs), tuple(self.strips(x, -1) for x in ins)
 
-    def home(self, x: Array, long_axis: int, like: Array) -> Array:
-        """A strip laid out as another array is.
+    def home(self, x: Array, long_axis: int, spec: PartitionSpec) -> Array:
+        """A strip laid out by a spec.
 
         Where that leaves axes of the mesh unused, strips are first copied along these: in one go
         XLA would gather the whole array.
         """
-        spec = jax.typeof(like).sharding.spec
         used = jax.tree.leaves(tuple(spec))
         fewer = self._replace(axes=tuple(axis for axis in self.axes if axis in used))
         if 0 < len(fewer.axes) < len(self.axes):
             x = fewer.strips(x, long_axis)
         return self.put(x, spec)
 
-    def run(self, step: BatchStep, pairs: Sequence[PairArrays]) -> tuple[list[PairArrays], Array]:
+    def run(
+        self, step: BatchStep, pairs: Sequence[PairArrays], specs: Sequence[_Specs]
+    ) -> tuple[list[PairArrays], Array]:
         """What :func:`_run_here` does, by all devices together."""
+        if not self.explicit:
+            pairs = [self.pinned(pair, spec) for pair, spec in zip(pairs, specs, strict=True)]
         flat = [_flat(self.all_strips(pair)) for pair in pairs]
         stacked = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *flat)
         missing = -len(stacked[0][0]) % self.ways
@@ -201,12 +226,22 @@ class _Division(NamedTuple):
         )
         done, count = divided(jax.tree.map(share, stacked))
         results = _unstack(self.all_strips(done), pairs)
-        if self.explicit:
-            results = [
-                (
-                    tuple(self.home(x, -2, like_out) for x in outs),
-                    tuple(self.home(x, -1, like_in) for x in ins),
-                )
-                for (outs, ins), ((like_out, *_), (like_in, *_)) in zip(results, pairs, strict=True)
-            ]
+        results = [self.brought_home(pair, spec) for pair, spec in zip(results, specs, strict=True)]
         return results, count
+
+    def pinned(self, pair: PairArrays, specs: _Specs) -> PairArrays:
+        """The arrays of a pair as they lie, said to XLA."""
+        if specs is None:
+            return pair
+        outs, ins = pair
+        return tuple(self.put(x, specs[0]) for x in outs), tuple(self.put(x, specs[1]) for x in ins)
+
+    def brought_home(self, pair: PairArrays, specs: _Specs) -> PairArrays:
+        """Strips of a pair, laid out as it was."""
+        if specs is None:
+            return pair
+        outs, ins = pair
+        return (
+            tuple(self.home(x, -2, specs[0]) for x in outs),
+            tuple(self.home(x, -1, specs[1]) for x in ins),
+        )

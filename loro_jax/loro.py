@@ -80,7 +80,9 @@ def loro(
             schedule; None: none, as in the paper.
         mesh: devices that share the exact steps, each taking some pairs whole
             (:mod:`loro_jax.division`). None: those that the parameters' types name (explicit
-            axes), or those of ``jax.set_mesh``; where there is neither, XLA decides.
+            axes), or those of ``jax.set_mesh``; where there is neither, XLA decides. With automatic
+            axes better a tree of NamedShardings, where the parameters lie: else XLA may lay the
+            whole step out as suits its exact branch.
 
     Returns:
         An ``optax.GradientTransformationExtraArgs``.

@@ -13,7 +13,9 @@ CACHE = os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="loro_jax_tests_")
 )
 jax.config.update("jax_compilation_cache_dir", CACHE)
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+# XLA has crashed once in a few thousand times while it wrote a program down: the many small ones of
+# the tests' own processes are not worth it.
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 ROOT = pathlib.Path(__file__).parent.parent

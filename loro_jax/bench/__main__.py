@@ -3,7 +3,15 @@
 import importlib
 import sys
 
-BENCHMARKS = ("approximate_step", "data", "exact_step", "inference", "train_step")
+BENCHMARKS = (
+    "approximate_step",
+    "data",
+    "exact_step",
+    "inference",
+    "memory_fit",
+    "plan",
+    "train_step",
+)
 
 
 def main(arguments: list[str]) -> None:

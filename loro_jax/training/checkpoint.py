@@ -1,12 +1,14 @@
-"""Checkpoints: state, data iterator and counters together, checked when they are read.
+"""Checkpoints: state, place in the data and counters together, checked when they are read.
 
 Orbax writes each checkpoint beside its place and renames it, so a kill at any moment leaves the
 earlier ones whole. What Orbax does not notice is a byte that has changed on disk: every checkpoint
-therefore carries a checksum of its arrays, computed on the devices.
+therefore carries a checksum of its arrays, computed on the devices. Nothing in it depends on how
+many devices or processes there were.
 """
 
 from __future__ import annotations
 
+import functools
 import logging
 import pathlib
 from collections.abc import Callable
@@ -18,6 +20,7 @@ import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from loro_jax.training.errors import TrainingError
+from loro_jax.training.processes import is_first, together
 
 Array = jax.Array
 
@@ -63,14 +66,19 @@ class Checkpoints:
             cleanup_tmp_directories=True,
         )
 
-    def save(self, step: int, state: Any, iterator: Any, progress: dict[str, Any]) -> None:
-        """Saves in the background; waits for the save before it. Does nothing if it exists."""
+    def save(self, step: int, state: Any, progress: dict[str, Any]) -> None:
+        """Saves in the background; waits for the save before it. Does nothing if it exists.
+
+        Args:
+            step: behind which the state is.
+            state: all that changes on the devices.
+            progress: numbers and small arrays, the same in every process.
+        """
         self.wait()
         if any(checkpoint.step == step for checkpoint in self._checkpointer.checkpoints):
             return
         content = {
             "state": {"state": state, "checksum": _checksum(state)},
-            "data": iterator,
             "progress": progress,
         }
         try:
@@ -100,17 +108,16 @@ class Checkpoints:
             "earlier checkpoints are whole: make room and run the same command again."
         )
 
-    def restore(self, abstract_state: Any, make_iterator: Callable[[], Any]) -> tuple[Any, Any]:
+    def restore(self, abstract_state: Any) -> Restored | None:
         """Restores the newest checkpoint that is whole.
 
         Damaged ones behind it are moved out of the way, to ``damaged_checkpoints/``, and reported.
 
         Args:
             abstract_state: shapes, dtypes and shardings of the state.
-            make_iterator: makes a fresh data iterator; the restore sets its position.
 
         Returns:
-            (Restored or None when there is no checkpoint, iterator).
+            What it holds; None when there is no checkpoint.
 
         Raises:
             TrainingError: if there are checkpoints and none of them is whole.
@@ -118,30 +125,24 @@ class Checkpoints:
         steps = sorted((c.step for c in self._checkpointer.checkpoints), reverse=True)
         damaged: list[tuple[int, str]] = []
         for step in steps:
-            iterator = make_iterator()
             try:
-                restored = self._load(step, abstract_state, iterator)
+                restored = self._load(step, abstract_state)
             except Exception as error:  # what a damaged file raises depends on the file
                 damaged.append((step, str(error).strip().split("\n")[0][:120]))
                 continue
             self._set_aside(damaged, step)
-            return restored, iterator
+            return restored
         if damaged:
             raise TrainingError(
                 f"no checkpoint in {self._directory} can be read (steps "
                 f"{', '.join(str(step) for step, _ in damaged)}; the newest: {damaged[0][1]}). "
                 "Nothing was changed; start again with another --workdir."
             )
-        return None, make_iterator()
+        return None
 
-    def _load(self, step: int, abstract_state: Any, iterator: Any) -> Restored:
+    def _load(self, step: int, abstract_state: Any) -> Restored:
         content = self._checkpointer.load_checkpointables(
-            step,
-            {
-                "state": _checked(abstract_state),
-                "data": iterator,
-                "progress": None,
-            },
+            step, {"state": _checked(abstract_state), "progress": None}
         )
         return Restored(step, _check(content["state"]), content["progress"])
 
@@ -151,15 +152,19 @@ class Checkpoints:
         self._checkpointer.close()
         for step, reason in damaged:
             target = self._directory.parent / "damaged_checkpoints" / str(step)
-            target.parent.mkdir(exist_ok=True)
             if target.exists():
                 target = _unused(target)
-            (self._directory / str(step)).rename(target)
+            together(functools.partial(self._move, step, target))
             self._warn(
                 f"checkpoint {step} is damaged ({reason}); moved to {target}, "
                 f"going on from the one of step {good_step}."
             )
         self._open()
+
+    def _move(self, step: int, target: pathlib.Path) -> None:
+        if is_first():
+            target.parent.mkdir(exist_ok=True)
+            (self._directory / str(step)).rename(target)
 
     def close(self) -> None:
         """Waits for a save under way and releases the directory."""

@@ -9,5 +9,9 @@ class DivergedError(TrainingError):
     """A run's loss, or its gradient, is no longer finite."""
 
 
+class LostProcessError(TrainingError):
+    """Another process of the run has ended; the rest must not wait for it."""
+
+
 class InUseError(TrainingError):
     """Another process works in a run's directory."""

@@ -24,10 +24,11 @@ from loro_jax.training.data import (
     train_iterator,
     validation_batches,
 )
-from loro_jax.training.errors import DivergedError
+from loro_jax.training.errors import DivergedError, LostProcessError
 from loro_jax.training.metrics import MetricsWriter, read_rows
 from loro_jax.training.ngram import NgramPerplexity
 from loro_jax.training.plots import plot_run
+from loro_jax.training.processes import is_first, largest, others_alive, together
 from loro_jax.training.progress import ProgressDisplay
 from loro_jax.training.report import corpus_ngrams, final_report
 from loro_jax.training.run_directory import RunDirectory
@@ -35,6 +36,7 @@ from loro_jax.training.start import check_start, start_from, with_architecture
 from loro_jax.training.step import Program, TrainState, compile_program, make_program
 from loro_jax.training.tokenizer import load_tokenizer
 from loro_jax.training.vocabulary import resolve_vocabulary
+from models.loss import Batch
 
 
 class Outcome(NamedTuple):
@@ -66,6 +68,42 @@ def train(config: Config, workdir: str, command: str = "python train.py") -> Out
         TrainingError: for a bad config or corpus, a directory of another run, a damaged set of
             checkpoints, or a loss that is not finite.
     """
+    inputs = together(lambda: _read_inputs(config))
+    config, corpus = inputs.config, inputs.corpus
+    with RunDirectory(workdir, config, corpus.fingerprint) as directory, _StopSignals() as signals:
+        with others_alive():
+            run = _Run(inputs, directory, signals)
+        try:
+            with others_alive():
+                run.loop()
+        except LostProcessError:
+            raise  # closing would wait for the lost one
+        except BaseException:
+            run.close()
+            raise
+        run.close()
+        if signals.received is not None:
+            return Outcome(128 + signals.received, None)
+        if not is_first():
+            return Outcome(0, None)
+        ngrams = corpus_ngrams(corpus, inputs.vocab_size)
+        val_ppl = run.finish(ngrams)
+    for line in final_report(config, val_ppl, ngrams, workdir, command):
+        print(line, flush=True)
+    return Outcome(0, val_ppl)
+
+
+class _Inputs(NamedTuple):
+    """What a run is made of, checked."""
+
+    config: Config
+    devices: jax.sharding.Mesh
+    corpus: Corpus
+    vocab_size: int
+    vocabulary: str
+
+
+def _read_inputs(config: Config) -> _Inputs:
     config = with_architecture(config)
     config.validate()
     devices = meshes.make_mesh(config.mesh)
@@ -73,20 +111,9 @@ def train(config: Config, workdir: str, command: str = "python train.py") -> Out
     tokenizer = load_tokenizer(config.data.tokenizer, config.data.eos_id, config.data.pad_id)
     check_start(config, tokenizer)
     config, vocabulary = resolve_vocabulary(config, tokenizer)
-    corpus = load_corpus(config, tokenizer)
-    with RunDirectory(workdir, config, corpus.fingerprint) as directory, _StopSignals() as signals:
-        run = _Run(config, directory, corpus, devices, signals, vocabulary)
-        try:
-            run.loop()
-        finally:
-            run.close()
-        if signals.received is not None:
-            return Outcome(128 + signals.received, None)
-        ngrams = corpus_ngrams(corpus, tokenizer.vocab_size)
-        val_ppl = run.finish(ngrams)
-    for line in final_report(config, val_ppl, ngrams, workdir, command):
-        print(line, flush=True)
-    return Outcome(0, val_ppl)
+    return _Inputs(
+        config, devices, load_corpus(config, tokenizer), tokenizer.vocab_size, vocabulary
+    )
 
 
 class _Dispatched(NamedTuple):
@@ -94,25 +121,18 @@ class _Dispatched(NamedTuple):
 
     step: int
     metrics: dict[str, jax.Array]
-    tokens: int
 
 
 class _Run:
     """One process's part of a run. Holds what the loop's pieces share."""
 
-    def __init__(
-        self,
-        config: Config,
-        directory: RunDirectory,
-        corpus: Corpus,
-        devices: jax.sharding.Mesh,
-        signals: _StopSignals,
-        vocabulary: str,
-    ):
+    def __init__(self, inputs: _Inputs, directory: RunDirectory, signals: _StopSignals):
+        config, devices, corpus = inputs.config, inputs.devices, inputs.corpus
         self._config = config
         self._path = directory.path
         self._signals = signals
-        self._batch_sharding = meshes.batch_sharding(devices)
+        self._devices = devices
+        self._rows = meshes.rows_here(devices, config.batch_size)
         self._validation = validation_batches(
             corpus, config.batch_size // config.gradient_accumulation
         )
@@ -122,9 +142,8 @@ class _Run:
         self._checkpoints = Checkpoints(
             self._path / "checkpoints", config.keep_checkpoints, notes.append
         )
-        restored, self._iterator = self._checkpoints.restore(
-            abstract_state, lambda: train_iterator(config, corpus)
-        )
+        restored = self._checkpoints.restore(abstract_state)
+        self._iterator = train_iterator(config, corpus, self._rows)
         if restored is None:
             self._start, self._tokens = 0, 0
             self._state: TrainState = self._program.init()
@@ -132,11 +151,14 @@ class _Run:
                 self._state, note = start_from(config, self._state)
                 notes.append(note)
         else:
-            self._start, self._tokens = restored.step, restored.progress["tokens"]
+            self._start, self._tokens = restored.step, int(restored.progress["tokens"])
+            self._iterator.seek(restored.progress["data"])
             self._state = restored.state
             notes.append(f"continuing {self._path} from step {self._start}")
-        self._metrics = MetricsWriter(self._path, self._start, config.tensorboard)
-        self._display = ProgressDisplay(config.steps, self._start)
+        self._metrics = (
+            MetricsWriter(self._path, self._start, config.tensorboard) if is_first() else None
+        )
+        self._display = ProgressDisplay(config.steps, self._start, quiet=not is_first())
         for note in notes:
             self._display.say(note)
         if restored is None:
@@ -145,8 +167,8 @@ class _Run:
                 f"{describe(config, corpus)} and {len(corpus.validation_tokens):,} validation "
                 f"sequences of {config.sequence_length} tokens, in {self._path}"
             )
-            self._display.say(vocabulary)
-        self._clock = _Clock()
+            self._display.say(inputs.vocabulary)
+        self._clock = _Clock(self._tokens)
 
     def loop(self) -> None:
         """Takes all steps that are left, unless a signal or a loss that is not finite ends it."""
@@ -158,7 +180,7 @@ class _Run:
             if in_flight is not None:
                 self._collect(in_flight)
             in_flight = dispatched
-            last = step == config.steps or self._signals.received is not None
+            last = step == config.steps or self._stops(step)
             evaluate = step % config.eval_every == 0 or step == config.steps
             checkpoint = step % config.checkpoint_every == 0 or last
             if evaluate or checkpoint:
@@ -178,27 +200,47 @@ class _Run:
                 "run the same command to go on"
             )
 
+    def _stops(self, step: int) -> bool:
+        """Whether a signal ends the run here; all processes stop behind the same step."""
+        if jax.process_count() == 1:
+            return self._signals.received is not None
+        if step % self._config.log_every:
+            return False
+        received = int(largest(np.array(self._signals.received or 0)))
+        self._signals.received = received or None
+        return received > 0
+
+    def _write(self, row: dict[str, Any]) -> None:
+        if self._metrics is not None:
+            self._metrics.write(row)
+
     def _dispatch(self, step: int) -> _Dispatched:
         with self._clock.waiting():
             rows = next(self._iterator)
-        batch = jax.device_put(to_batch(rows["tokens"], rows["mask"]), self._batch_sharding)
-        self._tokens += int(rows["mask"].sum())
+        batch = to_batch(rows["tokens"], rows["mask"])
+        batch = meshes.put_batch(self._devices, batch, self._rows, self._config.batch_size)
         self._state, metrics = self._program.train_step(self._state, batch)
-        return _Dispatched(step, metrics, self._tokens)
+        return _Dispatched(step, metrics)
 
     def _collect(self, dispatched: _Dispatched) -> None:
         """Fetches a step's metrics, checks them, and writes its row if it is due."""
-        step, tokens = dispatched.step, dispatched.tokens
+        step = dispatched.step
         values = {name: float(value) for name, value in dispatched.metrics.items()}
+        self._tokens += int(values.pop("tokens"))
         if not all(math.isfinite(value) for value in values.values()):
             raise self._not_finite(step, values)
         if step == self._start + 1:
-            self._clock.restart(tokens)  # the first step is mostly compilation
+            self._clock.restart(self._tokens)  # the first step is mostly compilation
         if step % self._config.log_every == 0:
-            row = {"step": step, **values, "tokens": tokens}
-            row |= self._clock.rates(tokens)
-            self._metrics.write(row)
+            row = {"step": step, **values, "tokens": self._tokens}
+            row |= self._clock.rates(self._tokens)
+            self._write(row)
             self._display.training(row)
+
+    def _put_whole(self, batch: Batch) -> Batch:
+        """A batch of which every process holds all rows."""
+        size = len(batch.inputs)
+        return meshes.put_batch(self._devices, batch, range(size), size)
 
     def _not_finite(self, step: int, values: dict[str, float]) -> DivergedError:
         bad = ", ".join(f"{k} = {v}" for k, v in values.items() if not math.isfinite(v))
@@ -213,12 +255,8 @@ class _Run:
     def _evaluate(self, step: int) -> None:
         with self._clock.paused():
             parts = [
-                self._program.eval_step(
-                    self._state.params,
-                    self._state.fixed,
-                    jax.device_put(batch, self._batch_sharding),
-                )
-                for batch in self._validation
+                self._program.eval_step(self._state.params, self._state.fixed, batch)
+                for batch in map(self._put_whole, self._validation)
             ]
             loss_sum, tokens = np.sum(np.asarray(jax.device_get(parts), np.float64), axis=0)
         val_loss = float(loss_sum / tokens)
@@ -230,13 +268,15 @@ class _Run:
             "val_ppl": math.exp(val_loss),
             "tokens": self._tokens,
         }
-        self._metrics.write(row)
+        self._write(row)
         self._display.evaluation(row)
 
     def _save(self, step: int) -> None:
         with self._clock.paused():
-            self._metrics.sync()
-            self._checkpoints.save(step, self._state, self._iterator, {"tokens": self._tokens})
+            if self._metrics is not None:
+                self._metrics.sync()
+            progress = {"tokens": self._tokens, "data": self._iterator.position()}
+            self._checkpoints.save(step, self._state, progress)
 
     def finish(self, ngrams: NgramPerplexity | None) -> float:
         """Draws the plot of a complete run and returns its last validation perplexity."""
@@ -247,15 +287,16 @@ class _Run:
     def close(self) -> None:
         """Releases files; waits for a checkpoint under way."""
         self._display.close()
-        self._metrics.close()
+        if self._metrics is not None:
+            self._metrics.close()
         self._checkpoints.close()
 
 
 class _Clock:
     """Tokens per second of training, without evaluations and checkpoints; and waits for data."""
 
-    def __init__(self) -> None:
-        self.restart(0)
+    def __init__(self, tokens: int) -> None:
+        self.restart(tokens)
 
     def restart(self, tokens: int) -> None:
         self._since, self._tokens, self._waited = time.monotonic(), tokens, 0.0

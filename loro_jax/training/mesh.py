@@ -3,11 +3,14 @@
 The batch is split over ``data`` and ``fsdp``. Parameters (and with them Adam's moments) are copied
 along ``data``, split along ``fsdp`` by their longest axis, and along ``tensor`` by the axis on
 which a projection's products need no exchange: outputs of q, k, v, gate and up, inputs of o and
-down. All of it is GSPMD's automatic mode: the step is written for one device.
+down. Between factors that leaves exchanges of the rank's size alone. All of it is GSPMD's automatic
+mode: the step is written for one device. Activations: see :mod:`models.layout`.
 """
 
 from __future__ import annotations
 
+import bisect
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -16,19 +19,24 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from loro_jax.training.config import Config, MeshConfig
 from loro_jax.training.errors import TrainingError
+from models.loss import Batch
 
 # Projections whose input axis is split over `tensor`; the others' output axis is.
 ROW_PARALLEL = ("o", "down")
 
 
-def make_mesh(config: MeshConfig) -> Mesh:
-    """A mesh of all devices with the axes data, fsdp and tensor.
+def make_mesh(config: MeshConfig, devices: int | None = None) -> Mesh:
+    """A mesh of devices with the axes data, fsdp and tensor.
+
+    Args:
+        config: their sizes.
+        devices: how many of the devices there are; None: all of them.
 
     Raises:
         TrainingError: if the sizes do not multiply to the number of devices.
     """
     sizes = {"data": config.data, "fsdp": config.fsdp, "tensor": config.tensor}
-    devices = jax.device_count()
+    devices = jax.device_count() if devices is None else devices
     fixed = int(np.prod([size for size in sizes.values() if size > 0]))
     free = [name for name, size in sizes.items() if size == -1]
     if len(free) == 1 and devices % fixed == 0:
@@ -38,7 +46,12 @@ def make_mesh(config: MeshConfig) -> Mesh:
             f"config.mesh = {config.data} x {config.fsdp} x {config.tensor} (data x fsdp x tensor) "
             f"does not make {devices} device(s); at most one axis may be -1 (all that are left)."
         )
-    return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * 3)
+    return jax.make_mesh(
+        tuple(sizes.values()),
+        tuple(sizes),
+        axis_types=(AxisType.Auto,) * 3,
+        devices=jax.devices()[:devices],
+    )
 
 
 def check_batch(config: Config, mesh: Mesh) -> None:
@@ -55,6 +68,40 @@ def check_batch(config: Config, mesh: Mesh) -> None:
 def batch_sharding(mesh: Mesh) -> NamedSharding:
     """Sequences split over ``data`` and ``fsdp``."""
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+
+
+def rows_here(mesh: Mesh, batch_size: int) -> list[int]:
+    """Rows of the global batch that the devices of this process work on."""
+    slices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
+    rows = np.arange(batch_size)
+    return sorted(set(np.concatenate([rows[index] for index in slices]).tolist()))
+
+
+def put_batch(mesh: Mesh, batch: Batch, rows: Sequence[int], batch_size: int) -> Batch:
+    """A batch on the devices.
+
+    Args:
+        mesh: the devices.
+        batch: this process's rows of it.
+        rows: their numbers, from :func:`rows_here`.
+        batch_size: rows of the global batch.
+
+    Returns:
+        The global batch.
+    """
+    sharding = batch_sharding(mesh)
+
+    def put(array: np.ndarray) -> jax.Array:
+        def part(index: Any) -> np.ndarray:
+            first, last, _ = index[0].indices(batch_size)
+            # Rows of one device lie together in the batch, and so they do among those here.
+            start = bisect.bisect_left(rows, first)
+            return array[start : start + last - first]
+
+        shape = (batch_size, *array.shape[1:])
+        return jax.make_array_from_callback(shape, sharding, part)
+
+    return jax.tree.map(put, batch)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

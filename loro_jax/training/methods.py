@@ -53,8 +53,10 @@ def make_schedule(config: Config) -> optax.Schedule:
     return with_restarts(schedule, config.exact_every, config.restart_warmup_steps)
 
 
-def make_optimizer(config: Config, mesh: jax.sharding.Mesh | None = None) -> Optimizer:
+def make_optimizer(config: Config, mesh: Any | None = None) -> Optimizer:
     """The optimizer of a run's method, its exact steps shared by the devices of a mesh.
+
+    ``mesh`` is that, or a tree of the parameters' shardings on it.
 
     Gradient clipping is not part of it: the step needs the gradient's norm for its metrics too.
     """

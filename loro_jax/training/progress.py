@@ -18,16 +18,25 @@ class ProgressDisplay:
         total_steps: length of the run.
         start_step: steps already taken when it was resumed.
         file: where to write; standard output unless told.
+        quiet: show nothing at all.
     """
 
-    def __init__(self, total_steps: int, start_step: int = 0, file: TextIO | None = None):
-        self._console = Console(file=file or sys.stdout, highlight=False, soft_wrap=True)
+    def __init__(
+        self,
+        total_steps: int,
+        start_step: int = 0,
+        file: TextIO | None = None,
+        quiet: bool = False,
+    ):
+        self._console = Console(
+            file=file or sys.stdout, highlight=False, soft_wrap=True, quiet=quiet
+        )
         self._total = total_steps
         self._started = time.monotonic()
         self._start_step = start_step
         self._bar: Progress | None = None
         self._validation = ""
-        if self._console.is_terminal:
+        if self._console.is_terminal and not quiet:
             self._bar = Progress(
                 TextColumn("step"),
                 MofNCompleteColumn(),

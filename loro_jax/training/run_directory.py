@@ -1,4 +1,4 @@
-"""The directory of a run: claimed by one process at a time, for one config and one text."""
+"""The directory of a run: claimed by one run at a time, for one config and one text."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from typing import IO, Any
 
 from loro_jax.training.config import Config, differences
 from loro_jax.training.errors import InUseError, TrainingError
+from loro_jax.training.processes import is_first, together
 
 
 class RunDirectory:
     """Claims a run directory for a config; a context manager.
 
     A fresh directory gets the resolved config and the fingerprint of the text; one that holds
-    another run's is refused before anything in it is touched.
+    another run's is refused before anything in it is touched. Of several processes the first does
+    all this; for the others it is only a path.
 
     Args:
         path: the directory; made when missing.
@@ -32,6 +34,10 @@ class RunDirectory:
         self.path = pathlib.Path(path)
         self._config_path = self.path / "config.json"
         self._data_path = self.path / "data.json"
+        self._lock: IO[str] | None = None
+        together(lambda: self._open(config, fingerprint) if is_first() else None)
+
+    def _open(self, config: Config, fingerprint: str) -> None:
         self._check(config)
         self._check_data(config, fingerprint)
         try:
@@ -99,7 +105,8 @@ class RunDirectory:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._lock.close()
+        if self._lock is not None:
+            self._lock.close()
 
 
 def _write_once(path: pathlib.Path, content: str) -> None:

@@ -10,10 +10,12 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from loro_jax.training.config import Config
 from loro_jax.training.mesh import batch_sharding, replicated, tree_shardings
 from loro_jax.training.methods import make_maintenance, make_optimizer, make_schedule
+from models.layout import laid_out_on
 from models.linear import Fixed
 from models.llama import Llama
 from models.loss import Batch, next_token_loss
@@ -65,11 +67,14 @@ def make_program(config: Config, mesh: jax.sharding.Mesh | None = None) -> Progr
         The functions, to be compiled by the caller (see :func:`compile_program`).
     """
     model_config = config.model_config
-    optimizer = make_optimizer(config, mesh)
     schedule = make_schedule(config)
     maintenance = make_maintenance(config)
     abstract_model = nnx.eval_shape(lambda: Llama(model_config, nnx.Rngs(config.seed)))
     graphdef = nnx.graphdef(abstract_model)
+    shardings = None
+    if mesh is not None:
+        shardings = tree_shardings(mesh, nnx.to_pure_dict(nnx.state(abstract_model, nnx.Param)))
+    optimizer = make_optimizer(config, shardings)
 
     def init() -> TrainState:
         model = Llama(model_config, nnx.Rngs(config.seed))
@@ -81,12 +86,32 @@ def make_program(config: Config, mesh: jax.sharding.Mesh | None = None) -> Progr
         return next_token_loss(nnx.merge(graphdef, joined(params, fixed)), batch)
 
     def loss_and_gradient(params: Any, fixed: Any, batch: Batch) -> tuple[Array, Any]:
-        return _mean_loss_and_gradient(
-            lambda p, b: loss_sum(p, fixed, b), params, batch, config.gradient_accumulation
+        tokens = jnp.maximum(jnp.sum(batch.mask), 1.0)
+
+        def of_part(batch: Batch, groups: str | None = None) -> tuple[Array, Any]:
+            with laid_out_on(mesh, without=groups):
+                return _loss_and_gradient(
+                    lambda p, b: loss_sum(p, fixed, b) / tokens,
+                    params,
+                    batch,
+                    config.gradient_accumulation,
+                )
+
+        if mesh is None or mesh.shape["data"] == 1:
+            return of_part(batch)
+        # Each group of devices along ``data`` adds up its own micro-batches: their gradients are
+        # leading entries of the sums, which travel once, behind the last of them.
+        parts = jax.tree.map(lambda x: x.reshape(mesh.shape["data"], -1, *x.shape[1:]), batch)
+        parts = jax.lax.with_sharding_constraint(
+            parts, NamedSharding(mesh, PartitionSpec("data", "fsdp"))
         )
+        sums = jax.vmap(lambda part: of_part(part, "data"), spmd_axis_name="data")(parts)
+        return jax.tree.map(lambda x: jnp.sum(x, axis=0), sums)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         loss, grads = loss_and_gradient(state.params, state.fixed, batch)
+        if shardings is not None:
+            grads = jax.lax.with_sharding_constraint(grads, shardings)
         grad_norm = optax.tree.norm(grads)
         if config.clip_norm > 0:
             shrink = jnp.minimum(1.0, config.clip_norm / jnp.maximum(grad_norm, 1e-12))
@@ -103,6 +128,7 @@ def make_program(config: Config, mesh: jax.sharding.Mesh | None = None) -> Progr
             params, fixed, opt_state = maintenance.behind(step, params, fixed, opt_state)
         metrics = {
             "loss": loss,
+            "tokens": jnp.sum(batch.mask),
             "lr": jnp.asarray(schedule(state.step), jnp.float32),
             "grad_norm": grad_norm,
             "update_norm": optax.tree.norm(updates),
@@ -112,7 +138,8 @@ def make_program(config: Config, mesh: jax.sharding.Mesh | None = None) -> Progr
         return TrainState(step, params, opt_state, fixed), metrics
 
     def eval_step(params: Any, fixed: Any, batch: Batch) -> tuple[Array, Array]:
-        return loss_sum(params, fixed, batch), jnp.sum(batch.mask)
+        with laid_out_on(mesh):
+            return loss_sum(params, fixed, batch), jnp.sum(batch.mask)
 
     return Program(init, train_step, eval_step, loss_and_gradient)
 
@@ -124,16 +151,15 @@ def joined(one: Any, other: Any) -> Any:
     }
 
 
-def _mean_loss_and_gradient(
-    loss_sum: Callable[[Any, Batch], Array], params: Any, batch: Batch, micro_batches: int
+def _loss_and_gradient(
+    loss: Callable[[Any, Batch], Array], params: Any, batch: Batch, micro_batches: int
 ) -> tuple[Array, Any]:
-    """Mean over the batch's tokens, in ``micro_batches`` parts one after the other.
+    """Of a sum over the batch, in ``micro_batches`` parts one after the other.
 
-    Sums are accumulated in float32 and divided once, so the parts may hold different numbers of
-    tokens, and the optimizer sees one gradient (its exact step must not run once a part).
+    Sums are accumulated in float32, and the optimizer sees one gradient (its exact step must not
+    run once a part).
     """
-    tokens = jnp.maximum(jnp.sum(batch.mask), 1.0)
-    value_and_grad = jax.value_and_grad(lambda p, b: loss_sum(p, b) / tokens)
+    value_and_grad = jax.value_and_grad(loss)
     if micro_batches == 1:
         return value_and_grad(params, batch)
     # Interleaved, so that a batch split over devices stays split in every part.
@@ -143,8 +169,8 @@ def _mean_loss_and_gradient(
         return jax.tree.map(jnp.add, total, value_and_grad(params, part)), None
 
     zero = (jnp.zeros([], jnp.float32), optax.tree.zeros_like(params, dtype=jnp.float32))
-    (loss, grads), _ = jax.lax.scan(add, zero, parts)
-    return loss, jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
+    (total, grads), _ = jax.lax.scan(add, zero, parts)
+    return total, jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
 
 
 def merge_model(config: Config, params: Any, fixed: Any) -> Llama:

@@ -1,5 +1,6 @@
 """The benchmarks run, and compare like with like; their times are nobody's assertion."""
 
+import argparse
 import dataclasses
 import json
 
@@ -10,7 +11,15 @@ import pytest
 
 from loro_jax import exact_update
 from loro_jax.bench import __main__ as bench
-from loro_jax.bench import approximate_step, data, exact_step, inference, train_step
+from loro_jax.bench import (
+    approximate_step,
+    data,
+    exact_step,
+    inference,
+    memory_fit,
+    plan,
+    train_step,
+)
 
 TINY = {"tiny": (32, 48, 8)}
 
@@ -93,6 +102,51 @@ def test_the_benchmark_of_training_steps_names_what_it_does_not_know(capsys):
     assert "--set lr_scael=0.5: expected FIELD=VALUE" in capsys.readouterr().err
 
 
+TINY_LLAMA = dataclasses.replace(
+    data.PRESETS["60m"], num_layers=1, rank=8, vocab_size=64, hidden_size=32, num_heads=2
+)
+
+
+def run_on_tiny(monkeypatch, module, path, *arguments):
+    """Rows of a benchmark that takes presets, on a tiny model."""
+    monkeypatch.setattr(module, "PRESETS", {"tiny": TINY_LLAMA})
+    monkeypatch.setattr(
+        module, "preset", lambda name, **changes: dataclasses.replace(TINY_LLAMA, **changes)
+    )
+    name = module.__name__.rpartition(".")[2]
+    bench.main([name, "--models=tiny", f"--json={path}", *arguments])
+    return json.loads(path.read_text())["rows"]
+
+
+def test_plans_of_both_models_stand_side_by_side(monkeypatch, tmp_path, capsys):
+    arguments = ["--meshes=1x1x1", "--batch_size=8", "--micro_batch=4", "--sequence_length=16"]
+    dense, low_rank = run_on_tiny(
+        monkeypatch, plan, tmp_path / "plan.json", *arguments, "--set=exact_method=svd"
+    )
+    assert (dense["method"], low_rank["method"]) == ("full", "loro")
+    assert dense["micro-batches"] == 2
+    for name in ("parameters M", "state GB", "TFLOP"):
+        assert low_rank[name] < dense[name]
+    assert dense["sent GB"] == low_rank["sent GB"] == 0
+    with pytest.raises(SystemExit):
+        bench.main(["plan", "--models=tiny", "--meshes=2x2"])
+    assert "--meshes: expected sizes like 2x4x1, but '2x2' is none" in capsys.readouterr().err
+
+
+def test_what_fits_is_what_a_compiled_step_says(monkeypatch, tmp_path):
+    arguments = ["--memory=0.001,0.01", "--sequence_length=16", "--methods=full"]
+    arguments += ["--dtype=float32", "--param_dtype=float32", "--remat=none"]
+    (row,) = run_on_tiny(monkeypatch, memory_fit, tmp_path / "fit.json", *arguments)
+    few, many = row["batch in 0.001 GB"], row["batch in 0.01 GB"]
+    assert 0 <= few < many
+    # The batch it names, compiled: it fills the memory.
+    options = argparse.Namespace(
+        sequence_length=16, dtype="float32", param_dtype="float32", remat="none", set=[]
+    )
+    _, state, temporaries = memory_fit._compiled("tiny", "full", many, options)
+    assert 0.98e7 < state + temporaries <= 1.02e7
+
+
 def test_the_benchmark_of_serving(monkeypatch, tmp_path, capsys):
     tiny = dataclasses.replace(
         data.PRESETS["60m"], num_layers=1, rank=8, vocab_size=64, hidden_size=32, num_heads=2
@@ -103,11 +157,13 @@ def test_the_benchmark_of_serving(monkeypatch, tmp_path, capsys):
     )
     path = tmp_path / "result.json"
     arguments = ["--models=tiny", "--rounds=1", "--batch_sizes=1,2", "--prompt=7"]
-    bench.main(["inference", *arguments, f"--json={path}"])
+    caches = ["full", "values", "latent"]
+    bench.main(["inference", *arguments, f"--caches={','.join(caches)}", f"--json={path}"])
     rows = json.loads(path.read_text())["rows"]
     found = [(row["batch"], row["projections"]) for row in rows]
-    assert found == [(1, "full"), (1, "low_rank"), (2, "full"), (2, "low_rank")]
-    full, low_rank = rows[2:]
+    kinds = ["full", *(f"low_rank, {cache} cache" for cache in caches)]
+    assert found == [(batch, kind) for batch in (1, 2) for kind in kinds]
+    full, low_rank, values, latent = rows[4:]
     # Head, q, k, v, o, gate, up, down; keys and values of 2 rows of 8 tokens.
     matrices = 64 * 32 + 4 * 32 * 32 + 3 * 32 * 1376
     factors = 64 * 32 + 8 * (4 * 64 + 3 * (32 + 1376))
@@ -119,7 +175,13 @@ def test_the_benchmark_of_serving(monkeypatch, tmp_path, capsys):
     attention = 2 * 32 * 8
     expected = (matrices + attention) / (factors + attention)
     assert low_rank["FLOP ratio"] == pytest.approx(expected)
-    for bad in ("--batch_sizes=0", "--prompt=1024", "--rank=33"):
+    # In place of values' 32 entries, and of keys' 32, latents' 8.
+    assert values["cache MB"] == pytest.approx(4e-6 * 2 * 8 * (32 + 8))
+    assert latent["cache MB"] == pytest.approx(4e-6 * 2 * 8 * (8 + 8))
+    attention = 8 * (32 + 2 * 8 + 32 * 8)  # scores, sums by 2 heads, keys made again
+    expected = (matrices + 2 * 32 * 8) / (factors + attention)
+    assert latent["FLOP ratio"] == pytest.approx(expected)
+    for bad in ("--batch_sizes=0", "--prompt=1024", "--rank=33", "--caches=half"):
         with pytest.raises(SystemExit):
             bench.main(["inference", *arguments, bad])
 

@@ -65,6 +65,36 @@ def test_each_pair_is_factored_once_in_the_whole_mesh(seen):
         assert row["in_all"] == 16
 
 
+@pytest.mark.parametrize(
+    ("devices", "rounds"),
+    # 96 pairs of q, k, v, o; 48 of gate and up; 24 of down: of each shape a device takes its share.
+    [(8, 96 // 8 + 48 // 8 + 24 // 8), (64, 2 + 1 + 1)],
+)
+def test_the_168_pairs_of_1b_are_shared_by_all_devices(devices, rounds):
+    # Nothing runs: code need not be fast.
+    quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+
+    def compiled(*arguments):
+        command = [sys.executable, "-m", "tests.core.exact_step_of_1b", *map(str, arguments)]
+        done = subprocess.run(
+            command,
+            env={**os.environ, "XLA_FLAGS": quick},
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=600,
+            check=False,
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        return json.loads(done.stdout)
+
+    row = compiled(devices)
+    assert row["factored"] == rounds * compiled(1, 1)["factored"]
+    assert row["sent"] == 0, "an approximate step exchanges nothing here"
+    # Factors and directions go out, and updates come back to where everybody has a copy.
+    assert 0 < row["sent_exact"] < 2 * row["bytes"]
+
+
 def test_one_device_divides_nothing():
     assert _division([jnp.ones((4, 2))], None) is None
     assert _division([], jax.make_mesh((1,), ("x",))) is None

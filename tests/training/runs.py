@@ -22,6 +22,7 @@ TINY = {
     "learning_rate": 0.01,
     "warmup_steps": 4,
     "exact_every": 10,
+    "exact_method": "svd",  # the quickest to compile
     "log_every": 1,
     "eval_every": 25,
     "checkpoint_every": 11,

@@ -13,13 +13,16 @@ from loro_jax.training.loop import train
 from models import LlamaConfig
 from tests.training import runs
 
+# With the exact step of a run that says nothing about it.
+AS_FINISHED = {"tensorboard": True, "exact_method": "graph"}
+
 
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory):
     folder = tmp_path_factory.mktemp("finished")
     source = runs.corpus(folder)
     workdir = folder / "run"
-    arguments = runs.flags(workdir, source, tensorboard=True)
+    arguments = runs.flags(workdir, source, **AS_FINISHED)
     status, output = runs.finish(runs.start(*arguments))
     assert status == 0, output
     return source, workdir, output
@@ -121,7 +124,7 @@ def refuse(workdir, *arguments):
 
 def test_a_directory_of_another_config_is_refused(finished):
     source, workdir, _ = finished
-    output = refuse(workdir, *runs.flags(workdir, source, learning_rate=0.02, tensorboard=True))
+    output = refuse(workdir, *runs.flags(workdir, source, learning_rate=0.02, **AS_FINISHED))
     assert "learning_rate: 0.01 there, 0.02 now" in output
 
 
@@ -137,7 +140,7 @@ def test_a_directory_in_use_is_refused(finished, tmp_path):
     shutil.copytree(reference, workdir)
     with (workdir / "config.json").open() as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        output = refuse(workdir, *runs.flags(workdir, source, tensorboard=True))
+        output = refuse(workdir, *runs.flags(workdir, source, **AS_FINISHED))
     assert "in use by another process" in output
 
 

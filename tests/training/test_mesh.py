@@ -1,4 +1,4 @@
-"""The same run on one device and on four simulated ones."""
+"""Where parameters lie on a mesh, and meshes that can't be."""
 
 import jax
 import numpy as np
@@ -8,47 +8,6 @@ from jax.sharding import AbstractMesh, PartitionSpec
 from loro_jax.training.config import Config, MeshConfig
 from loro_jax.training.errors import TrainingError
 from loro_jax.training.mesh import check_batch, make_mesh, tree_shardings
-from tests.training import runs
-
-FOUR = {"XLA_FLAGS": "--xla_force_host_platform_device_count=4"}
-
-
-@pytest.fixture(scope="module")
-def one_device(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("one_device")
-    source = runs.corpus(folder)
-    workdir = folder / "run"
-    status, output = runs.finish(runs.start(*runs.flags(workdir, source, steps=24)))
-    assert status == 0, output
-    return source, runs.rows(workdir)
-
-
-def run_on_four(workdir, source, **mesh):
-    mesh = {f"mesh.{axis}": size for axis, size in mesh.items()}
-    process = runs.start(*runs.flags(workdir, source, steps=24, **mesh), **FOUR)
-    status, output = runs.finish(process, timeout=300)
-    assert status == 0, output
-    return runs.rows(workdir)
-
-
-def assert_same_losses(reference, found):
-    for one, other in zip(reference, found, strict=True):
-        key = "loss" if "loss" in one else "val_loss"
-        np.testing.assert_allclose(one[key], other[key], rtol=1e-4)
-
-
-def test_split_parameters_give_the_losses_of_one_device(one_device, tmp_path):
-    source, reference = one_device
-    assert_same_losses(reference, run_on_four(tmp_path / "run", source, data=1, fsdp=2, tensor=2))
-
-
-def test_a_split_batch_does_too_and_its_run_goes_on_on_another_mesh(one_device, tmp_path):
-    source, reference = one_device
-    workdir = tmp_path / "run"
-    assert_same_losses(reference, run_on_four(workdir, source, data=-1, fsdp=2))
-    status, output = runs.finish(runs.start(*runs.flags(workdir, source, steps=24)))
-    assert status == 0, output
-    assert "from step 24" in output
 
 
 def spec_of(mesh_shape, path, shape):

@@ -7,6 +7,8 @@ processes sees the same batches.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import grain
 import numpy as np
 
@@ -17,6 +19,7 @@ from loro_jax.training.data.sequences import PackedRows, PaddedRows, Rows
 from loro_jax.training.data.shards import TokenShards
 from loro_jax.training.data.streams import PackedStreams
 from loro_jax.training.errors import TrainingError
+from loro_jax.training.processes import largest
 from models.loss import Batch
 
 # Seeds of the sources that are mixed lie this far apart.
@@ -26,34 +29,80 @@ _SEED_STEP = 1_000_003
 _ENDLESS = 1 << 48
 
 
+class TrainBatches:
+    """Training batches, endless: an iterator that knows where it is.
+
+    Yields this process's rows of each batch: dicts of ``tokens`` int32 (b, L + 1) and ``mask``
+    float32 (b, L).
+
+    Args:
+        iterator: Grain's.
+        mine: the numbers of these rows in the global batch.
+        batch_size: rows of the global batch.
+    """
+
+    def __init__(self, iterator: grain.DatasetIterator, mine: Sequence[int], batch_size: int):
+        self._iterator = iterator
+        self._mine = list(mine)
+        self._batch_size = batch_size
+
+    def __iter__(self) -> TrainBatches:
+        return self
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        return next(self._iterator)
+
+    def position(self) -> dict[str, np.ndarray]:
+        """Where it is, the same in every process and whatever rows each has."""
+        state = self._iterator.get_state()
+        position = {}
+        for name, value in state.items():
+            if np.ndim(value):  # one of each row
+                rows = np.full(self._batch_size, -1, np.int64)
+                rows[self._mine] = value
+                position[name] = largest(rows)
+            else:
+                position[name] = np.asarray(value, np.int64)
+        return position
+
+    def seek(self, position: dict[str, np.ndarray]) -> None:
+        """Goes to where :meth:`position` was called, in this process or others."""
+        self._iterator.set_state(
+            {
+                name: np.asarray(value)[self._mine].tolist() if np.ndim(value) else int(value)
+                for name, value in position.items()
+            }
+        )
+
+    def close(self) -> None:
+        """Releases its threads."""
+        self._iterator.close()
+
+
 def train_iterator(
-    config: Config, corpus: Corpus, process: int = 0, processes: int = 1
-) -> grain.DatasetIterator:
-    """An iterator over training batches, endless, whose state can be saved and restored.
+    config: Config, corpus: Corpus, mine: Sequence[int] | None = None
+) -> TrainBatches:
+    """An iterator over training batches, endless, whose position can be saved and restored.
 
     Args:
         config: the run's config (``data``, ``sequence_length``, ``batch_size``, ``seed``).
         corpus: its tokens.
-        process: number of this process.
-        processes: how many share the global batch; they divide ``config.batch_size``.
+        mine: this process's rows of the global batch; None: all of them.
 
     Returns:
-        An iterator over this process's rows: dicts of ``tokens`` int32 (b, L + 1) and ``mask``
-        float32 (b, L).
+        An iterator over these rows.
 
     Raises:
-        TrainingError: if a source is too small for one sequence, or the processes do not divide
-            the batch; while iterating, if an id is outside the vocabulary.
+        TrainingError: if a source is too small for one sequence; while iterating, if an id is
+            outside the vocabulary.
     """
-    if config.batch_size % processes:
-        raise TrainingError(
-            f"config.batch_size = {config.batch_size} must be a multiple of the number of "
-            f"processes, {processes}."
-        )
-    share = config.batch_size // processes
-    mine = range(process * share, (process + 1) * share)
-    if is_streamed(config, corpus):
-        return _streamed(config, corpus, mine)
+    mine = range(config.batch_size) if mine is None else mine
+    made = _streamed if is_streamed(config, corpus) else _numbered
+    return TrainBatches(made(config, corpus, mine), mine, config.batch_size)
+
+
+def _numbered(config: Config, corpus: Corpus, mine: Sequence[int]) -> grain.DatasetIterator:
+    """Sequences that have numbers, each assembled when its turn comes."""
     rows = [_rows(config, corpus, source) for source in corpus.train]
     order = _mixed(config, [len(source) for source in rows], corpus)
     length = config.sequence_length
@@ -61,7 +110,7 @@ def train_iterator(
     def assemble(places: np.ndarray) -> dict[str, np.ndarray]:
         tokens = np.empty((len(mine), length + 1), np.int32)
         mask = np.empty((len(mine), length), np.float32)
-        for i, (source, epoch, place) in enumerate(places[mine.start : mine.stop].tolist()):
+        for i, (source, epoch, place) in enumerate(places[list(mine)].tolist()):
             tokens[i], mask[i] = rows[source].row(epoch, place)
         check_ids(tokens, corpus.vocab_size, f"config.data.source = {config.data.source!r}")
         return {"tokens": tokens, "mask": mask}
@@ -130,7 +179,7 @@ def _mixed(config: Config, counts: list[int], corpus: Corpus) -> grain.MapDatase
     return grain.MapDataset.mix(orders, [source.weight for source in corpus.train])
 
 
-def _streamed(config: Config, corpus: Corpus, mine: range) -> grain.DatasetIterator:
+def _streamed(config: Config, corpus: Corpus, mine: Sequence[int]) -> grain.DatasetIterator:
     """Sequences packed on the way; weights count documents here."""
     documents = [source.documents for source in corpus.train]
 

@@ -9,6 +9,7 @@ what a window leaves of it begins the next one.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -34,14 +35,19 @@ class PackedStreams(grain.IterDataset):
 
     Args:
         order: ids of documents in the order of training, endless: a Grain dataset of int32 arrays.
-        rows: this process's rows of the global batch.
+        rows: numbers of this process's rows in the global batch.
         batch_size: rows of the global batch.
         length: L.
         threads: rows that are filled at a time.
     """
 
     def __init__(
-        self, order: grain.MapDataset, rows: range, batch_size: int, length: int, threads: int
+        self,
+        order: grain.MapDataset,
+        rows: Sequence[int],
+        batch_size: int,
+        length: int,
+        threads: int,
     ):
         super().__init__()
         self.order = order

@@ -1,5 +1,3 @@
-import json
-
 import numpy as np
 import pytest
 
@@ -79,10 +77,10 @@ def test_the_iterators_state_restores_the_next_batch(tmp_path, shape, prefetch):
     run, corpus = with_corpus(tmp_path, DOCUMENTS, data=data)
     iterator = train_iterator(run, corpus)
     take(iterator, 7)
-    state = json.loads(json.dumps(iterator.get_state()))
+    position = iterator.position()
     expected = take(iterator, 5)
     fresh = train_iterator(run, corpus)
-    fresh.set_state(state)
+    fresh.seek(position)
     assert_equal_batches(expected, take(fresh, 5))
 
 
@@ -90,13 +88,13 @@ def test_the_iterators_state_restores_the_next_batch(tmp_path, shape, prefetch):
 def test_four_processes_share_the_batches_of_one(tmp_path, shape):
     run, corpus = with_corpus(tmp_path, DOCUMENTS, data={"shape": shape}, batch_size=8)
     whole = take(train_iterator(run, corpus), 10)
-    shares = [take(train_iterator(run, corpus, process, 4), 10) for process in range(4)]
+    rows = [range(0, 3), [3], [4, 6], [5, 7]]  # of four processes
+    shares = [take(train_iterator(run, corpus, mine), 10) for mine in rows]
     for step, batch in enumerate(whole):
         for name in ("tokens", "mask"):
             union = np.concatenate([share[step][name] for share in shares])
+            union = union[np.argsort(np.concatenate(rows))]
             np.testing.assert_array_equal(union, batch[name])
-    with pytest.raises(TrainingError, match=r"batch_size = 8 must be a multiple of .* 3"):
-        train_iterator(run, corpus, 0, 3)
 
 
 def test_sources_are_mixed_by_their_weights(tmp_path):

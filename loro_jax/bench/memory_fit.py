@@ -1,0 +1,113 @@
+"""What fits into the memory of one device: the largest batch of each model, dense beside low-rank.
+
+Read from the memory analysis of compiled training steps; nothing is allocated and no accelerator
+is needed. Temporaries grow linearly with the batch: each step is compiled for two batches, and the
+largest one follows. Steps are compiled for CPU, which computes bfloat16 products in float32 and
+holds such copies of their operands: an accelerator needs less.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from loro_jax.bench.timing import make_parser, parse_options, report
+from loro_jax.training.config import METHODS, Config
+from loro_jax.training.errors import TrainingError
+from loro_jax.training.fields import apply_changes
+from loro_jax.training.plan import make_plan
+from models.llama import PRESETS, preset
+
+
+class Need(NamedTuple):
+    """Bytes of a step: those of parameters and state, and temporaries linear in the batch."""
+
+    state: int
+    fixed: float
+    per_sequence: float
+
+    def largest_batch(self, memory: float) -> int:
+        """Sequences that fit; 0: not one does."""
+        return max(int((memory - self.state - self.fixed) / self.per_sequence), 0)
+
+
+def need_of(low: tuple[int, int, int], high: tuple[int, int, int]) -> Need:
+    """The line through two compiled steps.
+
+    Args:
+        low: a batch, its state's bytes, and its temporaries'.
+        high: the same for a larger batch.
+
+    Example:
+        >>> need_of((8, 100, 50), (16, 100, 90))
+        Need(state=100, fixed=10.0, per_sequence=5.0)
+        >>> need_of((8, 100, 50), (16, 100, 90)).largest_batch(165)
+        11
+    """
+    slope = (high[2] - low[2]) / (high[0] - low[0])
+    return Need(low[1], low[2] - slope * low[0], slope)
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Runs the benchmark; see ``--help``."""
+    parser = make_parser("memory_fit", __doc__, "60m,130m,350m,1b,7b", rounds=1)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--methods", default="full,loro")
+    parser.add_argument("--memory", default="16,24,40,80,141", help="of devices, GB (1e9)")
+    parser.add_argument("--sequence_length", type=int, default=256)
+    parser.add_argument("--dtype", default="bfloat16", help="of activations and products")
+    parser.add_argument("--param_dtype", default="bfloat16", help="of weights and states")
+    parser.add_argument("--remat", default="full", help="none, dots or full")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="FIELD=VALUE", help="more of the config"
+    )
+    options = parse_options(parser, arguments, PRESETS)
+    try:
+        memories = [float(size) for size in options.memory.split(",")]
+    except ValueError:
+        parser.error(f"--memory: expected numbers of GB, not {options.memory!r}")
+    try:
+        rows = [
+            _row(model, method, memories, options)
+            for model in options.models
+            for method in options.methods.split(",")
+        ]
+    except TrainingError as error:
+        parser.error(str(error))
+    report(rows, options)
+
+
+def _row(
+    model: str, method: str, memories: Sequence[float], options: argparse.Namespace
+) -> dict[str, Any]:
+    if method not in METHODS:
+        raise TrainingError(f"--methods: unknown {method!r}; expected {', '.join(METHODS)}.")
+    low, high = (_compiled(model, method, batch, options) for batch in (8, 24))
+    need = need_of(low, high)
+    fits = {f"batch in {size:g} GB": need.largest_batch(1e9 * size) for size in memories}
+    return {
+        "model": model,
+        "method": method,
+        "state GB": need.state / 1e9,
+        "temporaries GB": need.fixed / 1e9,
+        "and MB a sequence": need.per_sequence / 1e6,
+        **fits,
+    }
+
+
+def _compiled(
+    model: str, method: str, batch: int, options: argparse.Namespace
+) -> tuple[int, int, int]:
+    config = Config(
+        method=method,
+        batch_size=batch,
+        sequence_length=options.sequence_length,
+        model=preset(
+            model, dtype=options.dtype, param_dtype=options.param_dtype, remat=options.remat
+        ),
+    )
+    apply_changes(config, options.set)
+    config.validate()
+    plan = make_plan(config, 1)
+    return batch, plan.state_bytes, plan.temporary_bytes

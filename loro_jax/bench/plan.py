@@ -1,0 +1,108 @@
+"""What training steps would take on meshes of devices, methods side by side; needs no device.
+
+Each step is compiled for simulated devices, as ``python train.py --dry_run`` does it. Bytes are of
+one device. Times are the least that the products and the exchanges of a step can take on an
+accelerator, at its peak (see ``loro_jax/training/plan.py`` and ``accelerators.py``).
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from loro_jax.bench.timing import make_parser, parse_options, report
+from loro_jax.training.accelerators import ACCELERATORS
+from loro_jax.training.config import METHODS, Config, MeshConfig
+from loro_jax.training.dry_run import quiet_partitioner, simulate_devices
+from loro_jax.training.errors import TrainingError
+from loro_jax.training.fields import apply_changes
+from loro_jax.training.plan import make_plan
+from models.llama import PRESETS, preset
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Runs the benchmark; see ``--help``."""
+    parser = make_parser("plan", __doc__, "60m", rounds=1)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--methods", default="full,loro")
+    parser.add_argument("--meshes", default="8x1x1,1x8x1,1x1x8,2x2x2", help="data x fsdp x tensor")
+    parser.add_argument("--accelerator", default="h100", choices=ACCELERATORS)
+    parser.add_argument("--batch_size", type=int, default=512)
+    parser.add_argument("--sequence_length", type=int, default=256)
+    parser.add_argument(
+        "--micro_batch", type=int, default=8, help="sequences of a device at a time, at most"
+    )
+    parser.add_argument("--dtype", default="bfloat16", help="of activations and products")
+    parser.add_argument("--param_dtype", default="float32", help="of weights and states")
+    parser.add_argument("--remat", default="dots", help="none, dots or full")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="FIELD=VALUE", help="more of the config"
+    )
+    options = parse_options(parser, arguments, PRESETS)
+    try:
+        meshes = [_mesh(text) for text in options.meshes.split(",")]
+        simulate_devices(max(map(_size, meshes)))
+        rows = [
+            _row(model, method, mesh, options)
+            for model in options.models
+            for mesh in meshes
+            for method in options.methods.split(",")
+        ]
+    except TrainingError as error:
+        parser.error(str(error))
+    report(rows, options)
+
+
+def _mesh(text: str) -> MeshConfig:
+    sizes = text.split("x")
+    if len(sizes) != 3 or not all(size.isdigit() and int(size) for size in sizes):
+        raise TrainingError(f"--meshes: expected sizes like 2x4x1, but {text!r} is none.")
+    return MeshConfig(*map(int, sizes))
+
+
+def _size(mesh: MeshConfig) -> int:
+    return math.prod((mesh.data, mesh.fsdp, mesh.tensor))
+
+
+def _row(model: str, method: str, mesh: MeshConfig, options: argparse.Namespace) -> dict[str, Any]:
+    if method not in METHODS:
+        raise TrainingError(f"--methods: unknown {method!r}; expected {', '.join(METHODS)}.")
+    ways = mesh.data * mesh.fsdp
+    config = Config(
+        method=method,
+        batch_size=options.batch_size,
+        sequence_length=options.sequence_length,
+        gradient_accumulation=max(options.batch_size // (ways * options.micro_batch), 1),
+        model=preset(
+            model,
+            dtype=options.dtype,
+            param_dtype=options.param_dtype,
+            remat=options.remat,
+        ),
+        mesh=mesh,
+    )
+    apply_changes(config, options.set)
+    config.validate()
+    with quiet_partitioner():
+        plan = make_plan(config, _size(mesh))
+    accelerator = ACCELERATORS[options.accelerator]
+    computing, exchanging = plan.seconds(accelerator)
+    peak = plan.devices * accelerator.flops
+    return {
+        "model": model,
+        "method": method,
+        "mesh": f"{mesh.data}x{mesh.fsdp}x{mesh.tensor}",
+        "micro-batches": config.gradient_accumulation,
+        "parameters M": plan.parameters / 1e6,
+        "state GB": plan.state_bytes / 1e9,
+        "temporaries GB": plan.temporary_bytes / 1e9,
+        "TFLOP": sum(one.flops for one in plan.products) / 1e12,
+        "sent GB": plan.sent / 1e9,
+        "exact step sends GB more": plan.sent_more / 1e9,
+        f"{options.accelerator} computing ms": 1e3 * computing,
+        "exchanges ms": 1e3 * exchanging,
+        "tokens/s at least": plan.tokens / (computing + exchanging),
+        "MFU at least": plan.model_flops / peak / (computing + exchanging),
+    }
