@@ -1,5 +1,6 @@
 """Shared by all tests: where optional reference material lies, and a float64 switch."""
 
+import gc
 import os
 import pathlib
 import tempfile
@@ -13,13 +14,37 @@ CACHE = os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="loro_jax_tests_")
 )
 jax.config.update("jax_compilation_cache_dir", CACHE)
-# XLA has crashed once in a few thousand times while it wrote a program down: the many small ones of
-# the tests' own processes are not worth it.
+# The many small programs of the tests' own processes are not worth a file each.
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 ROOT = pathlib.Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
+
+
+# Every compiled program takes some memory maps of its process, of which Linux allows 65,530 in all;
+# XLA crashes when there are none left. Those of earlier tests are of no use to later ones.
+MAPS = pathlib.Path("/proc/self/maps")
+MANY_MAPS = 15_000
+
+
+def forget_programs():
+    """Releases all compiled programs of this process, with their maps and their memory."""
+    jax.clear_caches()
+    gc.collect()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _programs_of_one_file():
+    yield
+    forget_programs()
+
+
+@pytest.fixture(autouse=True)
+def _few_programs():
+    yield
+    if MAPS.exists() and MAPS.read_bytes().count(b"\n") > MANY_MAPS:
+        forget_programs()
 
 
 @pytest.fixture
