@@ -58,7 +58,7 @@ def riemannian_descent(
     direction: optax.GradientTransformation | Direction,
     exact_step: Callable[..., Any],
     *,
-    exact_every: int | None = 500,
+    exact_every: int | optax.Schedule | None = 500,
     refresh: str | None = "all",
     lr_scale: float | None = None,
     weight_decay: jax.typing.ArrayLike = 0.0,
@@ -156,7 +156,7 @@ def riemannian_descent(
 
         rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
         count = optax.safe_increment(state.count)
-        exact = jnp.bool_(False) if exact_every is None else count % exact_every == 0
+        exact = _is_exact(exact_every, state.count, count)
         settings = _StepSettings(
             rate, state.count, lr_scale, weight_decay, exact_step, *_places_on(mesh, params, found)
         )
@@ -219,6 +219,16 @@ def riemannian_descent(
         return joined, LoroState(count, exact, fallbacks, factor_state, regular_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _is_exact(every: Any, step: jax.Array, count: jax.Array) -> jax.Array:
+    """Whether the step with this number, after which there will be ``count``, is exact."""
+    if every is None:
+        return jnp.bool_(False)
+    if callable(every):
+        period = every(step)
+        return (period > 0) & (count % jnp.maximum(period, 1) == 0)
+    return count % every == 0
 
 
 class _StepSettings(NamedTuple):

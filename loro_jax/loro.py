@@ -23,7 +23,7 @@ from loro_jax.retractions import StepSize, check_method
 def loro(
     learning_rate: optax.ScalarOrSchedule,
     *,
-    exact_every: int | None = 500,
+    exact_every: int | optax.Schedule | None = 500,
     refresh: str | None = "all",
     lr_scale: float | None = None,
     b1: float = 0.9,
@@ -48,7 +48,8 @@ def loro(
     Args:
         learning_rate: a number or a schedule; see :func:`loro_jax.with_restarts` for the paper's
             re-warm-up after exact steps.
-        exact_every: K. Step t, counted from 0, is exact when ``(t + 1) % K == 0``. None: never.
+        exact_every: K. Step t, counted from 0, is exact when ``(t + 1) % K == 0``. None: never. Or
+            a function of t that returns K, or 0 for never.
         refresh: whose Adam state to zero behind an exact step, when the next step begins: "all"
             leaves', the "factors"', or None. A ``regular`` transformation of your own keeps its
             state in any case. "transport" keeps all state, and carries the factors' moments into

@@ -34,6 +34,7 @@ from loro_jax.batching import at_least_float32
 from loro_jax.direction import Direction
 from loro_jax.retractions.step import matmul
 from loro_jax.spectral import inverse_root, orthogonalise
+from loro_jax.transport import transport_moments
 
 Array = jax.Array
 
@@ -48,12 +49,26 @@ class MomentumState(NamedTuple):
     mu: Any
 
 
+class TangentState(NamedTuple):
+    """State of :func:`orthogonal` with ``transported=True``.
+
+    Attributes:
+        tangent: the averaged gradient of the product as a tangent vector at ``factors``: ``T A^T``
+            and ``B^T T``, a tree like the factors.
+        factors: the factors that it belongs to.
+    """
+
+    tangent: Any
+    factors: Any
+
+
 def orthogonal(
     momentum: float = 0.95,
     *,
     nesterov: bool = True,
     newton_schulz_steps: int = 5,
     damping: float = 1e-3,
+    transported: bool = False,
 ) -> Direction:
     """Orthogonalised momentum as the direction of :func:`loro_jax.loro`.
 
@@ -62,6 +77,10 @@ def orthogonal(
         nesterov: look one gradient ahead of the average.
         newton_schulz_steps: iterations of the orthogonalisation.
         damping: of the inverse roots of ``B^T B`` and ``A A^T``, over their mean eigenvalue.
+        transported: average tangent vectors of the product in place of the factors' gradients: what
+            is kept is projected to the new tangent space before each step
+            (:func:`loro_jax.transport.transport_moments`), exact steps included. The state is then
+            twice as large, and steps need factorisations.
 
     Returns:
         A direction whose results are moves of the factors.
@@ -94,14 +113,15 @@ def orthogonal(
 
     def advance(
         grads: Any,
-        state: MomentumState,
+        state: Any,
         params: Any,
         *,
         places: Sequence[tuple[int, int]],
         **extra_args: Any,
     ) -> tuple[Any, MomentumState]:
         del extra_args
-        mu = jax.tree.map(average, state.mu, grads)
+        kept = _transported(state, params, places) if transported else state.mu
+        mu = jax.tree.map(average, kept, grads)
         ahead = jax.tree.map(average, mu, grads) if nesterov else mu
         factors, gradients = jax.tree.leaves(params), jax.tree.leaves(ahead)
         moves = [*gradients]
@@ -112,16 +132,32 @@ def orthogonal(
                 newton_schulz_steps,
                 damping,
             )
-        mu = jax.tree.map(lambda new, old: new.astype(old.dtype), mu, state.mu)
-        return jax.tree.unflatten(jax.tree.structure(params), moves), MomentumState(mu)
+        mu = jax.tree.map(lambda new, old: new.astype(old.dtype), mu, kept)
+        new_state = TangentState(mu, params) if transported else MomentumState(mu)
+        return jax.tree.unflatten(jax.tree.structure(params), moves), new_state
+
+    def init(params: Any) -> Any:
+        zeros = optax.tree.zeros_like(params)
+        return TangentState(zeros, params) if transported else MomentumState(zeros)
 
     return Direction(
-        init=lambda params: MomentumState(optax.tree.zeros_like(params)),
+        init=init,
         advance=advance,
         finish=lambda moves, _: moves,
         keep=lambda state, _: state,
         moves=True,
     )
+
+
+def _transported(state: TangentState, params: Any, places: Sequence[tuple[int, int]]) -> Any:
+    """The tangent vectors of a state, projected to the tangent spaces at new factors."""
+    old, new, tangent = (jax.tree.leaves(x) for x in (state.factors, params, state.tangent))
+    moved = [*tangent]
+    for b, a in places:
+        ((moved[b], moved[a]),) = transport_moments(
+            (old[b], old[a]), (new[b], new[a]), (tangent[b], tangent[a])
+        )
+    return jax.tree.unflatten(jax.tree.structure(state.tangent), moved)
 
 
 def _moves(

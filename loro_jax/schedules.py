@@ -55,7 +55,10 @@ def warmup_cosine(
 
 
 def with_restarts(
-    schedule: optax.ScalarOrSchedule, every: int, warmup_steps: int = 5
+    schedule: optax.ScalarOrSchedule,
+    every: int,
+    warmup_steps: int = 5,
+    until: int | None = None,
 ) -> optax.Schedule:
     """Re-warms any schedule after each exact step.
 
@@ -68,6 +71,7 @@ def with_restarts(
         schedule: a learning rate or a schedule.
         every: K, the distance between exact steps: step t is exact when ``(t + 1) % K == 0``.
         warmup_steps: length of the re-warm-up; 0 turns it off.
+        until: exact steps are taken among the first so many; None: among all.
 
     Returns:
         A schedule.
@@ -88,9 +92,12 @@ def with_restarts(
 
     def restarted(step: jax.typing.ArrayLike) -> jax.Array:
         base = schedule(step) if callable(schedule) else schedule
-        since_exact = jnp.asarray(step) % every
+        exact_steps = jnp.asarray(step) // every
+        if until is not None:
+            exact_steps = jnp.minimum(exact_steps, until // every)
+        since_exact = jnp.asarray(step) - exact_steps * every
         factor = jnp.minimum(since_exact / max(warmup_steps, 1), 1.0)
-        warming = (jnp.asarray(step) >= every) & (warmup_steps > 0)
+        warming = (exact_steps > 0) & (warmup_steps > 0)
         return jnp.where(warming, factor, 1.0) * base
 
     return restarted

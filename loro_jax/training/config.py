@@ -32,6 +32,9 @@ METHODS: dict[str, str | None] = {
     "full": None,
 }
 
+# Directions of LORO's factors.
+DIRECTIONS = ("adam", "orthogonal", "tangent")
+
 # Kinds that "loro" trains where model.projection asks for them.
 LORO_PROJECTIONS = ("low_rank", "cola", "sltrain")
 
@@ -136,9 +139,11 @@ class Config:
         restart_warmup_steps: re-warm-up after each exact step; 0: none.
         exact_every: K; step t, from 0, is exact when ``(t + 1) % K == 0``; 0: never ("loro").
             Other methods restart, or renew their projectors, as often.
-        direction: of LORO's factors, "adam" or "orthogonal" (:func:`loro_jax.orthogonal`, whose
-            learning rate is of another size: set ``lr_scale``).
-        momentum: decay of the averaged gradients, with ``direction`` "orthogonal".
+        exact_until: exact steps are taken among the first so many ("loro"); 0: among all.
+        direction: of LORO's factors, "adam", "orthogonal" (:func:`loro_jax.orthogonal`, whose
+            learning rate is of another size: set ``lr_scale``), or "tangent", the same with its
+            momentum kept as a tangent vector of the product.
+        momentum: decay of the averaged gradients, with ``direction`` "orthogonal" or "tangent".
         projection_scale: alpha, on the steps of projected gradients ("galore" and its kin).
         refresh: whose Adam state an exact step zeroes: "all", "factors" or "none"; "transport"
             carries the factors' moments into their new basis instead.
@@ -148,7 +153,7 @@ class Config:
         exact_method: "graph" (the fastest), "gram" or "svd" (the reference).
         lr_scale: factor on the learning rate of the factors alone (of LORO's approximate steps),
             or of the dense projections of "full"; None: r / min(m, n) for "loro" and
-            "svd_projection", 1 for the other methods and for ``direction`` "orthogonal".
+            "svd_projection", 1 for the other methods and for a ``direction`` other than "adam".
         b1: decay of Adam's first moment.
         b2: decay of Adam's second moment.
         eps: Adam's epsilon.
@@ -177,6 +182,7 @@ class Config:
     final_lr_ratio: float = 0.1
     restart_warmup_steps: int = 5
     exact_every: int = 500
+    exact_until: int = 0
     direction: str = "adam"
     momentum: float = 0.95
     projection_scale: float = 0.25
@@ -217,6 +223,7 @@ class Config:
         for name in (
             "warmup_steps",
             "restart_warmup_steps",
+            "exact_until",
             "weight_decay",
             "clip_norm",
             "max_move",
@@ -231,8 +238,14 @@ class Config:
         self._require("eps", self.eps > 0, "above 0")
         least = 0 if self.method == "loro" else 1
         self._require("exact_every", self.exact_every >= least, f"at least {least}")
-        if self.direction not in ("adam", "orthogonal"):
-            raise TrainingError(_expected("direction", '"adam" or "orthogonal"', self.direction))
+        if self.direction not in DIRECTIONS:
+            expected = f"one of {', '.join(DIRECTIONS)}"
+            raise TrainingError(_expected("direction", expected, self.direction))
+        if self.direction == "tangent" and self.refresh == "transport":
+            raise TrainingError(
+                'config.refresh = "transport": config.direction = "tangent" carries its momentum '
+                'by itself; expected "none", "all" or "factors".'
+            )
         for name in ("b1", "b2", "momentum"):
             self._require(name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
         for name in ("initial_lr_ratio", "final_lr_ratio"):

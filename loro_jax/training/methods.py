@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import jax
+import jax.numpy as jnp
 import optax
 
 from loro_jax.descent import riemannian_descent
@@ -50,7 +51,8 @@ def make_schedule(config: Config) -> optax.Schedule:
         return jagged_schedule(schedule, config.exact_every, config.restart_warmup_steps)
     if config.method not in _RESTARTED or not config.exact_every:
         return schedule
-    return with_restarts(schedule, config.exact_every, config.restart_warmup_steps)
+    until = config.exact_until if config.method == "loro" and config.exact_until else None
+    return with_restarts(schedule, config.exact_every, config.restart_warmup_steps, until)
 
 
 def make_optimizer(config: Config, mesh: Any | None = None) -> Optimizer:
@@ -97,11 +99,13 @@ def _no_exact_step(*_: Any) -> Any:
 
 
 def _loro(config: Config, mesh: Any) -> Optimizer:
-    orthogonalised = config.direction == "orthogonal"
+    direction = None
+    if config.direction != "adam":
+        direction = orthogonal(config.momentum, transported=config.direction == "tangent")
     return loro(
         make_schedule(config),
-        direction=orthogonal(config.momentum) if orthogonalised else None,
-        exact_every=config.exact_every or None,
+        direction=direction,
+        exact_every=_exact_every(config),
         refresh=config.refresh_choice,
         lr_scale=config.lr_scale,
         b1=config.b1,
@@ -113,6 +117,13 @@ def _loro(config: Config, mesh: Any) -> Optimizer:
         exact_method=config.exact_method,
         mesh=mesh,
     )
+
+
+def _exact_every(config: Config) -> int | optax.Schedule | None:
+    every, until = config.exact_every, config.exact_until
+    if every and until:
+        return lambda step: jnp.where(step < until, every, 0)
+    return every or None
 
 
 def _lowrank_restarts(config: Config, mesh: Any) -> Optimizer:

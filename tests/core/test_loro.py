@@ -111,6 +111,18 @@ def test_exact_every_none_is_plain_scaled_adam():
         np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-7)
 
 
+def test_exact_steps_by_a_schedule():
+    """Every second step among the first four, then never: as a K of two, then none."""
+    params, loss = problem()
+    scheduled = loro(0.05, exact_every=lambda step: jnp.where(step < 4, 2, 0))
+    found, _, compilations = run(scheduled, params, loss, 8)
+    assert compilations == 1
+    expected, state, _ = run(loro(0.05, exact_every=2), params, loss, 4)
+    expected, _, _ = run(loro(0.05, exact_every=10), expected, loss, 4, state)
+    for one, other in zip(jax.tree.leaves(expected), jax.tree.leaves(found), strict=True):
+        np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-6)
+
+
 def test_one_compilation_and_steady_state_shapes():
     params, loss = problem()
     tx = loro(lambda step: 0.05 / (step + 1), exact_every=2)
