@@ -1,6 +1,7 @@
 """One run by several real processes: their losses, their ends, and who goes on."""
 
 import os
+import re
 import signal
 import socket
 import time
@@ -104,13 +105,26 @@ def test_an_error_of_one_process_is_an_error_of_all(tmp_path):
     [
         (Cluster("somewhere"), "--coordinator=somewhere: expected HOST:PORT"),
         (Cluster("here:1", 2, 2), "--process=2: expected .* below --processes=2"),
-        (Cluster("here:1", 2), "don't meet .*process id"),
-        (Cluster(discover=True), "don't meet .*coordinator"),
     ],
 )
 def test_what_does_not_say_who_is_where_is_named(cluster, message):
     with pytest.raises(TrainingError, match=message):
         connect(cluster)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--coordinator=localhost:1", "--processes=2"], "don't meet .*process id"),
+        (["--distributed"], "don't meet .*coordinator"),
+    ],
+)
+def test_what_nothing_in_the_environment_says_is_named(tmp_path, flags, message):
+    """By processes of their own: JAX asks nobody once it has computed something."""
+    status, output = runs.finish(runs.start(f"--workdir={tmp_path / 'run'}", *flags))
+    assert status == 1
+    assert re.fullmatch(f"error: .*{message}.*\n", output), output
+    assert not (tmp_path / "run").exists()
 
 
 def test_one_process_needs_nobody():
