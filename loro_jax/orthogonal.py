@@ -118,7 +118,7 @@ def orthogonal(
         *,
         places: Sequence[tuple[int, int]],
         **extra_args: Any,
-    ) -> tuple[Any, MomentumState]:
+    ) -> tuple[Any, Any]:
         del extra_args
         kept = _transported(state, params, places) if transported else state.mu
         mu = jax.tree.map(average, kept, grads)
@@ -133,7 +133,7 @@ def orthogonal(
                 damping,
             )
         mu = jax.tree.map(lambda new, old: new.astype(old.dtype), mu, kept)
-        new_state = TangentState(mu, params) if transported else MomentumState(mu)
+        new_state: Any = TangentState(mu, params) if transported else MomentumState(mu)
         return jax.tree.unflatten(jax.tree.structure(params), moves), new_state
 
     def init(params: Any) -> Any:

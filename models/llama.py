@@ -18,7 +18,14 @@ import jax.numpy as jnp
 from flax import nnx
 
 from models.layout import by_sequence
-from models.linear import KINDS, Dense, LowRankLinear, ProjectionSpec, make_projection
+from models.linear import (
+    KINDS,
+    Dense,
+    LowRankLinear,
+    ProjectionSpec,
+    apply_together,
+    make_projection,
+)
 from models.loss import reduction_dtype
 from models.rope import RopeScaling, frequencies, rotary_embedding
 
@@ -295,9 +302,10 @@ class Attention(nnx.Module):
     def __call__(self, x_BxLxD: Array) -> Array:
         """Maps (B, L, D) to (B, L, D)."""
         B, L, _ = x_BxLxD.shape
-        q_BxLxHxK = self.turned_heads(self.q(x_BxLxD), jnp.arange(L))
-        k_BxLxGxK = self.turned_heads(self.k(x_BxLxD), jnp.arange(L))
-        v_BxLxGxK = self.heads(self.v(x_BxLxD))
+        q_BxLxC, k_BxLxC, v_BxLxC = apply_together((self.q, self.k, self.v), x_BxLxD)
+        q_BxLxHxK = self.turned_heads(q_BxLxC, jnp.arange(L))
+        k_BxLxGxK = self.turned_heads(k_BxLxC, jnp.arange(L))
+        v_BxLxGxK = self.heads(v_BxLxC)
         y_BxLxHxK = jax.nn.dot_product_attention(q_BxLxHxK, k_BxLxGxK, v_BxLxGxK, is_causal=True)
         return self.o(y_BxLxHxK.reshape(B, L, -1))
 
@@ -311,7 +319,8 @@ class MLP(nnx.Module):
 
     def __call__(self, x_BxLxD: Array) -> Array:
         """Maps (B, L, D) to (B, L, D)."""
-        y_BxLxF = jax.nn.silu(self.gate(x_BxLxD)) * self.up(x_BxLxD)
+        gate_BxLxF, up_BxLxF = apply_together((self.gate, self.up), x_BxLxD)
+        y_BxLxF = jax.nn.silu(gate_BxLxF) * up_BxLxF
         return self.down(by_sequence(y_BxLxF, split_axis=2))
 
 
