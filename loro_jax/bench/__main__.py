@@ -10,6 +10,7 @@ BENCHMARKS = (
     "inference",
     "memory_fit",
     "plan",
+    "stability",
     "train_step",
 )
 

@@ -1,9 +1,16 @@
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from models.linear import Dense, LowRankLinear, ProjectionSpec, make_projection
+from models.linear import (
+    Dense,
+    LowRankLinear,
+    ProjectionSpec,
+    apply_together,
+    make_projection,
+)
 
 
 def test_the_rank_chooses_the_kind():
@@ -16,6 +23,36 @@ def test_low_rank_maps_by_the_product():
     x = np.random.default_rng(0).normal(size=(4, 8)).astype(np.float32)
     W = projection.B[...] @ projection.A[...]
     np.testing.assert_allclose(projection(jnp.array(x)), x @ W.T, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["low_rank", "cola", "lora", "sltrain"])
+@pytest.mark.parametrize("rows", [2, 40])
+def test_projections_of_one_input_together_are_each_by_itself(kind, rows):
+    """Outputs, and gradients to weights and input; ranks may differ."""
+    several = [
+        make_projection(16, out, ProjectionSpec(kind=kind, rank=rank), nnx.Rngs(out))
+        for out, rank in ((12, 4), (10, 3), (12, 4))
+    ]
+    x = jax.random.normal(jax.random.key(0), (2, rows, 16))
+    graphdef, state = nnx.split(several)
+
+    def total(apply, state, x):
+        outputs = apply(nnx.merge(graphdef, state), x)
+        return sum(jnp.sum(jnp.sin(y + i)) for i, y in enumerate(outputs))
+
+    packed = jax.value_and_grad(total, argnums=(1, 2), allow_int=True)
+    one = packed(lambda ps, x: [p(x) for p in ps], state, x)
+    other = packed(apply_together, state, x)
+    for expected, found in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        if jnp.issubdtype(expected.dtype, jnp.floating):
+            np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_low_rank_projections_of_one_input_make_one_product_with_it():
+    several = [make_projection(16, 20, ProjectionSpec(rank=4), nnx.Rngs(i)) for i in range(3)]
+    program = jax.make_jaxpr(lambda x: apply_together(several, x))(jnp.ones((2, 40, 16)))
+    products = [e.outvars[0].aval.shape for e in program.eqns if e.primitive.name == "dot_general"]
+    assert products == [(80, 12), (80, 20), (80, 20), (80, 20)]
 
 
 def test_dtypes_of_storage_and_products():

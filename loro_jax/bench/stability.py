@@ -1,0 +1,143 @@
+"""How smoothly runs went, and how well conditioned their products ended: read from run directories.
+
+For every run below a directory (one of ``python -m loro_jax.compare``, say):
+
+* the spike behind its exact steps: the largest training loss of the five steps behind one, less the
+  mean of the ten before it, in nats; the median and the largest over all exact steps. It needs rows
+  of every step (``--set log_every=1``). Steps whose ten predecessors hold another exact step (K
+  below ten) are compared with the ten steps before all the same;
+* the condition number of each product, its largest singular value over its r-th: the median and the
+  largest over all projections and layers of the last checkpoint; likewise of the factors B and A.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+
+from loro_jax.bench.timing import report
+from loro_jax.pairs import find_pairs
+from loro_jax.training.config import Config
+from loro_jax.training.errors import TrainingError
+from loro_jax.training.metrics import read_rows
+from loro_jax.training.trained import load_run
+from models.llama import Llama
+
+_BEFORE, _BEHIND = 10, 5
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Runs the reading; see ``--help``."""
+    parser = argparse.ArgumentParser(
+        prog="python -m loro_jax.bench stability",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("directory", type=pathlib.Path, help="with runs somewhere below it")
+    parser.add_argument("--json", help="write the results to this file, too")
+    options = parser.parse_args(arguments)
+    options.command = " ".join([parser.prog, *arguments])
+    runs = sorted(path.parent for path in options.directory.rglob("metrics.jsonl"))
+    if not runs:
+        parser.error(f"{options.directory}: expected run directories below it, but found none")
+    try:
+        rows = [_row(run, str(run.relative_to(options.directory))) for run in runs]
+    except TrainingError as error:
+        parser.error(str(error))
+    report(rows, options)
+
+
+def _row(run: pathlib.Path, name: str) -> dict[str, Any]:
+    trained = load_run(run)
+    rows = read_rows(run / "metrics.jsonl")
+    losses = {row["step"]: row["loss"] for row in rows if "loss" in row}
+    spikes = spikes_behind(losses, exact_steps(trained.config))
+    perplexities = [row["val_ppl"] for row in rows if "val_ppl" in row]
+    products, factors = condition_numbers(trained.model)
+    return {
+        "run": name,
+        "perplexity": perplexities[-1] if perplexities else float("nan"),
+        "exact steps": len(exact_steps(trained.config)),
+        "median spike": statistics.median(spikes) if spikes else float("nan"),
+        "largest spike": max(spikes, default=float("nan")),
+        "median condition of W": statistics.median(products),
+        "largest condition of W": max(products),
+        "largest condition of B, A": max(factors),
+    }
+
+
+def exact_steps(config: Config) -> list[int]:
+    """The exact steps of a run of LORO, counted from 1; none of other methods.
+
+    Example:
+        >>> exact_steps(Config(steps=100, exact_every=30, exact_until=70))
+        [30, 60]
+    """
+    if config.method != "loro" or not config.exact_every:
+        return []
+    last = min(config.steps, config.exact_until or config.steps)
+    return list(range(config.exact_every, last + 1, config.exact_every))
+
+
+def spikes_behind(losses: dict[int, float], steps: Sequence[int]) -> list[float]:
+    """Height of the loss behind steps, over what it was before, where both are known.
+
+    Args:
+        losses: by step.
+        steps: the steps.
+
+    Returns:
+        One number a step.
+
+    Example:
+        >>> losses = {step: 2.0 for step in range(1, 60)} | {22: 2.5}
+        >>> spikes_behind(losses, [20, 40, 400])
+        [0.5, 0.0]
+    """
+    found = []
+    for step in steps:
+        before = [losses.get(i) for i in range(step - _BEFORE, step)]
+        behind = [losses.get(i) for i in range(step + 1, step + 1 + _BEHIND)]
+        known_before = [loss for loss in before if loss is not None]
+        known_behind = [loss for loss in behind if loss is not None]
+        if len(known_before) == _BEFORE and len(known_behind) == _BEHIND:
+            found.append(max(known_behind) - statistics.mean(known_before))
+    return found
+
+
+def condition_numbers(model: Llama) -> tuple[list[float], list[float]]:
+    """Condition numbers of all products, and of all factors.
+
+    Args:
+        model: with factorised projections.
+
+    Returns:
+        (of the products, of the factors), each matrix of a stack by itself.
+
+    Raises:
+        TrainingError: if the model has no factors.
+    """
+    params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    leaves = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(params)]
+    products, factors = [], []
+    for pair in find_pairs(params):
+        B, A = leaves[pair.B], leaves[pair.A]
+        R_B, R_A = np.linalg.qr(B, mode="r"), np.linalg.qr(A.swapaxes(-1, -2), mode="r")
+        products += _conditions(R_B @ R_A.swapaxes(-1, -2))
+        factors += _conditions(R_B) + _conditions(R_A)
+    if not products:
+        raise TrainingError("expected runs of models with factors B and A, but found one without.")
+    return products, factors
+
+
+def _conditions(matrices: np.ndarray) -> list[float]:
+    values = np.linalg.svd(matrices, compute_uv=False)
+    smallest = np.maximum(values[..., -1], np.finfo(np.float64).tiny)
+    return [float(ratio) for ratio in np.ravel(values[..., 0] / smallest)]
