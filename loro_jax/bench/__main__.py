@@ -4,6 +4,7 @@ import importlib
 import sys
 
 BENCHMARKS = (
+    "accelerator",
     "approximate_step",
     "data",
     "exact_step",

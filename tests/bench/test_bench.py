@@ -12,12 +12,14 @@ import pytest
 from loro_jax import exact_update
 from loro_jax.bench import __main__ as bench
 from loro_jax.bench import (
+    accelerator,
     approximate_step,
     data,
     exact_step,
     inference,
     memory_fit,
     plan,
+    timing,
     train_step,
 )
 
@@ -203,3 +205,37 @@ def test_unknown_models_are_named(tiny, capsys):
     with pytest.raises(SystemExit):
         bench.main(["exact_step", "--models=61m"])
     assert "unknown model '61m'" in capsys.readouterr().err
+
+
+def test_all_measurements_of_an_accelerator_go_on_where_they_stopped(monkeypatch, tmp_path, capsys):
+    """Two benchmarks, of which one fails; the same command again does only what is missing."""
+    good = ["stability", "--help"]  # prints and ends well, without a result of its own
+    monkeypatch.setattr(accelerator, "MEASUREMENTS", {"good": good, "bad": ["no_such_benchmark"]})
+    (tmp_path / "good.partial").write_text("{}")
+    for seen in ("good: done", "good: is there"):
+        with pytest.raises(SystemExit, match=f"not measured: bad; see their logs in {tmp_path}"):
+            bench.main(["accelerator", f"--out={tmp_path}"])
+        out = capsys.readouterr().out
+        assert seen in out
+        assert "bad: failed with status" in out
+    assert (tmp_path / "bad.log").read_text().startswith("usage: python -m loro_jax.bench")
+    with pytest.raises(SystemExit):
+        bench.main(["accelerator", f"--out={tmp_path}", "--only=other"])
+    assert "unknown 'other'; expected some of good, bad" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", accelerator.MEASUREMENTS)
+def test_measurements_of_an_accelerator_are_benchmarks_with_known_options(name, monkeypatch):
+    """Each is parsed as it would be; none is run."""
+    module, *arguments = accelerator.MEASUREMENTS[name]
+
+    class ParsedError(Exception):
+        pass
+
+    def parse(*given):
+        timing.parse_options(*given)
+        raise ParsedError
+
+    monkeypatch.setattr(f"loro_jax.bench.{module}.parse_options", parse)
+    with pytest.raises(ParsedError):
+        bench.main([module, *arguments])
