@@ -6,6 +6,7 @@ import sys
 BENCHMARKS = (
     "accelerator",
     "approximate_step",
+    "cost",
     "data",
     "exact_step",
     "inference",

@@ -86,11 +86,17 @@ def parse_options(
 
 
 def report(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
-    """Prints the rows, and writes them with the environment and the command that made them."""
+    """Prints the rows, and writes them with the environment and the command that made them.
+
+    ``options.more`` may hold further tables by name.
+    """
     print(environment())
     print_table(rows)
+    more = getattr(options, "more", {})
+    for table in more.values():
+        print_table(table)
     if options.json:
-        result = {"command": options.command, "environment": environment(), "rows": rows}
+        result = {"command": options.command, "environment": environment(), "rows": rows, **more}
         pathlib.Path(options.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
 
 

@@ -76,7 +76,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _measure(model: str, options: argparse.Namespace) -> list[dict[str, Any]]:
-    cases = {method: _prepare(_config(model, method, options)) for method in options.methods}
+    cases = {method: prepare(_config(model, method, options)) for method in options.methods}
     candidates = {f"step {name}": case.step for name, case in cases.items()}
     candidates |= {f"gradient {name}": case.gradient for name, case in cases.items()}
     size = _PEAK_SIZE.get(jax.default_backend(), 4096)
@@ -132,7 +132,8 @@ def _config(model: str, method: str, options: argparse.Namespace) -> Config:
     return config
 
 
-def _prepare(config: Config) -> _Case:
+def prepare(config: Config) -> _Case:
+    """Compiles the step of a config, on text of random ids."""
     devices = meshes.make_mesh(config.mesh)
     program, abstract = compile_program(make_program(config, devices), devices)
     rng = np.random.default_rng(0)

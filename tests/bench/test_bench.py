@@ -14,6 +14,7 @@ from loro_jax.bench import __main__ as bench
 from loro_jax.bench import (
     accelerator,
     approximate_step,
+    cost,
     data,
     exact_step,
     inference,
@@ -133,6 +134,27 @@ def test_plans_of_both_models_stand_side_by_side(monkeypatch, tmp_path, capsys):
     with pytest.raises(SystemExit):
         bench.main(["plan", "--models=tiny", "--meshes=2x2"])
     assert "--meshes: expected sizes like 2x4x1, but '2x2' is none" in capsys.readouterr().err
+
+
+def test_cost_is_counted_for_all_and_measured_for_one(monkeypatch, tmp_path, capsys):
+    arguments = ["--ranks=8,4", "--sequence_lengths=16,32", "--tokens=1024", "--rounds=1"]
+    arguments += ["--measure=tiny", "--measure_batch=2", f"--plot={tmp_path / 'plot.png'}"]
+    path = tmp_path / "cost.json"
+    rows = run_on_tiny(monkeypatch, cost, path, *arguments)
+    assert [(row["rank"], row["sequence"]) for row in rows] == [(4, 16), (4, 32), (8, 16), (8, 32)]
+    narrow, _, wide, _ = rows
+    assert narrow["dense / it"] > wide["dense / it"] > 1
+    assert narrow["exact, K=50"] == pytest.approx(4 * narrow["exact, K=200"])
+    # Seven pairs, ten tall and thirty small products each.
+    sides = 4 * 64 + 3 * (32 + TINY_LLAMA.intermediate_size)
+    exact = 10 * 8**2 * sides + 7 * 30 * 2 * 8**3
+    assert wide["exact, K=50"] == pytest.approx(exact / 50 / 1024 / (1e6 * wide["MFLOPs/token"]))
+    measured = json.loads(path.read_text())["measured"]
+    assert [row["rank"] for row in measured] == ["dense", "4", "8"]
+    assert (tmp_path / "plot.png").stat().st_size > 1000
+    with pytest.raises(SystemExit):
+        bench.main(["cost", "--models=tiny", "--plot=x.png"])
+    assert "--plot: needs --measure=MODEL" in capsys.readouterr().err
 
 
 def test_what_fits_is_what_a_compiled_step_says(monkeypatch, tmp_path):
