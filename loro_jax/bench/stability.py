@@ -129,7 +129,8 @@ def condition_numbers(model: Llama) -> tuple[list[float], list[float]]:
     products, factors = [], []
     for pair in find_pairs(params):
         B, A = leaves[pair.B], leaves[pair.A]
-        R_B, R_A = np.linalg.qr(B, mode="r"), np.linalg.qr(A.swapaxes(-1, -2), mode="r")
+        R_B: Any = np.linalg.qr(B, mode="r")
+        R_A: Any = np.linalg.qr(A.swapaxes(-1, -2), mode="r")
         products += _conditions(R_B @ R_A.swapaxes(-1, -2))
         factors += _conditions(R_B) + _conditions(R_A)
     if not products:
