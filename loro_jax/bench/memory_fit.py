@@ -1,8 +1,9 @@
 """What fits into the memory of one device: the largest batch of each model, dense beside low-rank.
 
 Read from the memory analysis of compiled training steps; nothing is allocated and no accelerator
-is needed. Temporaries grow linearly with the batch: each step is compiled for two batches, and the
-largest one follows. Steps are compiled for CPU, which computes bfloat16 products in float32 and
+is needed. Temporaries are those of the optimizer where the batch is small, and grow linearly with
+it from some size on: each step is compiled for two batches beyond that, and the largest one
+follows. Steps are compiled for CPU, which computes bfloat16 products in float32 and
 holds such copies of their operands: an accelerator needs less.
 """
 
@@ -20,6 +21,13 @@ from loro_jax.training.plan import make_plan
 from models.llama import PRESETS, preset
 
 
+# The first two batches, the largest that is tried, and by how much temporaries have to grow from
+# one to the next to be those of the batch.
+_BATCHES = (8, 24)
+_LARGEST = 4096
+_LEAST_GROWTH = 0.1
+
+
 class Need(NamedTuple):
     """Bytes of a step: those of parameters and state, and temporaries linear in the batch."""
 
@@ -29,7 +37,7 @@ class Need(NamedTuple):
 
     def largest_batch(self, memory: float) -> int:
         """Sequences that fit; 0: not one does."""
-        return max(int((memory - self.state - self.fixed) / self.per_sequence), 0)
+        return max(int((memory - self.state - self.fixed) / max(self.per_sequence, 1.0)), 0)
 
 
 def need_of(low: tuple[int, int, int], high: tuple[int, int, int]) -> Need:
@@ -83,7 +91,9 @@ def _row(
 ) -> dict[str, Any]:
     if method not in METHODS:
         raise TrainingError(f"--methods: unknown {method!r}; expected {', '.join(METHODS)}.")
-    low, high = (_compiled(model, method, batch, options) for batch in (8, 24))
+    low, high = (_compiled(model, method, batch, options) for batch in _BATCHES)
+    while high[2] - low[2] < _LEAST_GROWTH * low[2] and high[0] < _LARGEST:
+        low, high = high, _compiled(model, method, 4 * high[0], options)
     need = need_of(low, high)
     fits = {f"batch in {size:g} GB": need.largest_batch(1e9 * size) for size in memories}
     return {
