@@ -20,7 +20,6 @@ from loro_jax.training.fields import apply_changes
 from loro_jax.training.plan import make_plan
 from models.llama import PRESETS, preset
 
-
 # The first two batches, the largest that is tried, and by how much temporaries have to grow from
 # one to the next to be those of the batch.
 _BATCHES = (8, 24)
