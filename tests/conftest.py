@@ -25,26 +25,15 @@ SHARED = ROOT.parent / "shared"
 # Every compiled program takes some memory maps of its process, of which Linux allows 65,530 in all;
 # XLA crashes when there are none left. Those of earlier tests are of no use to later ones.
 MAPS = pathlib.Path("/proc/self/maps")
-MANY_MAPS = 15_000
-
-
-def forget_programs():
-    """Releases all compiled programs of this process, with their maps and their memory."""
-    jax.clear_caches()
-    gc.collect()
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _programs_of_one_file():
-    yield
-    forget_programs()
+MANY_MAPS = 25_000
 
 
 @pytest.fixture(autouse=True)
 def _few_programs():
     yield
     if MAPS.exists() and MAPS.read_bytes().count(b"\n") > MANY_MAPS:
-        forget_programs()
+        jax.clear_caches()
+        gc.collect()
 
 
 @pytest.fixture
