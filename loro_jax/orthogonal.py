@@ -138,7 +138,10 @@ def orthogonal(
 
     def init(params: Any) -> Any:
         zeros = optax.tree.zeros_like(params)
-        return TangentState(zeros, params) if transported else MomentumState(zeros)
+        if not transported:
+            return MomentumState(zeros)
+        # A copy: steps donate parameters and state, and no buffer can be given twice.
+        return TangentState(zeros, jax.tree.map(jnp.copy, params))
 
     return Direction(
         init=init,

@@ -296,10 +296,11 @@ def make_projection(
 def apply_together(projections: Sequence[Dense | LowRankLinear], x: Array) -> list[Array]:
     """What several projections make of one input.
 
-    Where all go through a rank, their A's make one product with x, and one gradient of x: narrow
-    products reach less of a machine's speed, and in the backward pass several gradients as large
-    as x would have to be written and added. Of few rows nothing is gained, and the A's would have
-    to be copied to stand together.
+    Where all go through a rank, their A's make one product with x, and one gradient of x: in the
+    backward pass several gradients as large as x would have to be written and added. On two CPU
+    cores that is neither faster nor slower (``python -m loro_jax.bench together``); it is for
+    accelerators, whose speed narrow products don't reach. Of few rows nothing can be gained, and
+    the A's would have to be copied to stand together.
 
     Args:
         projections: of one dtype.

@@ -13,6 +13,7 @@ BENCHMARKS = (
     "memory_fit",
     "plan",
     "stability",
+    "together",
     "train_step",
 )
 

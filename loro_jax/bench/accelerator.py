@@ -36,6 +36,7 @@ MEASUREMENTS: dict[str, list[str]] = {
         *("inference", "--models=1b", "--batch_sizes=1,8,64", "--dtype=bfloat16"),
         *("--caches=full,values", "--rounds=9"),
     ],
+    "together": ["together", "--models=60m,350m,1b", "--tokens=8192"],
     "exact_step_small": ["exact_step", "--models=60m,130m", "--layers=8", "--rounds=5"],
     "data": ["data", "--steps=20"],
 }

@@ -21,6 +21,7 @@ from loro_jax.bench import (
     memory_fit,
     plan,
     timing,
+    together,
     train_step,
 )
 
@@ -155,6 +156,14 @@ def test_cost_is_counted_for_all_and_measured_for_one(monkeypatch, tmp_path, cap
     with pytest.raises(SystemExit):
         bench.main(["cost", "--models=tiny", "--plot=x.png"])
     assert "--plot: needs --measure=MODEL" in capsys.readouterr().err
+
+
+def test_projections_of_one_input_are_timed_together_and_each(monkeypatch, tmp_path):
+    path = tmp_path / "together.json"
+    rows = run_on_tiny(monkeypatch, together, path, "--rounds=1", "--tokens=64")
+    assert [row["projections"] for row in rows] == ["q, k, v", "gate, up"]
+    for row in rows:
+        assert row["each / together"] == pytest.approx(row["each ms"] / row["together ms"])
 
 
 def test_what_fits_is_what_a_compiled_step_says(monkeypatch, tmp_path):

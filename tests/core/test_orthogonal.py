@@ -182,7 +182,7 @@ def test_transported_momentum_knows_no_basis(every_step):
 
 
 def test_tangent_momentum_is_the_projected_average():
-    """Two steps in float64 by dense matrices: T <- 0.9 P(T) + 0.1 P(G), P at the new factors."""
+    """Three steps in float64 by dense matrices: T <- 0.9 P(T) + 0.1 P(G), P at the new factors."""
     B, A = pair()
     params = {"w": LowRank(B, A)}
     tx = loro(
@@ -205,6 +205,15 @@ def test_tangent_momentum_is_the_projected_average():
         params = optax.apply_updates(params, updates)
     with pytest.raises(ValueError, match="carries moments"):
         loro(0.3, direction=orthogonal(transported=True), refresh="transport").init(params)
+
+
+def test_parameters_and_the_state_of_tangent_momentum_can_be_donated_together():
+    B, A = pair()
+    params = {"w": LowRank(B, A)}
+    tx = loro(0.3, direction=orthogonal(transported=True), exact_every=None)
+    step = jax.jit(tx.update, donate_argnums=(1, 2))
+    updates, _ = step({"w": LowRank(*gradients(B, A))}, tx.init(params), params)
+    assert bool(jnp.isfinite(updates["w"].B).all())
 
 
 def test_stacked_pairs_step_as_single_ones():
