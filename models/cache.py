@@ -22,7 +22,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from models.linear import KINDS, Dense, LowRankLinear
+from models.linear import KINDS, as_low_rank
 from models.llama import Attention, LlamaConfig
 from models.loss import reduction_dtype
 
@@ -47,6 +47,11 @@ class Cache(NamedTuple):
     def slots(self) -> int:
         """T, the number of tokens it has room for."""
         return self.keys.shape[-2]
+
+    @property
+    def latent(self) -> tuple[bool, bool]:
+        """Of keys and of values: whether latents are kept."""
+        return _latent(self.keys), _latent(self.values)
 
 
 def empty_cache(config: LlamaConfig, batch_size: int, length: int, kind: str = "full") -> Cache:
@@ -90,7 +95,8 @@ def empty_cache(config: LlamaConfig, batch_size: int, length: int, kind: str = "
 
 def remember(
     attention: Attention,
-    h_BxLxD: Array,
+    k_BxLxC: Array,
+    v_BxLxC: Array,
     positions_BxL: Array,
     cache: Cache,
     layer: Array,
@@ -100,7 +106,8 @@ def remember(
 
     Args:
         attention: of the layer.
-        h_BxLxD: its input.
+        k_BxLxC: outputs of its projection of keys, or latents if the cache keeps these.
+        v_BxLxC: likewise of values.
         positions_BxL: of the tokens.
         cache: the cache before.
         layer: the layer's number.
@@ -109,15 +116,11 @@ def remember(
     Returns:
         The new cache; compiled with the old one donated, it is written in place.
     """
-    if _latent(cache.keys):
-        keys = _low_rank(attention.k).down(h_BxLxD)
-    else:
-        keys = attention.turned_heads(attention.k(h_BxLxD), positions_BxL).swapaxes(1, 2)
-    if _latent(cache.values):
-        values = _low_rank(attention.v).down(h_BxLxD)
-    else:
-        values = attention.heads(attention.v(h_BxLxD)).swapaxes(1, 2)
-    halves = zip(cache, (keys, values), strict=True)
+    if not _latent(cache.keys):
+        k_BxLxC = attention.turned_heads(k_BxLxC, positions_BxL).swapaxes(1, 2)
+    if not _latent(cache.values):
+        v_BxLxC = attention.heads(v_BxLxC).swapaxes(1, 2)
+    halves = zip(cache, (k_BxLxC, v_BxLxC), strict=True)
     return Cache(*(_written(past, new, layer, slot) for past, new in halves))
 
 
@@ -145,32 +148,29 @@ def attend(
     B, L, H, K = q_BxLxHxK.shape
     keys, values = cache.keys[layer], cache.values[layer]
     if _latent(cache.keys):
-        k_BxTxC = _low_rank(attention.k).up(keys)
+        k_BxTxC = as_low_rank(attention.k).up(keys)
         k_BxGxTxK = attention.turned_heads(k_BxTxC, positions_BxT).swapaxes(1, 2)
     else:
         k_BxGxTxK = keys
     G = k_BxGxTxK.shape[1]
     dtype = reduction_dtype(q_BxLxHxK.dtype)
-    q_BxGxMxK = q_BxLxHxK.reshape(B, L, G, -1, K).transpose(0, 2, 1, 3, 4).reshape(B, G, -1, K)
-    scores_BxGxMxT = jnp.matmul(q_BxGxMxK, k_BxGxTxK.mT, preferred_element_type=dtype) * K**-0.5
+    q_BxGxKxM = q_BxLxHxK.reshape(B, L, G, -1, K).transpose(0, 2, 4, 1, 3).reshape(B, G, K, -1)
+    # Keys on the left: on the right, XLA's CPU backend would write a transposed copy of them.
+    scores_BxGxTxM = jnp.matmul(k_BxGxTxK, q_BxGxKxM, preferred_element_type=dtype)
+    scores_BxGxMxT = scores_BxGxTxM.mT * K**-0.5
     seen_Bx1xMxT = jnp.repeat(seen_BxLxT, H // G, axis=1)[:, None]
     scores_BxGxMxT = jnp.where(seen_Bx1xMxT, scores_BxGxMxT, jnp.finfo(dtype).min)
     weights_BxGxMxT = jax.nn.softmax(scores_BxGxMxT).astype(values.dtype)
     if _latent(cache.values):
         # One set of latents for all heads: sum them by every head's weights, then map the sums.
         sums_BxQxR = weights_BxGxMxT.reshape(B, -1, cache.slots) @ values
-        B_GxKxR = _low_rank(attention.v).factors()[0].reshape(G, K, -1)
+        B_GxKxR = as_low_rank(attention.v).B[...].astype(q_BxLxHxK.dtype).reshape(G, K, -1)
         sums_BxGxMxR = sums_BxQxR.reshape(B, G, -1, sums_BxQxR.shape[-1])
         y_BxGxMxK = jnp.einsum("bgmr,gkr->bgmk", sums_BxGxMxR, B_GxKxR)
     else:
         y_BxGxMxK = weights_BxGxMxT @ values
     y_BxLxGxRxK = y_BxGxMxK.reshape(B, G, L, -1, K).transpose(0, 2, 1, 3, 4)
     return y_BxLxGxRxK.reshape(B, L, H, K)
-
-
-def _low_rank(projection: Dense | LowRankLinear) -> LowRankLinear:
-    assert isinstance(projection, LowRankLinear)  # or empty_cache had refused
-    return projection
 
 
 def _latent(half: Array) -> bool:

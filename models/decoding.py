@@ -19,6 +19,7 @@ import numpy as np
 from flax import nnx
 
 from models.cache import Cache, attend, empty_cache, remember
+from models.linear import Shared, can_share
 from models.llama import Llama
 from models.loss import reduction_dtype
 from models.sampling import GREEDY, Sampling, next_tokens
@@ -27,6 +28,32 @@ Array = jax.Array
 
 # Prompts are padded to a multiple, so that those of similar lengths share a compiled program.
 _PROMPT_MULTIPLE = 32
+
+
+def for_decoding(model: Llama) -> Llama:
+    """A model whose projections of one input are read as one matrix, which is faster.
+
+    Args:
+        model: the model; it stays as it is.
+
+    Returns:
+        The same model for :func:`extend`; parameters that were not put together are shared. It has
+        no A's of q, k, v, gate and up of its own (nor their W's), so nothing else can be done with
+        it. Kinds of projections that add to their product, as "lora", stay apart.
+
+    Example:
+        >>> from models import LlamaConfig
+        >>> config = LlamaConfig(vocab_size=64, hidden_size=32, intermediate_size=48, num_layers=2,
+        ...                      num_heads=4, rank=8)
+        >>> for_decoding(Llama(config, nnx.Rngs(0))).blocks.attention.shared.matrix.shape
+        (2, 24, 32)
+    """
+    together = nnx.merge(*nnx.split(model))
+    attention, mlp = together.blocks.attention, together.blocks.mlp
+    if can_share([attention.q, mlp.gate]):
+        attention.shared = Shared([attention.q, attention.k, attention.v])
+        mlp.shared = Shared([mlp.gate, mlp.up])
+    return together
 
 
 def extend(
@@ -67,8 +94,9 @@ def extend(
         number, params = inputs
         block = nnx.merge(graphdef, params)
         attention, h_BxLxD = block.attention, block.attention_norm(x_BxLxD)
-        cache = remember(attention, h_BxLxD, positions_BxL, cache, number, slot)
-        q_BxLxHxK = attention.turned_heads(attention.q(h_BxLxD), positions_BxL)
+        q_BxLxC, k_BxLxC, v_BxLxC = attention.project(h_BxLxD, (False, *cache.latent))
+        cache = remember(attention, k_BxLxC, v_BxLxC, positions_BxL, cache, number, slot)
+        q_BxLxHxK = attention.turned_heads(q_BxLxC, positions_BxL)
         y_BxLxHxK = attend(attention, q_BxLxHxK, cache, number, positions_BxT, seen_BxLxT)
         x_BxLxD = x_BxLxD + attention.o(y_BxLxHxK.reshape(*x_BxLxD.shape[:2], -1))
         return (x_BxLxD + block.mlp(block.mlp_norm(x_BxLxD)), cache), None
@@ -157,7 +185,7 @@ def generate(
     for row, prompt in zip(tokens_BxL, prompts, strict=True):
         row[slots - len(prompt) :] = prompt
     past = empty_cache(config, len(prompts), slots + max_new_tokens, cache)
-    graphdef, state = nnx.split(model)
+    graphdef, state = nnx.split(for_decoding(model))
     keys = jax.random.split(jax.random.key(seed), max_new_tokens)
     tokens: Any = jnp.asarray(tokens_BxL)
     ended_B = np.zeros(len(prompts), bool)

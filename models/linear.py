@@ -101,7 +101,15 @@ class Dense(nnx.Module):
     @_by_rows
     def __call__(self, x: Array) -> Array:
         """Maps (..., in) to (..., out)."""
-        return x.astype(self.dtype) @ self.W[...].astype(self.dtype).T
+        return x.astype(self.dtype) @ self.first().T
+
+    def first(self) -> Array:
+        """The matrix that meets the input, in the dtype of the products."""
+        return self.W[...].astype(self.dtype)
+
+    def rest(self, y: Array) -> Array:
+        """What becomes of ``x first^T``: it is the output."""
+        return y
 
     def weight(self) -> Array:
         """The matrix that it multiplies by, (out, in)."""
@@ -131,7 +139,15 @@ class LowRankLinear(nnx.Module):
     @property
     def rank(self) -> int:
         """The inner dimension r."""
-        return self.A.shape[-2]
+        return self.B.shape[-1]
+
+    def first(self) -> Array:
+        """The matrix that meets the input, A, in the dtype of the products."""
+        return self.A[...].astype(self.dtype)
+
+    def rest(self, y: Array) -> Array:
+        """Maps ``x A^T`` to the output."""
+        return self.up(self.activated(y))
 
     def factors(self) -> tuple[Array, Array]:
         """B and A in the dtype of the products."""
@@ -139,7 +155,7 @@ class LowRankLinear(nnx.Module):
 
     def down(self, x: Array) -> Array:
         """Maps (..., in) to the latent (..., r)."""
-        return self.activated(x.astype(self.dtype) @ self.factors()[1].T)
+        return self.activated(x.astype(self.dtype) @ self.first().T)
 
     def activated(self, latent: Array) -> Array:
         """What the second factor sees of ``x A^T``: all of it."""
@@ -147,7 +163,7 @@ class LowRankLinear(nnx.Module):
 
     def up(self, latent: Array) -> Array:
         """Maps the latent (..., r) to (..., out)."""
-        return latent @ self.factors()[0].T
+        return latent @ self.B[...].astype(self.dtype).T
 
     @_by_rows
     def __call__(self, x: Array) -> Array:
@@ -293,21 +309,63 @@ def make_projection(
     return KINDS[spec.kind](in_features, out_features, spec, rngs)
 
 
-def apply_together(projections: Sequence[Dense | LowRankLinear], x: Array) -> list[Array]:
+class Shared(nnx.Module):
+    """The matrices that meet one input, of several projections, in one: A's, and dense W's.
+
+    For decoding, where products with few rows are bound by how fast matrices are read, and a large
+    one is read faster than several small ones. The projections give their matrices away: afterwards
+    they work by :func:`apply_together` alone.
+    """
+
+    def __init__(self, projections: Sequence[Dense | LowRankLinear]):
+        dtype = projections[0].dtype
+        self.sizes = tuple(projection.first().shape[-2] for projection in projections)
+        # Stacked over layers or not, rows are the last axis but one.
+        self.matrix = nnx.Param(jnp.concatenate([p.first() for p in projections], axis=-2))
+        self.dtype = dtype
+        for projection in projections:
+            if isinstance(projection, LowRankLinear):
+                del projection.A
+            else:
+                del projection.W
+
+    def __call__(self, x: Array) -> list[Array]:
+        """Maps (..., in) to what each projection's ``rest`` takes."""
+        return _pieces(x.astype(self.dtype) @ self.matrix[...].T, self.sizes)
+
+
+def can_share(projections: Sequence[Dense | LowRankLinear]) -> bool:
+    """Whether all of each projection's output goes through its first matrix."""
+    return all(isinstance(p, Dense) or p.through_rank for p in projections)
+
+
+def _pieces(y: Array, sizes: Sequence[int]) -> list[Array]:
+    return jnp.split(y, list(itertools.accumulate(sizes))[:-1], axis=-1)
+
+
+def apply_together(
+    projections: Sequence[Dense | LowRankLinear],
+    x: Array,
+    *,
+    shared: Shared | None = None,
+    latent: Sequence[bool] | None = None,
+) -> list[Array]:
     """What several projections make of one input.
 
     Where all go through a rank, their A's make one product with x, and one gradient of x: in the
     backward pass several gradients as large as x would have to be written and added. On two CPU
     cores that is neither faster nor slower (``python -m loro_jax.bench together``); it is for
-    accelerators, whose speed narrow products don't reach. Of few rows nothing can be gained, and
-    the A's would have to be copied to stand together.
+    accelerators, whose speed narrow products don't reach. Of few rows nothing can be gained, as the
+    A's would have to be copied to stand together; unless they do already.
 
     Args:
         projections: of one dtype.
         x: their input, (..., in).
+        shared: their first matrices, where they stand together already.
+        latent: of which projections the latent is wanted, not the output; by default of none.
 
     Returns:
-        The output (..., out) of each.
+        The output (..., out) of each, or the latent (..., r).
 
     Example:
         >>> spec = ProjectionSpec(rank=2)
@@ -317,13 +375,28 @@ def apply_together(projections: Sequence[Dense | LowRankLinear], x: Array) -> li
         >>> [y.shape for y in both], bool(jnp.allclose(both[1], k(x), atol=1e-6))
         ([(3, 50, 4), (3, 50, 5)], True)
     """
-    low_rank = [p for p in projections if isinstance(p, LowRankLinear) and p.through_rank]
+    latent = latent or [False] * len(projections)
     rows = math.prod(x.shape[:-1])
-    if len(low_rank) < len(projections) or rows < _ROWS_WORTH_PACKING:
-        return [projection(x) for projection in projections]
-    A = jnp.concatenate([projection.factors()[1] for projection in low_rank])
-    latents_NxR = x.reshape(-1, x.shape[-1]).astype(A.dtype) @ A.T
-    ends = list(itertools.accumulate(projection.rank for projection in low_rank))
-    pieces = jnp.split(latents_NxR, ends[:-1], axis=1)
-    outputs = [p.up(p.activated(piece)) for p, piece in zip(low_rank, pieces, strict=True)]
-    return [y_NxF.reshape(*x.shape[:-1], -1) for y_NxF in outputs]
+    low_rank = all(isinstance(p, LowRankLinear) and p.through_rank for p in projections)
+    if shared is not None:
+        pieces = shared(x)
+    elif low_rank and rows >= _ROWS_WORTH_PACKING:
+        A = jnp.concatenate([p.first() for p in projections])
+        latents_NxR = x.reshape(-1, x.shape[-1]).astype(A.dtype) @ A.T
+        pieces = _pieces(latents_NxR, [p.first().shape[0] for p in projections])
+    else:
+        return [
+            as_low_rank(p).down(x) if stop else p(x)
+            for p, stop in zip(projections, latent, strict=True)
+        ]
+    outputs = [
+        as_low_rank(p).activated(piece) if stop else p.rest(piece)
+        for p, piece, stop in zip(projections, pieces, latent, strict=True)
+    ]
+    return [y.reshape(*x.shape[:-1], y.shape[-1]) for y in outputs]
+
+
+def as_low_rank(projection: Dense | LowRankLinear) -> LowRankLinear:
+    """The projection, where it must have latents; for others a caller has to have refused."""
+    assert isinstance(projection, LowRankLinear)
+    return projection

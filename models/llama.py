@@ -11,7 +11,7 @@ intermediate, V vocabulary, N tokens.
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -23,6 +23,7 @@ from models.linear import (
     Dense,
     LowRankLinear,
     ProjectionSpec,
+    Shared,
     apply_together,
     make_projection,
 )
@@ -277,12 +278,20 @@ class RMSNorm(nnx.Module):
 class Attention(nnx.Module):
     """Causal self-attention with rotary positions; heads of keys may serve several of queries."""
 
+    shared: Shared | None = None
+
     def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
         make = functools.partial(_make_projection, config, "attn", rngs)
         self.q, self.k, self.v, self.o = make("q"), make("k"), make("v"), make("o")
         self.head_size = config.head_size
         self.rope_theta = config.rope_theta
         self.rope_scaling = dataclasses.replace(config.rope_scaling)
+
+    def project(self, x_BxLxD: Array, latent: Sequence[bool] | None = None) -> list[Array]:
+        """What q, k and v make of the input; of those in ``latent``, the latents."""
+        return apply_together(
+            (self.q, self.k, self.v), x_BxLxD, shared=self.shared, latent=latent
+        )
 
     def heads(self, y_BxLxC: Array) -> Array:
         """A projection's output by heads, (B, L, H or G, K)."""
@@ -302,7 +311,7 @@ class Attention(nnx.Module):
     def __call__(self, x_BxLxD: Array) -> Array:
         """Maps (B, L, D) to (B, L, D)."""
         B, L, _ = x_BxLxD.shape
-        q_BxLxC, k_BxLxC, v_BxLxC = apply_together((self.q, self.k, self.v), x_BxLxD)
+        q_BxLxC, k_BxLxC, v_BxLxC = self.project(x_BxLxD)
         q_BxLxHxK = self.turned_heads(q_BxLxC, jnp.arange(L))
         k_BxLxGxK = self.turned_heads(k_BxLxC, jnp.arange(L))
         v_BxLxGxK = self.heads(v_BxLxC)
@@ -313,13 +322,17 @@ class Attention(nnx.Module):
 class MLP(nnx.Module):
     """SwiGLU: ``down(silu(gate(x)) * up(x))``."""
 
+    shared: Shared | None = None
+
     def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
         make = functools.partial(_make_projection, config, "mlp", rngs)
         self.gate, self.up, self.down = make("gate"), make("up"), make("down")
 
     def __call__(self, x_BxLxD: Array) -> Array:
         """Maps (B, L, D) to (B, L, D)."""
-        gate_BxLxF, up_BxLxF = apply_together((self.gate, self.up), x_BxLxD)
+        gate_BxLxF, up_BxLxF = apply_together(
+            (self.gate, self.up), x_BxLxD, shared=self.shared
+        )
         y_BxLxF = jax.nn.silu(gate_BxLxF) * up_BxLxF
         return self.down(by_sequence(y_BxLxF, split_axis=2))
 
