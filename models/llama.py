@@ -289,9 +289,7 @@ class Attention(nnx.Module):
 
     def project(self, x_BxLxD: Array, latent: Sequence[bool] | None = None) -> list[Array]:
         """What q, k and v make of the input; of those in ``latent``, the latents."""
-        return apply_together(
-            (self.q, self.k, self.v), x_BxLxD, shared=self.shared, latent=latent
-        )
+        return apply_together((self.q, self.k, self.v), x_BxLxD, shared=self.shared, latent=latent)
 
     def heads(self, y_BxLxC: Array) -> Array:
         """A projection's output by heads, (B, L, H or G, K)."""
@@ -330,9 +328,7 @@ class MLP(nnx.Module):
 
     def __call__(self, x_BxLxD: Array) -> Array:
         """Maps (B, L, D) to (B, L, D)."""
-        gate_BxLxF, up_BxLxF = apply_together(
-            (self.gate, self.up), x_BxLxD, shared=self.shared
-        )
+        gate_BxLxF, up_BxLxF = apply_together((self.gate, self.up), x_BxLxD, shared=self.shared)
         y_BxLxF = jax.nn.silu(gate_BxLxF) * up_BxLxF
         return self.down(by_sequence(y_BxLxF, split_axis=2))
 

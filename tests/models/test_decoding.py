@@ -12,7 +12,7 @@ from flax import nnx
 from loro_jax.training.tokenizer import load_tokenizer
 from models import Llama, LlamaConfig, decoding
 from models.cache import empty_cache
-from models.decoding import extend, generate
+from models.decoding import extend, for_decoding, generate
 from models.generate import continuations, main
 from models.huggingface import write_model
 from models.sampling import GREEDY, Sampling, next_tokens, restricted_logits
@@ -225,3 +225,42 @@ def test_the_command(tmp_path, capsys):
     assert main([str(tmp_path), "--prompt=A"]) == 1
     errors = capsys.readouterr().err
     assert errors.count("error: ") == errors.count("\n") == 4
+
+
+def products(model):
+    """Shapes of the products with weights, one layer's, when a token is read."""
+    padding = jnp.array([0])
+    cache = empty_cache(model.config, 1, 4)
+    program = jax.make_jaxpr(lambda cache: extend(model, jnp.array([[5]]), cache, 0, padding))(
+        cache
+    )
+    (scan,) = (e for e in program.eqns if e.primitive.name == "scan")
+    eqns = scan.params["jaxpr"].eqns
+    dots = [e for e in eqns if e.primitive.name == "dot_general"]
+    return [e.outvars[0].aval.shape for e in dots if not e.params["dimension_numbers"][1][0]]
+
+
+@pytest.mark.parametrize(
+    ("changes", "first"),
+    [({}, [(1, 1, 24), (1, 1, 16)]), ({"scope": "none"}, [(1, 1, 96), (1, 1, 96)])],
+)
+def test_a_model_for_decoding_reads_the_matrices_of_one_input_together(changes, first):
+    model = make(**changes)
+    before = jax.tree.map(np.asarray, nnx.state(model))
+    ready = for_decoding(model)
+    assert all(shape in products(ready) for shape in first)
+    assert len(products(ready)) == len(products(model)) - 3
+    count = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(ready)))
+    assert count == sum(leaf.size for leaf in jax.tree.leaves(before))
+    jax.tree.map(np.testing.assert_array_equal, before, nnx.state(model))
+
+
+@pytest.mark.parametrize("projection", ["lora", "sltrain"])
+def test_projections_that_add_to_their_product_stay_apart(projection):
+    model = make(projection=projection)
+    ready = for_decoding(model)
+    assert ready.blocks.attention.shared is None
+    assert ready.blocks.mlp.shared is None
+    tokens, padding = jnp.array([[5, 6, 7]]), jnp.array([0])
+    found, _ = extend(ready, tokens, empty_cache(CONFIG, 1, 4), 0, padding)
+    np.testing.assert_allclose(found, model(tokens)[:, -1], rtol=1e-4, atol=1e-4)

@@ -8,6 +8,7 @@ from models.linear import (
     Dense,
     LowRankLinear,
     ProjectionSpec,
+    Shared,
     apply_together,
     make_projection,
 )
@@ -66,3 +67,33 @@ def test_dtypes_of_storage_and_products():
 def test_ranks_that_do_not_fit_are_named(rank):
     with pytest.raises(ValueError, match=f"but is {rank}"):
         make_projection(8, 6, ProjectionSpec(rank=rank), nnx.Rngs(0))
+
+
+@pytest.mark.parametrize(("rank", "kind"), [(None, "low_rank"), (4, "low_rank"), (4, "cola")])
+@pytest.mark.parametrize("rows", [1, 40])
+def test_matrices_that_stand_together_do_what_they_did_apart(rank, kind, rows):
+    spec = ProjectionSpec(kind=kind, rank=rank)
+    several = [make_projection(16, out, spec, nnx.Rngs(out)) for out in (12, 6, 10)]
+    x = jax.random.normal(jax.random.key(0), (2, rows, 16))
+    expected = [projection(x) for projection in several]
+    latents = [None if rank is None else projection.down(x) for projection in several]
+    shared = Shared(several)
+    sizes = (12, 6, 10) if rank is None else (4, 4, 4)
+    assert shared.sizes == sizes
+    assert shared.matrix.shape == (sum(sizes), 16)
+    found = apply_together(several, x, shared=shared)
+    for one, other in zip(expected, found, strict=True):
+        np.testing.assert_allclose(other, one, rtol=1e-5, atol=1e-6)
+    if rank is not None:
+        mixed = apply_together(several, x, shared=shared, latent=(False, True, False))
+        np.testing.assert_allclose(mixed[1], latents[1], rtol=1e-5, atol=1e-6)
+        np.testing.assert_allclose(mixed[2], expected[2], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("rows", [1, 40])
+def test_latents_are_given_where_they_are_wanted(rows):
+    several = [make_projection(16, 12, ProjectionSpec(rank=r), nnx.Rngs(r)) for r in (3, 4)]
+    x = jax.random.normal(jax.random.key(0), (2, rows, 16))
+    output, latent = apply_together(several, x, latent=(False, True))
+    np.testing.assert_allclose(output, several[0](x), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(latent, several[1].down(x), rtol=1e-5, atol=1e-6)
