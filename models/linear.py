@@ -23,6 +23,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 
 from loro_jax.batching import at_least_float32
 from loro_jax.lowrank import initialise
@@ -67,7 +68,15 @@ class ProjectionSpec:
 
 
 # Fewer rows than these are multiplied by each A on its own.
-_ROWS_WORTH_PACKING = 64
+ROWS_WORTH_PACKING = 64
+
+
+# What a backward pass may be told to keep: ``x A^T``.
+LATENT = "latent"
+
+
+def _named(latent: Array) -> Array:
+    return checkpoint_name(latent, LATENT)
 
 
 class Fixed(nnx.Variable):
@@ -155,7 +164,7 @@ class LowRankLinear(nnx.Module):
 
     def down(self, x: Array) -> Array:
         """Maps (..., in) to the latent (..., r)."""
-        return self.activated(x.astype(self.dtype) @ self.first().T)
+        return self.activated(_named(x.astype(self.dtype) @ self.first().T))
 
     def activated(self, latent: Array) -> Array:
         """What the second factor sees of ``x A^T``: all of it."""
@@ -380,9 +389,9 @@ def apply_together(
     low_rank = all(isinstance(p, LowRankLinear) and p.through_rank for p in projections)
     if shared is not None:
         pieces = shared(x)
-    elif low_rank and rows >= _ROWS_WORTH_PACKING:
+    elif low_rank and rows >= ROWS_WORTH_PACKING:
         A = jnp.concatenate([p.first() for p in projections])
-        latents_NxR = x.reshape(-1, x.shape[-1]).astype(A.dtype) @ A.T
+        latents_NxR = _named(x.reshape(-1, x.shape[-1]).astype(A.dtype) @ A.T)
         pieces = _pieces(latents_NxR, [p.first().shape[0] for p in projections])
     else:
         return [

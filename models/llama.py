@@ -20,6 +20,7 @@ from flax import nnx
 from models.layout import by_sequence
 from models.linear import (
     KINDS,
+    LATENT,
     Dense,
     LowRankLinear,
     ProjectionSpec,
@@ -34,7 +35,7 @@ Array = jax.Array
 
 GROUPS = ("attn", "mlp")
 SCOPES = ("all", "attn", "mlp", "none")
-REMAT_POLICIES = ("none", "full", "dots")
+REMAT_POLICIES = ("none", "full", "dots", "rank")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 
@@ -76,8 +77,11 @@ class LlamaConfig:
         dtype: dtype of activations and products (norms, attention weights and loss reduce in
             float32).
         param_dtype: dtype of the stored parameters.
-        remat: what the backward pass computes again: "none", "full" (each block from its input) or
-            "dots" (all but the products with weights).
+        remat: what the backward pass computes again: "none", "full" (each block from its input),
+            "dots" (all but the products with weights) or "rank" (all but what passes through the
+            rank: the r entries a token between two factors are kept, and what they are mapped to is
+            computed again).
+        unroll: layers in the body of the compiled loop over layers.
         loss_chunk_size: tokens whose logits exist at a time.
     """
 
@@ -106,6 +110,7 @@ class LlamaConfig:
     dtype: str = "float32"
     param_dtype: str = "float32"
     remat: str = "none"
+    unroll: int = 1
     loss_chunk_size: int = 4096
 
     def validate(self) -> None:
@@ -117,6 +122,7 @@ class LlamaConfig:
             "num_layers",
             "num_heads",
             "max_sequence_length",
+            "unroll",
             "loss_chunk_size",
         ):
             if getattr(self, name) < 1:
@@ -422,7 +428,9 @@ class Llama(nnx.Module):
         def layer(x_BxLxD: Array, params: nnx.State) -> tuple[Array, None]:
             return nnx.merge(graphdef, params)(x_BxLxD), None
 
-        x_BxLxD, _ = jax.lax.scan(_remat(layer, self.config.remat), x_BxLxD, stacked)
+        x_BxLxD, _ = jax.lax.scan(
+            _remat(layer, self.config.remat), x_BxLxD, stacked, unroll=self.config.unroll
+        )
         return self.norm(x_BxLxD)
 
     def __call__(self, tokens_BxL: Array) -> Array:
@@ -437,4 +445,7 @@ def _remat(layer: Callable, policy: str) -> Callable:
         return layer
     if policy == "full":
         return jax.checkpoint(layer)
-    return jax.checkpoint(layer, policy=jax.checkpoint_policies.dots_with_no_batch_dims_saveable)
+    policies = jax.checkpoint_policies
+    if policy == "rank":
+        return jax.checkpoint(layer, policy=policies.save_only_these_names(LATENT))
+    return jax.checkpoint(layer, policy=policies.dots_with_no_batch_dims_saveable)

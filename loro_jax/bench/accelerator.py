@@ -36,6 +36,11 @@ MEASUREMENTS: dict[str, list[str]] = {
         *("inference", "--models=1b", "--batch_sizes=1,8,64", "--dtype=bfloat16"),
         *("--caches=full,values", "--rounds=9"),
     ],
+    # Batches of the size that evaluation and scoring use.
+    "forward": [
+        *("forward", "--models=350m,1b", "--batch_sizes=1,8,32", "--lengths=256,1024"),
+        *("--dtype=bfloat16", "--rounds=9"),
+    ],
     "together": ["together", "--models=60m,350m,1b", "--tokens=8192"],
     "exact_step_small": ["exact_step", "--models=60m,130m", "--layers=8", "--rounds=5"],
     "data": ["data", "--steps=20"],

@@ -65,7 +65,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--sequence_length", type=int, default=256)
     parser.add_argument("--dtype", default="bfloat16", help="of activations and products")
     parser.add_argument("--param_dtype", default="bfloat16", help="of weights and states")
-    parser.add_argument("--remat", default="full", help="none, dots or full")
+    parser.add_argument("--remat", default="full", help="none, rank, dots or full")
     parser.add_argument(
         "--set", action="append", default=[], metavar="FIELD=VALUE", help="more of the config"
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import pathlib
 import platform
 import statistics
@@ -97,7 +98,17 @@ def report(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
         print_table(table)
     if options.json:
         result = {"command": options.command, "environment": environment(), "rows": rows, **more}
-        pathlib.Path(options.json).write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+        text = json.dumps(_strict(result), indent=2, allow_nan=False)
+        pathlib.Path(options.json).write_text(text + "\n", encoding="utf-8")
+
+
+def _strict(value: Any) -> Any:
+    """The same without numbers that JSON has no word for: null where nothing was measured."""
+    if isinstance(value, dict):
+        return {name: _strict(part) for name, part in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_strict(part) for part in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _format(value: Any) -> str:

@@ -37,7 +37,7 @@ _PEAK_SIZE = {"cpu": 2048, "gpu": 8192, "tpu": 8192}
 _EXACT = "loro exact"
 
 
-class _Case(NamedTuple):
+class Case(NamedTuple):
     """A method's compiled step, ready to be timed."""
 
     config: Config
@@ -46,6 +46,7 @@ class _Case(NamedTuple):
     compile_seconds: float
     state_bytes: int
     temporary_bytes: int
+    held_bytes: int
 
 
 def main(arguments: Sequence[str]) -> None:
@@ -59,7 +60,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--rank", type=int, help="default: the model's")
     parser.add_argument("--dtype", default="float32", help="of activations and products")
     parser.add_argument("--param_dtype", help="of weights and states; default: the same")
-    parser.add_argument("--remat", default="none", help="none, dots or full")
+    parser.add_argument("--remat", default="none", help="none, rank, dots or full")
     parser.add_argument(
         "--set", action="append", default=[], metavar="FIELD=VALUE", help="more of the config"
     )
@@ -132,8 +133,16 @@ def _config(model: str, method: str, options: argparse.Namespace) -> Config:
     return config
 
 
-def prepare(config: Config) -> _Case:
-    """Compiles the step of a config, on text of random ids."""
+def prepare(config: Config, *, donate: bool = True) -> Case:
+    """Compiles the step of a config, on text of random ids.
+
+    Args:
+        config: of the run.
+        donate: whether a step may write its results over the state before.
+
+    Returns:
+        The step, ready to be timed, and what it holds.
+    """
     devices = meshes.make_mesh(config.mesh)
     program, abstract = compile_program(make_program(config, devices), devices)
     rng = np.random.default_rng(0)
@@ -144,7 +153,10 @@ def prepare(config: Config) -> _Case:
         meshes.batch_sharding(devices),
     )
     started = time.perf_counter()
-    compiled = program.train_step.lower(abstract, batch).compile()  # type: ignore[attr-defined]
+    train_step: Any = program.train_step
+    if not donate:
+        train_step = jax.jit(train_step.__wrapped__)
+    compiled = train_step.lower(abstract, batch).compile()
     compile_seconds = time.perf_counter() - started
     memory = compiled.memory_analysis()
     held = [program.init()]
@@ -153,13 +165,17 @@ def prepare(config: Config) -> _Case:
         held[0], metrics = compiled(held[0], batch)
         return metrics
 
-    return _Case(
+    return Case(
         config=config,
         step=step,
         gradient=lambda: program.loss_and_gradient(held[0].params, held[0].fixed, batch),
         compile_seconds=compile_seconds,
         state_bytes=memory.argument_size_in_bytes,
         temporary_bytes=memory.temp_size_in_bytes,
+        held_bytes=memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        + memory.temp_size_in_bytes
+        - memory.alias_size_in_bytes,
     )
 
 

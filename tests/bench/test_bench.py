@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 from loro_jax import exact_update
 from loro_jax.bench import __main__ as bench
@@ -17,13 +18,18 @@ from loro_jax.bench import (
     cost,
     data,
     exact_step,
+    forward,
     inference,
+    levers,
     memory_fit,
     plan,
     timing,
     together,
     train_step,
 )
+from loro_jax.training.config import Config
+from loro_jax.training.fields import apply_changes
+from models import Llama
 
 TINY = {"tiny": (32, 48, 8)}
 
@@ -164,6 +170,68 @@ def test_projections_of_one_input_are_timed_together_and_each(monkeypatch, tmp_p
     assert [row["projections"] for row in rows] == ["q, k, v", "gate, up"]
     for row in rows:
         assert row["each / together"] == pytest.approx(row["each ms"] / row["together ms"])
+
+
+def test_batches_are_read_for_logits_and_for_scores(monkeypatch, tmp_path, capsys):
+    arguments = ["--rounds=1", "--batch_sizes=1,2", "--lengths=8"]
+    rows = run_on_tiny(monkeypatch, forward, tmp_path / "forward.json", *arguments)
+    found = [(row["batch"], row["what"], row["projections"]) for row in rows]
+    kinds = [(what, kind) for what in forward.WHAT for kind in ("full", "low_rank")]
+    assert found == [(batch, *kind) for batch in (1, 2) for kind in kinds]
+    full, low_rank = rows[:2]
+    assert full["FLOP ratio"] == 1
+    head, attention = 64 * 32, 8 * 32
+    matrices = head + attention + 4 * 32 * 32 + 3 * 32 * TINY_LLAMA.intermediate_size
+    factors = head + attention + 8 * (4 * 64 + 3 * (32 + TINY_LLAMA.intermediate_size))
+    assert low_rank["FLOP ratio"] == pytest.approx(matrices / factors)
+    assert low_rank["memory MB"] < full["memory MB"]
+    for bad in ("--batch_sizes=0", "--lengths=x", "--rank=33", "--dtype=int8"):
+        with pytest.raises(SystemExit):
+            bench.main(["forward", "--models=tiny", *arguments, bad])
+        assert "error: " in capsys.readouterr().err
+
+
+def test_scores_are_the_log_likelihoods_of_the_logits():
+    model = Llama(dataclasses.replace(TINY_LLAMA, loss_chunk_size=4), nnx.Rngs(0))
+    logits, score = (forward._prepare(model, what, 2, 6).run() for what in forward.WHAT)
+    ids = np.random.default_rng(0).integers(64, size=(2, 7))
+    chosen = np.take_along_axis(jax.nn.log_softmax(logits), ids[:, 1:, None], axis=-1)
+    assert float(score) == pytest.approx(float(chosen.sum()), rel=1e-5)
+
+
+def test_levers_compute_the_same_step(monkeypatch, tmp_path, capsys):
+    arguments = ["--rounds=1", "--batch_size=8", "--sequence_length=16"]
+    rows = run_on_tiny(monkeypatch, levers, tmp_path / "levers.json", *arguments)
+    by_name = {row["lever"]: row for row in rows}
+    assert by_name["base"]["time / base"] == by_name["base"]["memory / base"] == 1
+    assert by_name["buffers not donated"]["memory / base"] > 1
+    config = Config(batch_size=8, sequence_length=16, model=dataclasses.replace(TINY_LLAMA))
+    losses = {}
+    for name, lever in levers.levers(config).items():
+        made = dataclasses.replace(config, model=dataclasses.replace(TINY_LLAMA))
+        apply_changes(made, lever.changes)
+        step = levers._prepare(made, lever).step
+        losses[name] = [float(step()["loss"]) for _ in range(2)]
+    assert losses["base"][1] < losses["base"][0]
+    for name, found in losses.items():
+        tolerance = 1e-2 if name == "bfloat16 activations" else 1e-5
+        np.testing.assert_allclose(found, losses["base"], rtol=tolerance, err_msg=name)
+    with pytest.raises(SystemExit):
+        bench.main(["levers", "--models=tiny", "--only=magic"])
+    assert "unknown 'magic'; expected some of base, buffers" in capsys.readouterr().err
+
+
+def test_results_are_json_that_strict_readers_take(tmp_path, capsys):
+    path = tmp_path / "result.json"
+    rows = [{"peak": float("nan"), "rate": float("inf"), "batch": 2, "share": 0.5}]
+    timing.report(rows, argparse.Namespace(json=str(path), command="command", more={}))
+
+    def refuse(constant):
+        raise AssertionError(constant)
+
+    found = json.loads(path.read_text(), parse_constant=refuse)["rows"]
+    assert found == [{"peak": None, "rate": None, "batch": 2, "share": 0.5}]
+    assert "| nan " in capsys.readouterr().out
 
 
 def test_what_fits_is_what_a_compiled_step_says(monkeypatch, tmp_path):

@@ -188,7 +188,31 @@ def test_masked_targets_do_not_count():
     np.testing.assert_allclose(next_token_loss(model, batch), next_token_loss(model, other))
 
 
-@pytest.mark.parametrize("remat", ["full", "dots"])
+def test_remat_in_the_space_of_the_rank_multiplies_by_no_first_factor_again():
+    """q, k, v together, o, gate and up together, down: four products fewer than from the input."""
+
+    def products(remat):
+        model = Llama(dataclasses.replace(TINY, remat=remat), nnx.Rngs(0))
+        graphdef, state = nnx.split(model)
+        tokens = jnp.ones((4, 16), jnp.int32)
+
+        def total(state):
+            return jnp.sum(nnx.merge(graphdef, state).hidden_states(tokens))
+
+        return str(jax.make_jaxpr(jax.grad(total))(state)).count(" dot_general[")
+
+    assert products("rank") == products("full") - 4
+    assert products("dots") < products("rank")
+
+
+def test_layers_in_the_body_of_the_loop_change_nothing():
+    tokens = jnp.arange(8).reshape(1, 8)
+    expected = Llama(TINY, nnx.Rngs(0))(tokens)
+    found = Llama(dataclasses.replace(TINY, unroll=2), nnx.Rngs(0))(tokens)
+    np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("remat", ["full", "dots", "rank"])
 def test_remat_changes_no_gradient(remat):
     batch = make_batch(TINY)
 

@@ -1,0 +1,132 @@
+"""What each way of computing the same training step costs: one thing changed at a time, in turns.
+
+``time / base`` is the median of each round's ratio to the step as this library makes it; below one
+is faster. ``memory / base`` compares what the compiled steps hold: state, results and temporaries,
+less what donated buffers share. Losses are the same up to rounding, but for ``bfloat16``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import statistics
+import sys
+import time
+import unittest.mock
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from loro_jax.bench.timing import make_parser, parse_options, report
+from loro_jax.bench.train_step import Case, prepare
+from loro_jax.training.config import Config
+from loro_jax.training.errors import TrainingError
+from loro_jax.training.fields import apply_changes
+from models import linear
+from models.llama import PRESETS, preset
+
+
+class _Lever(NamedTuple):
+    """One thing that is done otherwise: fields of the config, or the code's own choice."""
+
+    changes: Sequence[str] = ()
+    donate: bool = True
+    pack: bool = True
+
+
+def levers(config: Config) -> dict[str, _Lever]:
+    """All levers by name; "base" is the step as it is."""
+    tokens = config.batch_size * config.sequence_length
+    return {
+        "base": _Lever(),
+        "buffers not donated": _Lever(donate=False),
+        "layers unrolled": _Lever([f"model.unroll={config.model.num_layers}"]),
+        "each A by itself": _Lever(pack=False),
+        "all logits at once": _Lever([f"model.loss_chunk_size={tokens}"]),
+        "logits of 512 tokens": _Lever(["model.loss_chunk_size=512"]),
+        "remat: dots": _Lever(["model.remat=dots"]),
+        "remat: rank": _Lever(["model.remat=rank"]),
+        "remat: full": _Lever(["model.remat=full"]),
+        "two micro-batches": _Lever(["gradient_accumulation=2"]),
+        "four micro-batches": _Lever(["gradient_accumulation=4"]),
+        "bfloat16 activations": _Lever(["model.dtype=bfloat16"]),
+    }
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Runs the benchmark; see ``--help``."""
+    parser = make_parser("levers", __doc__, "60m", rounds=5)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("--method", default="loro", help="default loro")
+    parser.add_argument("--batch_size", type=int, default=8, help="sequences of a step")
+    parser.add_argument("--sequence_length", type=int, default=256)
+    parser.add_argument("--only", help="names of levers, separated by commas; default: all")
+    parser.add_argument(
+        "--set", action="append", default=[], metavar="FIELD=VALUE", help="of the base's config"
+    )
+    options = parse_options(parser, arguments, PRESETS)
+    rows = []
+    for name in options.models:
+        try:
+            base = _config(name, options, ())
+            known = levers(base)
+            chosen = ["base", *options.only.split(",")] if options.only else list(known)
+            for lever in chosen:
+                if lever not in known:
+                    parser.error(f"--only: unknown {lever!r}; expected some of {', '.join(known)}")
+            cases = {
+                lever: _prepare(_config(name, options, known[lever].changes), known[lever])
+                for lever in chosen
+            }
+        except TrainingError as error:
+            parser.error(str(error))
+        rows += _rows(name, cases, options.rounds)
+    report(rows, options)
+
+
+def _rows(name: str, cases: dict[str, Case], rounds: int) -> list[dict[str, Any]]:
+    seconds: dict[str, list[float]] = {lever: [] for lever in cases}
+    for case in cases.values():
+        jax.block_until_ready(case.step())
+    for _ in range(rounds):
+        for lever, case in cases.items():
+            started = time.perf_counter()
+            jax.block_until_ready(case.step())
+            seconds[lever].append(time.perf_counter() - started)
+    base_memory = cases["base"].held_bytes
+
+    def relative(lever: str) -> list[float]:
+        return [own / base for own, base in zip(seconds[lever], seconds["base"], strict=True)]
+
+    return [
+        {
+            "model": name,
+            "lever": lever,
+            "time / base": statistics.median(relative(lever)),
+            "least": min(relative(lever)),
+            "most": max(relative(lever)),
+            "memory / base": case.held_bytes / base_memory,
+        }
+        for lever, case in cases.items()
+    ]
+
+
+def _config(name: str, options: argparse.Namespace, changes: Sequence[str]) -> Config:
+    config = Config(
+        method=options.method,
+        exact_every=10_000,
+        batch_size=options.batch_size,
+        sequence_length=options.sequence_length,
+        model=dataclasses.replace(preset(name)),
+    )
+    apply_changes(config, [*options.set, *changes])
+    config.validate()
+    return config
+
+
+def _prepare(config: Config, lever: _Lever) -> Case:
+    # More rows than any step has: nothing is put together.
+    fewest = linear.ROWS_WORTH_PACKING if lever.pack else sys.maxsize
+    with unittest.mock.patch.object(linear, "ROWS_WORTH_PACKING", fewest):
+        return prepare(config, donate=lever.donate)
