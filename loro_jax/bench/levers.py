@@ -8,17 +8,13 @@ less what donated buffers share. Losses are the same up to rounding, but for ``b
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import statistics
 import sys
-import time
 import unittest.mock
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-import jax
-
-from loro_jax.bench.timing import make_parser, parse_options, report
+from loro_jax.bench.timing import make_parser, parse_options, report, rounds_in_turns
 from loro_jax.bench.train_step import Case, prepare
 from loro_jax.training.config import Config
 from loro_jax.training.errors import TrainingError
@@ -86,14 +82,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _rows(name: str, cases: dict[str, Case], rounds: int) -> list[dict[str, Any]]:
-    seconds: dict[str, list[float]] = {lever: [] for lever in cases}
-    for case in cases.values():
-        jax.block_until_ready(case.step())
-    for _ in range(rounds):
-        for lever, case in cases.items():
-            started = time.perf_counter()
-            jax.block_until_ready(case.step())
-            seconds[lever].append(time.perf_counter() - started)
+    seconds = rounds_in_turns({lever: case.step for lever, case in cases.items()}, rounds)
     base_memory = cases["base"].held_bytes
 
     def relative(lever: str) -> list[float]:
@@ -118,7 +107,7 @@ def _config(name: str, options: argparse.Namespace, changes: Sequence[str]) -> C
         exact_every=10_000,
         batch_size=options.batch_size,
         sequence_length=options.sequence_length,
-        model=dataclasses.replace(preset(name)),
+        model=preset(name),
     )
     apply_changes(config, [*options.set, *changes])
     config.validate()

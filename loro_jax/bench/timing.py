@@ -29,6 +29,26 @@ def time_in_turns(candidates: dict[str, Callable[[], Any]], rounds: int) -> dict
         >>> sorted(time_in_turns({"a": lambda: 1, "b": lambda: 2}, rounds=3))
         ['a', 'b']
     """
+    seconds = rounds_in_turns(candidates, rounds)
+    return {name: statistics.median(times) for name, times in seconds.items()}
+
+
+def rounds_in_turns(
+    candidates: dict[str, Callable[[], Any]], rounds: int
+) -> dict[str, list[float]]:
+    """Seconds of each candidate in every round, for ratios within rounds.
+
+    Args:
+        candidates: as of :func:`time_in_turns`.
+        rounds: how often each is timed.
+
+    Returns:
+        Seconds by name, round after round.
+
+    Example:
+        >>> {name: len(times) for name, times in rounds_in_turns({"a": lambda: 1}, 3).items()}
+        {'a': 3}
+    """
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for candidate in candidates.values():
         jax.block_until_ready(candidate())
@@ -37,7 +57,7 @@ def time_in_turns(candidates: dict[str, Callable[[], Any]], rounds: int) -> dict
             started = time.perf_counter()
             jax.block_until_ready(candidate())
             seconds[name].append(time.perf_counter() - started)
-    return {name: statistics.median(times) for name, times in seconds.items()}
+    return seconds
 
 
 def environment() -> dict[str, Any]:
