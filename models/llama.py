@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from models.attention import ATTENTION, causal_attention
 from models.layout import by_sequence
 from models.linear import (
     KINDS,
@@ -81,6 +82,9 @@ class LlamaConfig:
             "dots" (all but the products with weights) or "rank" (all but what passes through the
             rank: the r entries a token between two factors are kept, and what they are mapped to is
             computed again).
+        attention: how it is computed: "blocks" (of queries, with the keys that they see), "whole"
+            (one square) or "cudnn" (an NVIDIA GPU's kernel, 16-bit activations); see
+            :mod:`models.attention`.
         unroll: layers in the body of the compiled loop over layers.
         loss_chunk_size: tokens whose logits exist at a time.
     """
@@ -110,6 +114,7 @@ class LlamaConfig:
     dtype: str = "float32"
     param_dtype: str = "float32"
     remat: str = "none"
+    attention: str = "blocks"
     unroll: int = 1
     loss_chunk_size: int = 4096
 
@@ -130,6 +135,7 @@ class LlamaConfig:
         for name, choices in (
             ("scope", SCOPES),
             ("remat", REMAT_POLICIES),
+            ("attention", ATTENTION),
             ("dtype", DTYPES),
             ("param_dtype", DTYPES),
             ("projection", tuple(KINDS)),
@@ -139,6 +145,11 @@ class LlamaConfig:
                     f"model.{name} must be one of {', '.join(choices)}, "
                     f"but is {getattr(self, name)!r}."
                 )
+        if self.attention == "cudnn" and self.dtype not in ("bfloat16", "float16"):
+            raise ValueError(
+                "model.attention = 'cudnn' needs model.dtype bfloat16 or float16, but it is "
+                f"{self.dtype!r}."
+            )
         if not 0 < self.density <= 1:
             raise ValueError(f"model.density must be above 0 and at most 1, but is {self.density}.")
         if self.head_dim is None and (self.hidden_size % self.num_heads or self.head_size % 2):
@@ -290,6 +301,7 @@ class Attention(nnx.Module):
         make = functools.partial(_make_projection, config, "attn", rngs)
         self.q, self.k, self.v, self.o = make("q"), make("k"), make("v"), make("o")
         self.head_size = config.head_size
+        self.method = config.attention
         self.rope_theta = config.rope_theta
         self.rope_scaling = dataclasses.replace(config.rope_scaling)
 
@@ -319,7 +331,7 @@ class Attention(nnx.Module):
         q_BxLxHxK = self.turned_heads(q_BxLxC, jnp.arange(L))
         k_BxLxGxK = self.turned_heads(k_BxLxC, jnp.arange(L))
         v_BxLxGxK = self.heads(v_BxLxC)
-        y_BxLxHxK = jax.nn.dot_product_attention(q_BxLxHxK, k_BxLxGxK, v_BxLxGxK, is_causal=True)
+        y_BxLxHxK = causal_attention(q_BxLxHxK, k_BxLxGxK, v_BxLxGxK, self.method)
         return self.o(y_BxLxHxK.reshape(B, L, -1))
 
 

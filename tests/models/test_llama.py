@@ -212,6 +212,12 @@ def test_layers_in_the_body_of_the_loop_change_nothing():
     np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-6)
 
 
+def test_attention_in_blocks_or_as_one_square_is_the_same_model():
+    tokens = make_batch(TINY).inputs
+    expected = Llama(dataclasses.replace(TINY, attention="whole"), nnx.Rngs(0))(tokens)
+    np.testing.assert_allclose(Llama(TINY, nnx.Rngs(0))(tokens), expected, rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("remat", ["full", "dots", "rank"])
 def test_remat_changes_no_gradient(remat):
     batch = make_batch(TINY)
@@ -261,6 +267,8 @@ def test_sequences_beyond_the_maximum_are_refused():
         ({"rank": 33}, "between 1 and 32, .* but is 33"),
         ({"mlp_rank": 40}, "mlp_rank"),
         ({"scope": "some"}, "scope must be one of"),
+        ({"attention": "flash"}, "attention must be one of blocks, whole, cudnn, but is 'flash'"),
+        ({"attention": "cudnn"}, "needs model.dtype bfloat16 or float16, but it is 'float32'"),
         ({"remat": "yes"}, "remat must be one of"),
         ({"dtype": "int8"}, "dtype must be one of"),
         ({"num_heads": 5}, "num_heads = 5"),

@@ -1,0 +1,104 @@
+"""Causal attention of whole sequences, in blocks of queries.
+
+A query sees no key behind it, so half of the square of scores is never needed. A block of queries
+is multiplied with the keys up to its end alone: with n blocks (n + 1) / 2n of the square is
+computed, held and normalised.
+
+Shapes: as in :mod:`models.llama`; R queries' heads a head of keys, Q queries of a block, T keys.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+
+from models.loss import reduction_dtype
+
+Array = jax.Array
+
+# How attention is computed: in blocks of queries; as one square by XLA; by cuDNN's kernel, which
+# never holds the scores.
+ATTENTION = ("blocks", "whole", "cudnn")
+
+# The smallest block: below it, products are too narrow to be fast. The most blocks: each is a piece
+# of the compiled program of its own.
+_SMALLEST_BLOCK = 128
+_MOST_BLOCKS = 16
+
+
+def causal_attention(
+    q_BxLxHxK: Array, k_BxLxGxK: Array, v_BxLxGxK: Array, method: str = "blocks"
+) -> Array:
+    """Softmax attention of each position to itself and those before it.
+
+    Args:
+        q_BxLxHxK: queries.
+        k_BxLxGxK: keys; head g of them serves the H / G heads of queries from g H / G on.
+        v_BxLxGxK: values.
+        method: one of :data:`ATTENTION`. "cudnn" needs an NVIDIA GPU and 16-bit floats.
+
+    Returns:
+        ``softmax(q k^T / sqrt(K)) v``, (B, L, H, K), in the dtype of the queries; scores and
+        weights are summed in float32 at least.
+
+    Raises:
+        ValueError: if cuDNN is asked for where there is none.
+
+    Example:
+        >>> import jax
+        >>> q, k, v = jax.random.normal(jax.random.key(0), (3, 2, 300, 4, 8))
+        >>> whole = causal_attention(q, k, v, "whole")
+        >>> bool(jnp.allclose(causal_attention(q, k, v), whole, atol=1e-5))
+        True
+    """
+    if method == "blocks":
+        return _in_blocks(q_BxLxHxK, k_BxLxGxK, v_BxLxGxK)
+    if method == "cudnn" and jax.default_backend() != "gpu":
+        raise ValueError(
+            "model.attention = 'cudnn' needs an NVIDIA GPU, but JAX runs on "
+            f"{jax.default_backend()}; expected 'blocks' or 'whole' there."
+        )
+    implementation: Literal["cudnn", "xla"] = "cudnn" if method == "cudnn" else "xla"
+    return jax.nn.dot_product_attention(
+        q_BxLxHxK, k_BxLxGxK, v_BxLxGxK, is_causal=True, implementation=implementation
+    )
+
+
+def _in_blocks(q_BxLxHxK: Array, k_BxLxGxK: Array, v_BxLxGxK: Array) -> Array:
+    L, head_size = q_BxLxHxK.shape[1], q_BxLxHxK.shape[3]
+    # Heads before positions: what one head needs lies together for the products.
+    k_BxGxLxK, v_BxGxLxK = (jnp.swapaxes(heads, 1, 2) for heads in (k_BxLxGxK, v_BxLxGxK))
+    q_BxHxLxK = jnp.swapaxes(q_BxLxHxK, 1, 2) * jnp.asarray(head_size**-0.5, q_BxLxHxK.dtype)
+    size = _SMALLEST_BLOCK * math.ceil(L / (_SMALLEST_BLOCK * _MOST_BLOCKS))
+    blocks = [
+        _block(
+            q_BxHxLxK[:, :, start : start + size],
+            k_BxGxLxK[:, :, : start + size],
+            v_BxGxLxK[:, :, : start + size],
+        )
+        for start in range(0, L, size)
+    ]
+    return jnp.swapaxes(jnp.concatenate(blocks, axis=2), 1, 2)
+
+
+def _block(q_BxHxQxK: Array, k_BxGxTxK: Array, v_BxGxTxK: Array) -> Array:
+    """Attention of the last Q of T positions to all of them; queries are scaled already."""
+    groups, keys, queries = k_BxGxTxK.shape[1], k_BxGxTxK.shape[2], q_BxHxQxK.shape[2]
+    dtype = reduction_dtype(q_BxHxQxK.dtype)
+    if q_BxHxQxK.shape[1] != groups:
+        grouped = (q_BxHxQxK.shape[0], groups, -1, *q_BxHxQxK.shape[2:])
+        q, scores, mix = q_BxHxQxK.reshape(grouped), "bgrqk,bgtk->bgrqt", "bgrqt,bgtk->bgrqk"
+    else:
+        q, scores, mix = q_BxHxQxK, "bgqk,bgtk->bgqt", "bgqt,bgtk->bgqk"
+    score = jnp.einsum(scores, q, k_BxGxTxK, preferred_element_type=dtype)
+    seen_QxT = jnp.arange(keys - queries, keys)[:, None] >= jnp.arange(keys)
+    score = jnp.where(seen_QxT, score, jnp.finfo(dtype).min)
+    highest = jax.lax.stop_gradient(jnp.max(score, axis=-1, keepdims=True))
+    weight = jnp.exp(score - highest)
+    # Divided behind the product, where there is a head's size of numbers a query and not T.
+    total = jnp.sum(weight, axis=-1, keepdims=True)
+    y = jnp.einsum(mix, weight.astype(v_BxGxTxK.dtype), v_BxGxTxK, preferred_element_type=dtype)
+    return (y / total).astype(q_BxHxQxK.dtype).reshape(q_BxHxQxK.shape)
