@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -35,10 +36,11 @@ class Batch(NamedTuple):
 def cross_entropy(x: Array, head_VxD: Array, targets: Array, mask: Array, chunk_size: int) -> Array:
     """Sum of the masked cross-entropies of tokens, some of them computed at a time.
 
-    The logits of one chunk exist at a time, in the forward and in the backward pass (where they
-    are computed again): at 131,072 tokens and 32,000 ids all logits would take 17 GB in float32.
-    Chunks are cut along the sequence, so that each holds tokens of every sequence, and devices
-    that share a batch share every chunk.
+    The logits of one chunk exist at a time: at 131,072 tokens and 32,000 ids all logits would take
+    17 GB in float32. Where a gradient is taken, a chunk's logits become its gradients at once, so
+    that no logits are computed twice: three products with the head, not four, whatever the size of
+    chunks. Chunks are cut along the sequence, so that each holds tokens of every sequence, and
+    devices that share a batch share every chunk.
 
     Args:
         x: final hidden states, (..., L, D).
@@ -50,7 +52,8 @@ def cross_entropy(x: Array, head_VxD: Array, targets: Array, mask: Array, chunk_
 
     Returns:
         The sum over tokens of ``mask * -log softmax(x head^T)[target]`` in nats, a scalar in
-        float32 (float64 for float64 inputs).
+        float32 (float64 for float64 inputs). Its gradients are those of reverse mode; the gradient
+        of the logits is rounded to the dtype of ``x``, that of the head is summed as the loss is.
 
     Example:
         >>> import jax.numpy as jnp
@@ -59,37 +62,89 @@ def cross_entropy(x: Array, head_VxD: Array, targets: Array, mask: Array, chunk_
         >>> round(float(loss), 4)  # 2 log 8
         4.1589
     """
-    axis, L = targets.ndim - 1, targets.shape[-1]
     sequences = max(math.prod(targets.shape[:-1]), 1)
     positions = max(chunk_size * batch_ways() // sequences, 1)
-    if positions >= L:
-        return _chunk_cross_entropy(x, head_VxD, targets, mask)
+    return _cross_entropy(min(positions, targets.shape[-1]), x, head_VxD, targets, mask)
 
-    def chunked(array: Array) -> Array:
-        width = [(0, 0)] * array.ndim
-        width[axis] = (0, -L % positions)
-        array = jnp.pad(array, width)
-        shape = (*array.shape[:axis], -1, positions, *array.shape[axis + 1 :])
-        return jnp.moveaxis(array.reshape(shape), axis, 0)
 
-    @jax.checkpoint
-    def add_chunk(total: Array, chunk: tuple[Array, Array, Array]) -> tuple[Array, None]:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _cross_entropy(positions: int, x: Array, head_VxD: Array, targets: Array, mask: Array) -> Array:
+    def add_chunk(total: Array, chunk: tuple[Array, ...]) -> tuple[Array, None]:
         x, targets, mask = chunk
-        return total + _chunk_cross_entropy(by_sequence(x), head_VxD, targets, mask), None
+        loss_N = _log_partition_and_loss(_logits(x, head_VxD), targets.reshape(-1))[1]
+        return total + jnp.sum(loss_N * mask.reshape(-1)), None
 
-    chunks = (chunked(x), chunked(targets), chunked(mask))
+    chunks = tuple(_chunked(array, positions, targets.ndim - 1) for array in (x, targets, mask))
     return jax.lax.scan(add_chunk, jnp.zeros([], reduction_dtype(x.dtype)), chunks)[0]
 
 
-def _chunk_cross_entropy(x: Array, head_VxD: Array, targets: Array, mask: Array) -> Array:
+def _forward(
+    positions: int, x: Array, head_VxD: Array, targets: Array, mask: Array
+) -> tuple[Array, tuple[Array, Array, Array]]:
+    """The loss, and what it changes by with x, head and mask: all that the backward pass needs."""
     dtype = reduction_dtype(x.dtype)
-    x_NxD = x.reshape(-1, x.shape[-1])
+
+    def add_chunk(sums: tuple[Array, Array], chunk: tuple[Array, ...]) -> Any:
+        total, d_head_VxD = sums
+        x, targets, mask = chunk
+        targets_N, mask_N = targets.reshape(-1), mask.reshape(-1).astype(dtype)
+        logits_NxV = _logits(x, head_VxD)
+        log_partition_N, loss_N = _log_partition_and_loss(logits_NxV, targets_N)
+        is_target_NxV = targets_N[:, None] == jnp.arange(logits_NxV.shape[1])
+        d_logits_NxV = jnp.exp(logits_NxV - log_partition_N[:, None]) - is_target_NxV
+        d_logits_NxV = (d_logits_NxV * mask_N[:, None]).astype(x.dtype)
+        d_logits_NxV = by_sequence(d_logits_NxV, split_axis=-1)
+        d_x = by_sequence((d_logits_NxV @ head_VxD).reshape(x.shape))
+        d_head_VxD += jnp.einsum(
+            "nv,nd->vd", d_logits_NxV, x.reshape(-1, x.shape[-1]), preferred_element_type=dtype
+        )
+        total += jnp.sum(loss_N * mask_N)
+        return (total, d_head_VxD), (d_x, loss_N.reshape(mask.shape))
+
+    axis, L = targets.ndim - 1, targets.shape[-1]
+    chunks = tuple(_chunked(array, positions, axis) for array in (x, targets, mask))
+    zeros = (jnp.zeros([], dtype), jnp.zeros(head_VxD.shape, dtype))
+    (total, d_head_VxD), by_chunk = jax.lax.scan(add_chunk, zeros, chunks)
+    d_x, d_mask = (_whole(array, L, axis) for array in by_chunk)
+    return total, (d_x, d_head_VxD.astype(head_VxD.dtype), d_mask.astype(mask.dtype))
+
+
+def _backward(positions: int, changes: tuple[Array, Array, Array], scale: Array) -> tuple:
+    d_x, d_head_VxD, d_mask = ((scale * change).astype(change.dtype) for change in changes)
+    return d_x, d_head_VxD, None, d_mask
+
+
+_cross_entropy.defvjp(_forward, _backward)
+
+
+def _chunked(array: Array, positions: int, axis: int) -> Array:
+    """Chunks of some positions each, along a new first axis; the last is padded with zeros."""
+    width = [(0, 0)] * array.ndim
+    width[axis] = (0, -array.shape[axis] % positions)
+    array = jnp.pad(array, width)
+    shape = (*array.shape[:axis], -1, positions, *array.shape[axis + 1 :])
+    return jnp.moveaxis(array.reshape(shape), axis, 0)
+
+
+def _whole(chunks: Array, length: int, axis: int) -> Array:
+    """What was cut into chunks, without the padding."""
+    array = jnp.moveaxis(chunks, 0, axis)
+    array = array.reshape(*array.shape[:axis], -1, *array.shape[axis + 2 :])
+    return jax.lax.slice_in_dim(array, 0, length, axis=axis)
+
+
+def _logits(x: Array, head_VxD: Array) -> Array:
+    """Logits of a chunk, (N, V), in the dtype to sum in."""
+    x_NxD = by_sequence(x).reshape(-1, x.shape[-1])
+    dtype = reduction_dtype(x.dtype)
     logits_NxV = jnp.matmul(x_NxD, head_VxD.T, preferred_element_type=dtype)
-    logits_NxV = by_sequence(logits_NxV, split_axis=-1)
-    targets_N, mask_N = targets.reshape(-1), mask.reshape(-1)
+    return by_sequence(logits_NxV, split_axis=-1)
+
+
+def _log_partition_and_loss(logits_NxV: Array, targets_N: Array) -> tuple[Array, Array]:
     log_partition_N = jax.nn.logsumexp(logits_NxV, axis=-1)
     target_logits_N = jnp.take_along_axis(logits_NxV, targets_N[:, None], axis=-1)[:, 0]
-    return jnp.sum((log_partition_N - target_logits_N) * mask_N.astype(dtype))
+    return log_partition_N, log_partition_N - target_logits_N
 
 
 def reduction_dtype(dtype: Any) -> Any:

@@ -169,6 +169,53 @@ def test_chunked_loss_and_gradient_are_those_of_all_logits(x64, chunk_size):
         np.testing.assert_allclose(one, other, atol=1e-11)
 
 
+def test_the_loss_has_the_gradient_of_its_mask_and_scales(x64):
+    rng = np.random.default_rng(0)
+    x, head = jnp.array(rng.normal(size=(3, 10, 8))), jnp.array(rng.normal(size=(11, 8)))
+    targets, mask = jnp.array(rng.integers(11, size=(3, 10))), jnp.array(rng.uniform(size=(3, 10)))
+
+    def whole(x, mask):
+        log_p = jax.nn.log_softmax(x @ head.T)
+        return jnp.sum(jnp.take_along_axis(log_p, targets[..., None], 2)[..., 0] * mask) ** 2
+
+    def chunked(x, mask):
+        return cross_entropy(x, head, targets, mask, 12) ** 2
+
+    for one, other in zip(
+        jax.grad(chunked, (0, 1))(x, mask), jax.grad(whole, (0, 1))(x, mask), strict=True
+    ):
+        np.testing.assert_allclose(one, other, atol=1e-9)
+
+
+def test_chunks_cost_three_products_with_the_head_in_training_and_one_in_reading():
+    def loss(x, head):
+        return cross_entropy(x, head, jnp.zeros(64, jnp.int32), jnp.ones(64), 16)
+
+    arguments = (jnp.zeros((64, 8)), jnp.zeros((16, 8)))
+    assert str(jax.make_jaxpr(jax.grad(loss, (0, 1)))(*arguments)).count(" dot_general[") == 3
+    assert str(jax.make_jaxpr(loss)(*arguments)).count(" dot_general[") == 1
+
+
+def test_the_gradient_of_a_bfloat16_head_is_summed_in_float32():
+    rng = np.random.default_rng(0)
+    x, head = rng.normal(size=(4096, 8)), rng.normal(size=(16, 8))
+    targets, mask = jnp.array(rng.integers(16, size=4096)), jnp.ones(4096)
+
+    def gradient(dtype, chunk_size):
+        loss = lambda head: cross_entropy(  # noqa: E731
+            jnp.array(x, dtype), head, targets, mask, chunk_size
+        )
+        return np.asarray(jax.grad(loss)(jnp.array(head, dtype)), np.float32)
+
+    exact, one, many = (
+        gradient(dtype, size)
+        for dtype, size in ((jnp.float32, 4096), (jnp.bfloat16, 4096), (jnp.bfloat16, 8))
+    )
+    assert np.linalg.norm(one - exact) < 0.02 * np.linalg.norm(exact)
+    # Summed in bfloat16, 512 chunks would lose a tenth.
+    assert np.linalg.norm(many - exact) < 0.02 * np.linalg.norm(exact)
+
+
 def test_the_loss_never_holds_all_logits():
     N, D, V, chunk = 4096, 16, 512, 128
 
