@@ -78,10 +78,11 @@ class LlamaConfig:
         dtype: dtype of activations and products (norms, attention weights and loss reduce in
             float32).
         param_dtype: dtype of the stored parameters.
-        remat: what the backward pass computes again: "none", "full" (each block from its input),
-            "dots" (all but the products with weights) or "rank" (all but what passes through the
-            rank: the r entries a token between two factors are kept, and what they are mapped to is
-            computed again).
+        remat: what the backward pass computes again: "dots" (all but the products with weights:
+            writing down what lies between them costs more than computing it again), "none", "full"
+            (each block from its input) or "rank" (all but what passes through the rank: the r
+            entries a token between two factors are kept, and what they are mapped to is computed
+            again).
         attention: how it is computed: "blocks" (of queries, with the keys that they see), "whole"
             (one square) or "cudnn" (an NVIDIA GPU's kernel, 16-bit activations); see
             :mod:`models.attention`.
@@ -113,7 +114,7 @@ class LlamaConfig:
     tie_embeddings: bool = False
     dtype: str = "float32"
     param_dtype: str = "float32"
-    remat: str = "none"
+    remat: str = "dots"
     attention: str = "blocks"
     unroll: int = 1
     loss_chunk_size: int = 4096
@@ -324,6 +325,7 @@ class Attention(nnx.Module):
         frequencies_K = frequencies(self.head_size, self.rope_theta, self.rope_scaling)
         return rotary_embedding(self.heads(y_BxLxC), positions, frequencies_K)
 
+    @jax.named_scope("attention")
     def __call__(self, x_BxLxD: Array) -> Array:
         """Maps (B, L, D) to (B, L, D)."""
         B, L, _ = x_BxLxD.shape
@@ -344,6 +346,7 @@ class MLP(nnx.Module):
         make = functools.partial(_make_projection, config, "mlp", rngs)
         self.gate, self.up, self.down = make("gate"), make("up"), make("down")
 
+    @jax.named_scope("mlp")
     def __call__(self, x_BxLxD: Array) -> Array:
         """Maps (B, L, D) to (B, L, D)."""
         gate_BxLxF, up_BxLxF = apply_together((self.gate, self.up), x_BxLxD, shared=self.shared)

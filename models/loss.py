@@ -33,6 +33,7 @@ class Batch(NamedTuple):
     mask: Any
 
 
+@jax.named_scope("loss")
 def cross_entropy(x: Array, head_VxD: Array, targets: Array, mask: Array, chunk_size: int) -> Array:
     """Sum of the masked cross-entropies of tokens, some of them computed at a time.
 

@@ -14,6 +14,7 @@ BENCHMARKS = (
     "levers",
     "memory_fit",
     "plan",
+    "profile",
     "stability",
     "together",
     "train_step",

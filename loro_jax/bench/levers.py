@@ -42,7 +42,7 @@ def levers(config: Config) -> dict[str, _Lever]:
         "attention as one square": _Lever(["model.attention=whole"]),
         "all logits at once": _Lever([f"model.loss_chunk_size={tokens}"]),
         "logits of 512 tokens": _Lever(["model.loss_chunk_size=512"]),
-        "remat: dots": _Lever(["model.remat=dots"]),
+        "remat: none": _Lever(["model.remat=none"]),
         "remat: rank": _Lever(["model.remat=rank"]),
         "remat: full": _Lever(["model.remat=full"]),
         "two micro-batches": _Lever(["gradient_accumulation=2"]),

@@ -43,6 +43,7 @@ class Case(NamedTuple):
     config: Config
     step: Callable[[], Any]
     gradient: Callable[[], Any]
+    hlo: Callable[[], str]
     compile_seconds: float
     state_bytes: int
     temporary_bytes: int
@@ -51,7 +52,27 @@ class Case(NamedTuple):
 
 def main(arguments: Sequence[str]) -> None:
     """Runs the benchmark; see ``--help``."""
-    parser = make_parser("train_step", __doc__, "60m", rounds=5)
+    options = options_of_steps("train_step", __doc__, arguments)
+    try:
+        rows = [row for model in options.models for row in _measure(model, options)]
+    except TrainingError as error:
+        options.error(str(error))
+    report(rows, options)
+
+
+def options_of_steps(name: str, doc: str | None, arguments: Sequence[str]) -> argparse.Namespace:
+    """What benchmarks of methods' steps are told; ends with a message where it makes no sense.
+
+    Args:
+        name: of the benchmark.
+        doc: its description.
+        arguments: of its command line.
+
+    Returns:
+        The options, with ``models`` and ``methods`` as lists, and ``error``, which ends the program
+        with a message.
+    """
+    parser = make_parser(name, doc, "60m", rounds=5)
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--methods", default=f"full,lowrank,loro,{_EXACT}")
     parser.add_argument("--batch_size", type=int, default=8)
@@ -60,7 +81,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--rank", type=int, help="default: the model's")
     parser.add_argument("--dtype", default="float32", help="of activations and products")
     parser.add_argument("--param_dtype", help="of weights and states; default: the same")
-    parser.add_argument("--remat", default="none", help="none, rank, dots or full")
+    parser.add_argument("--remat", default="dots", help="dots, none, rank or full")
     parser.add_argument(
         "--set", action="append", default=[], metavar="FIELD=VALUE", help="more of the config"
     )
@@ -69,15 +90,12 @@ def main(arguments: Sequence[str]) -> None:
     for method in options.methods:
         if method not in (*METHODS, _EXACT):
             parser.error(f"--methods: unknown method {method!r}; expected {', '.join(METHODS)}")
-    try:
-        rows = [row for model in options.models for row in _measure(model, options)]
-    except TrainingError as error:
-        parser.error(str(error))
-    report(rows, options)
+    options.error = parser.error
+    return options
 
 
 def _measure(model: str, options: argparse.Namespace) -> list[dict[str, Any]]:
-    cases = {method: prepare(_config(model, method, options)) for method in options.methods}
+    cases = {name: prepare(config_of_step(model, name, options)) for name in options.methods}
     candidates = {f"step {name}": case.step for name, case in cases.items()}
     candidates |= {f"gradient {name}": case.gradient for name, case in cases.items()}
     size = _PEAK_SIZE.get(jax.default_backend(), 4096)
@@ -112,7 +130,12 @@ def _measure(model: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     return rows
 
 
-def _config(model: str, method: str, options: argparse.Namespace) -> Config:
+def config_of_step(model: str, method: str, options: argparse.Namespace) -> Config:
+    """The config of a method's run, "loro exact" for one of exact steps alone.
+
+    Raises:
+        TrainingError: for a field or value of ``--set`` that no config has.
+    """
     changes = {
         "dtype": options.dtype,
         "param_dtype": options.param_dtype or options.dtype,
@@ -168,6 +191,7 @@ def prepare(config: Config, *, donate: bool = True) -> Case:
     return Case(
         config=config,
         step=step,
+        hlo=compiled.as_text,
         gradient=lambda: program.loss_and_gradient(held[0].params, held[0].fixed, batch),
         compile_seconds=compile_seconds,
         state_bytes=memory.argument_size_in_bytes,

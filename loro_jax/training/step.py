@@ -121,8 +121,9 @@ def make_program(config: Config, mesh: jax.sharding.Mesh | None = None) -> Progr
             grads, params, fixed, opt_state = maintenance.before(
                 state.step, grads, params, fixed, opt_state
             )
-        updates, opt_state = optimizer.update(grads, opt_state, params)
-        params = optax.apply_updates(params, updates)
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(grads, opt_state, params)
+            params = optax.apply_updates(params, updates)
         step = optax.safe_increment(state.step)
         if maintenance.behind is not None:
             params, fixed, opt_state = maintenance.behind(step, params, fixed, opt_state)

@@ -23,6 +23,7 @@ from loro_jax.bench import (
     levers,
     memory_fit,
     plan,
+    profile,
     timing,
     together,
     train_step,
@@ -338,3 +339,31 @@ def test_measurements_of_an_accelerator_are_benchmarks_with_known_options(name, 
     monkeypatch.setattr(f"loro_jax.bench.{module}.parse_options", parse)
     with pytest.raises(ParsedError):
         bench.main([module, *arguments])
+
+
+def test_a_profile_knows_parts_and_kinds_of_what_is_compiled(monkeypatch, tmp_path):
+    config = Config(batch_size=2, sequence_length=16, model=dataclasses.replace(TINY_LLAMA))
+    found = profile.classify(train_step.prepare(config).hlo())
+    assert {part for part, _ in found.values()} == set(profile.PARTS)
+    assert {kind for _, kind in found.values()} == set(profile.KINDS)
+    for part in ("attention", "mlp", "loss"):
+        assert (part, "products") in found.values()
+    monkeypatch.setattr(train_step, "PRESETS", {"tiny": TINY_LLAMA})
+    monkeypatch.setattr(
+        train_step, "preset", lambda name, **changes: dataclasses.replace(TINY_LLAMA, **changes)
+    )
+    path = tmp_path / "profile.json"
+    bench.main(
+        [
+            *("profile", "--models=tiny", "--methods=full,loro", "--rounds=2", "--batch_size=2"),
+            *("--sequence_length=16", f"--json={path}"),
+        ]
+    )
+    rows = json.loads(path.read_text())["rows"]
+    assert [(row["method"], row["part"]) for row in rows] == [
+        (method, part) for method in ("full", "loro") for part in profile.PARTS
+    ]
+    for method in ("full", "loro"):
+        shares = [row["share"] for row in rows if row["method"] == method]
+        assert sum(shares) == pytest.approx(1)
+        assert all(row["products ms"] > 0 for row in rows if row["part"] in ("attention", "mlp"))

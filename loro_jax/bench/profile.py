@@ -1,0 +1,141 @@
+"""Where the time of a training step goes: JAX's profiler, summed by part of the step and by kind.
+
+``products`` are products of matrices (with what XLA fuses into them), ``moves`` write what is there
+already, or zeros, somewhere else, ``arithmetic`` is everything between. Parts are the scopes that
+the model and the step name: attention, mlp, loss (with the head), optimizer; ``rest`` is norms,
+embedding, clipping and whatever the compiler adds, as buffers filled with zeros. Milliseconds are
+those of operations, mean over ``--rounds`` steps; operations may run side by side, so that their
+sum need not be the time of the step, ``step ms``.
+"""
+
+from __future__ import annotations
+
+import collections
+import pathlib
+import re
+import statistics
+import tempfile
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from loro_jax.bench.timing import report, rounds_in_turns
+from loro_jax.bench.train_step import Case, config_of_step, options_of_steps, prepare
+from loro_jax.training.errors import TrainingError
+
+PARTS = ("attention", "mlp", "loss", "optimizer", "rest")
+KINDS = ("products", "moves", "arithmetic")
+
+_INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (?:\([^()]*\)|\S+) ([\w\-]+)\(")
+_COMPUTATION = re.compile(r"^(?:ENTRY )?%?([\w.\-]+) \(.*\{$")
+_PRODUCT = re.compile(r"gemm|matmul|cublas|dot", re.IGNORECASE)
+_MOVES = {
+    *("broadcast", "copy", "slice", "dynamic-slice", "dynamic-update-slice", "concatenate"),
+    *("transpose", "pad", "reshape", "copy-start", "copy-done"),
+}
+# What takes no time of its own: its operands, or the operations inside it, do.
+_NOTHING = {
+    *("parameter", "constant", "bitcast", "tuple", "get-tuple-element", "while", "conditional"),
+    *("call", "iota"),
+}
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Runs the benchmark; see ``--help``."""
+    options = options_of_steps("profile", __doc__, arguments)
+    rows = []
+    try:
+        for model in options.models:
+            cases = {
+                method: prepare(config_of_step(model, method, options))
+                for method in options.methods
+            }
+            rows += _rows(model, cases, options.rounds)
+    except TrainingError as error:
+        options.error(str(error))
+    report(rows, options)
+
+
+def _rows(model: str, cases: dict[str, Case], rounds: int) -> list[dict[str, Any]]:
+    seconds = rounds_in_turns({name: case.step for name, case in cases.items()}, rounds)
+    rows = []
+    for method, case in cases.items():
+        spent = _profile(case, rounds)
+        total = sum(spent.values())
+        for part in PARTS:
+            by_kind = {kind: spent[part, kind] for kind in KINDS}
+            rows.append(
+                {
+                    "model": model,
+                    "method": method,
+                    "part": part,
+                    **{f"{kind} ms": 1e3 * by_kind[kind] for kind in KINDS},
+                    "share": sum(by_kind.values()) / total if total else float("nan"),
+                    "step ms": 1e3 * statistics.median(seconds[method]),
+                }
+            )
+    return rows
+
+
+def _profile(case: Case, rounds: int) -> dict[tuple[str, str], float]:
+    """Seconds a step by part and kind."""
+    known = classify(case.hlo())
+    spent: dict[tuple[str, str], float] = collections.defaultdict(float)
+    with tempfile.TemporaryDirectory() as folder:
+        with jax.profiler.trace(folder):
+            for _ in range(rounds):
+                jax.block_until_ready(case.step())
+        for path in pathlib.Path(folder).rglob("*.xplane.pb"):
+            data = jax.profiler.ProfileData.from_file(str(path))
+            for plane in data.planes:
+                for line in plane.lines:
+                    for event in line.events:
+                        name = dict(event.stats).get("hlo_op")
+                        if name in known:
+                            spent[known[name]] += event.duration_ns / 1e9 / rounds
+    return spent
+
+
+def classify(hlo: str) -> dict[str, tuple[str, str]]:
+    """Part and kind of every instruction of a compiled program that takes time.
+
+    Args:
+        hlo: text of the optimised program.
+
+    Returns:
+        (one of :data:`PARTS`, one of :data:`KINDS`) by the instruction's name.
+
+    Example:
+        >>> classify('  %dot.1 = f32[2] dot(%a, %b), metadata={op_name="jit(f)/mlp/dot_general"}')
+        {'dot.1': ('mlp', 'products')}
+    """
+    inside: dict[str, set[str]] = collections.defaultdict(set)
+    instructions = []
+    computation = ""
+    for line in hlo.splitlines():
+        if found := _COMPUTATION.match(line):
+            computation = found[1]
+        elif found := _INSTRUCTION.match(line):
+            inside[computation].add(found[2])
+            instructions.append((found[1], found[2], line))
+    return {
+        name: (_part(line), _kind(opcode, line, inside))
+        for name, opcode, line in instructions
+        if opcode not in _NOTHING
+    }
+
+
+def _part(line: str) -> str:
+    scopes = re.search(r'op_name="([^"]*)"', line)
+    # A transformed scope reads transpose(jvp(mlp)).
+    names = re.findall(r"\w+", scopes[1]) if scopes else []
+    return next((part for part in PARTS if part in names), "rest")
+
+
+def _kind(opcode: str, line: str, inside: dict[str, set[str]]) -> str:
+    called = re.search(r"calls=%?([\w.\-]+)", line)
+    opcodes = (inside[called[1]] if called else {opcode}) - _NOTHING
+    if "dot" in opcodes or (opcode == "custom-call" and _PRODUCT.search(line)):
+        return "products"
+    return "moves" if opcodes <= _MOVES else "arithmetic"
