@@ -1,6 +1,7 @@
 """Pretrains a low-rank LLaMA: one config in, one run directory out.
 
     python train.py                                       # an embedded corpus, minutes on two cores
+    python train.py --config=configs/default.py:paper     # with the paper's settings
     python train.py --config=configs/llama_60m.py --workdir=runs/60m --config.learning_rate=0.005
 
 The same command again continues an interrupted run.
@@ -26,7 +27,11 @@ def _or_exit(parse: Callable[..., Any], *arguments: Any) -> Any:
     try:
         return parse(*arguments)
     except (flags.Error, KeyError, AttributeError, TypeError, ValueError) as error:
-        reason = str(error.args[0] if isinstance(error, KeyError) else error).split("\n")[0]
+        reason = str(error.args[0] if isinstance(error, KeyError) else error)
+        if "Error whilst parsing config file" in reason:
+            # It comes with its traceback: what it says is the last line, behind its type.
+            reason = reason.strip().splitlines()[-1].partition(": ")[2]
+        reason = reason.split("\n")[0]
         unknown = re.match(r"Field (\w+) not found", reason)
         if unknown:
             reason = _unknown_field(unknown[1])
@@ -50,7 +55,8 @@ _CONFIG = _or_exit(
     config_flags.DEFINE_config_file,
     "config",
     str(_DEFAULT_CONFIG),
-    "The run's config file; override a field with --config.field=value.",
+    "The run's config file, with settings behind a colon where it has several (:paper); override a "
+    "field with --config.field=value.",
 )
 
 _WORKDIR = flags.DEFINE_string(
@@ -119,7 +125,8 @@ def main(argv: list[str]) -> int:
                 f"unexpected argument {argv[1]!r}; flags look like --config.steps=100."
             )
         config_file = config_flags.get_config_filename(flags.FLAGS["config"])
-        if not pathlib.Path(config_file).is_file():
+        path = pathlib.Path(config_file.split(":", 1)[0])  # behind it: the argument of get_config
+        if not path.is_file():
             raise TrainingError(f"--config={config_file}: there is no such file.")
         config = _CONFIG.value
         if not isinstance(config, Config):
@@ -129,7 +136,7 @@ def main(argv: list[str]) -> int:
         if _DRY_RUN.value:
             dry_run(config, _DEVICES.value)
             return 0
-        name = pathlib.Path(config_file).stem
+        name = "_".join([path.stem, *config_file.split(":", 1)[1:]])
         command = " ".join(["python train.py", *_flags_to_repeat(sys.argv[1:])])
         return train(config, _WORKDIR.value or f"runs/{name}", command).exit_status
     except TrainingError as error:

@@ -1,12 +1,13 @@
 """A look: a small factorised LLaMA on the embedded novels, minutes on two cores."""
 
 from loro_jax.training.config import Config
+from loro_jax.training.settings import with_settings
 from models.llama import LlamaConfig
 
 
-def get_config() -> Config:
-    """The config of ``python train.py``."""
-    return Config(
+def get_config(settings: str = "recommended") -> Config:
+    """The config of ``python train.py``; ``settings``: see :mod:`loro_jax.training.settings`."""
+    config = Config(
         steps=1000,
         batch_size=16,
         sequence_length=128,
@@ -27,3 +28,4 @@ def get_config() -> Config:
             rank=32,
         ),
     )
+    return with_settings(config, settings)

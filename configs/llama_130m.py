@@ -4,6 +4,6 @@ from configs.paper import paper_config
 from loro_jax.training.config import Config
 
 
-def get_config() -> Config:
+def get_config(settings: str = "paper") -> Config:
     """The config of the paper's 130M run."""
-    return paper_config("130m", steps=20_000, warmup_steps=2_000, micro_batches=4)
+    return paper_config("130m", settings, steps=20_000, warmup_steps=2_000, micro_batches=4)

@@ -4,10 +4,11 @@ from configs.paper import paper_config
 from loro_jax.training.config import Config
 
 
-def get_config() -> Config:
+def get_config(settings: str = "paper") -> Config:
     """The config of the paper's 1B run."""
     return paper_config(
         "1b",
+        settings,
         steps=100_000,
         warmup_steps=10_000,
         micro_batches=16,

@@ -4,6 +4,6 @@ from configs.paper import paper_config
 from loro_jax.training.config import Config
 
 
-def get_config() -> Config:
+def get_config(settings: str = "paper") -> Config:
     """The config of the paper's 60M run."""
-    return paper_config("60m", steps=10_000, warmup_steps=1_000, micro_batches=2)
+    return paper_config("60m", settings, steps=10_000, warmup_steps=1_000, micro_batches=2)

@@ -9,10 +9,11 @@ from configs.paper import paper_config
 from loro_jax.training.config import Config
 
 
-def get_config() -> Config:
+def get_config(settings: str = "paper") -> Config:
     """The config of a 7B run."""
     return paper_config(
         "7b",
+        settings,
         steps=150_000,
         warmup_steps=15_000,
         micro_batches=8,

@@ -6,14 +6,19 @@ tokens. Sources: the paper's Section 5 and the launch scripts in the authors' re
 (mzf666/LORO-main). Where they store bfloat16 parameters, these configs store float32 ones and
 compute in bfloat16: a retraction through bfloat16 costs the factors their balance. For the
 authors' own precision: --config.model.param_dtype=bfloat16.
+
+What small models say is better than the paper's settings (README, "Which settings") goes by a name
+behind the file's colon, --config=configs/llama_60m.py:recommended. It has not run at these sizes.
 """
 
 from loro_jax.training.config import Config, DataConfig
+from loro_jax.training.settings import with_settings
 from models.llama import preset
 
 
 def paper_config(
     model: str,
+    settings: str,
     steps: int,
     warmup_steps: int,
     micro_batches: int,
@@ -24,6 +29,7 @@ def paper_config(
 
     Args:
         model: a preset of ``models.llama``.
+        settings: "paper", or others of :mod:`loro_jax.training.settings`.
         steps: length of the run.
         warmup_steps: length of its warm-up.
         micro_batches: parts of a step, sized for one GPU with 80 GB; fewer on several.
@@ -33,7 +39,7 @@ def paper_config(
     Returns:
         The config.
     """
-    return Config(
+    config = Config(
         steps=steps,
         batch_size=512,
         sequence_length=256,
@@ -47,3 +53,4 @@ def paper_config(
         model=preset(model, dtype="bfloat16", remat="dots"),
         data=DataConfig(source="tfds:c4/en", shape="padded", tokenizer="t5/spiece.model"),
     )
+    return with_settings(config, settings)

@@ -148,7 +148,7 @@ def load_config(path: str, changes: Sequence[str]) -> Config:
     """Loads a config file and sets fields of it.
 
     Args:
-        path: a Python file with ``get_config()``.
+        path: a Python file with ``get_config()``; what follows a colon is its argument.
         changes: ``field=value`` each, the field dotted, the value as JSON or a plain string.
 
     Returns:
@@ -157,14 +157,18 @@ def load_config(path: str, changes: Sequence[str]) -> Config:
     Raises:
         TrainingError: if the file has none, or a field does not exist.
     """
-    spec = importlib.util.spec_from_file_location("comparison_config", path)
-    if spec is None or spec.loader is None or not pathlib.Path(path).is_file():
+    file, *settings = path.split(":", 1)
+    spec = importlib.util.spec_from_file_location("comparison_config", file)
+    if spec is None or spec.loader is None or not pathlib.Path(file).is_file():
         raise TrainingError(
             f"CONFIG = {path!r}: expected a config file, such as configs/default.py."
         )
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    config = module.get_config()
+    try:
+        config = module.get_config(*settings)
+    except (TypeError, ValueError) as error:  # an argument that it does not take
+        raise TrainingError(f"CONFIG = {path!r}: {error}") from None
     if not isinstance(config, Config):
         raise TrainingError(f"CONFIG = {path!r}: get_config() must return a training Config.")
     apply_changes(config, changes)

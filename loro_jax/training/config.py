@@ -32,6 +32,18 @@ METHODS: dict[str, str | None] = {
     "full": None,
 }
 
+# Methods that do something every K-th step, so that K can't be "never".
+RESTARTING_METHODS = (
+    "lowrank_restarts",
+    "svd_projection",
+    "preconditioned_exact",
+    "relora",
+    "switchlora",
+    "galore",
+    "fira",
+    "adarankgrad",
+)
+
 # Directions of LORO's factors.
 DIRECTIONS = ("adam", "orthogonal", "tangent")
 
@@ -141,7 +153,7 @@ class Config:
             Other methods restart, or renew their projectors, as often.
         exact_until: exact steps are taken among the first so many ("loro"); 0: among all.
         direction: of LORO's factors, "adam", "orthogonal" (:func:`loro_jax.orthogonal`, whose
-            learning rate is of another size: set ``lr_scale``), or "tangent", the same with its
+            learning rate is of another size: see ``lr_scale``), or "tangent", the same with its
             momentum kept as a tangent vector of the product.
         momentum: decay of the averaged gradients, with ``direction`` "orthogonal" or "tangent".
         projection_scale: alpha, on the steps of projected gradients ("galore" and its kin).
@@ -153,7 +165,8 @@ class Config:
         exact_method: "graph" (the fastest), "gram" or "svd" (the reference).
         lr_scale: factor on the learning rate of the factors alone (of LORO's approximate steps),
             or of the dense projections of "full"; None: r / min(m, n) for "loro" and
-            "svd_projection", 1 for the other methods and for a ``direction`` other than "adam".
+            "svd_projection", 2.4 for a ``direction`` other than "adam" (so that ``learning_rate``
+            0.01 moves products by 0.024 in their spectral norm), 1 for the other methods.
         b1: decay of Adam's first moment.
         b2: decay of Adam's second moment.
         eps: Adam's epsilon.
@@ -236,8 +249,10 @@ class Config:
         )
         self._require("learning_rate", 0 < self.learning_rate < math.inf, "above 0 and finite")
         self._require("eps", self.eps > 0, "above 0")
-        least = 0 if self.method == "loro" else 1
-        self._require("exact_every", self.exact_every >= least, f"at least {least}")
+        if self.exact_every < 1 and self.method in RESTARTING_METHODS:
+            expected = f'at least 1 with config.method = "{self.method}"'
+            raise TrainingError(_expected("exact_every", expected, self.exact_every))
+        self._require("exact_every", self.exact_every >= 0, "at least 0")
         if self.direction not in DIRECTIONS:
             expected = f"one of {', '.join(DIRECTIONS)}"
             raise TrainingError(_expected("direction", expected, self.direction))
@@ -298,7 +313,7 @@ class Config:
             raise TrainingError(
                 f"config.exact_every = {self.exact_every}: an exact step gives the product B A new "
                 'factors, which mean another function with config.model.projection = "cola" '
-                "(an activation stands between them); expected 0, never."
+                '(an activation stands between them); expected 0 (never), or projection "low_rank".'
             )
         if METHODS[self.method] is not None and self.model.scope == "none":
             raise TrainingError(

@@ -50,9 +50,12 @@ def flags(workdir, source, **changes):
 
 
 def start(*arguments, shared_cache=True, **environment):
-    """Starts train.py. A run that others are compared with compiles by itself
-    (``shared_cache=False``), so that the comparison covers a fresh compilation too.
+    """Starts train.py, with the paper's settings unless a config is named. A run that others are
+    compared with compiles by itself (``shared_cache=False``), so that the comparison covers a fresh
+    compilation too.
     """
+    if not any(argument.startswith("--config=") for argument in arguments):
+        arguments = ("--config=configs/default.py:paper", *arguments)
     inherited = dict(os.environ)
     if not shared_cache:
         inherited.pop("JAX_COMPILATION_CACHE_DIR", None)

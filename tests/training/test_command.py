@@ -74,6 +74,11 @@ BAD_FLAGS = {
     "an unknown flag": (["--stepz=3"], "stepz"),
     "a stray argument": (["llama_60m"], "unexpected argument 'llama_60m'"),
     "a missing config file": (["--config=configs/none.py"], "no such file"),
+    "a missing file with settings": (["--config=configs/none.py:paper"], "no such file"),
+    "unknown settings": (
+        ["--config=configs/default.py:papers"],
+        "no settings 'papers'; expected one of recommended, mergeable, paper",
+    ),
     "a rank too large": (["--config.model.rank=129"], "but is 129"),
     "a missing corpus": (["--config.data.source=none/*.txt"], "matches no file"),
 }
