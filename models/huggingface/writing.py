@@ -70,7 +70,7 @@ def write_model(
     if not keep_factors and config.scope != "none" and config.projection == "cola":
         raise CheckpointError(
             'projections of kind "cola" are no single matrix (an activation stands between their '
-            "factors); expected --keep-factors."
+            'factors); expected --keep-factors, or a model of projection "low_rank".'
         )
     content = to_huggingface(config, dtype, keep_factors) | dict(token_ids or {})
     tensors = _factors(model) if keep_factors else _matrices(model)

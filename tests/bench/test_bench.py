@@ -91,6 +91,7 @@ def test_the_benchmark_of_training_steps(monkeypatch, tmp_path, capsys):
     path = tmp_path / "result.json"
     arguments = ["--models=tiny", "--rounds=1", "--batch_size=2", "--sequence_length=16"]
     arguments += ["--methods=full,loro", "--set=lr_scale=0.5", f"--json={path}"]
+    arguments += ["--set=exact_method=svd"]
     bench.main(["train_step", *arguments])
     assert "| model" in capsys.readouterr().out
     rows = json.loads(path.read_text())["rows"]
@@ -201,12 +202,15 @@ def test_scores_are_the_log_likelihoods_of_the_logits():
 
 
 def test_levers_compute_the_same_step(monkeypatch, tmp_path, capsys):
-    arguments = ["--rounds=1", "--batch_size=8", "--sequence_length=16"]
+    # None of its steps is exact: without any, each compiles in half of the time.
+    arguments = ["--rounds=1", "--batch_size=8", "--sequence_length=16", "--set=exact_every=0"]
     rows = run_on_tiny(monkeypatch, levers, tmp_path / "levers.json", *arguments)
     by_name = {row["lever"]: row for row in rows}
     assert by_name["base"]["time / base"] == by_name["base"]["memory / base"] == 1
     assert by_name["buffers not donated"]["memory / base"] > 1
-    config = Config(batch_size=8, sequence_length=16, model=dataclasses.replace(TINY_LLAMA))
+    config = Config(
+        batch_size=8, sequence_length=16, exact_every=0, model=dataclasses.replace(TINY_LLAMA)
+    )
     losses = {}
     for name, lever in levers.levers(config).items():
         made = dataclasses.replace(config, model=dataclasses.replace(TINY_LLAMA))
@@ -342,7 +346,9 @@ def test_measurements_of_an_accelerator_are_benchmarks_with_known_options(name, 
 
 
 def test_a_profile_knows_parts_and_kinds_of_what_is_compiled(monkeypatch, tmp_path):
-    config = Config(batch_size=2, sequence_length=16, model=dataclasses.replace(TINY_LLAMA))
+    config = Config(
+        batch_size=2, sequence_length=16, exact_method="svd", model=dataclasses.replace(TINY_LLAMA)
+    )
     found = profile.classify(train_step.prepare(config).hlo())
     assert {part for part, _ in found.values()} == set(profile.PARTS)
     assert {kind for _, kind in found.values()} == set(profile.KINDS)
@@ -356,7 +362,7 @@ def test_a_profile_knows_parts_and_kinds_of_what_is_compiled(monkeypatch, tmp_pa
     bench.main(
         [
             *("profile", "--models=tiny", "--methods=full,loro", "--rounds=2", "--batch_size=2"),
-            *("--sequence_length=16", f"--json={path}"),
+            *("--sequence_length=16", "--set=exact_method=svd", f"--json={path}"),
         ]
     )
     rows = json.loads(path.read_text())["rows"]
