@@ -125,7 +125,8 @@ def main(argv: list[str]) -> int:
                 f"unexpected argument {argv[1]!r}; flags look like --config.steps=100."
             )
         config_file = config_flags.get_config_filename(flags.FLAGS["config"])
-        path = pathlib.Path(config_file.split(":", 1)[0])  # behind it: the argument of get_config
+        file, *settings = config_file.split(":", 1)  # behind the colon: get_config's argument
+        path = pathlib.Path(file)
         if not path.is_file():
             raise TrainingError(f"--config={config_file}: there is no such file.")
         config = _CONFIG.value
@@ -136,7 +137,7 @@ def main(argv: list[str]) -> int:
         if _DRY_RUN.value:
             dry_run(config, _DEVICES.value)
             return 0
-        name = "_".join([path.stem, *config_file.split(":", 1)[1:]])
+        name = "_".join([path.stem, *settings])
         command = " ".join(["python train.py", *_flags_to_repeat(sys.argv[1:])])
         return train(config, _WORKDIR.value or f"runs/{name}", command).exit_status
     except TrainingError as error:

@@ -32,8 +32,8 @@ METHODS: dict[str, str | None] = {
     "full": None,
 }
 
-# Methods that do something every K-th step, so that K can't be "never".
-RESTARTING_METHODS = (
+# Methods that restart, merge or renew a projector every K-th step: K can't be "never" for them.
+PERIODIC_METHODS = (
     "lowrank_restarts",
     "svd_projection",
     "preconditioned_exact",
@@ -249,7 +249,7 @@ class Config:
         )
         self._require("learning_rate", 0 < self.learning_rate < math.inf, "above 0 and finite")
         self._require("eps", self.eps > 0, "above 0")
-        if self.exact_every < 1 and self.method in RESTARTING_METHODS:
+        if self.exact_every < 1 and self.method in PERIODIC_METHODS:
             expected = f'at least 1 with config.method = "{self.method}"'
             raise TrainingError(_expected("exact_every", expected, self.exact_every))
         self._require("exact_every", self.exact_every >= 0, "at least 0")

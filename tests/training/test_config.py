@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from loro_jax.memory import count_parameters
-from loro_jax.training.config import RESTARTING_METHODS, Config, differences, field_names
+from loro_jax.training.config import PERIODIC_METHODS, Config, differences, field_names
 from loro_jax.training.errors import TrainingError
 from loro_jax.training.mesh import make_mesh
 from loro_jax.training.step import compile_program, make_program
@@ -103,7 +103,7 @@ def test_every_config_takes_a_step_on_a_small_batch(name):
         ({"steps": 0}, "config.steps must be at least 1, but is 0"),
         *(
             ({"exact_every": 0, "method": method}, f'at least 1 with config.method = "{method}"')
-            for method in RESTARTING_METHODS
+            for method in PERIODIC_METHODS
         ),
         ({"direction": "muon"}, "config.direction must be one of adam, orthogonal, tangent"),
         ({"direction": "tangent", "refresh": "transport"}, 'config.refresh = "transport"'),

@@ -10,7 +10,7 @@ import pytest
 
 from loro_jax import LowRank, initialise
 from loro_jax.training.comparison import load_config
-from loro_jax.training.config import METHODS, RESTARTING_METHODS, Config, differences
+from loro_jax.training.config import METHODS, PERIODIC_METHODS, Config, differences
 from loro_jax.training.errors import TrainingError
 from loro_jax.training.loop import train
 from loro_jax.training.methods import make_optimizer
@@ -65,7 +65,7 @@ def test_the_default_is_recommended_and_the_papers_runs_are_the_papers():
 @pytest.mark.parametrize("method", METHODS)
 def test_other_methods_take_them_or_name_what_they_lack(method):
     config = dataclasses.replace(load("default"), method=method)
-    if method in RESTARTING_METHODS:
+    if method in PERIODIC_METHODS:
         with pytest.raises(TrainingError, match="exact_every must be at least 1"):
             config.validate()
         config = dataclasses.replace(config, exact_every=100)
