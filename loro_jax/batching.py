@@ -6,7 +6,6 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 
 def one_by_one(fn: Callable, batch_axes: int) -> Callable:
@@ -35,8 +34,3 @@ def one_by_one(fn: Callable, batch_axes: int) -> Callable:
     for _ in range(batch_axes):
         mapped = jax.vmap(mapped)
     return mapped
-
-
-def at_least_float32(dtype: Any) -> Any:
-    """The dtype to factorise in: the given one, or float32 where it is narrower."""
-    return jnp.promote_types(dtype, jnp.float32)

@@ -8,7 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from loro_jax.batching import at_least_float32, one_by_one
+from loro_jax.batching import one_by_one
+from loro_jax.precision import at_least_float32
 
 Array = jax.Array
 

@@ -28,8 +28,9 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.linalg import solve_triangular
 
-from loro_jax.batching import at_least_float32, one_by_one
+from loro_jax.batching import one_by_one
 from loro_jax.lowrank import check_factors
+from loro_jax.precision import at_least_float32
 from loro_jax.retractions import StepSize, check_method, retract
 
 Array = jax.Array

@@ -30,9 +30,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from loro_jax.batching import at_least_float32
 from loro_jax.direction import Direction
-from loro_jax.retractions.step import matmul
+from loro_jax.precision import at_least_float32, matmul
 from loro_jax.spectral import inverse_root, orthogonalise
 from loro_jax.transport import transport_moments
 

@@ -8,8 +8,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from loro_jax.batching import at_least_float32
-from loro_jax.retractions.step import matmul
+from loro_jax.precision import at_least_float32, matmul
 
 Array = jax.Array
 

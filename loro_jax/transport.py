@@ -22,8 +22,9 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.linalg import solve_triangular
 
-from loro_jax.batching import at_least_float32, one_by_one
+from loro_jax.batching import one_by_one
 from loro_jax.manifold import tangent_projection
+from loro_jax.precision import at_least_float32
 
 Array = jax.Array
 Factors = tuple[Array, Array]

@@ -25,7 +25,6 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 
-from loro_jax.batching import at_least_float32
 from loro_jax.lowrank import initialise
 from loro_jax.peers.sltrain import (
     draw_support,
@@ -38,6 +37,7 @@ from loro_jax.peers.switchlora import (
     initialise_switchlora,
     nothing_frozen,
 )
+from loro_jax.precision import at_least_float32
 
 Array = jax.Array
 

@@ -7,8 +7,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from loro_jax.batching import at_least_float32, one_by_one
-from loro_jax.retractions.step import cholesky_with_inverse, matmul
+from loro_jax.batching import one_by_one
+from loro_jax.precision import at_least_float32, matmul
+from loro_jax.retractions.cholesky import cholesky_with_inverse
 
 Array = jax.Array
 

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 
 from loro_jax.batching import one_by_one
-from loro_jax.retractions.step import matmul
+from loro_jax.precision import matmul
 
 Array = jax.Array
 

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from loro_jax.batching import one_by_one
-from loro_jax.retractions.step import matmul
+from loro_jax.precision import matmul
 
 Array = jax.Array
 

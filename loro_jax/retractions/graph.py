@@ -34,14 +34,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from loro_jax.retractions.step import (
-    ExactStep,
-    StepSize,
-    cholesky_with_inverse,
-    damped_inverse,
-    limited_rate,
-    matmul,
-)
+from loro_jax.precision import matmul
+from loro_jax.retractions.cholesky import cholesky_with_inverse
+from loro_jax.retractions.step import ExactStep, StepSize, damped_inverse, limited_rate
 
 Array = jax.Array
 

@@ -47,7 +47,7 @@ def retract(method: str, B: Array, A: Array, dB: Array, dA: Array, size: StepSiz
     Returns:
         The new factors and ``ok`` (N,).
     """
-    arguments = (B, A, dB, dA, size)
+    arguments = jax.tree.map(jnp.asarray, (B, A, dB, dA, size))
     rungs = _RUNGS[method]
     if not rungs:
         return one_by_one(svd_step, 1)(*arguments)
@@ -63,6 +63,14 @@ def retract(method: str, B: Array, A: Array, dB: Array, dA: Array, size: StepSiz
 
         return climb(rungs)
 
+    def one_after_the_other(B: Array, A: Array, dB: Array, dA: Array, size: StepSize) -> ExactStep:
+        # Written over the old factors, so that no memory has to be filled beforehand.
+        def write(i: Any, new: ExactStep) -> ExactStep:
+            pair = jax.tree.map(lambda x: x[i], (new.B, new.A, dB, dA, size))
+            return jax.tree.map(lambda batch, one: batch.at[i].set(one), new, one_pair(*pair))
+
+        return jax.lax.fori_loop(0, len(B), write, ExactStep(B, A, jnp.zeros(len(B), bool)))
+
     # Elsewhere the batch stays a batch, and goes on as a whole if any pair has to.
     def batch(*arguments: Any) -> ExactStep:
         def climb(rungs: tuple[Callable[..., ExactStep], ...]) -> ExactStep:
@@ -75,7 +83,7 @@ def retract(method: str, B: Array, A: Array, dB: Array, dA: Array, size: StepSiz
 
         return climb(rungs)
 
-    return jax.lax.platform_dependent(*arguments, cpu=jax.vmap(one_pair), default=batch)
+    return jax.lax.platform_dependent(*arguments, cpu=one_after_the_other, default=batch)
 
 
 def _not_ok(step: ExactStep) -> ExactStep:

@@ -1,4 +1,4 @@
-"""What all exact steps share: their size, their result, and products in full precision."""
+"""What all exact steps share: their size, their result and their damping."""
 
 from __future__ import annotations
 
@@ -6,7 +6,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.scipy.linalg import solve_triangular
+
+from loro_jax.precision import matmul
+from loro_jax.retractions.cholesky import cholesky_with_inverse
 
 Array = jax.Array
 
@@ -40,36 +42,12 @@ class ExactStep(NamedTuple):
     ok: Array
 
 
-def matmul(x: Array, y: Array) -> Array:
-    """The product in full float32, also on accelerators, whose default is to round the inputs."""
-    return jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST)
-
-
 def limited_rate(size: StepSize, grad_norm: Array, W_norm: Array) -> Array:
     """The learning rate, cut so that ``rate |grad| <= max_move |W|`` (Frobenius norms)."""
     if size.max_move is None:
         return size.rate
     bound = size.max_move * W_norm / jnp.maximum(grad_norm, jnp.finfo(grad_norm.dtype).tiny)
     return jnp.minimum(size.rate, bound)
-
-
-class Cholesky(NamedTuple):
-    """``G = L L^T`` with the inverse of L."""
-
-    L: Array
-    inverse: Array
-    scaled_inverse_norm: Array  # |L^{-1}| (Frobenius) for the G scaled to a diagonal of ones
-
-
-def cholesky_with_inverse(G: Array, shift: float = 0.0) -> Cholesky:
-    """Cholesky factorisation by way of the matrix scaled to a diagonal of ones, plus ``shift``."""
-    norms = jnp.sqrt(jnp.diagonal(G))
-    scale = jnp.where(norms > 0, 1 / jnp.where(norms > 0, norms, 1), 1)
-    identity = jnp.eye(G.shape[0], dtype=G.dtype)
-    scaled = scale[:, None] * G * scale + shift * identity
-    L = jnp.linalg.cholesky(scaled, symmetrize_input=False)
-    inverse = solve_triangular(L, identity, lower=True)
-    return Cholesky(L / scale[:, None], inverse * scale, jnp.linalg.norm(inverse))
 
 
 def damped_inverse(L: Array, inverse: Array, damping: Array | None) -> Array:

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from loro_jax.batching import at_least_float32
 from loro_jax.lowrank import from_dense
+from loro_jax.precision import at_least_float32
 from models.huggingface.configs import from_huggingface
 from models.huggingface.errors import CheckpointError
 from models.huggingface.files import Tensors, read_json

@@ -93,6 +93,17 @@ def test_float32_error_beyond_the_best_approximation(method, shape, kind):
 
 
 @pytest.mark.parametrize("method", ["graph", "gram"])
+@pytest.mark.parametrize("condition", [3, 10, 100])
+def test_ranks_of_several_blocks(method, condition):
+    """Above 64 rows, Cholesky factorisations are put together from blocks."""
+    arguments = make_pair(np.random.default_rng(0), (320, 260, 150), "geometric", condition, 0.1)
+    T, s = target(*arguments)
+    B, A, fallbacks = compiled(method)(*arguments)
+    assert excess(B, A, T, s) <= TOLERANCE[method] * np.linalg.norm(T)
+    assert int(fallbacks) == 0 or condition > 3
+
+
+@pytest.mark.parametrize("method", ["graph", "gram"])
 def test_fast_methods_are_fast_where_they_can_and_say_where_they_can_not(method):
     rng = np.random.default_rng(0)
     for condition, expected in ((3, 0), (1e4, 1)):
