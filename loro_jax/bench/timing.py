@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import pathlib
 import platform
 import statistics
@@ -60,8 +61,12 @@ def rounds_in_turns(
     return seconds
 
 
+# Variables that change how fast a program runs.
+_VARIABLES = ("XLA_FLAGS", "GLIBC_TUNABLES", "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")
+
+
 def environment() -> dict[str, Any]:
-    """What a result depends on: device and versions."""
+    """What a result depends on: device, versions, and what the environment asks of libraries."""
     device = jax.devices()[0]
     return {
         "device": device.device_kind,
@@ -71,6 +76,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "jax": jax.__version__,
         "date": time.strftime("%Y-%m-%d"),
+        **{name: os.environ[name] for name in _VARIABLES if name in os.environ},
     }
 
 

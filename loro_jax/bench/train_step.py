@@ -27,6 +27,7 @@ from loro_jax.training.errors import TrainingError
 from loro_jax.training.fields import apply_changes
 from loro_jax.training.flops import flops_per_token
 from loro_jax.training.step import compile_program, make_program
+from loro_jax.training.threads import lapack_by_one_thread
 from models.llama import PRESETS, preset
 from models.loss import Batch
 
@@ -94,6 +95,7 @@ def options_of_steps(name: str, doc: str | None, arguments: Sequence[str]) -> ar
     return options
 
 
+@lapack_by_one_thread()  # as train.py does
 def _measure(model: str, options: argparse.Namespace) -> list[dict[str, Any]]:
     cases = {name: prepare(config_of_step(model, name, options)) for name in options.methods}
     candidates = {f"step {name}": case.step for name, case in cases.items()}

@@ -34,6 +34,7 @@ from loro_jax.training.report import corpus_ngrams, final_report
 from loro_jax.training.run_directory import RunDirectory
 from loro_jax.training.start import check_start, start_from, with_architecture
 from loro_jax.training.step import Program, TrainState, compile_program, make_program
+from loro_jax.training.threads import lapack_by_one_thread
 from loro_jax.training.tokenizer import load_tokenizer
 from loro_jax.training.vocabulary import resolve_vocabulary
 from models.loss import Batch
@@ -51,6 +52,7 @@ class Outcome(NamedTuple):
     val_ppl: float | None
 
 
+@lapack_by_one_thread()
 def train(config: Config, workdir: str, command: str = "python train.py") -> Outcome:
     """Trains, or continues, the run of a directory.
 
