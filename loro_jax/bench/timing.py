@@ -16,12 +16,16 @@ from typing import Any
 import jax
 
 
-def time_in_turns(candidates: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+def time_in_turns(
+    candidates: dict[str, Callable[[], Any]], rounds: int, pause: float = 0.0
+) -> dict[str, float]:
     """Median seconds of each candidate, called in turns after one call to warm up.
 
     Args:
         candidates: functions by name; what they return is waited for where JAX computes it.
         rounds: how often each is timed.
+        pause: seconds to wait before each, for threads of the one before that go on turning when
+            their work is done.
 
     Returns:
         Median seconds by name.
@@ -30,18 +34,19 @@ def time_in_turns(candidates: dict[str, Callable[[], Any]], rounds: int) -> dict
         >>> sorted(time_in_turns({"a": lambda: 1, "b": lambda: 2}, rounds=3))
         ['a', 'b']
     """
-    seconds = rounds_in_turns(candidates, rounds)
+    seconds = rounds_in_turns(candidates, rounds, pause)
     return {name: statistics.median(times) for name, times in seconds.items()}
 
 
 def rounds_in_turns(
-    candidates: dict[str, Callable[[], Any]], rounds: int
+    candidates: dict[str, Callable[[], Any]], rounds: int, pause: float = 0.0
 ) -> dict[str, list[float]]:
     """Seconds of each candidate in every round, for ratios within rounds.
 
     Args:
         candidates: as of :func:`time_in_turns`.
         rounds: how often each is timed.
+        pause: as of :func:`time_in_turns`.
 
     Returns:
         Seconds by name, round after round.
@@ -55,6 +60,7 @@ def rounds_in_turns(
         jax.block_until_ready(candidate())
     for _ in range(rounds):
         for name, candidate in candidates.items():
+            time.sleep(pause)
             started = time.perf_counter()
             jax.block_until_ready(candidate())
             seconds[name].append(time.perf_counter() - started)
