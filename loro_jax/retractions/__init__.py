@@ -8,8 +8,8 @@ truncated SVD of ``W - lr grad`` (Proposition 4; notation of :mod:`loro_jax.mani
 * :mod:`~loro_jax.retractions.reference`: Householder QR and SVD, in float64 where there is one.
 
 The first is the fastest and the last always right. :mod:`~loro_jax.retractions.ladder` takes a pair
-from one to the next where a method says that it can't be trusted. What the first two factorise, they
-factorise by :mod:`~loro_jax.retractions.cholesky`, and once by an eigendecomposition.
+from one to the next where a method says that it can't be trusted. The first two factorise by
+:mod:`~loro_jax.retractions.cholesky`, and once by an eigendecomposition.
 """
 
 from loro_jax.retractions.ladder import METHODS, check_method, retract
