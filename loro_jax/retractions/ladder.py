@@ -47,12 +47,13 @@ def retract(method: str, B: Array, A: Array, dB: Array, dA: Array, size: StepSiz
     Returns:
         The new factors and ``ok`` (N,).
     """
+    # A loop's index does not index NumPy's arrays.
     arguments = jax.tree.map(jnp.asarray, (B, A, dB, dA, size))
     rungs = _RUNGS[method]
     if not rungs:
         return one_by_one(svd_step, 1)(*arguments)
 
-    # One pair after the other on CPU: there a branch is a real branch.
+    # One pair after the other on CPU, also under a vmap: there a branch is a real branch.
     @jax.custom_batching.sequential_vmap
     def one_pair(*arguments: Any) -> ExactStep:
         def climb(rungs: tuple[Callable[..., ExactStep], ...]) -> ExactStep:

@@ -240,6 +240,14 @@ def test_results_are_json_that_strict_readers_take(tmp_path, capsys):
     assert "| nan " in capsys.readouterr().out
 
 
+def test_results_say_what_the_environment_asks_of_libraries(monkeypatch):
+    monkeypatch.setenv("OPENBLAS_NUM_THREADS", "1")
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    found = timing.environment()
+    assert found["OPENBLAS_NUM_THREADS"] == "1"
+    assert "GLIBC_TUNABLES" not in found
+
+
 def test_what_fits_is_what_a_compiled_step_says(monkeypatch, tmp_path):
     arguments = ["--memory=0.001,0.01", "--sequence_length=16", "--methods=full"]
     arguments += ["--dtype=float32", "--param_dtype=float32", "--remat=none"]
