@@ -54,8 +54,29 @@ MOST_ITERATIONS = 8
 SMALLEST_KEPT = 5e-3
 
 
+class NewSpace(NamedTuple):
+    """The new product as ``Q^T M``: the rows of Q are an orthonormal basis of its column space.
+
+    Q (r x m) and M (r x n) are given by coefficients (r x r): ``Q = out B^T - out_move dB^T`` and
+    ``M = inp A - inp_move dA``.
+    """
+
+    out: Array
+    out_move: Array
+    inp: Array
+    inp_move: Array
+    squares: Array  # M M^T, r x r
+    ok: Array  # whether it is trusted, but for the singular values
+
+
 def graph_step(B: Array, A: Array, dB: Array, dA: Array, size: StepSize) -> ExactStep:
     """Exact step of one pair; arguments as for ``svd_step``. Check ``ok`` before use."""
+    space = new_space(B, A, dB, dA, size)
+    return balanced_factors(B, A, dB, dA, space, principal_axes(space.squares))
+
+
+def new_space(B: Array, A: Array, dB: Array, dA: Array, size: StepSize) -> NewSpace:
+    """Where the step leads; arguments as for ``svd_step``."""
     r = A.shape[0]
     out, inp = cholesky_with_inverse(matmul(B.T, B)), cholesky_with_inverse(matmul(A, A.T))
     # What takes a factor's gradient to the side's piece of the full one: Q_b G = to_left dA and
@@ -74,31 +95,40 @@ def graph_step(B: Array, A: Array, dB: Array, dA: Array, size: StepSize) -> Exac
 
     graph = _graph_of_leading_space(S, zz, cc)
     X_t = graph.X.T
-    # The product by an orthonormal basis of the new column space, and its singular values.
     whiten = cholesky_with_inverse(jnp.eye(r, dtype=S.dtype) + matmul(X_t, graph.overlap)).inverse
     N = S + graph.overlap.T
-    squares = matmul(matmul(whiten, matmul(N, N.T) + zz), whiten.T)
-    eigenvalues, U = jnp.linalg.eigh(squares, symmetrize_input=False)
-    s = jnp.sqrt(jnp.maximum(eigenvalues, 0))
-    root = jnp.sqrt(s)[:, None]
-    basis = matmul(U.T, whiten)
-    left, right = root * basis, basis / root
 
-    # Q_b + X^T c and N Q_a + z, in terms of B, dB, A and dA.
-    along = rate * matmul(left, X_t)
-    B_new = matmul(B, matmul(left + matmul(along, inner), out.inverse).T)
-    B_new -= matmul(dB, matmul(along, to_right).T)
-    A_new = matmul(matmul(matmul(right, N + rate * core), inp.inverse), A)
-    A_new -= matmul(rate * matmul(right, to_left), dA)
-
+    # Q = whiten (Q_b + X^T c) and M = whiten (N Q_a + z), in terms of B, dB, A and dA.
+    along = rate * matmul(whiten, X_t)
     inverse_norm = jnp.maximum(out.scaled_inverse_norm, inp.scaled_inverse_norm)
-    ok = (
-        (inverse_norm < LARGEST_INVERSE * r**0.5)
+    return NewSpace(
+        out=matmul(whiten + matmul(along, inner), out.inverse),
+        out_move=matmul(along, to_right),
+        inp=matmul(matmul(whiten, N + rate * core), inp.inverse),
+        inp_move=rate * matmul(whiten, to_left),
+        squares=matmul(matmul(whiten, matmul(N, N.T) + zz), whiten.T),
+        ok=(inverse_norm < LARGEST_INVERSE * r**0.5)
         & (rate * grad_norm < W_norm)
-        & (s[0] > SMALLEST_KEPT * s[-1])
-        & graph.converged
+        & graph.converged,
     )
-    return ExactStep(B_new, A_new, ok)
+
+
+def principal_axes(squares: Array) -> tuple[Array, Array]:
+    """Singular values of M, ascending, and its left singular vectors, from ``M M^T``."""
+    eigenvalues, U = jnp.linalg.eigh(squares, symmetrize_input=False)
+    return jnp.sqrt(jnp.maximum(eigenvalues, 0)), U
+
+
+def balanced_factors(
+    B: Array, A: Array, dB: Array, dA: Array, space: NewSpace, axes: tuple[Array, Array]
+) -> ExactStep:
+    """The new factors in the basis of the singular vectors."""
+    s, U = axes
+    root = jnp.sqrt(s)[:, None]
+    left, right = root * U.T, U.T / root
+    B_new = matmul(B, matmul(left, space.out).T) - matmul(dB, matmul(left, space.out_move).T)
+    A_new = matmul(matmul(right, space.inp), A) - matmul(matmul(right, space.inp_move), dA)
+    return ExactStep(B_new, A_new, space.ok & (s[0] > SMALLEST_KEPT * s[-1]))
 
 
 class _Graph(NamedTuple):

@@ -10,15 +10,23 @@ import jax.numpy as jnp
 
 from loro_jax.batching import one_by_one
 from loro_jax.retractions.gram import gram_step
-from loro_jax.retractions.graph import graph_step
+from loro_jax.retractions.graph import (
+    NewSpace,
+    balanced_factors,
+    graph_step,
+    new_space,
+    principal_axes,
+)
 from loro_jax.retractions.reference import svd_step
 from loro_jax.retractions.step import ExactStep, StepSize
 
 Array = jax.Array
 
+Rungs = tuple[Callable[..., ExactStep], ...]
+
 # The methods by name, each with those that a pair goes through until one trusts its result. Behind
 # them all comes the reference.
-_RUNGS: dict[str, tuple[Callable[..., ExactStep], ...]] = {
+_RUNGS: dict[str, Rungs] = {
     "graph": (graph_step, gram_step),
     "gram": (gram_step,),
     "svd": (),
@@ -52,43 +60,62 @@ def retract(method: str, B: Array, A: Array, dB: Array, dA: Array, size: StepSiz
     rungs = _RUNGS[method]
     if not rungs:
         return one_by_one(svd_step, 1)(*arguments)
-
-    # One pair after the other on CPU, also under a vmap: there a branch is a real branch.
-    @jax.custom_batching.sequential_vmap
-    def one_pair(*arguments: Any) -> ExactStep:
-        def climb(rungs: tuple[Callable[..., ExactStep], ...]) -> ExactStep:
-            if not rungs:
-                return svd_step(*arguments)
-            step = rungs[0](*arguments)
-            return jax.lax.cond(step.ok, lambda: step, lambda: _not_ok(climb(rungs[1:])))
-
-        return climb(rungs)
-
-    def one_after_the_other(B: Array, A: Array, dB: Array, dA: Array, size: StepSize) -> ExactStep:
-        # Written over the old factors, so that no memory has to be filled beforehand.
-        def write(i: Any, new: ExactStep) -> ExactStep:
-            pair = jax.tree.map(lambda x: x[i], (new.B, new.A, dB, dA, size))
-            return jax.tree.map(lambda batch, one: batch.at[i].set(one), new, one_pair(*pair))
-
-        return jax.lax.fori_loop(0, len(B), write, ExactStep(B, A, jnp.zeros(len(B), bool)))
-
-    # Elsewhere the batch stays a batch, and goes on as a whole if any pair has to.
-    def batch(*arguments: Any) -> ExactStep:
-        def climb(rungs: tuple[Callable[..., ExactStep], ...]) -> ExactStep:
-            if not rungs:
-                return jax.vmap(svd_step)(*arguments)
-            step = jax.vmap(rungs[0])(*arguments)
-            return jax.lax.cond(
-                jnp.all(step.ok), lambda: step, lambda: _mended(step, climb(rungs[1:]))
-            )
-
-        return climb(rungs)
-
-    return jax.lax.platform_dependent(*arguments, cpu=one_after_the_other, default=batch)
+    return jax.lax.platform_dependent(
+        *arguments,
+        cpu=lambda *arguments: _one_after_the_other(rungs, *arguments),
+        default=lambda *arguments: _as_a_batch(rungs, *arguments),
+    )
 
 
-def _not_ok(step: ExactStep) -> ExactStep:
-    return step._replace(ok=jnp.bool_(False))
+def _one_after_the_other(rungs: Rungs, *arguments: Any) -> ExactStep:
+    """Pair after pair, each down to the rung that it needs."""
+    if rungs[0] is not graph_step:
+        return _written_over(lambda *pair: _one_pair(rungs, *pair), *arguments)
+    # In phases, because each eigendecomposition wakes threads of OpenBLAS: they go on turning when
+    # it is done, on the cores that the products need.
+    spaces = one_by_one(new_space, 1)(*arguments)
+    axes = one_by_one(principal_axes, 1)(spaces.squares)
+
+    def finish(space: NewSpace, axes: tuple[Array, Array], *pair: Any) -> ExactStep:
+        B, A, dB, dA, _ = pair
+        step = balanced_factors(B, A, dB, dA, space, axes)
+        return jax.lax.cond(
+            step.ok, lambda: step, lambda: _one_pair(rungs[1:], *pair)._replace(ok=step.ok)
+        )
+
+    return _written_over(finish, spaces, axes, *arguments)
+
+
+def _one_pair(rungs: Rungs, *arguments: Any) -> ExactStep:
+    if not rungs:
+        return svd_step(*arguments)
+    step = rungs[0](*arguments)
+    return jax.lax.cond(
+        step.ok, lambda: step, lambda: _one_pair(rungs[1:], *arguments)._replace(ok=step.ok)
+    )
+
+
+def _written_over(fn: Callable[..., ExactStep], *batches: Any) -> ExactStep:
+    """Maps over pairs; written over the old factors, so that no memory has to be filled before."""
+    # Also under a vmap one after the other: there a branch is a real branch.
+    fn = jax.custom_batching.sequential_vmap(fn)
+    *others, B, A, dB, dA, size = batches
+
+    def write(i: Any, new: ExactStep) -> ExactStep:
+        pair = jax.tree.map(lambda x: x[i], (*others, new.B, new.A, dB, dA, size))
+        return jax.tree.map(lambda batch, one: batch.at[i].set(one), new, fn(*pair))
+
+    return jax.lax.fori_loop(0, len(B), write, ExactStep(B, A, jnp.zeros(len(B), bool)))
+
+
+def _as_a_batch(rungs: Rungs, *arguments: Any) -> ExactStep:
+    """All at once; as a whole down to the rung that any of the pairs needs."""
+    if not rungs:
+        return jax.vmap(svd_step)(*arguments)
+    step = jax.vmap(rungs[0])(*arguments)
+    return jax.lax.cond(
+        jnp.all(step.ok), lambda: step, lambda: _mended(step, _as_a_batch(rungs[1:], *arguments))
+    )
 
 
 def _mended(step: ExactStep, other: ExactStep) -> ExactStep:
