@@ -17,7 +17,7 @@ from loro_jax.direction import Direction, adam, as_direction
 from loro_jax.manifold import counted_exact_update
 from loro_jax.orthogonal import as_gradients
 from loro_jax.pairs import PairsSpec
-from loro_jax.retractions import StepSize, check_method
+from loro_jax.retractions import StepSize, check_basis, check_method
 
 
 def loro(
@@ -36,6 +36,7 @@ def loro(
     regular: optax.GradientTransformation | None = None,
     direction: optax.GradientTransformation | Direction | None = None,
     exact_method: str = "graph",
+    basis: str = "singular",
     max_move: jax.typing.ArrayLike | optax.Schedule | None = None,
     damping: jax.typing.ArrayLike | optax.Schedule | None = None,
     mesh: Any | None = None,
@@ -73,6 +74,9 @@ def loro(
             :func:`loro_jax.orthogonal`; all leaves but factors then have that Adam.
         exact_method: how the exact step is computed: "graph", "gram" or "svd", from fast to always
             right; see :mod:`loro_jax.retractions`.
+        basis: of the factors that an exact step gives: "singular", the paper's, where moments of
+            the old ones mean nothing any more; or "nearest", as near to the old ones as balanced
+            factors can be, where moments may stay (``refresh=None``, and no re-warm-up).
         max_move: trust region of the exact step: its size is cut so that the tangent step is at
             most ``max_move |W|`` (Frobenius). The undamped step of ill-conditioned factors can move
             a product by several times its norm. A number or a schedule; None: no bound, as in the
@@ -89,9 +93,9 @@ def loro(
         An ``optax.GradientTransformationExtraArgs``.
 
     Raises:
-        ValueError: for an ``exact_every`` below 1, an unknown ``refresh`` or ``exact_method``, a
-            negative ``damping`` or ``max_move``; from ``init``, when no pair is found or a pair's
-            shapes do not fit; from ``update``, without ``params``.
+        ValueError: for an ``exact_every`` below 1, an unknown ``refresh``, ``exact_method`` or
+            ``basis``, a negative ``damping`` or ``max_move``; from ``init``, when no pair is found
+            or a pair's shapes do not fit; from ``update``, without ``params``.
 
     Example:
         In a chain, on a dict of one pair and a regular leaf:
@@ -156,6 +160,7 @@ def loro(
         Riemannian Optimization <https://openreview.net/forum?id=i0zzO7Hslk>`_, ICLR 2025.
     """
     check_method(exact_method, "loro")
+    check_basis(basis, "loro")
     for name, value in (("max_move", max_move), ("damping", damping)):
         if isinstance(value, float | int) and value < 0:
             raise ValueError(f"loro: {name} must not be negative, but is {value}.")
@@ -173,7 +178,9 @@ def loro(
             rate = rate * lr_scale
             dB, dA = as_gradients(B, A, dB, dA)
         size = StepSize(rate, at(max_move, step), at(damping, step))
-        return counted_exact_update(B, A, dB, dA, size, method=exact_method, where="loro")
+        return counted_exact_update(
+            B, A, dB, dA, size, method=exact_method, basis=basis, where="loro"
+        )
 
     return riemannian_descent(
         learning_rate,

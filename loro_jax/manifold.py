@@ -31,7 +31,7 @@ from jax.scipy.linalg import solve_triangular
 from loro_jax.batching import one_by_one
 from loro_jax.lowrank import check_factors
 from loro_jax.precision import at_least_float32
-from loro_jax.retractions import StepSize, check_method, retract
+from loro_jax.retractions import StepSize, check_basis, check_method, retract
 
 Array = jax.Array
 
@@ -75,6 +75,7 @@ def exact_update(
     method: str = "graph",
     max_move: jax.typing.ArrayLike | None = None,
     damping: jax.typing.ArrayLike | None = None,
+    basis: str = "singular",
 ) -> tuple[Array, Array]:
     """Exact Riemannian step of one pair or a batch of pairs (Proposition 4).
 
@@ -82,7 +83,7 @@ def exact_update(
     ``W' = SVD_r(W - learning_rate * grad)``, where grad is the tangent vector that the directions
     dB and dA stand for (:func:`riemannian_gradient`). W itself is never formed: all work is on
     blocks of width r. The new factors are balanced: both have the square roots of the singular
-    values of W'. They are determined up to a rotation of the inner index.
+    values of W'. That determines them up to a rotation of the inner index, which ``basis`` chooses.
 
     Args:
         B: output-side factor, shape (..., m, r).
@@ -98,6 +99,9 @@ def exact_update(
         damping: d >= 0. The gradient's ``(B^T B)^{-1}`` and ``(A A^T)^{-1}`` become
             ``(B^T B + d |B|^2 / r I)^{-1}`` and likewise for A: steps along small singular values
             are shortened, others hardly. None: none, as in the paper.
+        basis: "singular", the paper's: the inner index counts singular values. "nearest": B' and A'
+            as near to B and A as balanced factors of W' can be, so that what was averaged in the
+            basis of the old factors still fits. See :mod:`loro_jax.retractions.balance`.
 
     Returns:
         B' and A', same shapes and dtypes as B and A. Computed in float32, or wider if the
@@ -105,7 +109,7 @@ def exact_update(
 
     Raises:
         ValueError: if the shapes do not make a pair of rank r <= min(m, n), or dB and dA differ
-            in shape from the factors, or the method is unknown.
+            in shape from the factors, or the method or the basis is unknown.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -115,23 +119,37 @@ def exact_update(
         >>> B_new, A_new = exact_update(B, A, G @ A.T, B.T @ G, learning_rate=0.1)
         >>> bool(jnp.allclose(B_new.T @ B_new, A_new @ A_new.T, atol=1e-4))
         True
+        >>> zero = jnp.zeros_like(B_new), jnp.zeros_like(A_new)
+        >>> B_same, _ = exact_update(B_new, A_new, *zero, learning_rate=0.1, basis="nearest")
+        >>> bool(jnp.allclose(B_same, B_new, atol=1e-4))
+        True
     """
     size = StepSize(learning_rate, max_move, damping)
-    return counted_exact_update(B, A, dB, dA, size, method=method, where="exact_update")[:2]
+    where = "exact_update"
+    return counted_exact_update(B, A, dB, dA, size, method=method, basis=basis, where=where)[:2]
 
 
 def counted_exact_update(
-    B: Array, A: Array, dB: Array, dA: Array, size: StepSize, *, method: str, where: str
+    B: Array,
+    A: Array,
+    dB: Array,
+    dA: Array,
+    size: StepSize,
+    *,
+    method: str,
+    where: str,
+    basis: str = "singular",
 ) -> tuple[Array, Array, Array]:
     """:func:`exact_update`, and how many pairs of the batch the method could not do (int32)."""
     _check_directions(B, A, dB, dA, where)
     check_method(method, where)
+    check_basis(basis, where)
     dtype = at_least_float32(jnp.promote_types(B.dtype, A.dtype))
     batch_shape = B.shape[:-2]
     # One batch axis, of length one where there is none.
     Bs, As, dBs, dAs = (x.reshape(-1, *x.shape[-2:]).astype(dtype) for x in (B, A, dB, dA))
     sizes = jax.tree.map(lambda x: jnp.broadcast_to(jnp.asarray(x, dtype), Bs.shape[:1]), size)
-    step = retract(method, Bs, As, dBs, dAs, sizes)
+    step = retract(method, Bs, As, dBs, dAs, sizes, basis)
     return (
         step.B.reshape(*batch_shape, *B.shape[-2:]).astype(B.dtype),
         step.A.reshape(*batch_shape, *A.shape[-2:]).astype(A.dtype),

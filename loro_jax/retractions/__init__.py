@@ -9,10 +9,12 @@ truncated SVD of ``W - lr grad`` (Proposition 4; notation of :mod:`loro_jax.mani
 
 The first is the fastest and the last always right. :mod:`~loro_jax.retractions.ladder` takes a pair
 from one to the next where a method says that it can't be trusted. The first two factorise by
-:mod:`~loro_jax.retractions.cholesky`, and once by an eigendecomposition.
+:mod:`~loro_jax.retractions.cholesky`, and once by an eigendecomposition. Which of all balanced
+factors they return, :mod:`~loro_jax.retractions.balance` says.
 """
 
+from loro_jax.retractions.balance import BASES, check_basis
 from loro_jax.retractions.ladder import METHODS, check_method, retract
 from loro_jax.retractions.step import ExactStep, StepSize
 
-__all__ = ["METHODS", "ExactStep", "StepSize", "check_method", "retract"]
+__all__ = ["BASES", "METHODS", "ExactStep", "StepSize", "check_basis", "check_method", "retract"]

@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 
 from loro_jax.precision import matmul
+from loro_jax.retractions.balance import in_basis
 from loro_jax.retractions.cholesky import cholesky_with_inverse
 from loro_jax.retractions.step import ExactStep, StepSize, damped_inverse, limited_rate
 
@@ -86,7 +87,9 @@ def _cholesky_lq2(X: Array, deficient: bool = False) -> _LQ:
     )
 
 
-def gram_step(B: Array, A: Array, dB: Array, dA: Array, size: StepSize) -> ExactStep:
+def gram_step(
+    B: Array, A: Array, dB: Array, dA: Array, size: StepSize, basis: str = "singular"
+) -> ExactStep:
     """Exact step of one pair; arguments as for ``svd_step``. Check ``ok`` before use.
 
     All tall matrices are kept transposed, (r x m): products that contract the long axis are several
@@ -115,7 +118,7 @@ def gram_step(B: Array, A: Array, dB: Array, dA: Array, size: StepSize) -> Exact
         & jnp.all(jnp.isfinite(B_new_t))
         & jnp.all(jnp.isfinite(A_new))
     )
-    return ExactStep(B_new_t.T, A_new, ok)
+    return in_basis(basis, B, A, ExactStep(B_new_t.T, A_new, ok))
 
 
 def _truncate(p: _LQ, q: _LQ, S: Array, P: Array, Z: Array) -> tuple[Array, Array, Array]:

@@ -35,6 +35,12 @@ import jax
 import jax.numpy as jnp
 
 from loro_jax.precision import matmul
+from loro_jax.retractions.balance import (
+    Balance,
+    by_products,
+    by_singular_vectors,
+    rotated_to_nearest,
+)
 from loro_jax.retractions.cholesky import cholesky_with_inverse
 from loro_jax.retractions.step import ExactStep, StepSize, damped_inverse, limited_rate
 
@@ -66,16 +72,24 @@ class NewSpace(NamedTuple):
     inp: Array
     inp_move: Array
     squares: Array  # M M^T, r x r
+    overlaps: tuple[Array, Array] | None  # Q B and M A^T where the basis is to be near theirs
     ok: Array  # whether it is trusted, but for the singular values
 
 
-def graph_step(B: Array, A: Array, dB: Array, dA: Array, size: StepSize) -> ExactStep:
+def graph_step(
+    B: Array, A: Array, dB: Array, dA: Array, size: StepSize, basis: str = "singular"
+) -> ExactStep:
     """Exact step of one pair; arguments as for ``svd_step``. Check ``ok`` before use."""
-    space = new_space(B, A, dB, dA, size)
-    return balanced_factors(B, A, dB, dA, space, principal_axes(space.squares))
+    space = new_space(B, A, dB, dA, size, basis)
+    # On the way to the nearest basis any will do.
+    elsewhere = by_products if basis == "nearest" else by_singular_vectors
+    balance = jax.lax.platform_dependent(space.squares, cpu=by_singular_vectors, default=elsewhere)
+    return balanced_factors(B, A, dB, dA, space, balance)
 
 
-def new_space(B: Array, A: Array, dB: Array, dA: Array, size: StepSize) -> NewSpace:
+def new_space(
+    B: Array, A: Array, dB: Array, dA: Array, size: StepSize, basis: str = "singular"
+) -> NewSpace:
     """Where the step leads; arguments as for ``svd_step``."""
     r = A.shape[0]
     out, inp = cholesky_with_inverse(matmul(B.T, B)), cholesky_with_inverse(matmul(A, A.T))
@@ -100,6 +114,9 @@ def new_space(B: Array, A: Array, dB: Array, dA: Array, size: StepSize) -> NewSp
 
     # Q = whiten (Q_b + X^T c) and M = whiten (N Q_a + z), in terms of B, dB, A and dA.
     along = rate * matmul(whiten, X_t)
+    overlaps = None
+    if basis == "nearest":
+        overlaps = matmul(whiten, out.L.T), matmul(matmul(whiten, N), inp.L.T)
     inverse_norm = jnp.maximum(out.scaled_inverse_norm, inp.scaled_inverse_norm)
     return NewSpace(
         out=matmul(whiten + matmul(along, inner), out.inverse),
@@ -107,28 +124,24 @@ def new_space(B: Array, A: Array, dB: Array, dA: Array, size: StepSize) -> NewSp
         inp=matmul(matmul(whiten, N + rate * core), inp.inverse),
         inp_move=rate * matmul(whiten, to_left),
         squares=matmul(matmul(whiten, matmul(N, N.T) + zz), whiten.T),
+        overlaps=overlaps,
         ok=(inverse_norm < LARGEST_INVERSE * r**0.5)
         & (rate * grad_norm < W_norm)
         & graph.converged,
     )
 
 
-def principal_axes(squares: Array) -> tuple[Array, Array]:
-    """Singular values of M, ascending, and its left singular vectors, from ``M M^T``."""
-    eigenvalues, U = jnp.linalg.eigh(squares, symmetrize_input=False)
-    return jnp.sqrt(jnp.maximum(eigenvalues, 0)), U
-
-
 def balanced_factors(
-    B: Array, A: Array, dB: Array, dA: Array, space: NewSpace, axes: tuple[Array, Array]
+    B: Array, A: Array, dB: Array, dA: Array, space: NewSpace, balance: Balance
 ) -> ExactStep:
-    """The new factors in the basis of the singular vectors."""
-    s, U = axes
-    root = jnp.sqrt(s)[:, None]
-    left, right = root * U.T, U.T / root
+    """The new factors, balanced."""
+    if space.overlaps is not None:
+        balance = rotated_to_nearest(balance, *space.overlaps)
+    left, right = balance.left, balance.right
     B_new = matmul(B, matmul(left, space.out).T) - matmul(dB, matmul(left, space.out_move).T)
     A_new = matmul(matmul(right, space.inp), A) - matmul(matmul(right, space.inp_move), dA)
-    return ExactStep(B_new, A_new, space.ok & (s[0] > SMALLEST_KEPT * s[-1]))
+    ok = space.ok & balance.ok & (balance.least > SMALLEST_KEPT * balance.largest)
+    return ExactStep(B_new, A_new, ok)
 
 
 class _Graph(NamedTuple):

@@ -11,12 +11,15 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from loro_jax.retractions.balance import in_basis
 from loro_jax.retractions.step import ExactStep, StepSize, limited_rate
 
 Array = jax.Array
 
 
-def svd_step(B: Array, A: Array, dB: Array, dA: Array, size: StepSize) -> ExactStep:
+def svd_step(
+    B: Array, A: Array, dB: Array, dA: Array, size: StepSize, basis: str = "singular"
+) -> ExactStep:
     """Exact step of one pair by QR and SVD.
 
     Args:
@@ -25,16 +28,18 @@ def svd_step(B: Array, A: Array, dB: Array, dA: Array, size: StepSize) -> ExactS
         dB: direction of B, (m, r).
         dA: direction of A, (r, n).
         size: step size, scalars.
+        basis: of the new factors, see :mod:`~loro_jax.retractions.balance`.
 
     Returns:
         The new factors, in the dtype of the old ones.
     """
     arguments = (B, A, dB, dA, size)
     if B.dtype == jnp.float64:
-        return _svd_step(*arguments)
-    return jax.lax.platform_dependent(
+        return in_basis(basis, B, A, _svd_step(*arguments))
+    step = jax.lax.platform_dependent(
         *arguments, cpu=_wide_svd_step, cuda=_wide_svd_step, default=_svd_step
     )
+    return in_basis(basis, B, A, step)
 
 
 class _Side(NamedTuple):

@@ -8,6 +8,7 @@ import math
 from typing import Any
 
 from loro_jax.descent import REFRESH_CHOICES
+from loro_jax.retractions import BASES
 from loro_jax.retractions import METHODS as METHODS_OF_EXACT_STEP
 from loro_jax.training.errors import TrainingError
 from models.llama import LlamaConfig
@@ -163,6 +164,9 @@ class Config:
         damping: of the inverses in the exact step, over the mean square of the factor's singular
             values; 0: none.
         exact_method: "graph" (the fastest), "gram" or "svd" (the reference).
+        basis: of the factors that an exact step gives ("loro"): "singular", the paper's, or
+            "nearest" to the old ones, where moments may stay (``refresh`` "none" and no
+            ``restart_warmup_steps``).
         lr_scale: factor on the learning rate of the factors alone (of LORO's approximate steps),
             or of the dense projections of "full"; None: r / min(m, n) for "loro" and
             "svd_projection", 2.4 for a ``direction`` other than "adam" (so that ``learning_rate``
@@ -203,6 +207,7 @@ class Config:
     max_move: float = 0.0
     damping: float = 0.0
     exact_method: str = "graph"
+    basis: str = "singular"
     lr_scale: float | None = None
     b1: float = 0.9
     b2: float = 0.999
@@ -272,6 +277,8 @@ class Config:
         if self.exact_method not in METHODS_OF_EXACT_STEP:
             expected = f"one of {', '.join(METHODS_OF_EXACT_STEP)}"
             raise TrainingError(_expected("exact_method", expected, self.exact_method))
+        if self.basis not in BASES:
+            raise TrainingError(_expected("basis", f"one of {', '.join(BASES)}", self.basis))
         if self.lr_scale is not None:
             self._require("lr_scale", self.lr_scale > 0, "above 0")
         if self.batch_size % self.gradient_accumulation:

@@ -121,6 +121,7 @@ def _loro(config: Config, mesh: Any) -> Optimizer:
         max_move=config.max_move or None,
         damping=config.damping or None,
         exact_method=config.exact_method,
+        basis=config.basis,
         mesh=mesh,
     )
 

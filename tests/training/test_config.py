@@ -117,6 +117,7 @@ def test_every_config_takes_a_step_on_a_small_batch(name):
         ({"lr_scale": 0.0}, "config.lr_scale must be above 0"),
         ({"warmup_steps": 20_000}, "config.warmup_steps must be at most steps = 10000"),
         ({"refresh": "some"}, "config.refresh must be one of"),
+        ({"basis": "svd"}, "config.basis must be one of singular, nearest, but is .svd."),
         ({"batch_size": 10, "gradient_accumulation": 3}, "multiple of"),
         ({"sequence_length": 2048}, r"config.sequence_length = 2048 .* = 1024"),
         ({"model": LlamaConfig(rank=513)}, "config.model.attn_rank .* but is 513"),
