@@ -1,4 +1,4 @@
-"""The basis of an exact step's factors, against SciPy's Procrustes in float64 and by invariances."""
+"""The basis of an exact step's factors: SciPy's Procrustes in float64, and invariances."""
 
 import functools
 
