@@ -28,6 +28,9 @@ _RUNGS: dict[str, tuple[Callable[..., ExactStep], ...]] = {
 
 METHODS = tuple(_RUNGS)
 
+# On CPU the coefficients of so many pairs are in memory at once (five r x r matrices for each).
+AT_A_TIME = 8
+
 _Rungs = Sequence[Callable[..., ExactStep]]
 
 
@@ -69,7 +72,7 @@ def retract(
     def one_after_the_other(*arguments: Any) -> ExactStep:
         if method == "graph":
             return _in_phases(rungs[1:], basis, *arguments)
-        return _written_over(lambda *pair: _one_pair(rungs, *pair), *arguments)
+        return _one_after_the_other(rungs, *arguments)
 
     return jax.lax.platform_dependent(
         *arguments,
@@ -88,14 +91,18 @@ def _one_pair(rungs: _Rungs, *arguments: Any) -> ExactStep:
 
 
 def _in_phases(others: _Rungs, basis: str, *arguments: Any) -> ExactStep:
-    """Pair after pair by the graph; the eigendecompositions of all of them in between.
+    """Pairs by the graph, some at a time, the eigendecompositions of these one behind the other.
 
     Each of those wakes threads of OpenBLAS, which go on turning when it is done, on the cores that
-    the products of the next pair need.
+    products need.
     """
-    spaces = one_by_one(functools.partial(new_space, basis=basis), 1)(*arguments)
-    balances = one_by_one(by_singular_vectors, 1)(spaces.squares)
+    B, A, dB, dA, size = arguments
+    at_a_time = max(n for n in range(1, AT_A_TIME + 1) if len(B) % n == 0)
+    # Also under a vmap one after the other: there a branch is a real branch.
+    space_of = jax.custom_batching.sequential_vmap(functools.partial(new_space, basis=basis))
+    balance_of = jax.custom_batching.sequential_vmap(by_singular_vectors)
 
+    @jax.custom_batching.sequential_vmap
     def finish(space: NewSpace, balance: Balance, *pair: Any) -> ExactStep:
         B, A, dB, dA, _ = pair
         step = balanced_factors(B, A, dB, dA, space, balance)
@@ -103,20 +110,43 @@ def _in_phases(others: _Rungs, basis: str, *arguments: Any) -> ExactStep:
             step.ok, lambda: step, lambda: _one_pair(others, *pair)._replace(ok=step.ok)
         )
 
-    return _written_over(finish, spaces, balances, *arguments)
+    def some(k: Any, new: ExactStep) -> ExactStep:
+        first = k * at_a_time
+
+        def pair(i: Any) -> Any:
+            return jax.tree.map(lambda x: x[first + i], (new.B, new.A, dB, dA, size))
+
+        spaces = jax.lax.map(lambda i: space_of(*pair(i)), jnp.arange(at_a_time))
+        balances = jax.lax.map(balance_of, spaces.squares)
+
+        def write(i: Any, new: ExactStep) -> ExactStep:
+            space, balance = jax.tree.map(lambda x: x[i], (spaces, balances))
+            old = jax.tree.map(lambda x: x[first + i], (new.B, new.A, dB, dA, size))
+            return _with_pair(new, first + i, finish(space, balance, *old))
+
+        return jax.lax.fori_loop(0, at_a_time, write, new)
+
+    return jax.lax.fori_loop(0, len(B) // at_a_time, some, _unwritten(B, A))
 
 
-def _written_over(fn: Callable[..., ExactStep], *batches: Any) -> ExactStep:
-    """Maps over pairs; written over the old factors, so that no memory has to be filled before."""
-    # Also under a vmap one after the other: there a branch is a real branch.
-    fn = jax.custom_batching.sequential_vmap(fn)
-    *others, B, A, dB, dA, size = batches
+def _one_after_the_other(rungs: _Rungs, *arguments: Any) -> ExactStep:
+    B, A, dB, dA, size = arguments
+    step_of = jax.custom_batching.sequential_vmap(functools.partial(_one_pair, rungs))
 
     def write(i: Any, new: ExactStep) -> ExactStep:
-        pair = jax.tree.map(lambda x: x[i], (*others, new.B, new.A, dB, dA, size))
-        return jax.tree.map(lambda batch, one: batch.at[i].set(one), new, fn(*pair))
+        pair = jax.tree.map(lambda x: x[i], (new.B, new.A, dB, dA, size))
+        return _with_pair(new, i, step_of(*pair))
 
-    return jax.lax.fori_loop(0, len(B), write, ExactStep(B, A, jnp.zeros(len(B), bool)))
+    return jax.lax.fori_loop(0, len(B), write, _unwritten(B, A))
+
+
+def _unwritten(B: Array, A: Array) -> ExactStep:
+    """New factors are written over the old, so that no memory has to be filled beforehand."""
+    return ExactStep(B, A, jnp.zeros(len(B), bool))
+
+
+def _with_pair(new: ExactStep, i: Any, one: ExactStep) -> ExactStep:
+    return jax.tree.map(lambda batch, pair: batch.at[i].set(pair), new, one)
 
 
 def _as_a_batch(rungs: _Rungs, *arguments: Any) -> ExactStep:

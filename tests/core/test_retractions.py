@@ -112,18 +112,31 @@ def test_fast_methods_are_fast_where_they_can_and_say_where_they_can_not(method)
         assert int(fallbacks) == expected
 
 
-@pytest.mark.parametrize("method", ["graph", "gram"])
-def test_a_batch_falls_back_pair_by_pair(method):
+@pytest.mark.parametrize(
+    ("method", "conditions"),
+    # Ten pairs are two times five by the graph, eleven are too many at a time.
+    [("gram", (3, 1e5, 2)), ("graph", (3, 1e5, *range(2, 10))), ("graph", (3, 1e5, *range(2, 11)))],
+)
+def test_a_batch_falls_back_pair_by_pair(method, conditions):
     rng = np.random.default_rng(0)
-    pairs = [
-        make_pair(rng, (96, 64, 16), "geometric", condition, 1e-3) for condition in (3, 1e5, 2)
-    ]
+    pairs = [make_pair(rng, (96, 64, 16), "geometric", c, 1e-3) for c in conditions]
     batch = [np.stack(side) for side in zip(*pairs, strict=True)]
     B, A, fallbacks = compiled(method)(*batch)
     assert int(fallbacks) == 1
     for i, arguments in enumerate(pairs):
         T, s = target(*arguments)
         assert excess(B[i], A[i], T, s) <= 4e-5 * np.linalg.norm(T)
+
+
+def test_what_a_step_needs_beside_the_pairs_does_not_grow_with_them():
+    def needed(pairs):
+        B = jax.ShapeDtypeStruct((pairs, 96, 16), jnp.float32)
+        A = jax.ShapeDtypeStruct((pairs, 16, 64), jnp.float32)
+        step = jax.jit(lambda *arguments: exact_update(*arguments, RATE), donate_argnums=(0, 1))
+        return step.lower(B, A, B, A).compile().memory_analysis().temp_size_in_bytes
+
+    # One byte a pair says whether it fell back.
+    assert needed(64) - needed(16) < 1000
 
 
 def test_batches_of_other_platforms_fall_back_as_a_whole(monkeypatch):
