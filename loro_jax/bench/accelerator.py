@@ -17,7 +17,9 @@ from collections.abc import Sequence
 # Name -> arguments of ``python -m loro_jax.bench``, the most wanted first.
 MEASUREMENTS: dict[str, list[str]] = {
     # The 168 pairs of 1B in one step, against the paper's algorithm.
-    "exact_step_1b": ["exact_step", "--models=1b", "--layers=24", "--rounds=5"],
+    "exact_step_1b": [
+        *("exact_step", "--models=1b", "--layers=24", "--layers_of_others=1", "--rounds=5"),
+    ],
     "approximate_step": ["approximate_step", "--models=60m,130m", "--rounds=31"],
     # Steps of 131k tokens; "loro exact" less "loro" over K steps is what exact steps cost.
     "train_step_350m": [
@@ -42,7 +44,9 @@ MEASUREMENTS: dict[str, list[str]] = {
         *("--dtype=bfloat16", "--rounds=9"),
     ],
     "together": ["together", "--models=60m,350m,1b", "--tokens=8192"],
-    "exact_step_small": ["exact_step", "--models=60m,130m", "--layers=8", "--rounds=5"],
+    "exact_step_small": [
+        *("exact_step", "--models=60m,130m", "--layers=8", "--layers_of_others=1", "--rounds=5"),
+    ],
     "data": ["data", "--steps=20"],
 }
 

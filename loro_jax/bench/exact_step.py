@@ -137,20 +137,36 @@ def main(arguments: Sequence[str]) -> None:
     """Runs the benchmark; see ``--help``."""
     parser = make_parser("exact_step", __doc__, "60m,130m,1b", rounds=5)
     parser.add_argument("--layers", type=int, default=1, help="layers whose pairs take the step")
+    parser.add_argument(
+        "--layers_of_others",
+        type=int,
+        help="time svd and the transcriptions with so many layers, and multiply: they take one "
+        "pair after the other, and long for each on a GPU; default: as --layers",
+    )
     options = parse_options(parser, arguments, MODELS)
+    others = options.layers if options.layers_of_others is None else options.layers_of_others
+    if min(options.layers, others) < 1:
+        parser.error(
+            f"--layers, --layers_of_others: {options.layers}, {others}; expected 1 or more"
+        )
     rows = []
     for model in options.models:
-        pairs = make_pairs(layer_shapes(model) * options.layers)
+        shapes = layer_shapes(model)
+        pairs, fewer = make_pairs(shapes * options.layers), make_pairs(shapes * others)
+        slow = dict.fromkeys(("svd", "naive jax", "pytorch"), options.layers / others)
         candidates: dict[str, Callable[[], Any]] = {
-            method: _grouped(pairs, method) for method in METHODS
+            method: _grouped(fewer if method in slow else pairs, method) for method in METHODS
         }
         candidates["nearest"] = _grouped(pairs, METHODS[0], "nearest")
-        candidates["naive jax"] = _one_by_one(pairs)
-        in_torch = _torch_candidate(pairs)
+        candidates["naive jax"] = _one_by_one(fewer)
+        in_torch = _torch_candidate(fewer)
         if in_torch is not None:
             candidates["pytorch"] = in_torch
         seconds = time_in_turns(candidates, options.rounds, _PAUSE)
+        seconds = {name: slow.get(name, 1) * value for name, value in seconds.items()}
         row: dict[str, Any] = {"model": model, "pairs": len(pairs)}
+        if others != options.layers:
+            row["pairs of others"] = len(fewer)
         row |= {f"{name} ms": 1e3 * value for name, value in seconds.items()}
         for other in list(seconds)[1:]:
             row[f"{other} / {METHODS[0]}"] = seconds[other] / seconds[METHODS[0]]

@@ -46,7 +46,7 @@ def tiny(monkeypatch):
 @pytest.mark.parametrize(
     ("name", "expected"),
     [
-        ("exact_step", {"model", "pairs", "graph ms", "svd ms", "naive jax / graph"}),
+        ("exact_step", {"model", "pairs", "graph ms", "nearest ms", "naive jax / graph"}),
         ("approximate_step", {"model", "optimizer", "ms", "time / adamw", "temporaries MB"}),
     ],
 )
@@ -58,6 +58,22 @@ def test_a_benchmark_prints_a_table_and_writes_json(tiny, tmp_path, capsys, name
     assert expected <= set(result["rows"][0])
     assert {"device", "date", "jax"} <= set(result["environment"])
     assert result["command"].startswith(f"python -m loro_jax.bench {name}")
+
+
+def test_slow_exact_steps_may_be_timed_with_fewer_layers(tiny, monkeypatch, tmp_path):
+    def timed(candidates, rounds, pause):
+        return dict.fromkeys(candidates, 0.001)
+
+    monkeypatch.setattr(exact_step, "time_in_turns", timed)
+    path = tmp_path / "result.json"
+    arguments = ["exact_step", "--models=tiny", f"--json={path}", "--layers=4"]
+    bench.main([*arguments, "--layers_of_others=2"])
+    row = json.loads(path.read_text())["rows"][0]
+    assert (row["pairs"], row["pairs of others"]) == (28, 14)
+    assert [row[f"{name} ms"] for name in ("graph", "nearest", "gram")] == [1.0] * 3
+    assert [row[f"{name} ms"] for name in ("svd", "naive jax")] == [2.0] * 2
+    with pytest.raises(SystemExit):
+        bench.main([*arguments, "--layers_of_others=0"])
 
 
 def test_the_benchmark_of_data(monkeypatch, tmp_path, capsys):
