@@ -28,8 +28,9 @@ _RUNGS: dict[str, tuple[Callable[..., ExactStep], ...]] = {
 
 METHODS = tuple(_RUNGS)
 
-# On CPU the coefficients of so many pairs are in memory at once (five r x r matrices for each).
-AT_A_TIME = 8
+# On CPU as many pairs go through the phases at a time as have so many coefficients, up to seven
+# r x r matrices for each: 128 MiB in float32, which are 18 pairs of rank 512.
+COEFFICIENTS = 2**25
 
 _Rungs = Sequence[Callable[..., ExactStep]]
 
@@ -97,7 +98,8 @@ def _in_phases(others: _Rungs, basis: str, *arguments: Any) -> ExactStep:
     products need.
     """
     B, A, dB, dA, size = arguments
-    at_a_time = max(n for n in range(1, AT_A_TIME + 1) if len(B) % n == 0)
+    most = max(1, COEFFICIENTS // (7 * B.shape[-1] ** 2))
+    at_a_time = max(n for n in range(1, min(most, len(B)) + 1) if len(B) % n == 0)
     # Also under a vmap one after the other: there a branch is a real branch.
     space_of = jax.custom_batching.sequential_vmap(functools.partial(new_space, basis=basis))
     balance_of = jax.custom_batching.sequential_vmap(by_singular_vectors)

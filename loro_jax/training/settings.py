@@ -15,11 +15,18 @@ from typing import Any
 from loro_jax.training.config import Config
 
 # Fields of the run and of its model. "mergeable" is "recommended" without the activation between
-# factors: its products B A are plain matrices, which exports to other programs need.
-_ORTHOGONAL: dict[str, Any] = {"direction": "orthogonal", "exact_every": 0}
+# factors: its products B A are plain matrices, which exports to other programs need. As such they
+# have exact steps, with the paper's K, which leave factors and momentum in their basis.
+_EXACT: dict[str, Any] = {"basis": "nearest", "refresh": "none", "restart_warmup_steps": 0}
 SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "recommended": (_ORTHOGONAL, {"initialiser": "auto", "projection": "cola"}),
-    "mergeable": (_ORTHOGONAL, {"initialiser": "auto", "projection": "low_rank"}),
+    "recommended": (
+        {"direction": "orthogonal", "exact_every": 0},
+        {"initialiser": "auto", "projection": "cola"},
+    ),
+    "mergeable": (
+        {"direction": "orthogonal", **_EXACT},
+        {"initialiser": "auto", "projection": "low_rank"},
+    ),
     "paper": (
         {"direction": "adam"},
         {"initialiser": "xavier", "projection": "low_rank"},
