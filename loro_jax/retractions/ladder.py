@@ -64,6 +64,8 @@ def retract(
     Returns:
         The new factors and ``ok`` (N,).
     """
+    if len(B) == 0:
+        return _unwritten(B, A)
     # A loop's index does not index NumPy's arrays.
     arguments = jax.tree.map(jnp.asarray, (B, A, dB, dA, size))
     rungs = [functools.partial(step, basis=basis) for step in _RUNGS[method]]
@@ -98,8 +100,8 @@ def _in_phases(others: _Rungs, basis: str, *arguments: Any) -> ExactStep:
     products need.
     """
     B, A, dB, dA, size = arguments
-    most = max(1, COEFFICIENTS // (7 * B.shape[-1] ** 2))
-    at_a_time = max(n for n in range(1, min(most, len(B)) + 1) if len(B) % n == 0)
+    most = min(len(B), COEFFICIENTS // (7 * B.shape[-1] ** 2))
+    at_a_time = max((n for n in range(1, most + 1) if len(B) % n == 0), default=1)
     # Also under a vmap one after the other: there a branch is a real branch.
     space_of = jax.custom_batching.sequential_vmap(functools.partial(new_space, basis=basis))
     balance_of = jax.custom_batching.sequential_vmap(by_singular_vectors)
@@ -115,16 +117,15 @@ def _in_phases(others: _Rungs, basis: str, *arguments: Any) -> ExactStep:
     def some(k: Any, new: ExactStep) -> ExactStep:
         first = k * at_a_time
 
-        def pair(i: Any) -> Any:
+        def pair(i: Any, new: ExactStep) -> Any:
             return jax.tree.map(lambda x: x[first + i], (new.B, new.A, dB, dA, size))
 
-        spaces = jax.lax.map(lambda i: space_of(*pair(i)), jnp.arange(at_a_time))
+        spaces = jax.lax.map(lambda i: space_of(*pair(i, new)), jnp.arange(at_a_time))
         balances = jax.lax.map(balance_of, spaces.squares)
 
         def write(i: Any, new: ExactStep) -> ExactStep:
             space, balance = jax.tree.map(lambda x: x[i], (spaces, balances))
-            old = jax.tree.map(lambda x: x[first + i], (new.B, new.A, dB, dA, size))
-            return _with_pair(new, first + i, finish(space, balance, *old))
+            return _with_pair(new, first + i, finish(space, balance, *pair(i, new)))
 
         return jax.lax.fori_loop(0, at_a_time, write, new)
 

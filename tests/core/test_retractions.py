@@ -284,3 +284,9 @@ def test_unknown_methods_are_named():
         exact_update(*(jnp.eye(3),) * 4, 0.1, method="qr")
     with pytest.raises(ValueError, match="'qr'"):
         loro(0.1, exact_method="qr")
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_batch_without_pairs_stays_empty(method):
+    B, A = exact_update(*(jnp.ones((0, 4, 2)), jnp.ones((0, 2, 3))) * 2, 0.1, method=method)
+    assert (B.shape, A.shape) == ((0, 4, 2), (0, 2, 3))
