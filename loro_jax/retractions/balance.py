@@ -11,10 +11,12 @@ index. An exact step has two to offer:
   ``B'^T B + A' A^T`` (Procrustes). A step of length zero leaves balanced factors alone, a short one
   moves them little, and moments may stay as they are. Rotated old factors give rotated new ones.
 
-The second needs no eigenvectors, so on accelerators, where eigendecompositions are slow, it is made
-of products and Cholesky factorisations. For ``Q^T M`` with orthonormal rows in Q and ``H = M M^T``,
-``P Q`` and ``P^{-T} M`` are balanced when ``(P^T P)^2 = H``. With ``H = R^T R`` (Cholesky) and the
-polar factor V of R, ``H^{1/2} = V^T R``; and P is a triangular root of that.
+The second needs no eigenvectors. On CPU an eigendecomposition is the shortest way to some balanced
+factors; other platforms, made for
+products, have it made of products and Cholesky factorisations (which was not measured there). For
+``Q^T M`` with orthonormal rows in Q and ``H = M M^T``, ``P Q`` and ``P^{-T} M`` are balanced when
+``(P^T P)^2 = H``. With ``H = R^T R`` (Cholesky) and the polar factor V of R, ``H^{1/2} = V^T R``;
+and P is a triangular root of that.
 
 Source: Schoenemann, "A generalized solution of the orthogonal Procrustes problem", Psychometrika
 31, 1966; Higham, "Functions of Matrices", 2008, for the square root by way of the polar factor.
