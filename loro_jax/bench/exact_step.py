@@ -152,7 +152,8 @@ def main(arguments: Sequence[str]) -> None:
     rows = []
     for model in options.models:
         shapes = layer_shapes(model)
-        pairs, fewer = make_pairs(shapes * options.layers), make_pairs(shapes * others)
+        made = make_pairs(shapes * max(options.layers, others))
+        pairs, fewer = made[: len(shapes) * options.layers], made[: len(shapes) * others]
         slow = dict.fromkeys(("svd", "naive jax", "pytorch"), options.layers / others)
         candidates: dict[str, Callable[[], Any]] = {
             method: _grouped(fewer if method in slow else pairs, method) for method in METHODS

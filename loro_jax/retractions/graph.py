@@ -79,12 +79,14 @@ class NewSpace(NamedTuple):
 def graph_step(
     B: Array, A: Array, dB: Array, dA: Array, size: StepSize, basis: str = "singular"
 ) -> ExactStep:
-    """Exact step of one pair; arguments as for ``svd_step``. Check ``ok`` before use."""
+    """Exact step of one pair; arguments as for ``svd_step``. Check ``ok`` before use.
+
+    This is what platforms other than CPU map over a batch; on CPU the ladder takes its parts.
+    """
     space = new_space(B, A, dB, dA, size, basis)
     # On the way to the nearest basis any will do.
-    elsewhere = by_products if basis == "nearest" else by_singular_vectors
-    balance = jax.lax.platform_dependent(space.squares, cpu=by_singular_vectors, default=elsewhere)
-    return balanced_factors(B, A, dB, dA, space, balance)
+    balance_of = by_products if basis == "nearest" else by_singular_vectors
+    return balanced_factors(B, A, dB, dA, space, balance_of(space.squares))
 
 
 def new_space(

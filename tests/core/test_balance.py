@@ -10,23 +10,16 @@ import pytest
 from scipy.linalg import orthogonal_procrustes
 
 from loro_jax import LowRank, exact_update, loro, orthogonal
-from loro_jax.manifold import counted_exact_update
 from loro_jax.retractions import METHODS, StepSize, retract
 from loro_jax.retractions.balance import by_products, by_singular_vectors
 from loro_jax.spectral import polar_factor
-from tests.core.test_retractions import RATE, TOLERANCE, excess, make_pair, target
+from tests.core.test_retractions import RATE, TOLERANCE, compiled, excess, make_pair, target
 from tests.core.test_transport import SIGNS, problem
 
 SHAPES = [(96, 64, 16), (40, 60, 40), (50, 40, 1)]
 
 
-@functools.cache
-def nearest(method):
-    return jax.jit(
-        lambda *arguments: counted_exact_update(
-            *arguments, StepSize(RATE), method=method, where="test", basis="nearest"
-        )
-    )
+nearest = functools.partial(compiled, basis="nearest")
 
 
 @pytest.mark.parametrize("method", METHODS)
