@@ -132,11 +132,11 @@ class Config:
     """One run. Defaults are the paper's for 60M.
 
     Attributes:
-        method: "loro", or a method that it is compared with: "full" (the dense twin by Adam),
-            "lowrank" (the factors by Adam), "lowrank_restarts", "svd_projection",
-            "preconditioned", "preconditioned_exact", "spectron", "cola", "sltrain", "lora",
-            "relora", "switchlora", "galore", "fira" or "adarankgrad"; see
-            :mod:`loro_jax.training.methods`.
+        method: "loro", or a method that it is compared with: "full" (the dense twin by Adam or,
+            with ``direction`` "orthogonal", by Muon), "lowrank" (the factors by Adam),
+            "lowrank_restarts", "svd_projection", "preconditioned", "preconditioned_exact",
+            "spectron", "cola", "sltrain", "lora", "relora", "switchlora", "galore", "fira" or
+            "adarankgrad"; see :mod:`loro_jax.training.methods`.
         steps: optimizer steps in the run.
         seed: fixes initialisation and the order of the data.
         init_from: a directory of a Hugging Face LLaMA, dense or with its factors kept: the run
@@ -155,7 +155,8 @@ class Config:
         exact_until: exact steps are taken among the first so many ("loro"); 0: among all.
         direction: of LORO's factors, "adam", "orthogonal" (:func:`loro_jax.orthogonal`, whose
             learning rate is of another size: see ``lr_scale``), or "tangent", the same with its
-            momentum kept as a tangent vector of the product.
+            momentum kept as a tangent vector of the product. Of the projections of "full", "adam"
+            or "orthogonal", which is Muon (:func:`loro_jax.peers.muon.muon`).
         momentum: decay of the averaged gradients, with ``direction`` "orthogonal" or "tangent".
         projection_scale: alpha, on the steps of projected gradients ("galore" and its kin).
         refresh: whose Adam state an exact step zeroes: "all", "factors" or "none"; "transport"
@@ -170,7 +171,8 @@ class Config:
         lr_scale: factor on the learning rate of the factors alone (of LORO's approximate steps),
             or of the dense projections of "full"; None: r / min(m, n) for "loro" and
             "svd_projection", 2.4 for a ``direction`` other than "adam" (so that ``learning_rate``
-            0.01 moves products by 0.024 in their spectral norm), 1 for the other methods.
+            0.01 moves products by 0.024 in their spectral norm; for "full" by Muon 1.2), 1 for the
+            other methods.
         b1: decay of Adam's first moment.
         b2: decay of Adam's second moment.
         eps: Adam's epsilon.
@@ -265,6 +267,11 @@ class Config:
             raise TrainingError(
                 'config.refresh = "transport": config.direction = "tangent" carries its momentum '
                 'by itself; expected "none", "all" or "factors".'
+            )
+        if self.direction == "tangent" and self.method == "full":
+            raise TrainingError(
+                'config.direction = "tangent": dense projections have no tangent space; expected '
+                '"adam" or "orthogonal" with config.method = "full".'
             )
         for name in ("b1", "b2", "momentum"):
             self._require(name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")

@@ -191,3 +191,26 @@ def test_projections_may_have_a_learning_rate_of_their_own(method):
     for leaf, group, ratio in jax.tree.leaves(ratios, is_leaf=lambda x: isinstance(x, tuple)):
         of_projection = group == "blocks" and leaf in ("W", "B", "A")
         assert ratio == pytest.approx(0.25 if of_projection else 1.0, rel=1e-5)
+
+
+def test_the_dense_twin_by_muon_holds_one_moment_less():
+    adam, muon = held_by(config("full")), held_by(config("full", direction="orthogonal"))
+    projections = 2 * (4 * 32 * 32 + 3 * 32 * 48)
+    assert adam.total == muon.total
+    assert adam.optimizer - muon.optimizer == pytest.approx(4 * projections, abs=16)
+
+
+def test_the_dense_twin_learns_by_muon():
+    run = config("full", direction="orthogonal", clip_norm=1.0)
+    run.validate()
+    program = make_program(run)
+    step, state, losses = jax.jit(program.train_step), program.init(), []
+    for _ in range(12):
+        state, metrics = step(state, batch())
+        losses.append(float(metrics["loss"]))
+    assert losses[-1] < losses[0] - 0.5
+
+
+def test_dense_projections_have_no_tangent_space():
+    with pytest.raises(TrainingError, match='direction = "tangent"'):
+        config("full", direction="tangent").validate()

@@ -1,0 +1,176 @@
+"""Muon: orthogonalised momentum on dense projections, Adam on everything else.
+
+The rival of low-rank training at equal tokens. For a projection W (m x n) with averaged gradient M,
+``W -= eta sqrt(m / n) NS(beta M + (1 - beta) G)``, where NS moves all singular values towards one
+(:func:`loro_jax.spectral.orthogonalise`). The shape factor is the one that
+:func:`loro_jax.orthogonal` gives products ``B A``, so that a rate means the same for both.
+
+``optax.contrib.muon`` is not wrapped here, because two things cannot be set from outside:
+
+* its shape factor is ``sqrt(max(1, m / n))`` or a constant RMS, so wide matrices (m < n) take
+  larger steps than here; on tall and square ones both agree, up to the next point;
+* its Nesterov momentum is corrected for bias, ours is not (as in Jordan et al.): the directions of
+  the first steps weight the newest gradient a little more here. Without Nesterov they are equal.
+  (``tests/peers/test_muon.py``)
+
+Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024; the shape
+factor is that of Yang, Simon and Bernstein, arXiv 2310.17813, 2023.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from loro_jax.peers.projected_descent import Projected
+from loro_jax.precision import at_least_float32
+from loro_jax.spectral import orthogonalise
+
+Array = jax.Array
+
+
+class MuonState(NamedTuple):
+    """State of :func:`scale_by_muon`.
+
+    Attributes:
+        mu: averaged gradients, a tree like the parameters, float32 or wider.
+    """
+
+    mu: Any
+
+
+def scale_by_muon(
+    momentum: jax.typing.ArrayLike = 0.95,
+    *,
+    nesterov: bool = True,
+    newton_schulz_steps: int = 5,
+) -> optax.GradientTransformation:
+    """Orthogonalises averaged gradients of matrices, and scales them by ``sqrt(m / n)``.
+
+    Args:
+        momentum: beta, the decay of the averaged gradients.
+        nesterov: look one gradient ahead of the average.
+        newton_schulz_steps: iterations of the orthogonalisation.
+
+    Returns:
+        An ``optax.GradientTransformation`` for leaves of shape (..., m, n), m outputs by n inputs;
+        leading axes are layers, each orthogonalised separately.
+
+    Raises:
+        ValueError: for a ``momentum`` outside [0, 1) or no iterations; from ``init``, for a leaf
+            that is no matrix.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> tx = scale_by_muon()
+        >>> state = tx.init(jnp.zeros((4, 4)))
+        >>> moves, state = tx.update(jnp.diag(jnp.array([8.0, 4.0, 2.0, 1.0])), state)
+        >>> bool(jnp.all((0.6 < jnp.diag(moves)) & (jnp.diag(moves) < 1.203)))
+        True
+
+    Source: Jordan et al., "Muon", 2024.
+    """
+    if isinstance(momentum, float | int) and not 0 <= momentum < 1:
+        raise ValueError(f"muon: momentum must be in [0, 1), but is {momentum}.")
+    if newton_schulz_steps < 1:
+        raise ValueError(
+            f"muon: newton_schulz_steps must be at least 1, but is {newton_schulz_steps}."
+        )
+
+    def init(params: Any) -> MuonState:
+        for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+            if jnp.ndim(leaf) < 2:
+                raise ValueError(
+                    f"muon: the leaf {jax.tree_util.keystr(path)} has shape {jnp.shape(leaf)}; "
+                    "expected (..., m, n)."
+                )
+        return MuonState(
+            jax.tree.map(lambda W: jnp.zeros_like(W, dtype=at_least_float32(W.dtype)), params)
+        )
+
+    def average(old: Array, grad: Array) -> Array:
+        return momentum * old + (1 - momentum) * grad.astype(old.dtype)
+
+    def move(ahead: Array, grad: Array) -> Array:
+        m, n = grad.shape[-2:]
+        return (orthogonalise(ahead, newton_schulz_steps) * (m / n) ** 0.5).astype(grad.dtype)
+
+    def update(grads: Any, state: MuonState, params: Any = None) -> tuple[Any, MuonState]:
+        del params
+        mu = jax.tree.map(average, state.mu, grads)
+        ahead = jax.tree.map(average, mu, grads) if nesterov else mu
+        moves = jax.tree.map(move, ahead, grads)
+        mu = jax.tree.map(lambda new, old: new.astype(old.dtype), mu, state.mu)
+        return moves, MuonState(mu)
+
+    return optax.GradientTransformation(init, update)
+
+
+def muon(
+    learning_rate: optax.ScalarOrSchedule,
+    *,
+    projected: Projected,
+    lr_scale: float = 1.0,
+    momentum: jax.typing.ArrayLike = 0.95,
+    nesterov: bool = True,
+    newton_schulz_steps: int = 5,
+    weight_decay: float = 0.0,
+    b1: float = 0.9,
+    b2: float = 0.999,
+    eps: float = 1e-8,
+) -> optax.GradientTransformationExtraArgs:
+    """Muon on the projected leaves, AdamW on the others.
+
+    Args:
+        learning_rate: of the other leaves, a number or a schedule.
+        projected: which leaves are projections: a tree of bools of the parameters' structure, or a
+            callable that makes it from the parameters.
+        lr_scale: factor on the learning rate of the projections. Their eta, ``learning_rate *
+            lr_scale``, is the spectral norm of a step of a square matrix, about.
+        momentum: of :func:`scale_by_muon`.
+        nesterov: of :func:`scale_by_muon`.
+        newton_schulz_steps: of :func:`scale_by_muon`.
+        weight_decay: decoupled decay; each step shrinks a leaf by its learning rate times this.
+        b1: decay of Adam's first moment.
+        b2: decay of Adam's second moment.
+        eps: added to the root of Adam's corrected second moment.
+
+    Returns:
+        An ``optax.GradientTransformationExtraArgs``, learning rate included.
+
+    Raises:
+        ValueError: as :func:`scale_by_muon`, and for an ``lr_scale`` that is not above 0.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax
+        >>> params = {"w": jnp.eye(4), "b": jnp.zeros(4)}
+        >>> tx = muon(0.01, projected={"w": True, "b": False}, lr_scale=2.0)
+        >>> grads = jax.tree.map(jnp.ones_like, params)
+        >>> updates, _ = tx.update(grads, tx.init(params), params)
+        >>> bool(0.6 * 0.02 < jnp.linalg.norm(updates["w"], 2) < 1.203 * 0.02)
+        True
+        >>> round(float(updates["b"][0]), 4)
+        -0.01
+
+    Source: Jordan et al., "Muon", 2024.
+    """
+    if isinstance(lr_scale, float | int) and lr_scale <= 0:
+        raise ValueError(f"muon: lr_scale must be above 0, but is {lr_scale}.")
+
+    def scaled(step: Array) -> Any:
+        return lr_scale * (learning_rate(step) if callable(learning_rate) else learning_rate)
+
+    def labels(params: Any) -> Any:
+        flags = projected(params) if callable(projected) else projected
+        return jax.tree.map(lambda flag: "projections" if flag else "others", flags)
+
+    projections = optax.chain(
+        scale_by_muon(momentum, nesterov=nesterov, newton_schulz_steps=newton_schulz_steps),
+        optax.add_decayed_weights(weight_decay) if weight_decay else optax.identity(),
+        optax.scale_by_learning_rate(scaled),
+    )
+    others = optax.adamw(learning_rate, b1, b2, eps, weight_decay=weight_decay)
+    return optax.partition({"projections": projections, "others": others}, labels)
