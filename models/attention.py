@@ -1,4 +1,4 @@
-"""Causal attention of whole sequences, in blocks of queries.
+"""Causal attention of whole sequences: in blocks of queries, or by cuDNN on an NVIDIA GPU.
 
 A query sees no key behind it, so half of the square of scores is never needed. A block of queries
 is multiplied with the keys up to its end alone: with n blocks (n + 1) / 2n of the square is
@@ -20,8 +20,8 @@ from models.loss import reduction_dtype
 Array = jax.Array
 
 # How attention is computed: in blocks of queries; as one square by XLA; by cuDNN's kernel, which
-# never holds the scores.
-ATTENTION = ("blocks", "whole", "cudnn")
+# never holds the scores; or by cuDNN where it can be and in blocks elsewhere.
+ATTENTION = ("auto", "blocks", "whole", "cudnn")
 
 # The smallest block: below it, products are too narrow to be fast. The most blocks: each is a piece
 # of the compiled program of its own.
@@ -30,7 +30,7 @@ _MOST_BLOCKS = 16
 
 
 def causal_attention(
-    q_BxLxHxK: Array, k_BxLxGxK: Array, v_BxLxGxK: Array, method: str = "blocks"
+    q_BxLxHxK: Array, k_BxLxGxK: Array, v_BxLxGxK: Array, method: str = "auto"
 ) -> Array:
     """Softmax attention of each position to itself and those before it.
 
@@ -38,7 +38,8 @@ def causal_attention(
         q_BxLxHxK: queries.
         k_BxLxGxK: keys; head g of them serves the H / G heads of queries from g H / G on.
         v_BxLxGxK: values.
-        method: one of :data:`ATTENTION`. "cudnn" needs an NVIDIA GPU and 16-bit floats.
+        method: one of :data:`ATTENTION`. "cudnn" needs an NVIDIA GPU and 16-bit floats. "auto" is
+            "cudnn" where that runs, and "blocks" elsewhere.
 
     Returns:
         ``softmax(q k^T / sqrt(K)) v``, (B, L, H, K), in the dtype of the queries; scores and
@@ -54,17 +55,49 @@ def causal_attention(
         >>> bool(jnp.allclose(causal_attention(q, k, v), whole, atol=1e-5))
         True
     """
+    if method == "auto":
+        method = fastest_method(q_BxLxHxK.dtype, q_BxLxHxK.shape[-1])
     if method == "blocks":
         return _in_blocks(q_BxLxHxK, k_BxLxGxK, v_BxLxGxK)
     if method == "cudnn" and jax.default_backend() != "gpu":
         raise ValueError(
             "model.attention = 'cudnn' needs an NVIDIA GPU, but JAX runs on "
-            f"{jax.default_backend()}; expected 'blocks' or 'whole' there."
+            f"{jax.default_backend()}; expected 'auto', 'blocks' or 'whole' there."
         )
     implementation: Literal["cudnn", "xla"] = "cudnn" if method == "cudnn" else "xla"
     return jax.nn.dot_product_attention(
         q_BxLxHxK, k_BxLxGxK, v_BxLxGxK, is_causal=True, implementation=implementation
     )
+
+
+def fastest_method(dtype: jax.typing.DTypeLike, head_size: int) -> str:
+    """Returns "cudnn" where the default device runs it, and "blocks" elsewhere.
+
+    Args:
+        dtype: of queries, keys and values.
+        head_size: entries of a head.
+
+    Returns:
+        "cudnn" on NVIDIA GPUs of compute capability 8.0 and above, for 16-bit floats and heads
+        whose size is a multiple of 8 and at most 128 (from 9.0 on: 256); else "blocks".
+
+    Example:
+        >>> fastest_method(jnp.float32, 64)
+        'blocks'
+    """
+    if dtype not in (jnp.bfloat16, jnp.float16) or head_size % 8:
+        return "blocks"
+    capability = _compute_capability()
+    largest_head = 256 if capability >= (9, 0) else 128
+    return "cudnn" if capability >= (8, 0) and head_size <= largest_head else "blocks"
+
+
+def _compute_capability() -> tuple[int, ...]:
+    """Of the default device, such as (9, 0) on an H100; empty where it is no NVIDIA GPU."""
+    device = jax.local_devices()[0]
+    if device.platform != "gpu" or "cuda" not in device.client.platform_version:
+        return ()
+    return tuple(int(part) for part in str(device.compute_capability).split("."))
 
 
 def _in_blocks(q_BxLxHxK: Array, k_BxLxGxK: Array, v_BxLxGxK: Array) -> Array:

@@ -83,9 +83,9 @@ class LlamaConfig:
             (each block from its input) or "rank" (all but what passes through the rank: the r
             entries a token between two factors are kept, and what they are mapped to is computed
             again).
-        attention: how it is computed: "blocks" (of queries, with the keys that they see), "whole"
-            (one square) or "cudnn" (an NVIDIA GPU's kernel, 16-bit activations); see
-            :mod:`models.attention`.
+        attention: how it is computed: "auto" ("cudnn" where it runs, else "blocks"), "blocks" (of
+            queries, with the keys that they see), "whole" (one square) or "cudnn" (an NVIDIA GPU's
+            kernel, 16-bit activations); see :mod:`models.attention`.
         unroll: layers in the body of the compiled loop over layers.
         loss_chunk_size: tokens whose logits exist at a time.
     """
@@ -115,7 +115,7 @@ class LlamaConfig:
     dtype: str = "float32"
     param_dtype: str = "float32"
     remat: str = "dots"
-    attention: str = "blocks"
+    attention: str = "auto"
     unroll: int = 1
     loss_chunk_size: int = 4096
 

@@ -143,7 +143,16 @@ def main(arguments: Sequence[str]) -> None:
         help="time svd and the transcriptions with so many layers, and multiply: they take one "
         "pair after the other, and long for each on a GPU; default: as --layers",
     )
+    parser.add_argument(
+        "--methods",
+        default=",".join(METHODS),
+        help=f"of the exact step, some of {','.join(METHODS)}; default: all",
+    )
     options = parse_options(parser, arguments, MODELS)
+    methods = options.methods.split(",")
+    for method in methods:
+        if method not in METHODS:
+            parser.error(f"--methods: unknown {method!r}; expected some of {', '.join(METHODS)}")
     others = options.layers if options.layers_of_others is None else options.layers_of_others
     if min(options.layers, others) < 1:
         parser.error(
@@ -156,7 +165,7 @@ def main(arguments: Sequence[str]) -> None:
         pairs, fewer = made[: len(shapes) * options.layers], made[: len(shapes) * others]
         slow = dict.fromkeys(("svd", "naive jax", "pytorch"), options.layers / others)
         candidates: dict[str, Callable[[], Any]] = {
-            method: _grouped(fewer if method in slow else pairs, method) for method in METHODS
+            method: _grouped(fewer if method in slow else pairs, method) for method in methods
         }
         candidates["nearest"] = _grouped(pairs, METHODS[0], "nearest")
         candidates["naive jax"] = _one_by_one(fewer)
@@ -170,6 +179,6 @@ def main(arguments: Sequence[str]) -> None:
             row["pairs of others"] = len(fewer)
         row |= {f"{name} ms": 1e3 * value for name, value in seconds.items()}
         for other in list(seconds)[1:]:
-            row[f"{other} / {METHODS[0]}"] = seconds[other] / seconds[METHODS[0]]
+            row[f"{other} / {methods[0]}"] = seconds[other] / seconds[methods[0]]
         rows.append(row)
     report(rows, options)

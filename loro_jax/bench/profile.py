@@ -5,7 +5,8 @@ already, or zeros, somewhere else, ``arithmetic`` is everything between. Parts a
 the model and the step name: attention, mlp, loss (with the head), optimizer; ``rest`` is norms,
 embedding, clipping and whatever the compiler adds, as buffers filled with zeros. Milliseconds are
 those of operations, mean over ``--rounds`` steps; operations may run side by side, so that their
-sum need not be the time of the step, ``step ms``.
+sum need not be the time of the step, ``step ms``. On a GPU, kernels inside CUDA graphs do not say
+which operation they are: set ``XLA_FLAGS=--xla_gpu_enable_command_buffer=`` for this.
 """
 
 from __future__ import annotations
@@ -91,10 +92,40 @@ def _profile(case: Case, rounds: int) -> dict[tuple[str, str], float]:
             for plane in data.planes:
                 for line in plane.lines:
                     for event in line.events:
-                        name = dict(event.stats).get("hlo_op")
-                        if name in known:
-                            spent[known[name]] += event.duration_ns / 1e9 / rounds
+                        found = classify_event(event.name, dict(event.stats), known)
+                        if found is not None:
+                            spent[found] += event.duration_ns / 1e9 / rounds
     return spent
+
+
+def classify_event(
+    name: str, stats: dict[str, Any], known: dict[str, tuple[str, str]]
+) -> tuple[str, str] | None:
+    """Part and kind of one event of a trace; None for what is no operation of the program.
+
+    On a GPU, slices that XLA turns into copies by the driver carry names that the optimised program
+    does not have; they are moves, of the scope that they name.
+
+    Args:
+        name: of the event.
+        stats: its properties, ``hlo_op`` and ``name`` (scopes) among them.
+        known: what :func:`classify` found.
+
+    Returns:
+        As the values of ``known``.
+
+    Example:
+        >>> classify_event("MemcpyD2D", {"hlo_op": "slice.7", "name": "jit(f)/mlp/while"}, {})
+        ('mlp', 'moves')
+        >>> classify_event("python call", {}, {}) is None
+        True
+    """
+    operation = stats.get("hlo_op")
+    if operation in known:
+        return known[operation]
+    if operation is not None and name.startswith(("Memcpy", "Memset")):
+        return _part_of(str(stats.get("name", ""))), "moves"
+    return None
 
 
 def classify(hlo: str) -> dict[str, tuple[str, str]]:
@@ -128,8 +159,11 @@ def classify(hlo: str) -> dict[str, tuple[str, str]]:
 
 def _part(line: str) -> str:
     scopes = re.search(r'op_name="([^"]*)"', line)
-    # A transformed scope reads transpose(jvp(mlp)).
-    names = re.findall(r"\w+", scopes[1]) if scopes else []
+    return _part_of(scopes[1]) if scopes else "rest"
+
+
+def _part_of(scopes: str) -> str:
+    names = re.findall(r"\w+", scopes)  # a transformed scope reads transpose(jvp(mlp))
     return next((part for part in PARTS if part in names), "rest")
 
 

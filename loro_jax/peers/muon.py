@@ -43,7 +43,7 @@ class MuonState(NamedTuple):
 
 
 def scale_by_muon(
-    momentum: jax.typing.ArrayLike = 0.95,
+    momentum: float | Array = 0.95,
     *,
     nesterov: bool = True,
     newton_schulz_steps: int = 5,
@@ -114,7 +114,7 @@ def muon(
     *,
     projected: Projected,
     lr_scale: float = 1.0,
-    momentum: jax.typing.ArrayLike = 0.95,
+    momentum: float | Array = 0.95,
     nesterov: bool = True,
     newton_schulz_steps: int = 5,
     weight_decay: float = 0.0,

@@ -41,3 +41,21 @@ ACCELERATORS = {
     "a100": Accelerator(312e12, 80e9, 2.039e12, 300e9, 25e9, 8),
     "tpu_v5p": Accelerator(459e12, 95e9, 2.765e12, 300e9, 300e9, 8960),
 }
+
+
+def accelerator_of(device_kind: str) -> Accelerator | None:
+    """Returns the datasheet of a device, by the name that JAX gives it; None if it is not known.
+
+    Args:
+        device_kind: ``jax.devices()[0].device_kind``.
+
+    Example:
+        >>> accelerator_of("NVIDIA H100 80GB HBM3").flops
+        989000000000000.0
+        >>> accelerator_of("cpu") is None
+        True
+    """
+    words = device_kind.lower().replace("-", " ").split()
+    # JAX calls a TPU v5p "TPU v5" or "TPU v5p".
+    found = {"tpu_v5p"} if words[:2] in (["tpu", "v5"], ["tpu", "v5p"]) else set(words)
+    return next((ACCELERATORS[name] for name in ACCELERATORS if name in found), None)

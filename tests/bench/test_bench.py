@@ -103,11 +103,11 @@ def test_the_benchmark_of_training_steps(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(
         train_step, "preset", lambda name, **changes: dataclasses.replace(tiny[name], **changes)
     )
-    monkeypatch.setattr(train_step, "_PEAK_SIZE", {jax.default_backend(): 64})
+    monkeypatch.setattr(train_step, "_PEAK_SIZE", {jax.default_backend(): (64, 2)})
     path = tmp_path / "result.json"
     arguments = ["--models=tiny", "--rounds=1", "--batch_size=2", "--sequence_length=16"]
     arguments += ["--methods=full,loro", "--set=lr_scale=0.5", f"--json={path}"]
-    arguments += ["--set=exact_method=svd"]
+    arguments += ["--set=exact_method=svd", "--remat=full=none,loro=rank"]
     bench.main(["train_step", *arguments])
     assert "| model" in capsys.readouterr().out
     rows = json.loads(path.read_text())["rows"]
@@ -119,6 +119,10 @@ def test_the_benchmark_of_training_steps(monkeypatch, tmp_path, capsys):
     assert rows[0]["speed-up"] == rows[0]["FLOP ratio"] == 1
     assert rows[0]["FLOP ratio"] < rows[1]["FLOP ratio"]
     assert rows[0]["state MB"] > rows[1]["state MB"]
+    assert all(row["held MB"] >= row["state MB"] + row["temporaries MB"] for row in rows)
+    with pytest.raises(SystemExit):
+        bench.main(["train_step", *arguments, "--remat=full=none"])
+    assert "--remat=full=none says nothing of 'loro'" in capsys.readouterr().err
 
 
 def test_the_benchmark_of_training_steps_names_what_it_does_not_know(capsys):
@@ -348,6 +352,9 @@ def test_all_measurements_of_an_accelerator_go_on_where_they_stopped(monkeypatch
         assert seen in out
         assert "bad: failed with status" in out
     assert (tmp_path / "bad.log").read_text().startswith("usage: python -m loro_jax.bench")
+    with pytest.raises(SystemExit, match="not measured: bad"):
+        bench.main(["accelerator", f"--out={tmp_path}", "--only=bad", "--seconds=0"])
+    assert "bad: no time left" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         bench.main(["accelerator", f"--out={tmp_path}", "--only=other"])
     assert "unknown 'other'; expected some of good, bad" in capsys.readouterr().err
@@ -365,9 +372,25 @@ def test_measurements_of_an_accelerator_are_benchmarks_with_known_options(name, 
         timing.parse_options(*given)
         raise ParsedError
 
-    monkeypatch.setattr(f"loro_jax.bench.{module}.parse_options", parse)
+    parser_of = "train_step" if module == "profile" else module
+    monkeypatch.setattr(f"loro_jax.bench.{parser_of}.parse_options", parse)
     with pytest.raises(ParsedError):
         bench.main([module, *arguments])
+
+
+def test_a_profile_reads_traces_of_a_gpu():
+    """Kernels say their operation; copies by the driver only their scope."""
+    known = {"loop_pad_fusion": ("mlp", "arithmetic"), "custom-call.7": ("attention", "products")}
+    scope = "jit(train_step)/while/body/transpose(jvp(attention))/while"
+    for name, stats, expected in (
+        ("loop_pad_fusion", {"hlo_op": "loop_pad_fusion"}, ("mlp", "arithmetic")),
+        ("nvjet_sm90_tst_256x128", {"hlo_op": "custom-call.7"}, ("attention", "products")),
+        ("MemcpyD2D", {"hlo_op": "slice_fusion.3", "name": scope}, ("attention", "moves")),
+        ("Memset 3", {"hlo_op": "bwd.8"}, ("rest", "moves")),
+        ("cuLaunchKernel", {}, None),
+        ("ThunkExecutor", {"hlo_op": "call.3"}, None),
+    ):
+        assert profile.classify_event(name, stats, known) == expected
 
 
 def test_a_profile_knows_parts_and_kinds_of_what_is_compiled(monkeypatch, tmp_path):

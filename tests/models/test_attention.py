@@ -86,3 +86,31 @@ def test_cudnn_where_there_is_none_is_an_error_that_names_the_field():
         pytest.skip("there may be one")
     with pytest.raises(ValueError, match=r"model\.attention = 'cudnn' needs an NVIDIA GPU"):
         attention.causal_attention(*draw(8, dtype=jnp.float32), "cudnn")
+
+
+@pytest.mark.parametrize(
+    ("capability", "dtype", "head_size", "expected"),
+    [
+        ((9, 0), jnp.bfloat16, 64, "cudnn"),
+        ((9, 0), jnp.float16, 256, "cudnn"),
+        ((8, 0), jnp.bfloat16, 128, "cudnn"),
+        ((8, 0), jnp.bfloat16, 256, "blocks"),
+        ((7, 5), jnp.float16, 64, "blocks"),  # before Ampere
+        ((9, 0), jnp.float32, 64, "blocks"),
+        ((9, 0), jnp.bfloat16, 12, "blocks"),
+        ((), jnp.bfloat16, 64, "blocks"),  # no NVIDIA GPU
+    ],
+)
+def test_cudnn_is_chosen_where_it_runs(monkeypatch, capability, dtype, head_size, expected):
+    monkeypatch.setattr(attention, "_compute_capability", lambda: capability)
+    assert attention.fastest_method(dtype, head_size) == expected
+
+
+def test_by_default_attention_takes_the_fastest_method(monkeypatch):
+    q, k, v = draw(140, dtype=jnp.float32)
+    blocks = attention.causal_attention(q, k, v, "blocks")
+    np.testing.assert_array_equal(attention.causal_attention(q, k, v), blocks)
+    monkeypatch.setattr(attention, "fastest_method", lambda *_: "whole")
+    whole = attention.causal_attention(q, k, v, "whole")
+    np.testing.assert_array_equal(attention.causal_attention(q, k, v), whole)
+    assert not np.array_equal(whole, blocks)
