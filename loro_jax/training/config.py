@@ -69,7 +69,7 @@ class DataConfig:
 
     Attributes:
         source: "embedded" (four novels, part of the package), a glob of .txt, .jsonl or .parquet
-            files (the first two also packed: .gz, .xz, .zst), "tfds:NAME" (a prepared
+            files (the first two also packed: .gz, .xz, .zst, .bz2), "tfds:NAME" (a prepared
             tensorflow-datasets text dataset, ``tfds:c4/en`` say), a directory that
             ``python -m loro_jax.training.data prepare`` has written, or several of these with
             weights: "SOURCE,WEIGHT;SOURCE,WEIGHT". Weights are shares of the sequences (of the
@@ -86,8 +86,9 @@ class DataConfig:
         shape: "packed" (documents joined by end-of-text tokens and cut into sequences) or "padded"
             (each document truncated or padded to one sequence, as in the paper).
         text_field: the field of a JSON line, table or tfds example that holds the text.
-        text_files: what a .txt file holds: "paragraphs" (documents separated by blank lines) or
-            "documents" (one).
+        text_files: what a .txt file holds: "paragraphs" (documents separated by blank lines; a file
+            that begins like JSON lines is read as such) or "documents" (one, whatever it is). Lines
+            that end with CR LF or CR are read as if they ended with LF.
         bad_documents: what to do with malformed lines, invalid UTF-8, damaged archives, missing
             shards and their kin: "stop" when there are more than 0.1% of them, or "skip" them all.
         data_dir: directory of prepared tensorflow-datasets; None: their default.

@@ -1,123 +1,46 @@
 """Documents of local files, one after the other, with an account of what could not be read.
 
-By a file's name: ``.jsonl`` and ``.json`` hold a JSON object a line (lines end with a line feed
-alone: texts may hold U+2028 and its kin), ``.parquet`` a table, anything else plain text. ``.gz``,
-``.xz`` and ``.zst`` behind that are unpacked on the way. Files are read as streams: an archive
-needs no more memory than its longest line.
+By a file's name or its content: JSON lines hold a JSON object a line (lines end with a line feed
+alone: texts may hold U+2028 and the like), Parquet a table, anything else is plain text, whose
+documents are separated by blank lines. Archives (archives.py) are unpacked on the way. Files are
+read as streams: an archive needs no more memory than its longest document.
 """
 
 from __future__ import annotations
 
-import collections
-import contextlib
-import gzip
+import itertools
 import json
-import lzma
-import pathlib
-import zlib
-from collections.abc import Iterator
+import re
+from collections.abc import Iterable, Iterator
 from typing import Any
 
-import pyarrow
-import pyarrow.parquet
-from backports import zstd
+from loro_jax.training.data.archives import UTF8_MARK, ArchiveError, packing_of, unpack
+from loro_jax.training.data.content import (
+    HEAD,
+    NotTextError,
+    decoded,
+    is_json,
+    is_table,
+    named_packing,
+    refused_content,
+    refused_json,
+    refused_name,
+)
+from loro_jax.training.data.tables import table_texts
+from loro_jax.training.data.tally import MOST_BAD, Tally
 
-from loro_jax.training.errors import TrainingError
-
-# Share of bad documents beyond which reading stops, unless told to go on.
-MOST_BAD = 0.001
+__all__ = ["LONGEST_DOCUMENT", "MOST_BAD", "Tally", "read_documents"]
 
 # A text longer than this is taken for a broken file rather than a document.
 LONGEST_DOCUMENT = 50_000_000
 
-_COMPRESSIONS = (".gz", ".xz", ".zst")
-
-
-class Tally:
-    """Counts good and bad documents, and stops the reading when too many are bad.
-
-    Args:
-        setting: what errors call the files ("config.data.source").
-        skip: whether to go on however many are bad.
-
-    Attributes:
-        good: documents read.
-        bad: counts of bad ones by reason.
-        first: file, place and reason of the first bad one, or None.
-
-    Example:
-        >>> tally = Tally("config.data.source", skip=True)
-        >>> tally.add_bad("a.jsonl", "line 3", "not a JSON object")
-        >>> tally.close()
-        >>> tally.report()
-        'config.data.source: skipped 1 of 1 documents (1 not a JSON object)'
-    """
-
-    def __init__(self, setting: str, skip: bool):
-        self._setting = setting
-        self._skip = skip
-        self.good = 0
-        self.bad: collections.Counter[str] = collections.Counter()
-        self.first: str | None = None
-
-    def add_bad(self, path: str, place: str, reason: str) -> None:
-        """Counts a document that could not be read, and where.
-
-        Raises:
-            TrainingError: if this makes too many of the first thousand, or of all since.
-        """
-        self._count(path, place, reason)
-        self._judge(at_least=round(1 / MOST_BAD))
-
-    def add_lost(self, path: str, place: str, reason: str) -> None:
-        """Counts, as one, all documents behind a place from where a file can't be read.
-
-        Raises:
-            TrainingError: unless all is skipped: nobody knows how many they are.
-        """
-        self._count(path, place, reason)
-        self._stop()
-
-    def close(self) -> None:
-        """Judges all that has been read.
-
-        Raises:
-            TrainingError: if too much of it was bad.
-        """
-        self._judge()
-
-    def counts(self) -> dict[str, Any]:
-        """All it has counted, as JSON takes it."""
-        return {"good": self.good, "bad": dict(self.bad), "first": self.first}
-
-    def restore(self, counts: dict[str, Any]) -> None:
-        """Goes back to what :meth:`counts` returned."""
-        self.good, self.first = counts["good"], counts["first"]
-        self.bad = collections.Counter(counts["bad"])
-
-    def report(self) -> str | None:
-        """A line on what was skipped; None if nothing was."""
-        if not self.bad:
-            return None
-        reasons = ", ".join(f"{count} {reason}" for reason, count in self.bad.most_common())
-        total = self.good + self.bad.total()
-        return f"{self._setting}: skipped {self.bad.total()} of {total} documents ({reasons})"
-
-    def _count(self, path: str, place: str, reason: str) -> None:
-        self.bad[reason] += 1
-        self.first = self.first or f"{path}, {place}: {reason}"
-
-    def _judge(self, at_least: int = 0) -> None:
-        if self.bad.total() > MOST_BAD * max(self.good + self.bad.total(), at_least):
-            self._stop()
-
-    def _stop(self) -> None:
-        if not self._skip:
-            raise TrainingError(
-                f"{self._setting}: {self.first} ({self.bad.total()} bad of "
-                f"{self.good + self.bad.total()} documents so far; {MOST_BAD:.1%} may be, or any "
-                'number with config.data.bad_documents = "skip").'
-            )
+# A line of white space alone, whatever Unicode calls so, in UTF-8.
+_BLANK = re.compile(
+    rb"(?:[\t\x0b-\r\x1c- ]|\xc2[\x85\xa0]|\xe1\x9a\x80|\xe2\x80[\x80-\x8a\xa8\xa9\xaf]"
+    rb"|\xe2\x81\x9f|\xe3\x80\x80)*\Z"
+)
+_END_OF_FILE = b"\x1a"  # in texts of CP/M and DOS
+_MARKS_OF_LINES = re.compile(rb"(?:\A|(?<=\n))(?:\xef\xbb\xbf)+")
 
 
 def read_documents(path: str, tally: Tally, text_field: str, whole_files: bool) -> Iterator[str]:
@@ -133,17 +56,9 @@ def read_documents(path: str, tally: Tally, text_field: str, whole_files: bool) 
         Texts.
 
     Raises:
-        TrainingError: from the tally, or for a table without such a column.
+        TrainingError: from the tally, or for a table without such a column of texts.
     """
-    name = pathlib.Path(path)
-    kind = name.with_suffix("").suffix if name.suffix in _COMPRESSIONS else name.suffix
-    if kind == ".parquet":
-        texts = _table(path, tally, text_field)
-    elif kind in (".jsonl", ".json"):
-        texts = _json_lines(path, tally, text_field)
-    else:
-        texts = _plain(path, tally, whole_files)
-    for place, text in texts:
+    for place, text in _texts(path, tally, text_field, whole_files):
         if len(text) > LONGEST_DOCUMENT:
             tally.add_bad(path, place, f"text of more than {LONGEST_DOCUMENT:,} characters")
         elif text.strip():
@@ -151,68 +66,167 @@ def read_documents(path: str, tally: Tally, text_field: str, whole_files: bool) 
             yield text
 
 
-@contextlib.contextmanager
-def _opened(path: str) -> Iterator[Any]:
-    """A binary stream of the unpacked content."""
-    with contextlib.ExitStack() as stack:
-        file: Any = stack.enter_context(open(path, "rb"))
-        suffix = pathlib.Path(path).suffix
-        if suffix == ".gz":
-            file = stack.enter_context(gzip.open(file))
-        elif suffix == ".xz":
-            file = stack.enter_context(lzma.open(file))
-        elif suffix == ".zst":
-            file = stack.enter_context(zstd.open(file))
-        yield file
-
-
-def _chunks(path: str, tally: Tally) -> Iterator[bytes]:
-    """The unpacked bytes. All that is behind a broken place counts as one bad document."""
-    place = 0
+def _texts(
+    path: str, tally: Tally, text_field: str, whole_files: bool
+) -> Iterator[tuple[str, str]]:
+    """Places and texts, of a file of any kind."""
     try:
-        with _opened(path) as file:
-            while chunk := file.read(1 << 20):
+        reason = refused_name(path)
+        table = reason is None and is_table(path)
+    except OSError as error:
+        reason = f"can't be read ({error.strerror or error})"
+    if reason is not None:
+        tally.add_lost(path, "the file", reason)
+    elif table:
+        yield from table_texts(path, tally, text_field)
+    else:
+        yield from _streamed(_Content(path, tally), text_field, whole_files)
+
+
+class _Content:
+    """The unpacked bytes of a file. What can't be read at its end counts as one bad document.
+
+    Attributes:
+        path: the file.
+        tally: counts what can't be read.
+        cut: once it has been read, whether its last document may be cut off.
+    """
+
+    def __init__(self, path: str, tally: Tally):
+        self.path = path
+        self.tally = tally
+        self.cut = False
+        self._lost: tuple[str, str] | None = None
+        self._chunks = self._read()
+
+    def head(self) -> bytes:
+        """Its first bytes, which are still to be read."""
+        chunks, size = [], 0
+        for chunk in self._chunks:
+            chunks.append(chunk)
+            size += len(chunk)
+            if size >= HEAD:
+                break
+        self._chunks = itertools.chain(chunks, self._chunks)
+        return b"".join(chunks)[:HEAD]
+
+    def __iter__(self) -> Iterator[bytes]:
+        yield from self._chunks
+        if self._lost is not None:
+            self.tally.add_lost(self.path, *self._lost)
+
+    def _read(self) -> Iterator[bytes]:
+        place = 0
+        try:
+            for chunk in _unpacked(self.path):
                 place += len(chunk)
                 yield chunk
-    except (OSError, EOFError, zlib.error, lzma.LZMAError, zstd.ZstdError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
-        tally.add_lost(path, f"byte {place:,} of the content", f"can't be read ({reason})")
+        except (OSError, ArchiveError) as error:
+            self.cut = error.cut if isinstance(error, ArchiveError) else True
+            reason = getattr(error, "strerror", None) or str(error)
+            self._lost = f"byte {place:,} of the content", f"can't be read ({reason})"
 
 
-def _pieces(path: str, tally: Tally, separator: bytes) -> Iterator[bytes]:
-    """The file's bytes between separators."""
-    rest = b""
-    for chunk in _chunks(path, tally):
-        *whole, rest = (rest + chunk).split(separator)
-        yield from whole
-    if rest:
-        yield rest
+def _streamed(content: _Content, text_field: str, whole_files: bool) -> Iterator[tuple[str, str]]:
+    """Places and texts of what is no table."""
+    head = content.head()
+    place, reason = "the file", refused_content(head)
+    json_lines = is_json(content.path, head, whole_files)
+    if reason is None and json_lines:
+        place, reason = "line 1", refused_json(head)
+    if reason is not None:
+        content.tally.add_lost(content.path, place, reason)
+    elif json_lines:
+        only_cr = b"\r" in head and b"\n" not in head  # neither may be part of a text
+        lines = _lines(_with_line_feeds(content) if only_cr else content)
+        yield from _json_lines(content, lines, text_field)
+    else:
+        yield from _plain(content, whole_files)
 
 
-def _json_lines(path: str, tally: Tally, text_field: str) -> Iterator[tuple[str, str]]:
-    for number, line in enumerate(_pieces(path, tally, b"\n"), 1):
+def _unpacked(path: str) -> Iterator[bytes]:
+    """The content of a file, without the byte order mark that it may begin with."""
+    with open(path, "rb") as file:
+        # A file may be packed though its name does not say so, or in another format.
+        packing = packing_of(file.peek(16)) or named_packing(path)
+        if packing is not None:
+            yield from unpack(file, packing)
+            return
+        chunk = file.read(1 << 20).removeprefix(UTF8_MARK)
+        while chunk:
+            yield chunk
+            chunk = file.read(1 << 20)
+
+
+def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """Lines without the line feeds that end them, nor marks that they begin with.
+
+    The last one, perhaps empty, is what follows the last line feed.
+    """
+    rest: list[bytes] = []
+    for chunk in chunks:
+        *whole, last = chunk.split(b"\n")
+        if whole:
+            whole[0] = b"".join([*rest, whole[0]])
+            rest.clear()
+        for line in whole:
+            yield _unmarked(line)
+        rest.append(last)
+    yield _unmarked(b"".join(rest))
+
+
+def _with_last(pieces: Iterable[bytes]) -> Iterator[tuple[bytes, bool]]:
+    """Each piece, and whether it is the last."""
+    before = None
+    for piece in pieces:
+        if before is not None:
+            yield before, False
+        before = piece
+    if before is not None:
+        yield before, True
+
+
+def _unmarked(line: bytes) -> bytes:
+    """A line without a byte order mark: files that have one may have been joined."""
+    while line.startswith(UTF8_MARK):
+        line = line.removeprefix(UTF8_MARK)
+    return line
+
+
+def _json_lines(
+    content: _Content, lines: Iterable[bytes], text_field: str
+) -> Iterator[tuple[str, str]]:
+    for number, (line, last) in enumerate(_with_last(lines), 1):
         if not line.strip():
             continue
         place = f"line {number}"
         try:
-            row = json.loads(line.decode("utf-8"))
-        except UnicodeDecodeError:
-            tally.add_bad(path, place, "not UTF-8")
+            text = _text(decoded(line), text_field)
+        except NotTextError as error:
+            if not (last and content.cut):  # which is counted already
+                content.tally.add_bad(content.path, place, str(error))
             continue
-        except json.JSONDecodeError:
-            row = None
-        text = row.get(text_field) if isinstance(row, dict) else None
-        if isinstance(text, str) and not (b"\\u" in line and _has_lone_surrogates(text)):
-            yield place, text
-        elif isinstance(text, str):
-            tally.add_bad(path, place, "not Unicode (half of a surrogate pair)")
-        else:
-            tally.add_bad(
-                path,
-                place,
-                f"not a JSON object with a text in the field {text_field!r} "
-                "(config.data.text_field)",
-            )
+        yield place, text
+
+
+def _text(line: str, text_field: str) -> str:
+    """The text of a JSON line."""
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError:
+        row = None
+    except ValueError:  # Python's limit against inputs that take quadratic time
+        raise NotTextError("not readable as JSON (a number of thousands of digits)") from None
+    except RecursionError:
+        raise NotTextError("not readable as JSON (nested too deeply)") from None
+    text: Any = row.get(text_field) if isinstance(row, dict) else None
+    if not isinstance(text, str):
+        raise NotTextError(
+            f"not a JSON object with a text in the field {text_field!r} (config.data.text_field)"
+        )
+    if "\\u" in line and _has_lone_surrogates(text):
+        raise NotTextError("not Unicode (half of a surrogate pair)")
+    return text
 
 
 def _has_lone_surrogates(text: str) -> bool:
@@ -224,33 +238,46 @@ def _has_lone_surrogates(text: str) -> bool:
     return False
 
 
-def _plain(path: str, tally: Tally, whole_files: bool) -> Iterator[tuple[str, str]]:
-    pieces = [b"".join(_chunks(path, tally))] if whole_files else _pieces(path, tally, b"\n\n")
-    for number, piece in enumerate(pieces, 1):
+def _plain(content: _Content, whole_files: bool) -> Iterator[tuple[str, str]]:
+    chunks = _with_line_feeds(content)
+    if whole_files:
+        pieces = iter([_MARKS_OF_LINES.sub(b"", b"".join(chunks)).rstrip(_END_OF_FILE)])
+    else:
+        pieces = _paragraphs(_lines(chunks))
+    for number, (piece, last) in enumerate(_with_last(pieces), 1):
+        if last and content.cut:
+            return  # half a document, which is counted already
         place = f"document {number}"
         try:
-            yield place, piece.decode("utf-8")
-        except UnicodeDecodeError:
-            tally.add_bad(path, place, "not UTF-8")
+            yield place, decoded(piece)
+        except NotTextError as error:
+            content.tally.add_bad(content.path, place, str(error))
 
 
-def _table(path: str, tally: Tally, text_field: str) -> Iterator[tuple[str, str]]:
-    try:
-        table = pyarrow.parquet.ParquetFile(path)
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        tally.add_lost(path, "the table", f"not readable as Parquet ({error})")
-        return
-    with table:
-        if text_field not in table.schema_arrow.names:
-            raise TrainingError(
-                f"{path} has no column {text_field!r} (config.data.text_field); it has "
-                f"{', '.join(table.schema_arrow.names)}."
-            )
-        number = 0
-        for batch in table.iter_batches(columns=[text_field]):
-            for text in batch.column(0).to_pylist():
-                number += 1
-                if isinstance(text, str):
-                    yield f"row {number}", text
-                else:
-                    tally.add_bad(path, f"row {number}", f"no text in the column {text_field!r}")
+def _with_line_feeds(chunks: Iterable[bytes]) -> Iterator[bytes]:
+    """The same text, whose lines end with line feeds alone, instead of CR LF, CR CR LF or CR."""
+    rest = b""
+    for chunk in chunks:
+        chunk = rest + chunk
+        whole = chunk.rstrip(b"\r")
+        rest = chunk[len(whole) :]  # a line feed may follow
+        if b"\r" in whole:
+            whole = re.sub(rb"\r+\n", b"\n", whole).replace(b"\r", b"\n")
+        yield whole
+    yield b"\n" * len(rest)
+
+
+def _paragraphs(lines: Iterable[bytes]) -> Iterator[bytes]:
+    """Lines between blank ones, together.
+
+    The last paragraph, perhaps empty, is what follows the last blank line that is whole.
+    """
+    paragraph: list[bytes] = []
+    for line, last in _with_last(lines):
+        line = line.rstrip(_END_OF_FILE) if last else line
+        blank = _BLANK.match(line)
+        if not blank:
+            paragraph.append(line)
+        if last or (blank and paragraph):
+            yield b"\n".join(paragraph)
+            paragraph.clear()

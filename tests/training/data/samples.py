@@ -7,6 +7,7 @@ import numpy as np
 
 from loro_jax.training.config import Config, DataConfig
 from loro_jax.training.data import load_corpus
+from loro_jax.training.data.readers import Tally, read_documents
 from loro_jax.training.tokenizer import load_tokenizer
 from models import LlamaConfig
 
@@ -18,6 +19,22 @@ def write_lines(path, texts):
     rows = (json.dumps({"text": text}, ensure_ascii=False) for text in texts)
     path.write_text("".join(f"{row}\n" for row in rows), encoding="utf-8")
     return str(path)
+
+
+def read_file(path, skip=False, **options):
+    """(texts, tally) of a file."""
+    tally = Tally("config.data.source", skip)
+    options = {"text_field": "text", "whole_files": False} | options
+    texts = list(read_documents(str(path), tally, **options))
+    tally.close()
+    return texts, tally
+
+
+def read_content(folder, name, content, skip=False, **options):
+    """(texts, reasons of bad documents) of a file of this name and content."""
+    (folder / name).write_bytes(content)
+    texts, tally = read_file(folder / name, skip, **options)
+    return texts, list(tally.bad)
 
 
 def config(source="embedded", data=None, **changes):

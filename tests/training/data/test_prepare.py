@@ -1,5 +1,7 @@
 """Shards on disk: the documents of the source, whatever happened while they were written."""
 
+import bz2
+import gzip
 import json
 import os
 import pathlib
@@ -11,6 +13,8 @@ import sys
 import time
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 
 from loro_jax.training.config import DataConfig
@@ -80,35 +84,77 @@ def test_training_from_shards_is_training_from_the_source(tmp_path, source, shap
     assert_equal_batches(*batches)
 
 
-def test_interrupted_anywhere_it_goes_on_without_loss_or_duplicates(tmp_path, source):
-    """Stops behind every few chunks; each time it starts again from what is on disk."""
-    reference = tmp_path / "reference"
-    prepare(data(source), BYTES, str(reference), shard_tokens=40_000)
+class InterruptionError(Exception):
+    pass
 
-    class InterruptionError(Exception):
-        pass
 
-    def stop_after(count):
+def prepare_with_interruptions(config, out, shard_tokens):
+    """Stops after every few chunks, and starts again from what is on disk; how often it stopped."""
+    for interruptions in range(50):
+        count = interruptions % 5 + 1
+
         def report(progress):
             nonlocal count
             count -= 1
             if count == 0:
                 raise InterruptionError
 
-        return report
-
-    out = tmp_path / "out"
-    interruptions = 0
-    for count in [1, 2, 3, 4, 5] * 10:
         try:
-            prepare(data(source), BYTES, str(out), shard_tokens=40_000, report=stop_after(count))
-            break
+            prepare(config, BYTES, str(out), shard_tokens=shard_tokens, report=report)
         except InterruptionError:
-            interruptions += 1
             with pytest.raises(TrainingError, match=r"unfinished|without manifest"):
                 open_prepared(str(out), BYTES, skip=False)
-    assert interruptions >= 3
+        else:
+            return interruptions
+    raise AssertionError("it does not end")
+
+
+def test_interrupted_anywhere_it_goes_on_without_loss_or_duplicates(tmp_path, source):
+    reference, out = tmp_path / "reference", tmp_path / "out"
+    prepare(data(source), BYTES, str(reference), shard_tokens=40_000)
+    assert prepare_with_interruptions(data(source), out, shard_tokens=40_000) >= 3
     assert content(out) == content(reference)
+
+
+def test_interrupted_in_files_of_every_kind_also_damaged_ones(tmp_path):
+    texts = [f"document {i}: " + "word " * (i % 50) for i in range(1200)]
+    lines = ["".join(json.dumps({"text": t}) + "\n" for t in texts[i::2]) for i in range(2)]
+    members = [b"\xef\xbb\xbf" + "".join(lines[0]).encode(), b"oops\n" + lines[1].encode()]
+    folder = tmp_path / "texts"
+    folder.mkdir()
+    (folder / "a.txt").write_bytes("\r\n \r\n".join(texts).encode())
+    (folder / "b.jsonl.gz").write_bytes(b"\0\0".join(map(gzip.compress, members)) + b"garbage")
+    (folder / "c.txt.bz2").write_bytes(bz2.compress("\r\r".join(texts).encode()))
+    table = pyarrow.table({"text": [text.encode() for text in texts] + [b"\xff", None]})
+    pyarrow.parquet.write_table(table, folder / "d.parquet", row_group_size=500)
+    every = data(f"{folder}/*", bad_documents="skip")
+    reference, out = tmp_path / "reference", tmp_path / "out"
+    manifest = prepare(every, BYTES, str(reference), shard_tokens=60_000)
+    assert sum(split["documents"] for split in manifest["splits"].values()) == 4 * 1200
+    assert sum(manifest["bad_documents"].values()) == 4
+    assert prepare_with_interruptions(every, out, shard_tokens=60_000) >= 3
+    assert content(out) == content(reference)
+
+
+def test_what_an_earlier_version_began_is_not_mixed_with_what_this_one_reads(tmp_path, source):
+    out = tmp_path / "out"
+    with pytest.raises(InterruptionError):
+        prepare(data(source), BYTES, str(out), shard_tokens=9000, report=interrupt)
+    progress = json.loads((out / "progress.json").read_text())
+    del progress["request"]["reader"]
+    (out / "progress.json").write_text(json.dumps(progress))
+    with pytest.raises(TrainingError, match=r"reader: None there, 2 now"):
+        prepare(data(source), BYTES, str(out), shard_tokens=9000)
+    # What it has finished is left as it is.
+    prepare(data(source), BYTES, str(tmp_path / "done"))
+    manifest = json.loads((tmp_path / "done" / "manifest.json").read_text())
+    del manifest["request"]["reader"]
+    (tmp_path / "done" / "manifest.json").write_text(json.dumps(manifest))
+    assert prepare(data(source), BYTES, str(tmp_path / "done"))["complete"]
+
+
+def interrupt(_):
+    raise InterruptionError
 
 
 def test_threads_change_nothing(tmp_path, source):

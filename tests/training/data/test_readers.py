@@ -11,9 +11,9 @@ from backports import zstd
 
 from loro_jax.training.config import Config, DataConfig
 from loro_jax.training.data import load_corpus
-from loro_jax.training.data.readers import Tally, read_documents
 from loro_jax.training.errors import TrainingError
 from tests.training.data.samples import BYTES, config
+from tests.training.data.samples import read_file as read
 
 TEXTS = ["first", "with \u2028 a separator of lines", "café\nwith two lines", "x" * 3_000_000]
 
@@ -26,14 +26,6 @@ def json_lines(texts, field="text"):
 def zstandard(content):
     # With a checksum, as the command line tool writes it.
     return zstd.compress(content, options={zstd.CompressionParameter.checksum_flag: 1})
-
-
-def read(path, skip=False, **options):
-    tally = Tally("config.data.source", skip)
-    options = {"text_field": "text", "whole_files": False} | options
-    texts = list(read_documents(str(path), tally, **options))
-    tally.close()
-    return texts, tally
 
 
 @pytest.mark.parametrize(
