@@ -1,26 +1,27 @@
 """``python -m models.evaluate DIR SOURCE``: perplexity of a model on a text.
 
-DIR is a run directory, or one of Hugging Face's format; SOURCE is what a run may read. The
-documents that a run would validate on are taken (``--split=all``: all), joined by end-of-text
-tokens.
+DIR is a run directory, or one of Hugging Face's format; SOURCE is what a run may read. All of its
+documents are taken, joined by end-of-text tokens; only those that validate of the run's own source,
+of one with a validation split, and with ``--split=validation``.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import pathlib
 import sys
 from collections.abc import Sequence
 
 import numpy as np
 
 from loro_jax.training.data.command import add_source_options, failing_in_one_line, source_config
-from loro_jax.training.data.documents import source_parts
+from loro_jax.training.data.documents import shares_text, source_parts
 from loro_jax.training.data.encoding import encode_chunks
 from loro_jax.training.data.parts import PartReader
 from loro_jax.training.errors import TrainingError
 from loro_jax.training.tokenizer import Tokenizer
-from loro_jax.training.trained import load_model
+from loro_jax.training.trained import load_config, load_model
 from models.huggingface import CheckpointError
 from models.windows import score
 
@@ -40,25 +41,38 @@ def read_stream(options: argparse.Namespace, tokenizer: Tokenizer) -> np.ndarray
     """
     config = source_config(options)
     parts, held_out = source_parts(config.source, config)
-    if any(part.split == "validation" for part in parts) and options.split == "validation":
+    has_split = any(part.split == "validation" for part in parts)
+    wanted = options.split or _default_split(options.directory, config.source, has_split)
+    if has_split and wanted == "validation":
         parts = [part for part in parts if part.split == "validation"]
     reader = PartReader(parts, config.bad_documents == "skip", held_out)
     found: list[np.ndarray] = []
     total = 0
     for chunk, documents in encode_chunks(reader.chunks(), tokenizer):
         for split, ids in zip(chunk.splits, documents, strict=True):
-            if options.split in ("all", split):
+            if wanted in ("all", split):
                 found.append(ids)
                 total += len(ids)
         if options.max_tokens and total >= options.max_tokens:
             break
     if total < 2:
         raise TrainingError(
-            f"config.data.source = {config.source!r} has {total} tokens of --split="
-            f"{options.split}; expected at least two."
+            f"config.data.source = {config.source!r} has {total} tokens of --split={wanted}; "
+            "expected at least two" + ("." if wanted == "all" else " (--split=all takes all).")
         )
     stream = np.concatenate(found).astype(np.int32)
     return stream[: options.max_tokens or len(stream)]
+
+
+def _default_split(directory: str, source: str, has_split: bool) -> str:
+    """All of files, but not what the model was trained on, where that is known."""
+    if has_split or source.startswith("tfds:"):
+        return "validation"
+    try:
+        trained_on = load_config(pathlib.Path(directory) / "config.json").data.source
+    except TrainingError:  # not a run's directory
+        return "all"
+    return "validation" if shares_text(source, trained_on) else "all"
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -114,7 +128,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("directory", metavar="DIR")
     add_source_options(parser)
-    parser.add_argument("--split", default="validation", choices=["validation", "all"])
+    parser.add_argument(
+        "--split",
+        choices=["validation", "all"],
+        help="default: all of files; of the run's own source, and of official splits, validation",
+    )
     parser.add_argument("--window", type=int, help="tokens; default: what the model takes")
     parser.add_argument("--stride", type=int, help="tokens; default: the window, blocks")
     parser.add_argument("--max-tokens", type=int, default=0, metavar="N", help="0: all")

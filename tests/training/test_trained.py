@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.resources
 import json
+import pathlib
 import shutil
 
 import jax.numpy as jnp
@@ -10,6 +11,8 @@ import numpy as np
 import pytest
 
 from loro_jax.training.config import Config, DataConfig
+from loro_jax.training.data.documents import shares_text
+from loro_jax.training.data.prepare import prepare
 from loro_jax.training.errors import TrainingError
 from loro_jax.training.loop import train
 from loro_jax.training.trained import load_config, load_model, load_run
@@ -160,7 +163,9 @@ def test_the_command_evaluates_as_the_run_did(run, exported, make_config, tmp_pa
     source = make_config().data.source
     tokens = 4 * 32 + 1  # of the run's validation set
     arguments = [str(directory), source, "--window=32", f"--max-tokens={tokens}"]
-    assert evaluate([*arguments, "--json"]) == 0
+    # A run knows its own source; of other files all is taken.
+    split = [] if form == "run" else ["--split=validation"]
+    assert evaluate([*arguments, *split, "--json"]) == 0
     found = json.loads(capsys.readouterr().out)
     assert found["tokens"] == tokens - 1
     assert found["perplexity"] == pytest.approx(run[1], rel=1e-5)
@@ -172,6 +177,40 @@ def test_the_command_evaluates_as_the_run_did(run, exported, make_config, tmp_pa
     assert evaluate([str(directory), str(tmp_path / "empty.txt")]) == 1
     errors = capsys.readouterr().err
     assert errors.count("error: ") == errors.count("\n") == 5
+
+
+def evaluated(capsys, *arguments):
+    """Tokens and perplexity that the command says."""
+    assert evaluate([*map(str, arguments), "--json"]) == 0
+    row = json.loads(capsys.readouterr().out)
+    return row["tokens"], row["perplexity"]
+
+
+@pytest.mark.parametrize("form", ["run", "merged"])
+def test_all_of_a_file_of_the_users_own_is_evaluated(run, exported, tmp_path, capsys, form):
+    directory = run[0] if form == "run" else exported / form
+    texts = [f"Text number {i}, of my own." for i in range(3)]  # too few for one in a hundred
+    (tmp_path / "a.txt").write_text("\r\n\r\n".join(texts) + "\r\n")
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": t}) + "\n" for t in texts))
+    _, tokenizer = load_model(directory)
+    tokens = sum(len(ids) + 1 for ids in tokenizer.encode(texts))
+    named = evaluated(capsys, directory, tmp_path / "a.txt")
+    assert named[0] == tokens - 1
+    assert evaluated(capsys, directory, tmp_path / "a.*")[0] == 2 * tokens - 1
+    assert evaluated(capsys, directory, tmp_path / "a.jsonl", "--split=all") == named
+    assert evaluate([str(directory), str(tmp_path / "a.txt"), "--split=validation"]) == 1
+    assert "0 tokens of --split=validation; expected" in capsys.readouterr().err
+
+
+def test_the_runs_own_source_keeps_its_split_however_it_is_named(run, make_config, tmp_path):
+    source = pathlib.Path(make_config().data.source)
+    link = tmp_path / "link.txt"
+    link.symlink_to(source)
+    for name in (str(source), f"{source.parent}/*.txt", str(link), f"{link},1;none/*.txt,2"):
+        assert shares_text(name, str(source))
+    assert not shares_text(str(tmp_path / "other.txt"), str(source))
+    prepare(DataConfig(source=str(source)), load_run(run[0]).tokenizer, str(tmp_path / "out"))
+    assert shares_text(str(source), f"{tmp_path / 'out'},1;embedded,1")
 
 
 def test_no_padding_token_said_as_minus_one(exported, tmp_path):

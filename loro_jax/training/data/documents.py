@@ -6,6 +6,7 @@ them with weights.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import glob
 import importlib.resources
@@ -16,6 +17,7 @@ from typing import NamedTuple
 
 from loro_jax.training.config import DataConfig
 from loro_jax.training.data.parts import Part, digest
+from loro_jax.training.data.prepared import is_prepared, read_manifest
 from loro_jax.training.data.readers import Tally, read_documents
 from loro_jax.training.data.tfds_source import tfds_parts
 from loro_jax.training.errors import TrainingError
@@ -105,6 +107,35 @@ def validation_parts(pattern: str, config: DataConfig) -> list[Part]:
     return _file_parts(pattern, "config.data.validation", config, "validation")
 
 
+def shares_text(source: str, other: str) -> bool:
+    """Whether two sources read a file, or a dataset, in common; prepared ones, what they are of.
+
+    Args:
+        source: as ``config.data.source`` says it.
+        other: the other one.
+
+    Returns:
+        Whether they do, as far as their files are still there.
+
+    Example:
+        >>> shares_text("embedded", "embedded,1;none/*.txt,3")
+        True
+    """
+    return bool(_origins(source) & _origins(other))
+
+
+def _origins(source: str) -> set[str]:
+    found = set()
+    for entry in weighted_sources(source):
+        found.add(entry.source)
+        found.update(map(os.path.realpath, _matching(entry.source)))
+        if is_prepared(entry.source):
+            with contextlib.suppress(TrainingError):  # unfinished
+                manifest = read_manifest(pathlib.Path(entry.source).expanduser())
+                found |= _origins(manifest["request"]["source"])
+    return found
+
+
 _NAMES = {"train": "training", "validation": "validation"}
 
 
@@ -132,8 +163,7 @@ def _embedded(name: str, split: str) -> Part:
 
 def _file_parts(pattern: str, setting: str, config: DataConfig, split: str | None) -> list[Part]:
     """All files that match, in the order of their names."""
-    expanded = str(pathlib.Path(pattern).expanduser())
-    paths = [path for path in sorted(glob.glob(expanded, recursive=True)) if os.path.isfile(path)]
+    paths = _matching(pattern)
     if not paths:
         raise TrainingError(
             f'{setting} = {pattern!r} matches no file; expected "embedded", "tfds:NAME", a '
@@ -150,6 +180,12 @@ def _file_parts(pattern: str, setting: str, config: DataConfig, split: str | Non
         )
         for path in paths
     ]
+
+
+def _matching(pattern: str) -> list[str]:
+    """The files that a glob matches, in the order of their names."""
+    expanded = str(pathlib.Path(pattern).expanduser())
+    return [path for path in sorted(glob.glob(expanded, recursive=True)) if os.path.isfile(path)]
 
 
 def _read_file(path: str, text_field: str, whole: bool, tally: Tally) -> Iterator[str]:
