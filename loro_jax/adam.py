@@ -9,6 +9,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from loro_jax.checks import checked_numbers
+from loro_jax.precision import at_least_float32, inexact
+
 
 class AdamState(NamedTuple):
     """State of :func:`scale_by_uncorrected_adam`.
@@ -16,7 +19,8 @@ class AdamState(NamedTuple):
     Attributes:
         count: steps since the state was made or refreshed, int32 scalar.
         mu: first moments, a tree like the parameters.
-        nu: second moments, a tree like the parameters.
+        nu: second moments, a tree like the parameters: real, and in float32 or wider. In bfloat16
+            ``0.999 v`` is v again, so that v would never fall.
     """
 
     count: jax.Array  # type: ignore[assignment]  # shadows tuple.count, as in Optax
@@ -37,16 +41,23 @@ def scale_by_uncorrected_adam(
     the AdamW of older transformers releases that the authors' optimizer descends from.
     ``optax.scale_by_adam`` adds epsilon to the corrected root instead; the two agree as eps
     goes to 0, and differ in the first steps after a refresh, when ``sqrt(1 - b2^c)`` is small.
+    Of complex gradients ``g^2`` is ``|g|^2``.
 
     Args:
         b1: decay of the first moment.
         b2: decay of the second moment.
         eps: added to the root of the uncorrected second moment.
-        mu_dtype: dtype of the first moment; None: that of the parameters.
+        mu_dtype: dtype of the first moment; None: that of the parameters, or float32 if a decay of
+            b1 would be lost in it, as 0.999 is in bfloat16. For complex parameters its complex
+            counterpart.
 
     Returns:
         A transformation that turns gradients into directions (to be scaled by minus the learning
         rate), in the gradients' dtypes.
+
+    Raises:
+        ValueError: for a b1, b2 or eps that is an array of a dtype in which it means something
+            else, or a ``mu_dtype`` in which a decay of b1 is lost.
 
     Example:
         >>> import jax.numpy as jnp
@@ -56,12 +67,31 @@ def scale_by_uncorrected_adam(
         >>> [round(float(x), 3) for x in direction["w"]]
         [1.0, -1.0]
     """
+    b1, b2, eps = checked_numbers("scale_by_uncorrected_adam", b1=b1, b2=b2, eps=eps)
+    if mu_dtype is not None and decay_is_lost(b1, mu_dtype):
+        raise ValueError(
+            f"scale_by_uncorrected_adam: in mu_dtype={jnp.dtype(mu_dtype)} a moment that decays by "
+            f"b1={b1} never changes; use float32."
+        )
+
+    def first(p: Any) -> jax.Array:
+        dtype = inexact(jnp.result_type(p))
+        if mu_dtype is not None:
+            is_complex = jnp.issubdtype(dtype, jnp.complexfloating)
+            dtype = jnp.promote_types(mu_dtype, jnp.complex64) if is_complex else mu_dtype
+        elif decay_is_lost(b1, dtype):
+            dtype = at_least_float32(dtype)
+        return jnp.zeros_like(p, dtype=dtype)
+
+    def second(p: Any) -> jax.Array:
+        dtype = jnp.finfo(inexact(jnp.result_type(p))).dtype  # real
+        return jnp.zeros_like(p, dtype=at_least_float32(dtype))
 
     def init(params: Any) -> AdamState:
         return AdamState(
             count=jnp.zeros([], jnp.int32),
-            mu=optax.tree.zeros_like(params, dtype=mu_dtype),
-            nu=optax.tree.zeros_like(params),
+            mu=jax.tree.map(first, params),
+            nu=jax.tree.map(second, params),
         )
 
     def update(grads: Any, state: AdamState, params: Any = None) -> tuple[Any, AdamState]:
@@ -74,6 +104,16 @@ def scale_by_uncorrected_adam(
     return optax.GradientTransformation(init, update)
 
 
+def decay_is_lost(decay: jax.typing.ArrayLike, dtype: Any) -> bool:
+    """Whether ``decay x`` is rounded to x in a dtype, so that an average in it never falls.
+
+    What is not known while tracing is taken for fine.
+    """
+    if not isinstance(decay, float | int) or not jnp.issubdtype(dtype, jnp.inexact):
+        return False
+    return 0 < 1 - decay < float(jnp.finfo(dtype).eps)
+
+
 def adam_moments(
     grads: Any, state: AdamState, b1: jax.typing.ArrayLike, b2: jax.typing.ArrayLike
 ) -> AdamState:
@@ -81,8 +121,15 @@ def adam_moments(
     return AdamState(
         optax.safe_increment(state.count),
         jax.tree.map(lambda g, m: b1 * m + (1 - b1) * g, grads, state.mu),
-        jax.tree.map(lambda g, v: b2 * v + (1 - b2) * jnp.square(g), grads, state.nu),
+        jax.tree.map(lambda g, v: b2 * v + (1 - b2) * _squared(g, v.dtype), grads, state.nu),
     )
+
+
+def _squared(g: jax.Array, dtype: Any) -> jax.Array:
+    """``|g|^2``, squared in that dtype: float16 has nothing below 6e-8 and above 65504."""
+    if jnp.iscomplexobj(g):
+        return jnp.square(jnp.real(g)).astype(dtype) + jnp.square(jnp.imag(g)).astype(dtype)
+    return jnp.square(g.astype(dtype))
 
 
 def adam_direction(

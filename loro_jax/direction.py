@@ -13,9 +13,16 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import optax
 
-from loro_jax.adam import AdamState, adam_direction, adam_moments, scale_by_uncorrected_adam
+from loro_jax.adam import (
+    AdamState,
+    adam_direction,
+    adam_moments,
+    decay_is_lost,
+    scale_by_uncorrected_adam,
+)
 
 
 class Direction(NamedTuple):
@@ -77,11 +84,12 @@ def adam(
 ) -> Direction:
     """:func:`loro_jax.scale_by_uncorrected_adam` as a direction that carries first moments.
 
-    With a ``mu_dtype`` it carries itself: the direction is made of moments not yet rounded, and a
+    Where first moments may have another dtype than the parameters (a ``mu_dtype``, or a b1 that
+    bfloat16 can't do) it carries itself: the direction is made of moments not yet rounded, and a
     move may need more precision than they have.
     """
     as_transformation = scale_by_uncorrected_adam(b1, b2, eps, mu_dtype)
-    if mu_dtype is not None:
+    if mu_dtype is not None or decay_is_lost(b1, jnp.bfloat16):
         return from_optax(as_transformation)
 
     def advance(grads: Any, state: AdamState, params: Any, **extra_args: Any) -> tuple[Any, Any]:

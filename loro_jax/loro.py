@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import optax
 
+from loro_jax.checks import checked_numbers
 from loro_jax.descent import riemannian_descent
 from loro_jax.direction import Direction, adam, as_direction
 from loro_jax.manifold import counted_exact_update
@@ -26,9 +27,9 @@ def loro(
     exact_every: int | optax.Schedule | None = 500,
     refresh: str | None = "all",
     lr_scale: float | None = None,
-    b1: float = 0.9,
-    b2: float = 0.999,
-    eps: float = 1e-6,
+    b1: jax.typing.ArrayLike | None = None,
+    b2: jax.typing.ArrayLike | None = None,
+    eps: jax.typing.ArrayLike | None = None,
     weight_decay: float = 0.0,
     mu_dtype: Any | None = None,
     pairs: PairsSpec | None = None,
@@ -58,9 +59,11 @@ def loro(
         lr_scale: factor on the learning rate of approximate steps; None: ``r / min(m, n)`` of each
             pair. The authors' code uses ``r / hidden_size``, the same thing in a LLaMA. With
             :func:`loro_jax.orthogonal` it is on all steps of the factors, and None is 1.
-        b1: decay of Adam's first moment.
-        b2: decay of Adam's second moment.
-        eps: added to the root of Adam's uncorrected second moment.
+        b1: decay of Adam's first moment; None: 0.9. Under ``optax.inject_hyperparams`` b1, b2, eps
+            and damping need ``hyperparam_dtype=jnp.float32`` if the parameters are narrower: 0.999
+            is 1 in bfloat16. (What is None is not injected.)
+        b2: decay of Adam's second moment; None: 0.999.
+        eps: added to the root of Adam's uncorrected second moment; None: 1e-6.
         weight_decay: decoupled decay; each step shrinks a leaf by ``lr * weight_decay`` (factors:
             ``lr * lr_scale * weight_decay``, on exact steps too).
         mu_dtype: dtype of Adam's first moment; None: the parameters'.
@@ -76,7 +79,10 @@ def loro(
             right; see :mod:`loro_jax.retractions`.
         basis: of the factors that an exact step gives: "singular", the paper's, where moments of
             the old ones mean nothing any more; or "nearest", as near to the old ones as balanced
-            factors can be, where moments may stay (``refresh=None``, and no re-warm-up).
+            factors can be, where moments may stay (``refresh=None``, and no re-warm-up). Averages
+            of parameters (EMA, lookahead, schedule-free) are averages of products only as far as
+            the factors change little: signs and order of singular factors are kept near the old
+            ones for their sake, and where singular values are close "nearest" does better.
         max_move: trust region of the exact step: its size is cut so that the tangent step is at
             most ``max_move |W|`` (Frobenius). The undamped step of ill-conditioned factors can move
             a product by several times its norm. A number or a schedule; None: no bound, as in the
@@ -94,8 +100,9 @@ def loro(
 
     Raises:
         ValueError: for an ``exact_every`` below 1, an unknown ``refresh``, ``exact_method`` or
-            ``basis``, a negative ``damping`` or ``max_move``; from ``init``, when no pair is found
-            or a pair's shapes do not fit; from ``update``, without ``params``.
+            ``basis``, a negative ``damping`` or ``max_move``, an array too narrow for its number;
+            from ``init``, when no pair is found or a pair's shapes or dtypes do not fit; from
+            ``update``, without ``params``.
 
     Example:
         In a chain, on a dict of one pair and a regular leaf:
@@ -164,6 +171,16 @@ def loro(
     for name, value in (("max_move", max_move), ("damping", damping)):
         if isinstance(value, float | int) and value < 0:
             raise ValueError(f"loro: {name} must not be negative, but is {value}.")
+    learning_rate, lr_scale, weight_decay = checked_numbers(
+        "loro", learning_rate=learning_rate, lr_scale=lr_scale, weight_decay=weight_decay
+    )
+    max_move, damping = checked_numbers("loro", max_move=max_move, damping=damping)
+    b1, b2, eps = checked_numbers(
+        "loro",
+        b1=0.9 if b1 is None else b1,
+        b2=0.999 if b2 is None else b2,
+        eps=1e-6 if eps is None else eps,
+    )
     directed = adam(b1, b2, eps, mu_dtype) if direction is None else as_direction(direction)
     if directed.moves and lr_scale is None:
         lr_scale = 1.0

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from loro_jax.batching import one_by_one
-from loro_jax.precision import at_least_float32
+from loro_jax.precision import at_least_float32, inexact
 
 Array = jax.Array
 
@@ -21,7 +21,8 @@ class LowRank:
     W maps input to output (``y = W x``): ``B`` is the output side, ``A`` the input side, as in
     LoRA. Leading axes are batch axes (the layers of a scanned model, say). ``LowRank`` is a
     pytree node with the children ``B`` and ``A``, so it can stand anywhere in a parameter tree,
-    and :func:`loro_jax.loro` finds it there.
+    and :func:`loro_jax.loro` finds it there. Its children may also be what stands for arrays:
+    specs of shardings, axes of ``jax.vmap``, labels.
 
     Attributes:
         B: array of shape (..., m, r).
@@ -40,7 +41,8 @@ class LowRank:
     """
 
     def __init__(self, B: Array, A: Array):
-        check_factors(B, A, "LowRank")
+        if hasattr(B, "shape") and hasattr(A, "shape"):
+            check_factors(B, A, "LowRank")
         self.B = B
         self.A = A
 
@@ -111,6 +113,15 @@ def check_factors(B: Array, A: Array, where: str) -> None:
         )
 
 
+def check_real(B: Array, A: Array, where: str) -> None:
+    """Raises ValueError unless both factors have a real floating-point dtype."""
+    for name, factor in (("B", B), ("A", A)):
+        if not jnp.issubdtype(factor.dtype, jnp.floating):
+            raise ValueError(
+                f"{where}: expected real floating-point factors, but {name} is {factor.dtype}."
+            )
+
+
 def from_dense(W: Array, rank: int) -> tuple[Array, Array]:
     """Truncated SVD of W as balanced factors.
 
@@ -123,7 +134,8 @@ def from_dense(W: Array, rank: int) -> tuple[Array, Array]:
         rank: r, between 1 and min(m, n).
 
     Returns:
-        B (..., m, r) and A (..., r, n) in the dtype of W; the SVD is computed in float32 or wider.
+        B (..., m, r) and A (..., r, n) in the dtype of W, or in float32 if that is an integer's;
+        the SVD is computed in float32 or wider.
 
     Raises:
         ValueError: if the rank does not fit the shape.
@@ -143,10 +155,11 @@ def from_dense(W: Array, rank: int) -> tuple[Array, Array]:
     def factorise(W: Array) -> tuple[Array, Array]:
         U, s, Vt = jnp.linalg.svd(W, full_matrices=False)
         root = jnp.sqrt(s[:rank])
-        return U[:, :rank] * root, root[:, None] * Vt[:rank]
+        return U[:, :rank] * root[None, :], root[:, None] * Vt[:rank]
 
+    W = jnp.asarray(W)
     B, A = one_by_one(factorise, W.ndim - 2)(W.astype(at_least_float32(W.dtype)))
-    return B.astype(W.dtype), A.astype(W.dtype)
+    return B.astype(inexact(W.dtype)), A.astype(inexact(W.dtype))
 
 
 def balance(B: Array, A: Array) -> tuple[Array, Array]:
@@ -157,9 +170,11 @@ def balance(B: Array, A: Array) -> tuple[Array, Array]:
         A: array of shape (..., r, n).
 
     Returns:
-        B' and A' of the same shapes and dtypes; both have the square roots of W's singular values.
+        B' and A' of the same shapes and dtypes (float32 for integers); both have the square roots
+        of W's singular values.
     """
     check_factors(B, A, "balance")
+    B, A = jnp.asarray(B), jnp.asarray(A)
     dtype = at_least_float32(jnp.promote_types(B.dtype, A.dtype))
 
     def rotate(B: Array, A: Array) -> tuple[Array, Array]:
@@ -167,10 +182,10 @@ def balance(B: Array, A: Array) -> tuple[Array, Array]:
         Qa, Ra = jnp.linalg.qr(A.T)
         U, s, Vt = jnp.linalg.svd(Rb @ Ra.T)
         root = jnp.sqrt(s)
-        return (Qb @ U) * root, root[:, None] * (Vt @ Qa.T)
+        return (Qb @ U) * root[None, :], root[:, None] * (Vt @ Qa.T)
 
     B_new, A_new = one_by_one(rotate, B.ndim - 2)(B.astype(dtype), A.astype(dtype))
-    return B_new.astype(B.dtype), A_new.astype(A.dtype)
+    return B_new.astype(inexact(B.dtype)), A_new.astype(inexact(A.dtype))
 
 
 def initialise(
@@ -241,11 +256,12 @@ def initialise(
     if method == "lora":
         bound = n**-0.5  # torch's default for a linear layer of n inputs
         A = jax.random.uniform(key, (r, n), jnp.float32, -bound, bound)
-        return jnp.zeros((m, r)), A
+        return jnp.zeros((m, r), jnp.float32), A
     if method == "spectral":
         # One at a time, also where a vmap draws the factors of all layers (see one_by_one).
         draw_pair = one_by_one(lambda W: from_dense(W, r), 0)
-        return draw_pair(initializer_range * jax.random.normal(key, (m, n)))
+        W = initializer_range * jax.random.normal(key, (m, n), jnp.float32)
+        return draw_pair(W.astype(jnp.float32))
     name, _, number = method.partition("_")
     if name in ("randn", "const") and _is_number(number):
         scale_B = scale_A = float(number)
@@ -257,11 +273,12 @@ def initialise(
             "spectral, lora, randn_X or const_X with a number X."
         )
     if name == "const":
-        return jnp.full((m, r), scale_B), jnp.full((r, n), scale_A)
+        return jnp.full((m, r), scale_B, jnp.float32), jnp.full((r, n), scale_A, jnp.float32)
     orthonormal = method in ("orth", "xavorth")
     draw = jax.nn.initializers.orthogonal() if orthonormal else jax.nn.initializers.normal(1.0)
     key_B, key_A = jax.random.split(key)
-    return scale_B * draw(key_B, (m, r)), scale_A * draw(key_A, (r, n))
+    B, A = draw(key_B, (m, r), jnp.float32), draw(key_A, (r, n), jnp.float32)
+    return (scale_B * B).astype(jnp.float32), (scale_A * A).astype(jnp.float32)
 
 
 def _is_number(text: str) -> bool:

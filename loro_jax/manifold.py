@@ -22,47 +22,112 @@ Riemannian Optimization", ICLR 2025.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.scipy.linalg import solve_triangular
 
 from loro_jax.batching import one_by_one
-from loro_jax.lowrank import check_factors
+from loro_jax.lowrank import check_factors, check_real
 from loro_jax.precision import at_least_float32
 from loro_jax.retractions import StepSize, check_basis, check_method, retract
 
 Array = jax.Array
 
 
+class Side(NamedTuple):
+    """An orthonormal basis of the columns of a factor X, and its pseudo-inverse.
+
+    Directions that X does not have, where it lacks rank, are zero in both.
+    """
+
+    Q: Array  # like X
+    inverse: Array  # r x r: the pseudo-inverse of X is ``inverse Q^T``
+
+
 class Tangent(NamedTuple):
-    """A tangent vector at W = Q_B R_B R_A^T Q_A^T, in blocks of width r.
+    """A tangent vector at W = B A, in blocks of width r.
 
     It stands for ``Q_B core Q_A^T + out_perp Q_A^T + Q_B in_perp``.
     """
 
-    Q_B: Array  # m x r
-    R_B: Array  # r x r
-    Q_A: Array  # n x r
-    R_A: Array  # r x r
     core: Array  # r x r
     out_perp: Array  # m x r, orthogonal to Q_B
     in_perp: Array  # r x n, orthogonal to Q_A
 
 
-def tangent_projection(B: Array, A: Array, g_B: Array, g_A: Array) -> Tangent:
-    """Proposition 3 in blocks. The core is taken from g_A alone, as in the authors' code.
+def tangent_projection(out: Side, inp: Side, g_B: Array, g_A: Array) -> Tangent:
+    """Proposition 3 in blocks, for the sides of B and of A^T.
 
     For true gradients the core can be had from either factor (``R_B^{-T} g_A Q_A`` equals
-    ``Q_B^T g_B R_A^{-1}``). For Adam's directions the two differ, and parity needs this one.
+    ``Q_B^T g_B R_A^{-1}``). For Adam's directions the two differ, and parity with the authors' code
+    needs the former.
     """
-    Q_B, R_B = jnp.linalg.qr(B)
-    Q_A, R_A = jnp.linalg.qr(A.T)
-    left = solve_triangular(R_B, g_A, trans="T")  # Q_B^T G, r x n
-    right = solve_triangular(R_A, g_B.T, trans="T").T  # G Q_A, m x r
-    core = left @ Q_A
-    return Tangent(Q_B, R_B, Q_A, R_A, core, right - Q_B @ (Q_B.T @ right), left - core @ Q_A.T)
+    left = out.inverse.T @ g_A  # Q_B^T G, r x n
+    right = g_B @ inp.inverse  # G Q_A, m x r
+    core = left @ inp.Q
+    return Tangent(core, right - out.Q @ (out.Q.T @ right), left - core @ inp.Q.T)
+
+
+def with_sides(fn: Callable[..., Any], batch_axes: int) -> Callable[..., Any]:
+    """Maps ``fn(side of B, side of A^T, B, A, ...)`` over pairs of any rank.
+
+    The sides are made by QR, and once more by SVD if any of the pairs lacks rank.
+
+    Args:
+        fn: function of one pair that returns matrices.
+        batch_axes: number of leading axes that B, A and all other arguments share.
+
+    Returns:
+        A function of B, A and the other arguments.
+    """
+
+    def by_qr(B: Array, A: Array, *others: Array) -> Any:
+        (out, fine_out), (inp, fine_inp) = _side_by_qr(B), _side_by_qr(A.T)
+        return fn(out, inp, B, A, *others), fine_out & fine_inp
+
+    def by_svd(B: Array, A: Array, *others: Array) -> Any:
+        return fn(_side_by_svd(B), _side_by_svd(A.T), B, A, *others)
+
+    def mapped(*arguments: Array) -> Any:
+        results, fine = one_by_one(by_qr, batch_axes)(*arguments)
+
+        def mended() -> Any:
+            others = one_by_one(by_svd, batch_axes)(*arguments)
+            return jax.tree.map(
+                lambda x, y: jnp.where(fine[..., None, None], x, y), results, others
+            )
+
+        return jax.lax.cond(jnp.all(fine), lambda: results, mended)
+
+    return mapped
+
+
+def _smallest_kept(X: Array) -> float:
+    """The least singular value, over the largest, that is not taken for zero."""
+    return max(X.shape) * float(jnp.finfo(X.dtype).eps)
+
+
+def _side_by_qr(X: Array) -> tuple[Side, Array]:
+    """The side, and whether X has full rank."""
+    Q, R = jnp.linalg.qr(X)
+    diagonal = jnp.diagonal(R)
+    inverse = solve_triangular(
+        R + jnp.diag((diagonal == 0).astype(R.dtype)), jnp.eye(R.shape[0], dtype=R.dtype)
+    )
+    condition = jnp.linalg.norm(R) * jnp.linalg.norm(inverse)
+    # Where there are no numbers, an SVD would find none either.
+    return Side(Q, inverse), jnp.all(diagonal != 0) & ~(condition * _smallest_kept(X) > 1)
+
+
+def _side_by_svd(X: Array) -> Side:
+    Q, R = jnp.linalg.qr(X)
+    U, s, Vt = jnp.linalg.svd(R, full_matrices=False)
+    kept = s > s[0] * _smallest_kept(X)
+    inverse = jnp.where(kept, 1 / jnp.where(kept, s, 1), 0)
+    return Side((Q @ U) * kept[None, :], Vt.T * inverse[None, :])
 
 
 def exact_update(
@@ -108,8 +173,9 @@ def exact_update(
         factors are.
 
     Raises:
-        ValueError: if the shapes do not make a pair of rank r <= min(m, n), or dB and dA differ
-            in shape from the factors, or the method or the basis is unknown.
+        ValueError: if the shapes do not make a pair of rank r <= min(m, n), or the factors are not
+            of a real floating-point dtype, or dB and dA differ in shape from them, or the method or
+            the basis is unknown.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -164,8 +230,8 @@ def riemannian_gradient(B: Array, A: Array, gB: Array, gA: Array) -> Array:
     computed from the gradients of the factors, ``gB = G A^T`` and ``gA = B^T G``, alone.
 
     Args:
-        B: output-side factor, shape (..., m, r), of full column rank.
-        A: input-side factor, shape (..., r, n), of full row rank.
+        B: output-side factor, shape (..., m, r). Directions that it lacks carry no gradient.
+        A: input-side factor, shape (..., r, n); likewise.
         gB: gradient of B, same shape as B.
         gA: gradient of A, same shape as A.
 
@@ -186,15 +252,16 @@ def riemannian_gradient(B: Array, A: Array, gB: Array, gA: Array) -> Array:
     _check_directions(B, A, gB, gA, "riemannian_gradient")
     dtype = at_least_float32(jnp.promote_types(B.dtype, A.dtype))
 
-    def assemble(B: Array, A: Array, gB: Array, gA: Array) -> Array:
-        t = tangent_projection(B, A, gB, gA)
-        return (t.Q_B @ t.core + t.out_perp) @ t.Q_A.T + t.Q_B @ t.in_perp
+    def assemble(out: Side, inp: Side, B: Array, A: Array, gB: Array, gA: Array) -> Array:
+        t = tangent_projection(out, inp, gB, gA)
+        return (out.Q @ t.core + t.out_perp) @ inp.Q.T + out.Q @ t.in_perp
 
-    return one_by_one(assemble, B.ndim - 2)(*(x.astype(dtype) for x in (B, A, gB, gA)))
+    return with_sides(assemble, B.ndim - 2)(*(x.astype(dtype) for x in (B, A, gB, gA)))
 
 
 def _check_directions(B: Array, A: Array, dB: Array, dA: Array, where: str) -> None:
     check_factors(B, A, where)
+    check_real(B, A, where)
     if dB.shape != B.shape or dA.shape != A.shape:
         raise ValueError(
             f"{where}: expected directions of the factors' shapes {tuple(B.shape)} and "

@@ -28,8 +28,9 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 
+from loro_jax.adam import decay_is_lost
+from loro_jax.checks import checked_numbers
 from loro_jax.direction import Direction
 from loro_jax.precision import at_least_float32, matmul
 from loro_jax.spectral import inverse_root, orthogonalise
@@ -85,7 +86,8 @@ def orthogonal(
         A direction whose results are moves of the factors.
 
     Raises:
-        ValueError: for a ``momentum`` outside [0, 1), no iterations, or a negative ``damping``.
+        ValueError: for a ``momentum`` outside [0, 1), no iterations, a negative ``damping``, or an
+            array too narrow for its number.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax
@@ -106,6 +108,8 @@ def orthogonal(
         )
     if isinstance(damping, float | int) and damping < 0:
         raise ValueError(f"orthogonal: damping must not be negative, but is {damping}.")
+
+    momentum, damping = checked_numbers("orthogonal", momentum=momentum, damping=damping)
 
     def average(old: Array, grad: Array) -> Array:
         return momentum * old + (1 - momentum) * grad
@@ -136,7 +140,13 @@ def orthogonal(
         return jax.tree.unflatten(jax.tree.structure(params), moves), new_state
 
     def init(params: Any) -> Any:
-        zeros = optax.tree.zeros_like(params)
+        # In bfloat16 an average with a momentum of 0.999 would never fall.
+        zeros = jax.tree.map(
+            lambda p: jnp.zeros_like(
+                p, dtype=at_least_float32(p.dtype) if decay_is_lost(momentum, p.dtype) else p.dtype
+            ),
+            params,
+        )
         if not transported:
             return MomentumState(zeros)
         # A copy: steps donate parameters and state, and no buffer can be given twice.

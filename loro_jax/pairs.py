@@ -2,23 +2,32 @@
 
 A pair is a :class:`loro_jax.LowRank` node, or two sibling leaves named ``B`` and ``A`` under one
 parent: entries of a dict, attributes of a dataclass, variables of an ``nnx.State``, boxed Linen
-parameters. All of these show in a leaf's path, so one rule finds them all: strip the box's own
-entry (``value``), and take the leaves whose paths agree but for a last entry of ``B`` or ``A``.
+parameters. All of these show in a leaf's path, so one rule finds them all: pass over the entry by
+which Flax's own boxes hold their array, and take the leaves whose paths agree but for a last entry
+of ``B`` or ``A``.
+
+Names alone can mislead, so two things that look like it are kept out: siblings that are both square
+(the matrices of a state-space model, say: no rank is fixed by such a product), with a warning; and
+a factor that is shared between modules, which a tree shows in one of them alone, with an error.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
 
-from loro_jax.lowrank import LowRank, check_factors
+from loro_jax.lowrank import LowRank, check_factors, check_real
 
 PairsSpec = Any | Callable[[Any], Any]
 
-# The attribute under which nnx variables and Linen boxes hold their array.
-_BOX_ENTRY = "value"
+# Flax's boxes: nnx variables and Linen's parameters with metadata. Each holds its array in an
+# attribute; the classes are known by name, because Flax need not be installed.
+_BOXES = ("Variable", "VariableState", "AxisMetadata")
+
+_Path = tuple[Any, ...]
 
 
 class Pair(NamedTuple):
@@ -34,7 +43,7 @@ def find_pairs(params: Any, spec: PairsSpec | None = None) -> list[Pair]:
 
     Args:
         params: any pytree of arrays (or of anything with a ``shape``).
-        spec: None to find the pairs by themselves. Otherwise a tree of the structure of
+        spec: None to find the pairs automatically. Otherwise a tree of the structure of
             ``params`` (or a callable that makes one from ``params``) whose leaves are None for a
             regular parameter and ``"NAME.B"`` or ``"NAME.A"`` for the factors of the pair NAME.
 
@@ -42,7 +51,9 @@ def find_pairs(params: Any, spec: PairsSpec | None = None) -> list[Pair]:
         The pairs, in the order of their first leaf.
 
     Raises:
-        ValueError: if two leaves look like a pair but do not multiply, or the spec does not fit.
+        ValueError: if two leaves look like a pair but do not multiply or are not of a real
+            floating-point dtype, if a lone factor fits one of a pair (it may be shared), or the
+            spec does not fit.
 
     Example:
         >>> import jax.numpy as jnp
@@ -54,21 +65,14 @@ def find_pairs(params: Any, spec: PairsSpec | None = None) -> list[Pair]:
         ['adapter']
     """
     leaves = jax.tree_util.tree_flatten_with_path(params)[0]
-    by_name = _named_by_path(leaves) if spec is None else _named_by_spec(params, leaves, spec)
-    pairs = []
-    for name, sides in by_name.items():
-        if set(sides) != {"B", "A"}:
-            if spec is None:
-                continue  # a lone leaf that happens to be called B or A is a regular parameter
-            raise ValueError(
-                f"pairs: the spec names {name}.{'/'.join(sides)} without its other side."
-            )
-        pair = Pair(name, sides["B"], sides["A"])
+    pairs = _found_by_path(params) if spec is None else _named_by_spec(params, leaves, spec)
+    for pair in pairs:
         B, A = leaves[pair.B][1], leaves[pair.A][1]
         # During optax's tree utilities leaves may be placeholders without a shape.
         if hasattr(B, "shape") and hasattr(A, "shape"):
-            check_factors(B, A, f"the pair {name!r} (name it in pairs=..., or leave it out there)")
-        pairs.append(pair)
+            where = f"the pair {pair.name!r} (name it in pairs=..., or leave it out there)"
+            check_factors(B, A, where)
+            check_real(B, A, where)
     return sorted(pairs, key=lambda pair: min(pair.B, pair.A))
 
 
@@ -84,29 +88,103 @@ def describe_leaves(params: Any, limit: int = 12) -> str:
     return "; ".join(lines) or "no leaf at all"
 
 
-def _named_by_path(leaves: list[tuple[Any, Any]]) -> dict[str, dict[str, int]]:
-    by_parent: dict[str, dict[str, int]] = {}
-    for index, (path, _) in enumerate(leaves):
-        entries = [_entry_name(entry) for entry in path]
-        while entries and entries[-1] == _BOX_ENTRY:
-            entries.pop()
-        if entries and entries[-1] in ("B", "A"):
-            parent = "/".join(entries[:-1])
-            by_parent.setdefault(parent, {})[entries[-1]] = index
-    return by_parent
+def _found_by_path(params: Any) -> list[Pair]:
+    """Leaves called B and A under one parent."""
+    by_parent: dict[_Path, dict[str, int]] = {}
+    held_back: set[_Path] = set()
+    leaves: list[Any] = []
+    for path, leaf in _unboxed(params):
+        side = _entry_name(path[-1]) if path else ""
+        if leaf is _NOTHING:
+            held_back.add(path[:-1])
+            continue
+        if side in ("B", "A"):
+            by_parent.setdefault(path[:-1], {})[side] = len(leaves)
+        leaves.append(leaf)
+
+    nodes = _paths_of_nodes(params)
+    pairs, lone = [], {}
+    for parent, sides in by_parent.items():
+        name = "/".join(map(_entry_name, parent))
+        if len(sides) == 1:
+            if parent not in held_back:
+                lone[name] = sides
+        elif parent in nodes or not _both_square(leaves[sides["B"]], leaves[sides["A"]]):
+            pairs.append(Pair(name, sides["B"], sides["A"]))
+        else:
+            warnings.warn(
+                f"pairs: B and A under {name!r} are both square, of shape "
+                f"{tuple(leaves[sides['B']].shape)}: they are taken for regular parameters, not "
+                "for a low-rank pair. Say what they are with pairs=..., or make them a LowRank.",
+                stacklevel=2,
+            )
+    for name, sides in lone.items():
+        _check_unshared(name, sides, pairs, leaves)
+    return pairs
 
 
-def _named_by_spec(
-    params: Any, leaves: list[tuple[Any, Any]], spec: PairsSpec
-) -> dict[str, dict[str, int]]:
-    tree = spec(params) if callable(spec) and not isinstance(spec, LowRank) else spec
-    labels, structure = jax.tree.flatten(tree, is_leaf=lambda leaf: leaf is None)
-    expected: Any = jax.tree.structure(params)
-    if expected != structure:
+def _both_square(B: Any, A: Any) -> bool:
+    shape: tuple[int, ...] = getattr(B, "shape", ())
+    return len(shape) >= 2 and shape[-2] == shape[-1] and shape == getattr(A, "shape", ())
+
+
+def _check_unshared(name: str, sides: dict[str, int], pairs: list[Pair], leaves: list[Any]) -> None:
+    """Raises ValueError if a lone B or A fits the other side of a pair.
+
+    A tree shows a parameter that modules share in one of them alone. An exact step gives a factor
+    another basis, in which whatever else multiplies with it does not fit any more.
+    """
+    ((side, index),) = sides.items()
+    other = "A" if side == "B" else "B"
+    for pair in pairs:
+        B, A = (leaves[index if s == side else getattr(pair, s)] for s in ("B", "A"))
+        try:
+            check_factors(B, A, "")
+        except (ValueError, AttributeError):  # they do not multiply, or are placeholders
+            continue
         raise ValueError(
-            "pairs: the spec must have the structure of the parameters, with None for a regular "
-            f"leaf; the spec is {structure}, the parameters are {expected}."
+            f"pairs: {name!r} has {side} of shape {tuple(leaves[index].shape)} but no {other}, and "
+            f"{other} of {pair.name!r} fits it. A factor that modules share can't take exact steps "
+            "with one of them; name the pairs with pairs=..., and leave these out if it is shared."
         )
+
+
+# Where there is a hole instead of a leaf: None, or what Optax puts for a leaf that it masks.
+_NOTHING = object()
+
+
+def _unboxed(params: Any) -> Iterator[tuple[_Path, Any]]:
+    """Leaves with their paths, but for the entries of boxes; also holes."""
+    nodes = jax.tree_util.tree_flatten_with_path(
+        params, is_leaf=lambda node: _is_box(node) or not jax.tree.leaves(node)
+    )[0]
+    for path, node in nodes:
+        inside = jax.tree_util.tree_flatten_with_path(node)[0]
+        if not inside:
+            yield path, _NOTHING
+        elif len(inside) == 1 and len(inside[0][0]) <= 1:
+            yield path, inside[0][1]
+        else:  # a box of a whole tree
+            yield from ((path + further, leaf) for further, leaf in inside)
+
+
+def _is_box(node: Any) -> bool:
+    return any(
+        kind.__name__ in _BOXES and kind.__module__.partition(".")[0] == "flax"
+        for kind in type(node).__mro__
+    )
+
+
+def _paths_of_nodes(params: Any) -> set[_Path]:
+    """Where the LowRank nodes are."""
+    found = jax.tree_util.tree_flatten_with_path(
+        params, is_leaf=lambda node: isinstance(node, LowRank)
+    )[0]
+    return {path for path, node in found if isinstance(node, LowRank)}
+
+
+def _named_by_spec(params: Any, leaves: list[tuple[Any, Any]], spec: PairsSpec) -> list[Pair]:
+    labels = _labels(params, spec)
     by_name: dict[str, dict[str, int]] = {}
     for index, label in enumerate(labels):
         if label is None:
@@ -120,7 +198,29 @@ def _named_by_spec(
         if side in by_name.setdefault(name, {}):
             raise ValueError(f"pairs: the spec names {name}.{side} twice.")
         by_name[name][side] = index
-    return by_name
+    for name, sides in by_name.items():
+        if len(sides) == 1:
+            raise ValueError(
+                f"pairs: the spec names {name}.{'/'.join(sides)} without its other side."
+            )
+    return [Pair(name, sides["B"], sides["A"]) for name, sides in by_name.items()]
+
+
+def _labels(params: Any, spec: PairsSpec) -> list[Any]:
+    """The labels of all leaves; a module that can be called may be a spec as any other tree."""
+    structure: Any = jax.tree.structure(params)
+    called = callable(spec) and jax.tree_util.all_leaves([spec])
+    tree = spec(params) if called else spec
+    try:
+        return structure.flatten_up_to(tree)
+    except ValueError:
+        if callable(spec) and not called:
+            return _labels(params, lambda params: spec(params))
+        found = jax.tree.structure(tree, is_leaf=lambda leaf: leaf is None)
+        raise ValueError(
+            "pairs: the spec must have the structure of the parameters, with None for a regular "
+            f"leaf; the spec is {found}, the parameters are {structure}."
+        ) from None
 
 
 def _entry_name(entry: Any) -> str:

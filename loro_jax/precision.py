@@ -17,4 +17,11 @@ def matmul(x: Array, y: Array) -> Array:
 
 def at_least_float32(dtype: Any) -> Any:
     """The dtype to factorise in: the given one, or float32 where it is narrower."""
+    if jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32:
+        return jnp.dtype(jnp.float32)  # also of those that JAX does not promote, of eight bits
     return jnp.promote_types(dtype, jnp.float32)
+
+
+def inexact(dtype: Any) -> Any:
+    """The dtype of results: the given one, or float32 for integers, which can't hold them."""
+    return dtype if jnp.issubdtype(dtype, jnp.inexact) else jnp.float32

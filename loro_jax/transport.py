@@ -10,7 +10,9 @@ rule that does not depend on either basis:
   gradient would have given: ``m_B' = T A'^T`` and ``m_A' = B'^T T``.
 * Second moments. The new gradients are, inside the old spaces, ``g_B' = g_B X^T`` with
   ``X = A' A^+`` and ``g_A' = Y^T g_A`` with ``Y = B^+ B'``. With uncorrelated entries their squares
-  average to ``v_B' = v_B (X o X)^T`` and ``v_A' = (Y o Y)^T v_A`` (o entry by entry).
+  average to ``v_B' = v_B (X o X)^T`` and ``v_A' = (Y o Y)^T v_A`` (o entry by entry). Of what the
+  new factors have outside the old spaces (much, if the old ones lacked rank) nothing is known but
+  the mean, a part of T; its square is added, so that no first moment is left without a second.
 
 Adam's direction commutes with changes of sign of the inner index, and so do both rules: two runs
 that start from (B, A) and from (B S, S A) keep the same product W.
@@ -20,10 +22,8 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jax.scipy.linalg import solve_triangular
 
-from loro_jax.batching import one_by_one
-from loro_jax.manifold import tangent_projection
+from loro_jax.manifold import Side, tangent_projection, with_sides
 from loro_jax.precision import at_least_float32
 
 Array = jax.Array
@@ -57,22 +57,33 @@ def transport_moments(
     moments = (*mu, *(nu or ()))
     arguments = (*old, *new, *moments)
     dtype = at_least_float32(jnp.result_type(*arguments))
-    mapped = one_by_one(_transport, old[0].ndim - 2)
+    mapped = with_sides(_transport, old[0].ndim - 2)
     moved = mapped(*(x.astype(dtype) for x in arguments))
     mu_B, mu_A, *nu_new = (x.astype(like.dtype) for x, like in zip(moved, moments, strict=True))
     return ((mu_B, mu_A), (nu_new[0], nu_new[1])) if nu_new else ((mu_B, mu_A),)
 
 
 def _transport(
-    B: Array, A: Array, B_new: Array, A_new: Array, m_B: Array, m_A: Array, *v: Array
+    out: Side,
+    inp: Side,
+    B: Array,
+    A: Array,
+    B_new: Array,
+    A_new: Array,
+    m_B: Array,
+    m_A: Array,
+    *v: Array,
 ) -> tuple[Array, ...]:
-    t = tangent_projection(B, A, m_B, m_A)
-    inner_A, inner_B = A_new @ t.Q_A, t.Q_B.T @ B_new  # r x r
-    # T A'^T and B'^T T, with T in blocks.
-    m_B_new = t.Q_B @ (t.core @ inner_A.T + t.in_perp @ A_new.T) + t.out_perp @ inner_A.T
-    m_A_new = (inner_B.T @ t.core + B_new.T @ t.out_perp) @ t.Q_A.T + inner_B.T @ t.in_perp
+    del B, A
+    t = tangent_projection(out, inp, m_B, m_A)
+    inner_A, inner_B = A_new @ inp.Q, out.Q.T @ B_new  # r x r
+    # T A'^T and B'^T T, with T in blocks: what the new factors have in the old spaces, and outside.
+    seen_B = out.Q @ (t.core @ inner_A.T) + t.out_perp @ inner_A.T
+    seen_A = (inner_B.T @ t.core) @ inp.Q.T + inner_B.T @ t.in_perp
+    unseen_B, unseen_A = out.Q @ (t.in_perp @ A_new.T), (B_new.T @ t.out_perp) @ inp.Q.T
+    moved = seen_B + unseen_B, seen_A + unseen_A
     if not v:
-        return m_B_new, m_A_new
-    X = solve_triangular(t.R_A, inner_A.T).T  # A' A^+ = A' Q_A R_A^{-T}
-    Y = solve_triangular(t.R_B, inner_B)  # B^+ B' = R_B^{-1} Q_B^T B'
-    return m_B_new, m_A_new, v[0] @ (X**2).T, (Y**2).T @ v[1]
+        return moved
+    X = inner_A @ inp.inverse.T  # A' A^+
+    Y = out.inverse @ inner_B  # B^+ B'
+    return *moved, v[0] @ (X**2).T + unseen_B**2, (Y**2).T @ v[1] + unseen_A**2

@@ -4,8 +4,11 @@ Balanced factors of a product, ``B^T B = A A^T``, are determined up to a rotatio
 index. An exact step has two to offer:
 
 * "singular": the paper's. The inner index counts singular values, and both factors have their
-  square roots. Neighbouring products may have quite different ones (signs, order, mixtures where
-  singular values are close), so moments of the old factors do not fit the new.
+  square roots. Of all signs and orders, which singular vectors leave open, those near the old
+  factors are taken, so that factors which were singular and moved little stay near. Where singular
+  values are close, or the old factors were no singular vectors, neighbouring products still have
+  quite different ones: moments of the old factors do not fit the new, nor does an average of old
+  and new factors give an average product.
 * "nearest": those nearest to the old factors, ``|B' - B|^2 + |A' - A|^2`` at its least. If B' and
   A' are in any balanced basis, that is ``B' V, V^T A'`` with V the orthogonal polar factor of
   ``B'^T B + A' A^T`` (Procrustes). A step of length zero leaves balanced factors alone, a short one
@@ -25,7 +28,7 @@ Their use for the retraction is ours.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -91,10 +94,61 @@ def rotated_to_nearest(balance: Balance, QB: Array, MA: Array) -> Balance:
     )
 
 
+class _Order(NamedTuple):
+    """An order of the inner index, and signs."""
+
+    order: Array  # which new vector goes to each place
+    signs: Array  # its sign there
+
+
+def nearest_order(overlap: Array) -> _Order:
+    """The order and the signs that make new vectors overlap with the old ones.
+
+    Nearest would be the best assignment of all; here vectors choose one after the other, those with
+    the largest overlap first, each the best place that is left. It is the same where each has one
+    old vector that it resembles.
+
+    Args:
+        overlap: ``B'^T B + A' A^T``, (r, r): new vectors in rows, old ones in columns. What is not
+            a number counts as none.
+
+    Returns:
+        Order and signs, (r,) each.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> order, signs = nearest_order(jnp.array([[0.1, -0.9], [0.8, 0.2]]))
+        >>> order.tolist(), signs.tolist()
+        ([1, 0], [1.0, -1.0])
+    """
+    sizes = jnp.where(jnp.isfinite(overlap), jnp.abs(overlap), 0)
+    turns = jnp.argsort(-jnp.max(sizes, axis=1))
+
+    def choose(turn: Any, chosen: tuple[Array, Array]) -> tuple[Array, Array]:
+        order, free = chosen
+        vector = turns[turn]
+        place = jnp.argmax(jnp.where(free, sizes[vector], -1))
+        return order.at[place].set(vector), free.at[place].set(False)
+
+    order, _ = jax.lax.fori_loop(0, len(turns), choose, (turns, sizes[0] >= 0))
+    met = jnp.take_along_axis(overlap, order[None, :], axis=0)[0]
+    return _Order(order, jnp.where(met < 0, -1, 1).astype(overlap.dtype))
+
+
+def ordered_like(balance: Balance, QB: Array, MA: Array) -> Balance:
+    """In signs and order near old factors B and A, given ``Q B`` and ``M A^T``."""
+    order, signs = nearest_order(matmul(balance.left, QB) + matmul(balance.right, MA))
+    return balance._replace(
+        left=signs[:, None] * balance.left[order], right=signs[:, None] * balance.right[order]
+    )
+
+
 def in_basis(basis: str, B: Array, A: Array, step: ExactStep) -> ExactStep:
-    """A step to balanced factors, in the basis of that name; any rank will do."""
+    """A step to singular factors, in the basis of that name; any rank will do."""
+    overlap = matmul(step.B.T, B) + matmul(step.A, A.T)
     if basis == "singular":
-        return step
-    left, _, right = jnp.linalg.svd(matmul(step.B.T, B) + matmul(step.A, A.T))
+        order, signs = nearest_order(overlap)
+        return ExactStep(signs[None, :] * step.B[:, order], signs[:, None] * step.A[order], step.ok)
+    left, _, right = jnp.linalg.svd(overlap)
     V = matmul(left, right)
     return ExactStep(matmul(step.B, V), matmul(V.T, step.A), step.ok)

@@ -64,9 +64,9 @@ def cholesky_with_inverse(G: Array, shift: float = 0.0) -> Cholesky:
     """
     norms = jnp.sqrt(jnp.diagonal(G))
     scale = jnp.where(norms > 0, 1 / jnp.where(norms > 0, norms, 1), 1)
-    scaled = scale[:, None] * G * scale + shift * jnp.eye(G.shape[0], dtype=G.dtype)
+    scaled = scale[:, None] * G * scale[None, :] + shift * jnp.eye(G.shape[0], dtype=G.dtype)
     L, inverse = jax.lax.platform_dependent(scaled, cpu=_by_halves, default=_whole)
-    return Cholesky(L / scale[:, None], inverse * scale, jnp.linalg.norm(inverse))
+    return Cholesky(L / scale[:, None], inverse * scale[None, :], jnp.linalg.norm(inverse))
 
 
 def _whole(G: Array) -> tuple[Array, Array]:

@@ -39,6 +39,7 @@ from loro_jax.retractions.balance import (
     Balance,
     by_products,
     by_singular_vectors,
+    ordered_like,
     rotated_to_nearest,
 )
 from loro_jax.retractions.cholesky import cholesky_with_inverse
@@ -72,7 +73,7 @@ class NewSpace(NamedTuple):
     inp: Array
     inp_move: Array
     squares: Array  # M M^T, r x r
-    overlaps: tuple[Array, Array] | None  # Q B and M A^T where the basis is to be near theirs
+    overlaps: tuple[Array, Array]  # Q B and M A^T
     ok: Array  # whether it is trusted, but for the singular values
 
 
@@ -83,15 +84,13 @@ def graph_step(
 
     This is what platforms other than CPU map over a batch; on CPU the ladder takes its parts.
     """
-    space = new_space(B, A, dB, dA, size, basis)
+    space = new_space(B, A, dB, dA, size)
     # On the way to the nearest basis any will do.
     balance_of = by_products if basis == "nearest" else by_singular_vectors
-    return balanced_factors(B, A, dB, dA, space, balance_of(space.squares))
+    return balanced_factors(B, A, dB, dA, space, balance_of(space.squares), basis)
 
 
-def new_space(
-    B: Array, A: Array, dB: Array, dA: Array, size: StepSize, basis: str = "singular"
-) -> NewSpace:
+def new_space(B: Array, A: Array, dB: Array, dA: Array, size: StepSize) -> NewSpace:
     """Where the step leads; arguments as for ``svd_step``."""
     r = A.shape[0]
     out, inp = cholesky_with_inverse(matmul(B.T, B)), cholesky_with_inverse(matmul(A, A.T))
@@ -116,9 +115,6 @@ def new_space(
 
     # Q = whiten (Q_b + X^T c) and M = whiten (N Q_a + z), in terms of B, dB, A and dA.
     along = rate * matmul(whiten, X_t)
-    overlaps = None
-    if basis == "nearest":
-        overlaps = matmul(whiten, out.L.T), matmul(matmul(whiten, N), inp.L.T)
     inverse_norm = jnp.maximum(out.scaled_inverse_norm, inp.scaled_inverse_norm)
     return NewSpace(
         out=matmul(whiten + matmul(along, inner), out.inverse),
@@ -126,7 +122,7 @@ def new_space(
         inp=matmul(matmul(whiten, N + rate * core), inp.inverse),
         inp_move=rate * matmul(whiten, to_left),
         squares=matmul(matmul(whiten, matmul(N, N.T) + zz), whiten.T),
-        overlaps=overlaps,
+        overlaps=(matmul(whiten, out.L.T), matmul(matmul(whiten, N), inp.L.T)),
         ok=(inverse_norm < LARGEST_INVERSE * r**0.5)
         & (rate * grad_norm < W_norm)
         & graph.converged,
@@ -134,11 +130,17 @@ def new_space(
 
 
 def balanced_factors(
-    B: Array, A: Array, dB: Array, dA: Array, space: NewSpace, balance: Balance
+    B: Array,
+    A: Array,
+    dB: Array,
+    dA: Array,
+    space: NewSpace,
+    balance: Balance,
+    basis: str = "singular",
 ) -> ExactStep:
-    """The new factors, balanced."""
-    if space.overlaps is not None:
-        balance = rotated_to_nearest(balance, *space.overlaps)
+    """The new factors, balanced, in the basis of that name."""
+    placed = rotated_to_nearest if basis == "nearest" else ordered_like
+    balance = placed(balance, *space.overlaps)
     left, right = balance.left, balance.right
     B_new = matmul(B, matmul(left, space.out).T) - matmul(dB, matmul(left, space.out_move).T)
     A_new = matmul(matmul(right, space.inp), A) - matmul(matmul(right, space.inp_move), dA)

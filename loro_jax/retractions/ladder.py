@@ -103,13 +103,13 @@ def _in_phases(others: _Rungs, basis: str, *arguments: Any) -> ExactStep:
     most = min(len(B), COEFFICIENTS // (7 * B.shape[-1] ** 2))
     at_a_time = max((n for n in range(1, most + 1) if len(B) % n == 0), default=1)
     # Also under a vmap one after the other: there a branch is a real branch.
-    space_of = jax.custom_batching.sequential_vmap(functools.partial(new_space, basis=basis))
+    space_of = jax.custom_batching.sequential_vmap(new_space)
     balance_of = jax.custom_batching.sequential_vmap(by_singular_vectors)
 
     @jax.custom_batching.sequential_vmap
     def finish(space: NewSpace, balance: Balance, *pair: Any) -> ExactStep:
         B, A, dB, dA, _ = pair
-        step = balanced_factors(B, A, dB, dA, space, balance)
+        step = balanced_factors(B, A, dB, dA, space, balance, basis)
         return jax.lax.cond(
             step.ok, lambda: step, lambda: _one_pair(others, *pair)._replace(ok=step.ok)
         )

@@ -57,18 +57,18 @@ def _svd_side(X: Array, damping: Array | None) -> _Side:
     kept = s > s[0] * (max(X.shape) * jnp.finfo(X.dtype).eps)
     mu = 0.0 if damping is None else damping * jnp.mean(s**2)
     inverse = jnp.where(kept, s / jnp.where(kept, s**2 + mu, 1), 0)
-    return _Side((Q @ U) * kept, s * kept, inverse, Vt)
+    return _Side((Q @ U) * kept[None, :], s * kept, inverse, Vt)
 
 
 def _svd_step(B: Array, A: Array, dB: Array, dA: Array, size: StepSize) -> ExactStep:
     r = B.shape[1]
     out, inp = _svd_side(B, size.damping), _svd_side(A.T, size.damping)
     left = out.inverse[:, None] * (out.Vt @ dA)  # Q_B^T G, r x n
-    right = (dB @ inp.Vt.T) * inp.inverse  # G Q_A, m x r
+    right = (dB @ inp.Vt.T) * inp.inverse[None, :]  # G Q_A, m x r
     core = left @ inp.U
     out_perp = right - out.U @ (out.U.T @ right)
     in_perp = left - core @ inp.U.T
-    W_core = (out.s[:, None] * (out.Vt @ inp.Vt.T)) * inp.s
+    W_core = out.s[:, None] * (out.Vt @ inp.Vt.T) * inp.s[None, :]
     grad_norm = jnp.sqrt(jnp.sum(core**2) + jnp.sum(out_perp**2) + jnp.sum(in_perp**2))
     rate = limited_rate(size, grad_norm, jnp.linalg.norm(W_core))
     Q_out, R_out = jnp.linalg.qr(out_perp)
@@ -77,7 +77,7 @@ def _svd_step(B: Array, A: Array, dB: Array, dA: Array, size: StepSize) -> Exact
     M = jnp.block([[S, -rate * R_in.T], [-rate * R_out, jnp.zeros_like(S)]])
     U, s, Vt = jnp.linalg.svd(M)
     U, root, Vt = U[:, :r], jnp.sqrt(s[:r]), Vt[:r]
-    B_new = (out.U @ U[:r] + Q_out @ U[r:]) * root
+    B_new = (out.U @ U[:r] + Q_out @ U[r:]) * root[None, :]
     A_new = root[:, None] * (Vt[:, :r] @ inp.U.T + Vt[:, r:] @ Q_in.T)
     return ExactStep(B_new, A_new, jnp.bool_(True))
 

@@ -202,7 +202,8 @@ def test_updates_keep_the_parameters_dtype(dtype):
         assert {leaf.dtype for leaf in jax.tree.leaves(updates)} == {jnp.dtype(dtype)}
         params = optax.apply_updates(params, updates)
     assert {leaf.dtype for leaf in jax.tree.leaves(state.factors.mu)} == {jnp.dtype("float32")}
-    assert {leaf.dtype for leaf in jax.tree.leaves(state.factors.nu)} == {jnp.dtype(dtype)}
+    # In bfloat16 second moments would never fall.
+    assert {leaf.dtype for leaf in jax.tree.leaves(state.factors.nu)} == {jnp.dtype("float32")}
 
 
 def test_map_params_and_abstract_init():

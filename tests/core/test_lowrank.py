@@ -1,9 +1,13 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
-from loro_jax import LowRank, balance, from_dense, initialise
+from loro_jax import LowRank, balance, exact_update, from_dense, initialise
+from loro_jax.retractions import METHODS
 
 
 def test_a_pair_is_a_pytree_node_with_named_children():
@@ -22,6 +26,19 @@ def test_specs_may_stand_in_for_arrays():
     assert axes.B is None
     abstract = jax.eval_shape(lambda p: p, pair)
     assert abstract.shape == (4, 3)
+
+
+@pytest.mark.parametrize("children", [(P("d", None), P(None, "d")), (0, None), ("slow", "fast")])
+def test_what_stands_for_arrays_may_be_written_by_hand(children):
+    pair = LowRank(*children)
+    assert children == (pair.B, pair.A)
+
+
+def test_a_node_of_axes_is_one_for_vmap():
+    several = jnp.ones((3, 4, 2)), jnp.ones((2, 5)).at[0].set(2.0)
+    pair = jax.tree.unflatten(jax.tree.structure(LowRank(0, 0)), several)
+    mapped = jax.vmap(lambda p: p.product(), in_axes=(LowRank(0, None),))
+    np.testing.assert_array_equal(mapped(pair), np.full((3, 4, 5), 3.0))
 
 
 def test_apply_is_the_product():
@@ -107,3 +124,44 @@ def test_ranks_that_do_not_fit_are_named(rank):
             make()
     with pytest.raises(ValueError, match="rank must be between 1 and min"):
         LowRank(jnp.ones((4, 5)), jnp.ones((5, 3)))
+
+
+@pytest.mark.parametrize("dtype", ["int32", "int8", "bool"])
+def test_matrices_of_integers_have_float_factors(dtype):
+    left, right = np.array([[1, 0], [1, 0], [0, 1], [0, 0]]), np.array([[1, 1, 0], [0, 0, 1]])
+    W = (left @ right).astype(dtype)
+    B, A = from_dense(W, 2)
+    assert B.dtype == A.dtype == jnp.float32
+    np.testing.assert_allclose(B @ A, W.astype(int), atol=1e-6)
+    B, A = balance(left.astype(dtype), right.astype(dtype))
+    np.testing.assert_allclose(B @ A, W.astype(int), atol=1e-6)
+
+
+def test_complex_matrices_have_complex_factors():
+    rng = np.random.default_rng(0)
+    W = (rng.normal(size=(5, 4)) + 1j * rng.normal(size=(5, 4))).astype(np.complex64)
+    U, s, Vt = np.linalg.svd(W)
+    B, A = from_dense(W, 2)
+    np.testing.assert_allclose(B @ A, (U[:, :2] * s[:2]) @ Vt[:2], atol=1e-5)
+    B2, A2 = balance(3 * B, A)
+    np.testing.assert_allclose(B2 @ A2, 3 * B @ A, atol=1e-5)
+    np.testing.assert_allclose(B2.conj().T @ B2, A2 @ A2.conj().T, atol=1e-4)
+
+
+METHODS_OF_INITIALISE = ["xavier", "orth", "spectral", "lora", "randn_0.1", "const_0.1"]
+
+
+@pytest.mark.parametrize("method", METHODS_OF_INITIALISE)
+def test_fresh_factors_are_float32_whatever_the_program_has(x64, method):
+    factors = initialise(jax.random.key(0), 6, 5, 2, method, initializer_range=np.float64(0.02))
+    assert {x.dtype for x in factors} == {jnp.dtype("float32")}
+
+
+def test_nothing_leans_on_implicit_rank_promotion():
+    pair = LowRank(jnp.ones((6, 2)), jnp.eye(2, 5))
+    with jax.numpy_rank_promotion("raise"):
+        from_dense(jnp.ones((4, 3)), 2)
+        pair.balance()
+        for method in METHODS:
+            step = functools.partial(exact_update, method=method)
+            jax.eval_shape(step, pair.B, pair.A, pair.B, pair.A, 0.1)

@@ -134,3 +134,118 @@ def test_without_pairs_it_is_adam_when_asked():
 def test_masked_holes_of_optax_are_passed_over():
     params = {"w": LowRank(B, A), "b": optax.MaskedNode()}
     assert list(shapes(params)) == ["w"]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Tower:
+    query: jax.Array
+    value: jax.Array
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass
+class Critic:
+    value: jax.Array
+
+
+@pytest.mark.parametrize(
+    "towers",
+    [
+        ({"query": jnp.ones(3), "value": B}, {"query": jnp.ones(3), "value": A}),
+        ({"value": B}, {"value": A}),
+        (Tower(jnp.ones(3), B), Tower(jnp.ones(3), A)),
+        (Critic(B), Critic(A)),
+        ({"value": {"value": B}}, {"value": {"value": A}}),
+        ([B], [A]),
+    ],
+    ids=["dicts", "lone entries", "dataclasses", "lone attributes", "nested", "lists"],
+)
+def test_containers_named_b_and_a_are_no_pair(towers):
+    params = {"B": towers[0], "A": towers[1], "w": LowRank(B, A)}
+    assert list(shapes(params)) == ["w"]
+
+
+def test_a_box_of_a_whole_tree_and_of_nothing():
+    params = {"x": nnx.Param({"B": B, "A": A}), "y": nnx.Param(LowRank(B, A)), "z": nnx.Param(None)}
+    assert set(shapes(params).values()) == {((6, 2), (2, 4))}
+    assert len(find_pairs(params)) == 2
+
+
+def test_keys_with_slashes_are_no_deeper_paths():
+    params = {"a/b": {"B": B}, "a": {"b": {"A": A}}, "w": LowRank(2 * B, 2 * A)}
+    with pytest.raises(ValueError, match="fits it"):  # lone, both of them, and not of each other
+        find_pairs(params)
+    assert shapes({"a/b": {"B": B}, "a": {"b": {"A": A}}}) == {}
+
+
+def test_square_siblings_are_regular_parameters_and_it_says_so():
+    A_square, B_square = 0.9 * jnp.eye(3).at[0, 1].set(0.3), jnp.diag(jnp.array([1.0, 2.0, 3.0]))
+    params = {"ssm": {"A": A_square, "B": B_square}, "w": LowRank(B, A)}
+    with pytest.warns(UserWarning, match=r"under 'ssm' are both square, of shape \(3, 3\)"):
+        assert list(shapes(params)) == ["w"]
+    # Whoever says that they are a pair gets one, without a word.
+    assert list(shapes({"full": LowRank(B_square, A_square)})) == ["full"]
+    spec = {"ssm": {"A": "ssm.A", "B": "ssm.B"}, "w": LowRank(None, None)}
+    assert list(shapes(params, spec)) == ["ssm"]
+    spec = {"ssm": {"A": None, "B": None}, "w": LowRank("w.B", "w.A")}
+    assert list(shapes(params, spec)) == ["w"]
+
+
+@pytest.mark.parametrize("dtype", [jnp.int32, jnp.complex64, bool])
+def test_factors_that_are_not_real_are_named(dtype):
+    params = {"w": {"B": B, "A": A.astype(dtype)}}
+    with pytest.raises(ValueError, match=f"'w'.*real floating-point .* A is {jnp.dtype(dtype)}"):
+        find_pairs(params)
+
+
+class Shared(nnx.Module):
+    """Projections of which each has factors of its own but for those that are given."""
+
+    def __init__(self, **given):
+        self.B, self.A = nnx.Param(B), nnx.Param(A)
+        for name, factor in given.items():
+            setattr(self, name, factor)
+
+
+@pytest.mark.parametrize("side", ["B", "A"])
+def test_a_factor_that_modules_share_is_named(side):
+    q = Shared()
+    model = nnx.Dict(q=q, k=Shared(**{side: getattr(q, side)}), v=Shared())
+    other = "A" if side == "B" else "B"
+    with pytest.raises(ValueError, match=f"'q' has {other} of shape .* but no {side}, .* of 'k'"):
+        loro(0.1).init(nnx.state(model, nnx.Param))
+    whole = nnx.Dict(q=q, k=nnx.Dict(inner=q))
+    assert len(find_pairs(nnx.state(whole, nnx.Param))) == 1
+
+
+def test_a_lone_factor_that_fits_nothing_or_beside_a_hole_is_a_regular_leaf():
+    lone = {"one": {"B": jnp.ones((6, 3))}, "w": LowRank(B, A)}
+    assert list(shapes(lone)) == ["w"]
+    for hole in (optax.MaskedNode(), None):
+        frozen = {"one": {"B": B, "A": hole}, "w": LowRank(B, A)}
+        assert list(shapes(frozen)) == ["w"]
+    spec = {"one": {"B": None}, "w": LowRank("w.B", "w.A")}
+    assert list(shapes({"one": {"B": B}, "w": LowRank(B, A)}, spec)) == ["w"]
+
+
+def test_a_spec_may_be_a_module_that_can_be_called():
+    @jax.tree_util.register_dataclass
+    @dataclasses.dataclass
+    class Net:
+        down: jax.Array
+        up: jax.Array
+
+        def __call__(self, params):
+            return Net("x.A", "x.B")
+
+    params = Net(A, B)
+    assert list(shapes(params, Net("w.A", "w.B"))) == ["w"]
+    assert list(shapes({"net": params}, lambda _: {"net": Net("w.A", "w.B")})) == ["w"]
+    assert list(shapes(params, jax.tree_util.Partial(params))) == ["x"]
+
+
+def test_holes_of_the_parameters_are_holes_of_the_spec():
+    assert list(
+        shapes({"up": B, "down": A, "none": None}, {"up": "w.B", "down": "w.A", "none": None})
+    )

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from loro_jax import LowRank, exact_update, loro
+from loro_jax import LowRank, exact_update, loro, orthogonal, riemannian_gradient
 from loro_jax.transport import transport_moments
 from tests.core.test_manifold import random_pair, tangent_projection
 
@@ -112,6 +112,72 @@ def test_batches_are_transported_pair_by_pair(x64):
         alone = transport_moments(one(old), one(new), one(mu), tuple(m**2 for m in one(mu)))
         for found, expected in zip(jax.tree.leaves(together), jax.tree.leaves(alone), strict=True):
             np.testing.assert_allclose(found[i], expected, atol=1e-10)
+
+
+def deficient(kind, seed=0):
+    """A pair without its rank, in float64; its product may still be anything but zero."""
+    B, A, G = random_pair(12, 9, 3, seed=seed)
+    if kind in ("B", "both"):
+        B[:, 1] = 2 * B[:, 0]
+    if kind in ("A", "both"):
+        A[2] = 0
+    if kind == "no B":
+        B[:] = 0
+    return B, A, G
+
+
+def projection_of_any_rank(B, A, G):
+    """On the columns of B and the rows of A."""
+    P_U, P_V = B @ np.linalg.pinv(B, rcond=1e-10), np.linalg.pinv(A, rcond=1e-10) @ A
+    return P_U @ G + (np.eye(len(B)) - P_U) @ G @ P_V
+
+
+@pytest.mark.parametrize("kind", ["none", "B", "A", "both", "no B"])
+def test_factors_without_their_rank(x64, kind):
+    """Moments of the average gradient's projection, and no first moment without a second."""
+    B, A, G = deficient(kind)
+    T = projection_of_any_rank(B, A, G)
+    mu = (jnp.array(G @ A.T), jnp.array(B.T @ G))
+    old = (jnp.array(B), jnp.array(A))
+    np.testing.assert_allclose(riemannian_gradient(*old, *mu), T, atol=1e-9)
+    new = exact_update(*old, *mu, 0.3)
+    (mu_B, mu_A), nu = transport_moments(old, new, mu, tuple(m**2 for m in mu))
+    np.testing.assert_allclose(mu_B, T @ new[1].T, atol=1e-9)
+    np.testing.assert_allclose(mu_A, new[0].T @ T, atol=1e-9)
+    # A sum of r + 1 squares of parts: at most that many times the sum of the squares.
+    for m, v in zip((mu_B, mu_A), nu, strict=True):
+        assert np.all(m**2 <= 4 * v + 1e-16)
+
+
+def test_a_batch_of_which_one_lacks_rank(x64):
+    pairs = [deficient("none", 1), deficient("both", 2)]
+    B, A, G = (jnp.array(np.stack(side)) for side in zip(*pairs, strict=True))
+    mu = (G @ A.mT, B.mT @ G)
+    new = exact_update(B, A, *mu, 0.1)
+    ((mu_B, _),) = transport_moments((B, A), new, mu)
+    for i, pair in enumerate(pairs):
+        T = projection_of_any_rank(*pair)
+        np.testing.assert_allclose(mu_B[i], T @ new[1][i].T, atol=1e-9)
+
+
+@pytest.mark.parametrize("direction", [None, orthogonal(transported=True)], ids=["adam", "tangent"])
+def test_runs_from_factors_of_rank_zero_and_one(direction):
+    """LoRA's start, whose B is zero, and constant factors, across exact steps."""
+    params, loss = problem(np.ones(4))
+    shapes = params["pair"].B.shape, params["pair"].A.shape
+    refresh = "all" if direction else "transport"
+    tx = loro(0.02, exact_every=4, refresh=refresh, direction=direction, max_move=0.5)
+
+    @jax.jit
+    def step(carry, _):
+        params, state = carry
+        updates, state = tx.update(jax.grad(loss)(params), state, params)
+        return (optax.apply_updates(params, updates), state), loss(params)
+
+    for B in (jnp.zeros(shapes[0]), jnp.full(shapes[0], 0.3)):
+        start = {**params, "pair": LowRank(B, jnp.full(shapes[1], 0.3).at[0].set(0.1))}
+        (_, _), losses = jax.lax.scan(step, (start, tx.init(start)), length=30)
+        assert losses[-1] < 0.9 * losses[0]
 
 
 def test_transport_needs_moments(x64):

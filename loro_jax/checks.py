@@ -1,0 +1,62 @@
+"""Checks of numbers that optimizers are given as arrays.
+
+``optax.inject_hyperparams`` hands every number over as an array, by default of the widest dtype
+among the parameters; and a number may come from a user's own arithmetic.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+# In these a dtype narrower than float32 makes another number of what was meant (0.999 is 1 in
+# bfloat16, 1e-8 is 0 in float16). In others, a learning rate say, it is off by some thousandths.
+_DELICATE = ("b1", "b2", "eps", "damping", "momentum")
+
+
+def checked_numbers(where: str, **numbers: Any) -> list[Any]:
+    """Returns numbers as they were given, or the real part of what a complex dtype holds.
+
+    Args:
+        where: what was called, for the message.
+        numbers: by the names of the arguments: numbers, arrays or anything else (a schedule, None),
+            which is not looked at.
+
+    Returns:
+        The numbers, in their order.
+
+    Raises:
+        ValueError: if the dtype of one can't hold what is meant.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> checked_numbers("loro", b1=0.9, b2=0.999)
+        [0.9, 0.999]
+        >>> try:
+        ...     checked_numbers("loro", b2=jnp.bfloat16(0.999))
+        ... except ValueError as problem:
+        ...     print(str(problem)[:70])
+        loro: b2 is an array of bfloat16, which is too narrow for it (0.999 wo
+    """
+    return [_checked(where, name, value) for name, value in numbers.items()]
+
+
+def _checked(where: str, name: str, value: Any) -> Any:
+    dtype = getattr(value, "dtype", None)
+    if dtype is None or callable(value):
+        return value
+    if jnp.issubdtype(dtype, jnp.complexfloating):  # by inject_hyperparams, of complex parameters
+        return jnp.real(value)
+    if name in _DELICATE and not _holds_float32(dtype):
+        raise ValueError(
+            f"{where}: {name} is an array of {dtype}, which is too narrow for it (0.999 would be "
+            f"{float(np.asarray(0.999, dtype)):.4g}); pass a number or float32. Under "
+            "optax.inject_hyperparams say hyperparam_dtype=jnp.float32."
+        )
+    return value
+
+
+def _holds_float32(dtype: Any) -> bool:
+    return jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits >= 32
