@@ -100,7 +100,12 @@ def test_the_order_is_one_whatever_the_overlaps():
     found = nearest_order(jnp.array(overlap + 0.1 * rng.normal(size=(6, 6))))
     np.testing.assert_array_equal(found.order, order)
     np.testing.assert_array_equal(found.signs, signs)
-    for other in (np.zeros((6, 6)), np.full((6, 6), np.nan), np.ones((6, 6)), np.diag([np.inf] * 6)):
+    for other in (
+        np.zeros((6, 6)),
+        np.full((6, 6), np.nan),
+        np.ones((6, 6)),
+        np.diag([np.inf] * 6),
+    ):
         found = nearest_order(jnp.array(other))
         assert sorted(found.order.tolist()) == list(range(6))
         assert set(np.abs(found.signs).tolist()) == {1.0}
