@@ -116,6 +116,9 @@ def from_bytes() -> tokenizers.Tokenizer:
 def tokenizer_files(tokenizer: tokenizers.Tokenizer, eos_id: int, pad_id: int) -> dict[str, bytes]:
     """What a directory needs beside a model so that its text can be encoded.
 
+    Where no token begins a text, the one that ends it is named as such, for programs that ask for
+    one: a document begins after the end of the one before. It is not put before texts.
+
     Args:
         tokenizer: the tokenizer.
         eos_id: the id that ends a text.
@@ -128,6 +131,10 @@ def tokenizer_files(tokenizer: tokenizers.Tokenizer, eos_id: int, pad_id: int) -
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": tokenizer.id_to_token(eos_id),
         "pad_token": tokenizer.id_to_token(pad_id),
+        "bos_token": tokenizer.id_to_token(eos_id),
+        "add_bos_token": False,
+        # Transformers 4 would add token_type_ids, which no LLaMA takes.
+        "model_input_names": ["input_ids", "attention_mask"],
         "clean_up_tokenization_spaces": False,
     }
     return {

@@ -13,16 +13,16 @@ import argparse
 import pathlib
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from loro_jax.training.errors import TrainingError
+from loro_jax.training.tokenizer import Tokenizer
 from loro_jax.training.trained import load_run
 from models.huggingface import CheckpointError, LayerError, read_model, write_model
-from models.huggingface.files import DTYPES
-from models.huggingface.writing import SHARD_BYTES
-
-# What goes with a model and is neither its config nor its tensors.
-_COMPANIONS = ("tokenizer*", "special_tokens_map.json", "generation_config.json")
+from models.huggingface.companions import read_companions, read_token_ids
+from models.huggingface.files import DTYPES, read_json
+from models.huggingface.writing import SHARD_BYTES, zero_matrices
+from models.llama import Llama
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -45,25 +45,59 @@ def _export(options: argparse.Namespace) -> None:
         dtype=options.dtype or run.config.model.param_dtype,
         keep_factors=options.keep_factors,
         files=tokenizer.files(),
-        token_ids={"eos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id},
+        token_ids=_token_ids(tokenizer),
         shard_bytes=options.shard_bytes,
     )
     print(f"step {run.step} of {options.source}: {total / 1e6:.1f} MB in {options.out}")
 
 
-def _import(options: argparse.Namespace) -> None:
-    model, errors = read_model(options.source, rank=options.rank, dtype=options.dtype)
-    companions = {
-        path.name: path.read_bytes()
-        for pattern in _COMPANIONS
-        for path in pathlib.Path(options.source).glob(pattern)
+def _token_ids(tokenizer: Tokenizer) -> dict[str, int | list[int] | None]:
+    """What ``config.json`` says of a run's tokenizer."""
+    ends = list(getattr(tokenizer, "eos_ids", (tokenizer.eos_id,)))
+    ids: dict[str, int | list[int] | None] = {
+        "eos_token_id": ends if len(ends) > 1 else ends[0],
+        "pad_token_id": tokenizer.pad_id,
     }
-    dtype = model.config.param_dtype
-    keywords = {"dtype": dtype, "keep_factors": True, "shard_bytes": options.shard_bytes}
-    total = write_model(model, options.out, files=companions, **keywords)
+    begin = getattr(tokenizer, "bos_id", None)
+    return ids if begin is None else {"bos_token_id": begin, **ids}
+
+
+def _import(options: argparse.Namespace) -> None:
+    source = pathlib.Path(options.source)
+    ranks = {"rank": options.rank, "attn_rank": options.attn_rank, "mlp_rank": options.mlp_rank}
+    model, errors = read_model(source, **ranks, dtype=options.dtype)
+    config = source / "config.json"
+    total = write_model(
+        model,
+        options.out,
+        dtype=model.config.param_dtype,
+        keep_factors=True,
+        files=read_companions(source),
+        token_ids=read_token_ids(read_json(config), str(config)),
+        shard_bytes=options.shard_bytes,
+    )
     if errors:
         print(error_table(errors))
+    for note in _notes(model, errors, options):
+        print(f"note: {note}")
     print(f"{total / 1e6:.1f} MB in {options.out}")
+
+
+def _notes(
+    model: Llama, errors: Sequence[LayerError], options: argparse.Namespace
+) -> Iterator[str]:
+    """What an import did that its user may not expect."""
+    asked, given = options.rank, model.config.attn_rank
+    if errors and options.attn_rank is None and given not in (None, asked):
+        yield (
+            f"attention is factored at rank {given}, not {asked}: keys and values have {given} "
+            "rows (--attn-rank asks for another)."
+        )
+    for error in errors:
+        if error.zero:
+            yield f"{error.name} is all zeros, and so are its factors: training can't move them."
+    for name in zero_matrices(model):
+        yield f"{name} is all zeros."
 
 
 def error_table(errors: Sequence[LayerError]) -> str:
@@ -104,6 +138,8 @@ def _parser() -> argparse.ArgumentParser:
     importing = commands.add_parser("import", help="a Hugging Face LLaMA, factored on the way")
     importing.add_argument("source", metavar="HF_DIR")
     importing.add_argument("--rank", type=int, help="factorise by truncated SVD")
+    for name, layers in (("attn", "q, k, v and o"), ("mlp", "gate, up and down")):
+        importing.add_argument(f"--{name}-rank", type=int, help=f"of {layers}; default: --rank")
     for command in (export, importing):
         command.add_argument("out", metavar="OUT")
         command.add_argument("--dtype", choices=list(DTYPES), help="default: as stored")

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import reprlib
 from typing import Any
 
 from models.huggingface.errors import CheckpointError
+from models.huggingface.fields import check_fields, number, whole_number
+from models.huggingface.rotary import read_rotary, write_rotary
 from models.llama import LlamaConfig
-from models.rope import RopeScaling
 
 MERGED, FACTORED = "llama", "loro_llama"
 
@@ -25,6 +27,7 @@ _SAME = {
     "tie_word_embeddings": "tie_embeddings",
     "initializer_range": "initializer_range",
 }
+_FRACTIONS = ("rms_norm_eps", "initializer_range")
 _REQUIRED = (
     "vocab_size",
     "hidden_size",
@@ -34,6 +37,8 @@ _REQUIRED = (
 )
 # What transformers takes where a file is silent and our default differs.
 _THEIR_DEFAULTS = {"max_position_embeddings": 2048}
+# Architectures that say what model_type does where it is missing.
+_NAMES = (["LlamaForCausalLM"], ["LLaMAForCausalLM"])
 # Fields that a factored directory has on top.
 _FACTORED_FIELDS = (
     "scope",
@@ -45,45 +50,6 @@ _FACTORED_FIELDS = (
     "density",
     "initialiser",
 )
-# Theirs with the only value that means our network.
-_FIXED = {
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "mlp_bias": False,
-    "pretraining_tp": 1,
-    "quantization_config": None,
-    "sliding_window": None,
-    "layer_types": None,
-    "is_decoder": False,
-    "add_cross_attention": False,
-    "partial_rotary_factor": 1.0,
-}
-# Theirs that do not change what the network computes.
-_WITHOUT_EFFECT = {
-    "architectures",
-    "attention_dropout",
-    "auto_map",
-    "bos_token_id",
-    "eos_token_id",
-    "pad_token_id",
-    "unk_token_id",
-    "chunk_size_feed_forward",
-    "id2label",
-    "label2id",
-    "model_type",
-    "_name_or_path",
-    "name_or_path",
-    "output_attentions",
-    "output_hidden_states",
-    "problem_type",
-    "return_dict",
-    "torch_dtype",
-    "dtype",
-    "transformers_version",
-    "use_cache",
-    "tokenizer_class",
-}
-_ROPE = ("rope_theta", "rope_scaling", "rope_parameters")
 
 
 def to_huggingface(config: LlamaConfig, dtype: str, factored: bool) -> dict[str, Any]:
@@ -101,16 +67,6 @@ def to_huggingface(config: LlamaConfig, dtype: str, factored: bool) -> dict[str,
         >>> to_huggingface(LlamaConfig(num_layers=2), "float32", factored=False)["model_type"]
         'llama'
     """
-    rope: dict[str, Any] = {"rope_theta": config.rope_theta, "rope_type": "default"}
-    scaling = config.rope_scaling
-    if scaling.kind != "none":
-        rope |= {"rope_type": scaling.kind, "factor": scaling.factor}
-    if scaling.kind == "llama3":
-        rope |= {
-            "low_freq_factor": scaling.low_frequency,
-            "high_freq_factor": scaling.high_frequency,
-            "original_max_position_embeddings": scaling.original_length,
-        }
     ours = dataclasses.asdict(config) | {
         "num_kv_heads": config.kv_heads,
         "head_dim": config.head_size,
@@ -123,10 +79,7 @@ def to_huggingface(config: LlamaConfig, dtype: str, factored: bool) -> dict[str,
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,
-        # Where programs of the past look, and where those of today do.
-        "rope_theta": config.rope_theta,
-        "rope_scaling": None if scaling.kind == "none" else _without(rope, "rope_theta"),
-        "rope_parameters": rope,
+        **write_rotary(config),
     }
     if factored:
         content["loro"] = {name: ours[name] for name in _FACTORED_FIELDS}
@@ -151,39 +104,28 @@ def from_huggingface(content: dict[str, Any], where: str) -> LlamaConfig:
         >>> from_huggingface(theirs, "config.json").num_layers
         2
     """
-    kind = content.get("model_type")
+    full = _THEIR_DEFAULTS | {name: value for name, value in content.items() if value is not None}
+    kind = full.get("model_type")
+    if kind is None and full.get("architectures") in _NAMES:
+        kind = MERGED
     if kind not in (MERGED, FACTORED):
         raise CheckpointError(
             f'{where}: model_type = {kind!r}; expected "{MERGED}" or "{FACTORED}".'
         )
-    missing = [name for name in _REQUIRED if not isinstance(content.get(name), int)]
-    if missing:
-        raise CheckpointError(f"{where}: {missing[0]} is missing; expected a whole number.")
-    known = {*_SAME, *_FIXED, *_WITHOUT_EFFECT, *_ROPE}
-    known |= {"loro"} if kind == FACTORED else set()
-    # A field that says "none" or "no" asks for nothing.
-    unknown = [name for name, value in content.items() if name not in known and value]
-    if unknown:
-        raise CheckpointError(f"{where}: {unknown[0]} = {content[unknown[0]]!r} is not supported.")
-    for name, expected in _FIXED.items():
-        if content.get(name, expected) != expected:
-            raise CheckpointError(
-                f"{where}: {name} = {content[name]!r} is not supported; expected {expected!r}."
-            )
-    full = _THEIR_DEFAULTS | {name: value for name, value in content.items() if value is not None}
-    fields: dict[str, Any] = {
-        ours: full[theirs] for theirs, ours in _SAME.items() if theirs in full
-    }
+    fields = _fields(full, where)
+    head = fields.get("head_dim") or fields["hidden_size"] / max(fields["num_heads"], 1)
+    check_fields(full, max(head, 1), where)
     # What is the usual case is not said in ours.
-    heads = fields["num_heads"]
-    if fields.get("num_kv_heads") == heads:
+    if fields.get("num_kv_heads") == fields["num_heads"]:
         del fields["num_kv_heads"]
-    if fields.get("head_dim", 0) * heads == fields["hidden_size"]:
+    if fields.get("head_dim", 0) * fields["num_heads"] == fields["hidden_size"]:
         del fields["head_dim"]
-    theta, scaling = _rope(full, fields.get("max_sequence_length", 2048), where)
+    theta, scaling = read_rotary(full, fields["max_sequence_length"], where)
     factored: dict[str, Any] = {"scope": "none"}
     if kind == FACTORED:
         factored = content.get("loro") or {}
+        if not isinstance(factored, dict):
+            raise CheckpointError(f"{where}: loro = {reprlib.repr(factored)} is no JSON object.")
         wrong = [name for name in _FACTORED_FIELDS if name not in factored]
         if wrong:
             raise CheckpointError(f"{where}: loro.{wrong[0]} is missing.")
@@ -200,34 +142,18 @@ def from_huggingface(content: dict[str, Any], where: str) -> LlamaConfig:
     return config
 
 
-def _rope(content: dict[str, Any], length: int, where: str) -> tuple[float, RopeScaling]:
-    """Base of the rotary frequencies and their scaling, from either place."""
-    found = content.get("rope_parameters") or content.get("rope_scaling") or {}
-    theta = float(found.get("rope_theta", content.get("rope_theta", 10000.0)))
-    kind = found.get("rope_type", found.get("type", "default"))
-    if kind == "default":
-        return theta, RopeScaling()
-    known = {"rope_theta", "rope_type", "type", "factor"}
-    if kind == "linear":
-        scaling = RopeScaling("linear", float(found.get("factor", 1.0)))
-    elif kind == "llama3":
-        known |= {"low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
-        scaling = RopeScaling(
-            "llama3",
-            float(found.get("factor", 1.0)),
-            float(found.get("low_freq_factor", 1.0)),
-            float(found.get("high_freq_factor", 4.0)),
-            int(found.get("original_max_position_embeddings", length)),
-        )
-    else:
-        raise CheckpointError(
-            f"{where}: rope_type = {kind!r} is not supported; expected default, linear or llama3."
-        )
-    unknown = set(found) - known
-    if unknown:
-        raise CheckpointError(f"{where}: {min(unknown)} of the rope scaling is not supported.")
-    return theta, scaling
-
-
-def _without(content: dict[str, Any], name: str) -> dict[str, Any]:
-    return {key: value for key, value in content.items() if key != name}
+def _fields(full: dict[str, Any], where: str) -> dict[str, Any]:
+    """Ours of the fields that have the same value in both."""
+    fields: dict[str, Any] = {}
+    for theirs, ours in _SAME.items():
+        if theirs == "tie_word_embeddings":
+            value: Any = full.get(theirs)
+            if value is not None and not isinstance(value, bool):
+                raise CheckpointError(f"{where}: {theirs} = {value!r}; expected true or false.")
+        else:
+            value = (number if theirs in _FRACTIONS else whole_number)(full, theirs, where)
+        if value is not None:
+            fields[ours] = value
+        elif theirs in _REQUIRED:
+            raise CheckpointError(f"{where}: {theirs} is missing; expected a whole number.")
+    return fields

@@ -1,4 +1,4 @@
-"""Safetensors files of a directory: several where one would be too large, written beside, renamed.
+"""Files of a directory: tensors, several where one file would be too large, and JSON.
 
 Nothing is ever seen half-written: a directory is filled under another name and takes its own when
 it is complete.
@@ -17,7 +17,7 @@ from typing import Any
 
 import ml_dtypes  # comes with JAX; teaches NumPy bfloat16
 import numpy as np
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from models.huggingface.errors import CheckpointError
@@ -99,55 +99,6 @@ def write_tensors(
     index = {"metadata": {"total_size": total}, "weight_map": weight_map}
     (directory / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     return total
-
-
-class Tensors:
-    """The tensors of a directory, each read when it is asked for.
-
-    Args:
-        directory: a directory with ``model.safetensors``, or several files and their index.
-
-    Raises:
-        CheckpointError: if a file is missing or damaged, or an index names what is not there.
-    """
-
-    def __init__(self, directory: pathlib.Path):
-        self._directory = directory
-        self._files: dict[str, Any] = {}
-        index = directory / INDEX
-        if index.exists():
-            names = set(read_json(index).get("weight_map", {}).values())
-        elif (directory / SINGLE).exists():
-            names = {SINGLE}
-        else:
-            raise CheckpointError(f"{directory} holds no model: expected {SINGLE} or {INDEX}.")
-        for name in sorted(names):
-            path = directory / name
-            if not path.exists():
-                raise CheckpointError(f"{path} is missing; {INDEX} names it.")
-            try:
-                file = safe_open(path, framework="np")
-                self._files |= dict.fromkeys(file.keys(), file)
-            except (SafetensorError, OSError) as error:
-                raise CheckpointError(
-                    f"{path} can't be read as safetensors, it is damaged or cut short ({error})."
-                ) from None
-
-    @property
-    def names(self) -> set[str]:
-        """Names of all tensors."""
-        return set(self._files)
-
-    def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor that is there."""
-        return tuple(self._files[name].get_slice(name).get_shape())
-
-    def read(self, name: str) -> np.ndarray:
-        """A tensor that is there."""
-        try:
-            return self._files[name].get_tensor(name)
-        except (SafetensorError, TypeError, KeyError) as error:
-            raise CheckpointError(f"{self._directory}: {name} can't be read ({error}).") from None
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:

@@ -7,15 +7,17 @@ import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
 from loro_jax.lowrank import from_dense
 from loro_jax.precision import at_least_float32
+from models.huggingface.casts import cast
 from models.huggingface.configs import from_huggingface
 from models.huggingface.errors import CheckpointError
-from models.huggingface.files import Tensors, read_json
+from models.huggingface.files import read_json
 from models.huggingface.names import (
     EMBEDDING,
     HEAD,
@@ -25,6 +27,7 @@ from models.huggingface.names import (
     layer_prefix,
     variable_name,
 )
+from models.huggingface.tensors import Tensors
 from models.llama import Llama, LlamaConfig
 
 
@@ -35,13 +38,16 @@ class LayerError(NamedTuple):
         name: of the projection, theirs.
         shape: of the matrix.
         rank: kept.
-        error: ``|W - B A| / |W|`` in the Frobenius norm.
+        error: ``|W - B A| / |W|`` in the Frobenius norm; 0 for a matrix of zeros.
+        zero: whether the matrix is all zeros, and its factors with it: a point from which no
+            gradient leads away.
     """
 
     name: str
     shape: tuple[int, int]
     rank: int
     error: float
+    zero: bool = False
 
 
 def read_parameters(
@@ -62,14 +68,17 @@ def read_parameters(
         factorised).
 
     Raises:
-        CheckpointError: for a missing, extra or damaged tensor, a wrong shape, or projections that
-            can't be made of those stored.
+        CheckpointError: for a missing, extra or damaged tensor, a wrong shape, numbers that are
+            not finite or that the wanted dtype can't hold, or projections that can't be made of
+            those stored.
     """
     tensors, num_layers = _checked(pathlib.Path(directory), wanted)
 
     def read(name: str, like: Any) -> np.ndarray:
         value = tensors.read(name)
-        return value.astype(like.dtype) if jnp.issubdtype(value.dtype, jnp.floating) else value
+        if not jnp.issubdtype(like.dtype, jnp.floating):
+            return value
+        return cast(value, like.dtype, f"{directory}: {name}")
 
     result: dict[str, Any] = {"norm": {"scale": read(NORM, wanted["norm"]["scale"])}}
     result["embedding"] = read(EMBEDDING, wanted["embedding"])
@@ -106,8 +115,8 @@ def check_parameters(directory: str | os.PathLike[str], wanted: dict[str, Any]) 
 
 def _checked(path: pathlib.Path, wanted: dict[str, Any]) -> tuple[Tensors, int]:
     """The tensors of a directory, and its number of layers, if they are what is wanted."""
-    tensors = Tensors(path)
     config = from_huggingface(read_json(path / "config.json"), str(path / "config.json"))
+    tensors = Tensors(path, config.tie_embeddings)
     _check(config, tensors, path)
     for (part, name), theirs in PROJECTIONS.items():
         own = f"{layer_prefix(0)}{theirs}"
@@ -163,22 +172,23 @@ def _factorise(W: np.ndarray, rank: int, name: str) -> tuple[dict[str, np.ndarra
     """Balanced factors of a matrix, and what they leave out."""
     full = jnp.asarray(W, at_least_float32(W.dtype))
     B, A = from_dense(full, rank)
-    error = jnp.linalg.norm(full - B @ A) / jnp.linalg.norm(full)
+    size = float(jnp.linalg.norm(full))
+    error = float(jnp.linalg.norm(full - B @ A)) / size if size else 0.0
     factors = {"B": np.asarray(B, W.dtype), "A": np.asarray(A, W.dtype)}
-    return factors, LayerError(name, W.shape, rank, float(error))
+    return factors, LayerError(name, W.shape, rank, error, zero=not W.any())
 
 
-def _shapes(config: LlamaConfig) -> Iterator[tuple[str, tuple[int, ...]]]:
-    """Names and shapes of the tensors that a config asks for."""
+def _expected(config: LlamaConfig) -> Iterator[tuple[str, Any]]:
+    """Names of the tensors that a config asks for, and what says their shapes and dtypes."""
     model = nnx.eval_shape(lambda: Llama(config, nnx.Rngs(0)))
     state = nnx.to_pure_dict(nnx.state(model))
-    yield EMBEDDING, state["embedding"].shape
-    yield NORM, state["norm"]["scale"].shape
+    yield EMBEDDING, state["embedding"]
+    yield NORM, state["norm"]["scale"]
     if "head" in state:
-        yield HEAD, state["head"]["W"].shape
+        yield HEAD, state["head"]["W"]
     for layer in range(config.num_layers):
         for theirs, value in _layer(state["blocks"], layer):
-            yield theirs, value.shape[1:]
+            yield theirs, jax.ShapeDtypeStruct(value.shape[1:], value.dtype)
 
 
 def _layer(blocks: Any, layer: int) -> Iterator[tuple[str, Any]]:
@@ -192,12 +202,8 @@ def _layer(blocks: Any, layer: int) -> Iterator[tuple[str, Any]]:
 
 
 def _check(config: LlamaConfig, tensors: Tensors, path: pathlib.Path) -> None:
-    expected = dict(_shapes(config))
+    expected = dict(_expected(config))
     found = tensors.names
-    # Files of long ago store what is computed from the config.
-    found = {name for name in found if not name.endswith("rotary_emb.inv_freq")}
-    if config.tie_embeddings:
-        found.discard(HEAD)
     for what, names in (
         ("missing", expected.keys() - found),
         ("not expected", found - set(expected)),
@@ -205,9 +211,11 @@ def _check(config: LlamaConfig, tensors: Tensors, path: pathlib.Path) -> None:
         if names:
             more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
             raise CheckpointError(f"{path}: {min(names)} is {what}{more}.")
-    for name, shape in expected.items():
-        if tensors.shape(name) != tuple(shape):
+    for name, like in expected.items():
+        if tensors.shape(name) != tuple(like.shape):
             raise CheckpointError(
                 f"{path}: {name} has shape {tensors.shape(name)}; config.json asks for "
-                f"{tuple(shape)}."
+                f"{tuple(like.shape)}."
             )
+    floating = (n for n, like in expected.items() if jnp.issubdtype(like.dtype, jnp.floating))
+    tensors.check_floating(floating)

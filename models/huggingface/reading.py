@@ -12,21 +12,29 @@ from flax import nnx
 
 from models.huggingface.configs import from_huggingface
 from models.huggingface.errors import CheckpointError
-from models.huggingface.files import DTYPES, Tensors, read_json
-from models.huggingface.names import NORM
+from models.huggingface.files import DTYPES, read_json
 from models.huggingface.parameters import LayerError, read_parameters
+from models.huggingface.tensors import Tensors
 from models.llama import Llama, LlamaConfig
 
 
 def read_model(
-    directory: str | os.PathLike[str], *, rank: int | None = None, dtype: str | None = None
+    directory: str | os.PathLike[str],
+    *,
+    rank: int | None = None,
+    attn_rank: int | None = None,
+    mlp_rank: int | None = None,
+    dtype: str | None = None,
 ) -> tuple[Llama, list[LayerError]]:
     """Reads a model, dense or factored, or factorises a dense one.
 
     Args:
         directory: with ``config.json`` and safetensors.
         rank: factorise dense projections by their truncated SVD (balanced factors) at this rank;
-            None: take them as they are.
+            None: take them as they are. Where only grouped keys and values have too few rows for
+            it, attention has their number of rows as its rank.
+        attn_rank: the same for q, k, v and o; None: ``rank``.
+        mlp_rank: the same for gate, up and down; None: ``rank``.
         dtype: of parameters and products; None: as stored.
 
     Returns:
@@ -34,7 +42,8 @@ def read_model(
 
     Raises:
         CheckpointError: for anything but a LLaMA; a missing, extra or damaged tensor; a wrong
-            shape; a rank that does not fit.
+            shape; numbers that are not finite or that the dtype can't hold; a rank that does not
+            fit.
 
     Example:
         >>> import tempfile
@@ -47,20 +56,37 @@ def read_model(
         (8, 14, True)
     """
     config = read_config(directory, dtype=dtype)
-    if rank is not None:
+    if (rank, attn_rank, mlp_rank) != (None, None, None):
         where = pathlib.Path(directory) / "config.json"
         if config.scope != "none":
             raise CheckpointError(f"{where}: the projections are factored; expected no rank.")
-        config = dataclasses.replace(config, scope="all", rank=rank)
+        config = _with_ranks(config, rank, attn_rank, mlp_rank)
         try:
             config.validate()
         except ValueError as error:
-            raise CheckpointError(f"rank {rank} does not fit {where}: {error}") from None
+            asked = next(one for one in (rank, attn_rank, mlp_rank) if one is not None)
+            raise CheckpointError(f"rank {asked} does not fit {where}: {error}") from None
     model = nnx.eval_shape(lambda: Llama(config, nnx.Rngs(0)))
     graphdef, state = nnx.split(model)
     params, errors = read_parameters(directory, nnx.to_pure_dict(state))
     state.replace_by_pure_dict(jax.tree.map(jnp.asarray, params))
     return nnx.merge(graphdef, state), errors
+
+
+def _with_ranks(
+    config: LlamaConfig, rank: int | None, attn_rank: int | None, mlp_rank: int | None
+) -> LlamaConfig:
+    """A dense config with ranks, attention's no larger than k and v have room for."""
+    attn, mlp = (rank if own is None else own for own in (attn_rank, mlp_rank))
+    if attn_rank is None and attn is not None:
+        sides = {name: min(shape) for name, shape in config.shapes("attn").items()}
+        if sides["k"] < attn <= sides["q"]:
+            attn_rank = sides["k"]
+    scope = "all" if None not in (attn, mlp) else "mlp" if attn is None else "attn"
+    largest = next(one for one in (rank, attn, mlp) if one is not None)
+    return dataclasses.replace(
+        config, scope=scope, rank=largest, attn_rank=attn_rank, mlp_rank=mlp_rank
+    )
 
 
 def read_config(directory: str | os.PathLike[str], *, dtype: str | None = None) -> LlamaConfig:
@@ -80,7 +106,7 @@ def read_config(directory: str | os.PathLike[str], *, dtype: str | None = None) 
     if not path.is_dir():
         raise CheckpointError(f"{path} is no directory.")
     config = from_huggingface(read_json(path / "config.json"), str(path / "config.json"))
-    chosen = dtype or str(Tensors(path).read(NORM).dtype)
+    chosen = dtype or Tensors(path, config.tie_embeddings).dtype()
     if chosen not in DTYPES:
         raise CheckpointError(f"dtype must be one of {', '.join(DTYPES)}, but is {chosen!r}.")
     return dataclasses.replace(config, dtype=chosen, param_dtype=chosen)

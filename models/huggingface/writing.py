@@ -10,6 +10,8 @@ import jax
 import numpy as np
 from flax import nnx
 
+from models.huggingface.casts import cast
+from models.huggingface.companions import GENERATION, TokenIds, complete_ids, generation_config
 from models.huggingface.configs import to_huggingface
 from models.huggingface.errors import CheckpointError
 from models.huggingface.files import DTYPES, new_directory, write_tensors
@@ -35,7 +37,7 @@ def write_model(
     dtype: str = "float32",
     keep_factors: bool = False,
     files: Mapping[str, bytes] | None = None,
-    token_ids: Mapping[str, int] | None = None,
+    token_ids: TokenIds | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> int:
     """Writes a model: merged, as any program reads it, or with its factors.
@@ -46,15 +48,18 @@ def write_model(
         dtype: of the tensors: "float32", "bfloat16" or "float16".
         keep_factors: store B and A, not their product.
         files: contents of more files by name, such as a tokenizer's.
-        token_ids: ``eos_token_id`` and its kin, for ``config.json``.
+        token_ids: ``eos_token_id`` (a number or a list), ``bos_token_id`` and ``pad_token_id``, for
+            ``config.json`` and ``generation_config.json``. A text begins with the (first) id that
+            ends one unless they say otherwise.
         shard_bytes: size from which a file is split.
 
     Returns:
         Bytes of the tensors.
 
     Raises:
-        CheckpointError: if ``out`` exists or can't be written, the dtype is unknown, or the
-            projections have no single matrix to be merged into.
+        CheckpointError: if ``out`` exists or can't be written, the dtype is unknown, a tensor holds
+            numbers that are not finite or that the dtype can't hold, or the projections have no
+            single matrix to be merged into.
 
     Example:
         >>> import tempfile
@@ -72,14 +77,38 @@ def write_model(
             'projections of kind "cola" are no single matrix (an activation stands between their '
             'factors); expected --keep-factors, or a model of projection "low_rank".'
         )
-    content = to_huggingface(config, dtype, keep_factors) | dict(token_ids or {})
+    ids = complete_ids(token_ids)
+    content = to_huggingface(config, dtype, keep_factors) | ids
+    companions = {GENERATION: generation_config(ids)} if ids else {}
+    companions |= files or {}
     tensors = _factors(model) if keep_factors else _matrices(model)
     with new_directory(out) as directory:
         total = write_tensors(directory, _cast(_named(model, tensors), dtype), shard_bytes)
         (directory / "config.json").write_text(json.dumps(content, indent=2) + "\n", "utf-8")
-        for name, data in (files or {}).items():
+        for name, data in companions.items():
+            (directory / name).parent.mkdir(exist_ok=True)
             (directory / name).write_bytes(data)
     return total
+
+
+def zero_matrices(model: Llama) -> list[str]:
+    """Names of a model's matrices that are all zeros, those that are stored whole.
+
+    Args:
+        model: the model.
+
+    Returns:
+        Names, in the order of the computation; no factors.
+
+    Example:
+        >>> from models import LlamaConfig
+        >>> model = Llama(LlamaConfig(64, 32, 48, num_layers=1, num_heads=4, rank=8), nnx.Rngs(0))
+        >>> model.head.W[...] = 0 * model.head.W[...]
+        >>> zero_matrices(model)
+        ['lm_head.weight']
+    """
+    tensors = _named(model, _factors(model))
+    return [name for name, value in tensors if name.endswith(".weight") and not value.any()]
 
 
 _Tensors = Iterator[tuple[str, jax.Array]]
@@ -124,4 +153,4 @@ def _cast(tensors: _Tensors, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
     for name, tensor in tensors:
         value = np.asarray(tensor)
         floating = jax.numpy.issubdtype(value.dtype, jax.numpy.floating)
-        yield name, value.astype(DTYPES[dtype]) if floating else value
+        yield name, cast(value, DTYPES[dtype], name) if floating else value

@@ -1,0 +1,59 @@
+"""Tensors in another dtype, or an error that names the one that does not fit."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+
+from models.huggingface.errors import CheckpointError
+
+
+def cast(value: np.ndarray, dtype: Any, name: str) -> np.ndarray:
+    """Floating-point numbers in a dtype.
+
+    Args:
+        value: of a tensor.
+        dtype: of the result.
+        name: of the tensor, for messages.
+
+    Returns:
+        The same numbers, rounded.
+
+    Raises:
+        CheckpointError: if some are infinite or no numbers, are infinite in the dtype, or all of
+            them are 0 there and were not.
+
+    Example:
+        >>> cast(np.array([1e5, 1.0]), np.float16, "norm")
+        Traceback (most recent call last):
+        ...
+        models.huggingface.errors.CheckpointError: norm holds 1e+05, more than float16 can hold \
+(6.55e+04); expected a dtype of a wider range, such as bfloat16 or float32.
+    """
+    bad = ~np.isfinite(value)
+    if bad.any():
+        first = tuple(int(i) for i in np.argwhere(bad)[0])
+        raise CheckpointError(
+            f"{name} holds {float(value[first])} at {list(first)} ({int(bad.sum())} of {value.size}"
+            " entries are no finite numbers)."
+        )
+    with np.errstate(all="ignore"):
+        result = value.astype(dtype)
+    target, source = np.dtype(dtype), value.dtype
+    limit = float(ml_dtypes.finfo(target).max)
+    if limit < float(ml_dtypes.finfo(source).max) and not np.isfinite(result).all():
+        largest = float(np.abs(value.astype(np.float64)).max())
+        raise CheckpointError(
+            f"{name} holds {largest:.3g}, more than {target.name} can hold "
+            f"({limit:.3g}); expected a dtype of a wider range, such as bfloat16 or "
+            "float32."
+        )
+    if target != source and not result.any() and value.any():
+        largest = float(np.abs(value.astype(np.float64)).max())
+        raise CheckpointError(
+            f"{name} holds numbers up to {largest:.3g}, all of which are 0 in {target.name}; "
+            "expected a dtype of a wider range, such as bfloat16 or float32."
+        )
+    return result

@@ -1,0 +1,195 @@
+"""Fields of a ``config.json`` that would mean another network than LLaMA's.
+
+Configs in the wild carry what the programs that wrote them needed: training settings, names of
+files, defaults of generation, fields of other architectures at values that change nothing. What
+can't change the network is passed over, whoever wrote it; a field below at a value that would
+change it is an error. A field that is null counts as absent.
+"""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Mapping
+from typing import Any
+
+from models.huggingface.errors import CheckpointError
+
+# Another network where they say anything but "no".
+_SWITCHES = frozenset(
+    {
+        # biases
+        "attention_bias",
+        "attention_out_bias",
+        "bias",
+        "mlp_bias",
+        "qkv_bias",
+        "use_bias",
+        "use_qkv_bias",
+        # other forms of the stored matrices
+        "compression_config",
+        "quantization",
+        "quantization_config",
+        # other attention
+        "add_cross_attention",
+        "alibi",
+        "attention_chunk_size",
+        "attention_sinks",
+        "attn_logit_softcapping",
+        "attn_temperature_tuning",
+        "bidirectional",
+        "clip_qkv",
+        "cross_attention_layers",
+        "is_encoder_decoder",
+        "kv_lora_rank",
+        "mrope_section",
+        "no_rope_layer_interval",
+        "q_lora_rank",
+        "qk_layernorm",
+        "qk_norm",
+        "rope_interleave",
+        "rope_interleaved",
+        "rotary_interleaved",
+        "use_alibi",
+        "use_bidirectional_attention",
+        "use_mrope",
+        "use_qk_layernorm",
+        "use_qk_norm",
+        # other blocks
+        "n_routed_experts",
+        "num_experts",
+        "num_local_experts",
+        "parallel_attn",
+        "post_norm",
+        "use_parallel_residual",
+        "use_post_norm",
+        # other ends
+        "final_logit_softcapping",
+        "normalize_embedding",
+        "scale_depth",
+        "scale_embedding",
+    }
+)
+# The values at which these change nothing; all else is another network.
+_VALUES: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu", "swish"),
+    "hidden_activation": ("silu", "swish"),
+    "causal": (True,),
+    "is_causal": (True,),
+    "use_rope": (True,),
+    "embedding_multiplier": (1,),
+    "logit_scale": (1,),
+    "logits_scaling": (1,),
+    "partial_rotary_factor": (1,),
+    "residual_multiplier": (1,),
+    "rope_pct": (1,),
+    "rotary_pct": (1,),
+    "scale_emb": (1,),
+    "position_embedding_type": ("rope", "rotary", "absolute"),
+}
+
+
+def check_fields(content: Mapping[str, Any], head_size: float, where: str) -> None:
+    """Raises if a field means another network.
+
+    Args:
+        content: of a ``config.json``.
+        head_size: entries of a head.
+        where: the file, for messages.
+
+    Raises:
+        CheckpointError: with the name of the field.
+
+    Example:
+        >>> check_fields({"_model_name_or_path": "x", "residual_multiplier": 1.0}, 64, "here")
+        >>> check_fields({"residual_multiplier": 0.5}, 64, "here")
+        Traceback (most recent call last):
+        ...
+        models.huggingface.errors.CheckpointError: here: residual_multiplier = 0.5 is not supported; \
+expected 1.
+    """
+    for name, value in content.items():
+        if value is None:
+            continue
+        if name in _SWITCHES and value and value != "none":
+            _refuse(name, value, str(None if isinstance(value, dict | list) else False), where)
+        if name in _VALUES and value not in _VALUES[name]:
+            _refuse(name, value, " or ".join(map(repr, _VALUES[name])), where)
+    for name, neutral in (
+        ("attention_multiplier", head_size**-0.5),
+        ("query_pre_attn_scalar", head_size),
+        ("rotary_dim", head_size),
+    ):
+        value = content.get(name)
+        if value is not None and not (_is_number(value) and abs(value / neutral - 1) < 1e-6):
+            _refuse(name, value, f"{neutral:g}", where)
+    _check_windows(content, where)
+
+
+def _check_windows(content: Mapping[str, Any], where: str) -> None:
+    """Raises where a layer sees less than all tokens before its own, or no positions."""
+    kinds = content.get("layer_types")
+    if kinds is not None and (
+        not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds)
+    ):
+        _refuse("layer_types", kinds, '"full_attention" everywhere', where)
+    turned = content.get("no_rope_layers")  # 1 where positions are used
+    if turned is not None and (not isinstance(turned, list) or not all(turned)):
+        _refuse("no_rope_layers", turned, "1 everywhere", where)
+    window = content.get("sliding_window")
+    # Unused where a switch says so, and where it holds the longest text.
+    if not window or content.get("use_sliding_window") is False:
+        return
+    longest = content.get("max_position_embeddings", 2048)
+    if not (_is_number(window) and _is_number(longest) and window >= longest):
+        _refuse("sliding_window", window, "None", where)
+
+
+def _refuse(name: str, value: Any, expected: str, where: str) -> None:
+    raise CheckpointError(
+        f"{where}: {name} = {reprlib.repr(value)} is not supported; expected {expected}."
+    )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def whole_number(content: Mapping[str, Any], name: str, where: str) -> int | None:
+    """A whole number of a config, None where it is absent.
+
+    Args:
+        content: of the config.
+        name: of the field.
+        where: the file, for messages.
+
+    Raises:
+        CheckpointError: for anything else.
+
+    Example:
+        >>> whole_number({"hidden_size": 64.0}, "hidden_size", "config.json")
+        64
+    """
+    value = number(content, name, where, "a whole number")
+    if value is not None and value != int(value):
+        _refuse(name, value, "a whole number", where)
+    return None if value is None else int(value)
+
+
+def number(
+    content: Mapping[str, Any], name: str, where: str, expected: str = "a number"
+) -> float | None:
+    """A finite number of a config, None where it is absent.
+
+    Args:
+        content: of the config.
+        name: of the field.
+        where: the file, for messages.
+        expected: what messages call it.
+
+    Raises:
+        CheckpointError: for anything else.
+    """
+    value = content.get(name)
+    if value is not None and not (_is_number(value) and abs(value) < float("inf")):
+        _refuse(name, value, expected, where)
+    return value

@@ -1,0 +1,117 @@
+"""Rotary positions as a ``config.json`` says them, in the fields of today and of earlier.
+
+Base and scaling stand in ``rope_parameters``, or (before transformers 5) the base in ``rope_theta``
+and the scaling in ``rope_scaling``. Where there are several, what transformers 5 makes of them is
+what holds: ``rope_scaling`` comes before ``rope_parameters``, and a base inside the one that is
+taken comes before the one outside.
+"""
+
+from __future__ import annotations
+
+import reprlib
+from collections.abc import Mapping
+from typing import Any
+
+from models.huggingface.errors import CheckpointError
+from models.huggingface.fields import number, whole_number
+from models.llama import LlamaConfig
+from models.rope import RopeScaling
+
+
+def write_rotary(config: LlamaConfig) -> dict[str, Any]:
+    """The fields about rotary positions, for programs of today and of earlier.
+
+    Args:
+        config: a model's.
+
+    Returns:
+        ``rope_theta``, ``rope_scaling`` and ``rope_parameters``.
+
+    Example:
+        >>> write_rotary(LlamaConfig())["rope_parameters"]
+        {'rope_theta': 10000.0, 'rope_type': 'default'}
+    """
+    rope: dict[str, Any] = {"rope_theta": config.rope_theta, "rope_type": "default"}
+    scaling = config.rope_scaling
+    if scaling.kind != "none":
+        rope |= {"rope_type": scaling.kind, "factor": scaling.factor}
+    if scaling.kind == "llama3":
+        rope |= {
+            "low_freq_factor": scaling.low_frequency,
+            "high_freq_factor": scaling.high_frequency,
+            "original_max_position_embeddings": scaling.original_length,
+        }
+    return {
+        "rope_theta": config.rope_theta,
+        # With its base, because transformers 5 takes this one of the two.
+        "rope_scaling": None if scaling.kind == "none" else rope,
+        "rope_parameters": rope,
+    }
+
+
+def read_rotary(content: Mapping[str, Any], length: int, where: str) -> tuple[float, RopeScaling]:
+    """The base of the rotary frequencies and what slows them down.
+
+    Args:
+        content: of a ``config.json``.
+        length: the longest sequence that the model takes.
+        where: the file, for messages.
+
+    Returns:
+        (base, scaling).
+
+    Raises:
+        CheckpointError: for a kind of scaling that is not supported, and for numbers that are
+            missing or none.
+
+    Example:
+        >>> scaling = {"type": "linear", "factor": 2.0}
+        >>> read_rotary({"rope_theta": 5e5, "rope_scaling": scaling}, 2048, "config.json")[0]
+        500000.0
+    """
+    for place in ("rope_scaling", "rope_parameters"):
+        found = content.get(place)
+        if found is not None and not isinstance(found, dict):
+            raise CheckpointError(f"{where}: {place} = {reprlib.repr(found)} is no JSON object.")
+        if found:
+            break
+    found = {name: value for name, value in (found or {}).items() if value is not None}
+    inside = f"{where}: {place}"
+    for name, value in found.items():
+        # One set of parameters for each kind of layer, sections for pictures, or half-turned heads.
+        if isinstance(value, dict) or name == "mrope_section":
+            raise CheckpointError(f"{inside}.{name} = {reprlib.repr(value)} is not supported.")
+    if found.get("partial_rotary_factor", 1) != 1:
+        raise CheckpointError(
+            f"{inside}.partial_rotary_factor = {found['partial_rotary_factor']!r} is not supported;"
+            " expected 1."
+        )
+    base = number(found, "rope_theta", inside) or number(content, "rope_theta", where)
+    base = 10000.0 if base is None else float(base)
+    if base <= 0:
+        raise CheckpointError(f"{where}: rope_theta = {base!r}; expected a number above 0.")
+    return base, _scaling(found, content, length, (where, inside))
+
+
+def _scaling(
+    found: dict[str, Any], content: Mapping[str, Any], length: int, where: tuple[str, str]
+) -> RopeScaling:
+    kind = found.get("rope_type", found.get("type", "default"))
+    if kind == "default":
+        return RopeScaling()  # whatever else is there, as in transformers
+    if kind not in ("linear", "llama3"):
+        raise CheckpointError(
+            f"{where[1]}: rope_type = {kind!r} is not supported; expected default, linear or "
+            "llama3."
+        )
+    needed = ("factor",) if kind == "linear" else ("factor", "low_freq_factor", "high_freq_factor")
+    values = [number(found, name, where[1]) for name in needed]
+    if None in values:
+        raise CheckpointError(f"{where[1]}.{needed[values.index(None)]} is missing.")
+    factors = [float(value) for value in values if value is not None]
+    if kind == "linear":
+        return RopeScaling("linear", *factors)
+    # Outside it comes first, in transformers 5; inside it is where the format has it.
+    name = "original_max_position_embeddings"
+    original = whole_number(content, name, where[0]) or whole_number(found, name, where[1])
+    return RopeScaling("llama3", *factors, original_length=original or length)
