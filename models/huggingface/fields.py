@@ -100,12 +100,12 @@ def check_fields(content: Mapping[str, Any], head_size: float, where: str) -> No
         CheckpointError: with the name of the field.
 
     Example:
-        >>> check_fields({"_model_name_or_path": "x", "residual_multiplier": 1.0}, 64, "here")
-        >>> check_fields({"residual_multiplier": 0.5}, 64, "here")
+        >>> check_fields({"_model_name_or_path": "x", "sliding_window": None}, 64, "config.json")
+        >>> check_fields({"mlp_bias": True}, 64, "config.json")
         Traceback (most recent call last):
         ...
-        models.huggingface.errors.CheckpointError: here: residual_multiplier = 0.5 is not supported; \
-expected 1.
+        models.huggingface.errors.CheckpointError: config.json: mlp_bias = True is not supported; \
+expected False.
     """
     for name, value in content.items():
         if value is None:

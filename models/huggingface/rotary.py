@@ -105,13 +105,16 @@ def _scaling(
             "llama3."
         )
     needed = ("factor",) if kind == "linear" else ("factor", "low_freq_factor", "high_freq_factor")
-    values = [number(found, name, where[1]) for name in needed]
-    if None in values:
-        raise CheckpointError(f"{where[1]}.{needed[values.index(None)]} is missing.")
-    factors = [float(value) for value in values if value is not None]
+    values: list[float] = []
+    for name in needed:
+        value = number(found, name, where[1])
+        if value is None:
+            raise CheckpointError(f"{where[1]}.{name} is missing.")
+        values.append(float(value))
     if kind == "linear":
-        return RopeScaling("linear", *factors)
+        return RopeScaling("linear", values[0])
+    factor, low, high = values
     # Outside it comes first, in transformers 5; inside it is where the format has it.
     name = "original_max_position_embeddings"
     original = whole_number(content, name, where[0]) or whole_number(found, name, where[1])
-    return RopeScaling("llama3", *factors, original_length=original or length)
+    return RopeScaling("llama3", factor, low, high, original or length)
