@@ -69,8 +69,10 @@ def check_start(config: Config, tokenizer: Tokenizer) -> None:
         check_parameters(config.init_from, nnx.to_pure_dict(nnx.state(model)))
     except CheckpointError as error:
         raise TrainingError(f"config.init_from: {error}") from None
-    path = pathlib.Path(config.init_from) / "tokenizer.json"
-    if not path.exists():
+    directory = pathlib.Path(config.init_from)
+    files = [directory / name for name in ("tokenizer.json", "tokenizer.model")]
+    path = next((path for path in files if path.is_file()), None)
+    if path is None:
         return
     theirs = load_tokenizer(str(path), eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
     if theirs.vocab_size != tokenizer.vocab_size:
@@ -116,4 +118,7 @@ def start_from(config: Config, state: TrainState) -> tuple[TrainState, str]:
             f", {len(errors)} projections as truncated SVDs "
             f"(relative errors {least:.3f} to {worst:.3f})"
         )
+    zero = [error.name for error in errors if error.zero]
+    if zero:
+        line += f"; {', '.join(zero)} all zeros, so their factors can't be trained"
     return state._replace(params=picked["params"], fixed=picked["fixed"]), line

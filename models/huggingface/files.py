@@ -108,10 +108,11 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
         CheckpointError: if there is none.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        # With or without a mark of the byte order, as editors leave it.
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing.") from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} can't be read as JSON ({error}).") from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{path} holds no JSON object.")
