@@ -77,6 +77,10 @@ def read_parameters(
     def read(name: str, like: Any) -> np.ndarray:
         value = tensors.read(name)
         if not jnp.issubdtype(like.dtype, jnp.floating):
+            if not np.issubdtype(value.dtype, np.integer):
+                raise CheckpointError(
+                    f"{directory}: {name} is stored as {value.dtype}; expected whole numbers."
+                )
             return value
         return cast(value, like.dtype, f"{directory}: {name}")
 

@@ -12,7 +12,7 @@ from flax import nnx
 from loro_jax.training.tokenizer import load_tokenizer
 from models import Llama, LlamaConfig
 from models.huggingface import CheckpointError, read_model, write_model
-from models.huggingface.__main__ import main
+from models.huggingface.__main__ import _token_ids, main
 from models.rope import RopeScaling
 from tests.models.checkpoints import CONFIG, UP, tensors, write
 
@@ -25,8 +25,7 @@ def export(out, tokenizer="embedded", **changes):
         chosen.vocab_size, **fields, max_sequence_length=64, initializer_range=0.3, rank=8
     )
     model = Llama(dataclasses.replace(config, **changes), nnx.Rngs(0))
-    ids = {"eos_token_id": chosen.eos_id, "pad_token_id": chosen.pad_id}
-    write_model(model, out, files=chosen.files(), token_ids=ids)
+    write_model(model, out, files=chosen.files(), token_ids=_token_ids(chosen))
     return model, chosen
 
 
@@ -90,6 +89,15 @@ def test_ctranslate2_computes_our_logits(changes, tmp_path):
     found = np.array(ctranslate2.Generator(made, device="cpu").forward_batch(ids))
     assert np.std(found) > 0.3
     np.testing.assert_allclose(found, model(jnp.array(ids)), atol=1e-4)
+
+
+def test_a_tokenizer_with_several_ends_and_a_beginning():
+    tokenizer = load_tokenizer("bytes")
+    wanted = {"eos_token_id": 1, "pad_token_id": 0}
+    assert {name: _token_ids(tokenizer)[name] for name in wanted} == wanted
+    tokenizer.eos_ids, tokenizer.bos_id = (1, 5), 2
+    wanted = {"bos_token_id": 2, "eos_token_id": [1, 5], "pad_token_id": 0}
+    assert _token_ids(tokenizer) == wanted
 
 
 def test_a_list_of_ends_is_written(tmp_path):
