@@ -131,11 +131,10 @@ def tokenizer_files(tokenizer: tokenizers.Tokenizer, eos_id: int, pad_id: int) -
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": tokenizer.id_to_token(eos_id),
         "pad_token": tokenizer.id_to_token(pad_id),
-        "bos_token": tokenizer.id_to_token(eos_id),
-        "add_bos_token": False,
+        "clean_up_tokenization_spaces": False,
         # Transformers 4 would add token_type_ids, which no LLaMA takes.
         "model_input_names": ["input_ids", "attention_mask"],
-        "clean_up_tokenization_spaces": False,
+        "bos_token": tokenizer.id_to_token(eos_id),
     }
     return {
         "tokenizer.json": tokenizer.to_str(pretty=True).encode(),

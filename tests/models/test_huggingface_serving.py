@@ -61,13 +61,13 @@ def test_the_files_of_an_export_say_all_that_other_programs_ask(tokenizer, tmp_p
     config = content["tokenizer_config.json"]
     # Transformers 4 adds token_type_ids unless told otherwise, and generate() refuses them.
     assert config["model_input_names"] == ["input_ids", "attention_mask"]
-    # CTranslate2 does not load a model whose bos_token is null; llama.cpp adds one unless told.
+    # CTranslate2 does not load a model whose bos_token is null.
     vocabulary = tokenizers.Tokenizer.from_file(str(tmp_path / "out" / "tokenizer.json"))
     for role in ("bos", "eos", "pad"):
         one = content["config.json"][f"{role}_token_id"]
         assert vocabulary.id_to_token(one) == config[f"{role}_token"]
         assert content["generation_config.json"][f"{role}_token_id"] == one
-    assert config["add_bos_token"] is False
+    assert not config.get("add_bos_token")
     assert vocabulary.encode(TEXT).ids == ours.encode([TEXT])[0]
 
 
