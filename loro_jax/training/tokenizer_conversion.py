@@ -6,7 +6,7 @@ import json
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
+from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
 
 from loro_jax.training.errors import TrainingError
 
@@ -113,7 +113,13 @@ def from_bytes() -> tokenizers.Tokenizer:
     return tokenizer
 
 
-def tokenizer_files(tokenizer: tokenizers.Tokenizer, eos_id: int, pad_id: int) -> dict[str, bytes]:
+def tokenizer_files(
+    tokenizer: tokenizers.Tokenizer,
+    eos_id: int,
+    pad_id: int,
+    bos_id: int | None = None,
+    adds_bos: bool = False,
+) -> dict[str, bytes]:
     """What a directory needs beside a model so that its text can be encoded.
 
     Where no token begins a text, the one that ends it is named as such, for programs that ask for
@@ -123,19 +129,28 @@ def tokenizer_files(tokenizer: tokenizers.Tokenizer, eos_id: int, pad_id: int) -
         tokenizer: the tokenizer.
         eos_id: the id that ends a text.
         pad_id: the id that fills up a batch.
+        bos_id: the id that begins a text; None: none does.
+        adds_bos: whether texts are begun with it.
 
     Returns:
         Contents by file name: ``tokenizer.json`` and ``tokenizer_config.json``.
     """
-    config = {
+    config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": tokenizer.id_to_token(eos_id),
         "pad_token": tokenizer.id_to_token(pad_id),
+        "add_bos_token": adds_bos,
         "clean_up_tokenization_spaces": False,
         # Transformers 4 would add token_type_ids, which no LLaMA takes.
         "model_input_names": ["input_ids", "attention_mask"],
         "bos_token": tokenizer.id_to_token(eos_id),
     }
+    if bos_id is not None:
+        config["bos_token"] = begin = tokenizer.id_to_token(bos_id)
+        if adds_bos and tokenizer.post_processor is None:
+            tokenizer.post_processor = processors.TemplateProcessing(
+                single=f"{begin} $A", special_tokens=[(begin, bos_id)]
+            )
     return {
         "tokenizer.json": tokenizer.to_str(pretty=True).encode(),
         "tokenizer_config.json": (json.dumps(config, indent=2) + "\n").encode(),

@@ -31,7 +31,7 @@ def encode_document(text: str, tokenizer: Tokenizer) -> np.ndarray:
 
 
 def encode_chunks(
-    chunks: Iterable[Chunk], tokenizer: Tokenizer, threads: int = 0
+    chunks: Iterable[Chunk], tokenizer: Tokenizer, threads: int = 0, bos: bool = False
 ) -> Iterator[tuple[Chunk, list[np.ndarray]]]:
     """Encodes chunks by several threads (tokenizers work outside Python's lock).
 
@@ -39,6 +39,7 @@ def encode_chunks(
         chunks: chunks of documents.
         tokenizer: their tokenizer.
         threads: how many at a time; 0: as many as there are cores.
+        bos: whether each document begins with the beginning-of-text ids.
 
     Yields:
         Each chunk, in order, with the ids of its documents, each closed by the end-of-text id and
@@ -49,11 +50,12 @@ def encode_chunks(
     """
     threads = threads or available_cores()
     dtype = token_dtype(tokenizer.vocab_size)
+    begin = tokenizer.bos_ids if bos else ()
     waiting: collections.deque[tuple[Chunk, Future[list[np.ndarray]]]] = collections.deque()
     with ThreadPoolExecutor(threads, thread_name_prefix="encode") as pool:
         try:
             for chunk in chunks:
-                waiting.append((chunk, pool.submit(_encode, chunk.texts, tokenizer, dtype)))
+                waiting.append((chunk, pool.submit(_encode, chunk.texts, tokenizer, dtype, begin)))
                 if len(waiting) > 2 * threads:
                     done, future = waiting.popleft()
                     yield done, future.result()
@@ -64,11 +66,17 @@ def encode_chunks(
             pool.shutdown(cancel_futures=True)
 
 
-def _encode(texts: list[str], tokenizer: Tokenizer, dtype: Any = np.int32) -> list[np.ndarray]:
+def _encode(
+    texts: list[str],
+    tokenizer: Tokenizer,
+    dtype: Any = np.int32,
+    begin: tuple[int, ...] = (),
+) -> list[np.ndarray]:
     documents = []
     for ids in tokenizer.encode(texts):
-        document = np.empty(len(ids) + 1, np.int64)
-        document[:-1] = ids
+        document = np.empty(len(begin) + len(ids) + 1, np.int64)
+        document[: len(begin)] = begin
+        document[len(begin) : -1] = ids
         document[-1] = tokenizer.eos_id
         check_ids(document, tokenizer.vocab_size, "the tokenizer's output")
         documents.append(document.astype(dtype))
