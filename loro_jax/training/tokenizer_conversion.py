@@ -2,16 +2,27 @@
 
 from __future__ import annotations
 
+import collections
 import json
+from collections.abc import Mapping
 from typing import Any
 
 import tokenizers
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers, processors
+from tokenizers import (
+    AddedToken,
+    Regex,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+    processors,
+)
 
 from loro_jax.training.errors import TrainingError
+from loro_jax.training.sentencepiece_probes import check_conversion
+from loro_jax.training.sentencepiece_rules import any_of, table_steps
 
 _SPACE = "\u2581"  # SentencePiece's mark of a space
-_SPACES = Regex(" {2,}")
 _BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 
 
@@ -22,10 +33,14 @@ def from_sentencepiece(model: bytes) -> tokenizers.Tokenizer:
         model: contents of the ``.model`` file.
 
     Returns:
-        A tokenizer that gives the same ids and has the control pieces as special tokens.
+        A tokenizer that gives the same ids and has the control pieces as special tokens. For a
+        unigram model, whose scores SentencePiece adds in single precision over the whole text,
+        the ids of a long text may differ where two ways to cut it are equally good but for
+        rounding.
 
     Raises:
-        TrainingError: for another kind of model (words, characters).
+        TrainingError: for another kind of model (words, characters), or one with options that the
+            format can't express.
 
     Example:
         >>> import importlib.resources
@@ -39,27 +54,28 @@ def from_sentencepiece(model: bytes) -> tokenizers.Tokenizer:
 
     message: Any = sentencepiece_model_pb2
     proto = message.ModelProto.FromString(model)
-    kind, rules, piece = proto.trainer_spec, proto.normalizer_spec, message.ModelProto.SentencePiece
-    vocabulary = [(one.piece, one.score) for one in proto.pieces]
-    unknown = kind.unk_id
-    steps: list[Any] = []
-    if rules.precompiled_charsmap:
-        steps.append(normalizers.Precompiled(rules.precompiled_charsmap))
-    if rules.remove_extra_whitespaces:
-        steps += [normalizers.Strip(), normalizers.Replace(_SPACES, " ")]
-    if rules.add_dummy_prefix:
-        steps.append(normalizers.Prepend(_SPACE))
-    steps.append(normalizers.Replace(" ", _SPACE))
+    kind, piece = proto.trainer_spec, message.ModelProto.SentencePiece
+    pieces = {
+        name: [one.piece for one in proto.pieces if one.type == getattr(piece, name)]
+        for name in ("NORMAL", "CONTROL", "UNKNOWN", "USER_DEFINED", "BYTE", "UNUSED")
+    }
+    if pieces["UNUSED"]:
+        raise TrainingError(
+            "tokenizer.json: the SentencePiece model has pieces of type UNUSED, such as "
+            f"{pieces['UNUSED'][0]!r}, which the format can't express."
+        )
     if kind.model_type == kind.UNIGRAM:
-        core: Any = models.Unigram(vocabulary, unknown, kind.byte_fallback)
+        core: Any = models.Unigram(_scores(proto, piece), kind.unk_id, kind.byte_fallback)
     elif kind.model_type == kind.BPE:
-        normal = {one.piece for one in proto.pieces if one.type == piece.NORMAL}
+        vocabulary = [(one.piece, one.score) for one in proto.pieces]
         core = models.BPE(
             vocab={name: i for i, (name, _) in enumerate(vocabulary)},
-            merges=_merges(vocabulary, normal),
-            unk_token=vocabulary[unknown][0],
+            merges=_merges(vocabulary, set(pieces["NORMAL"])),
+            unk_token=vocabulary[kind.unk_id][0],
             fuse_unk=True,
             byte_fallback=kind.byte_fallback,
+            # User-defined symbols, cut out of the text, have no merges that would make them.
+            ignore_merges=bool(pieces["USER_DEFINED"]),
         )
     else:
         raise TrainingError(
@@ -67,20 +83,24 @@ def from_sentencepiece(model: bytes) -> tokenizers.Tokenizer:
             f"{kind.ModelType.Name(kind.model_type)}."
         )
     tokenizer = tokenizers.Tokenizer(core)
-    tokenizer.normalizer = normalizers.Sequence(steps)
-    if kind.model_type == kind.UNIGRAM:
-        # Words one by one: no piece of a unigram model reaches over a space, and the search for
-        # the best pieces is quadratic in the text otherwise.
-        tokenizer.pre_tokenizer = pre_tokenizers.Split(_SPACE, "merged_with_next")
-    prefix = [decoders.Strip(" ", 1, 0)] if rules.add_dummy_prefix else []
-    tokenizer.decoder = decoders.Sequence(
-        [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse(), *prefix]
-    )
+    steps = _normalizers(proto, pieces["USER_DEFINED"])
+    tokenizer.normalizer = normalizers.Sequence(steps) if steps else None
+    splits = _splits(pieces, kind.model_type == kind.UNIGRAM)
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(splits) if splits else None
+    tokenizer.decoder = _decoder(proto)
     special = [one.piece for one in proto.pieces if one.type in (piece.CONTROL, piece.UNKNOWN)]
     tokenizer.add_special_tokens([AddedToken(name, special=True) for name in special])
-    own = [one.piece for one in proto.pieces if one.type == piece.USER_DEFINED]
-    tokenizer.add_tokens([AddedToken(name, normalized=False) for name in own])
+    check_conversion(model, proto, tokenizer)
     return tokenizer
+
+
+def _scores(proto: Any, piece: Any) -> list[tuple[str, float]]:
+    """Pieces with their scores; that of user-defined symbols is the best for their length."""
+    best = max((one.score for one in proto.pieces if one.type == piece.NORMAL), default=0.0)
+    return [
+        (one.piece, len(one.piece) * best - 0.1 if one.type == piece.USER_DEFINED else one.score)
+        for one in proto.pieces
+    ]
 
 
 def _merges(vocabulary: list[tuple[str, float]], normal: set[str]) -> list[tuple[str, str]]:
@@ -94,6 +114,70 @@ def _merges(vocabulary: list[tuple[str, float]], normal: set[str]) -> list[tuple
         pairs = [pair for pair in cuts if pair[0] in normal and pair[1] in normal]
         found += [(-score, ids[left], ids[right], left, right) for left, right in pairs]
     return [(left, right) for *_, left, right in sorted(found)]
+
+
+def _normalizers(proto: Any, symbols: list[str]) -> list[Any]:
+    """The steps of SentencePiece's normalizer, in its order."""
+    rules = proto.normalizer_spec
+    table, suffix = rules.precompiled_charsmap, proto.trainer_spec.treat_whitespace_as_suffix
+    space = _SPACE if rules.escape_whitespaces else " "
+    steps: list[Any] = list(table_steps(table, symbols)) if table else []
+    if rules.remove_extra_whitespaces:
+        # Of spaces alone; line feeds and the like stay.
+        steps.append(normalizers.Replace(Regex(r"\A +"), ""))
+        steps.append(normalizers.Replace(Regex(" {2,}"), " "))
+    if rules.add_dummy_prefix and not suffix:
+        steps.append(normalizers.Prepend(space))
+    if space != " ":
+        steps.append(normalizers.Replace(" ", space))
+    ends_in_space = rules.add_dummy_prefix and suffix
+    if ends_in_space:  # unless there is no text at all
+        steps.append(normalizers.Replace(Regex(r"(?m)(?<=.)\z"), space))
+    if rules.remove_extra_whitespaces:
+        steps.append(normalizers.Replace(Regex(rf"{space}+\z"), space if ends_in_space else ""))
+    return steps
+
+
+def _decoder(proto: Any) -> Any:
+    """Pieces to text: the space that was put at an end comes off."""
+    rules, suffix = proto.normalizer_spec, proto.trainer_spec.treat_whitespace_as_suffix
+    steps = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
+    if rules.add_dummy_prefix or rules.remove_extra_whitespaces:
+        several = "+" if rules.remove_extra_whitespaces else ""
+        pattern = rf" {several}\z" if suffix else rf"\A {several}"
+        steps.append(decoders.Replace(Regex(pattern), ""))
+    return decoders.Sequence(steps)
+
+
+def _splits(pieces: dict[str, list[str]], unigram: bool) -> list[Any]:
+    """Where a text is cut before pieces are looked for."""
+    symbols, splits = pieces["USER_DEFINED"], []
+    if symbols and not unigram:  # a unigram model finds them by their scores
+        splits.append(pre_tokenizers.Split(Regex(any_of(symbols)), "isolated"))
+    if unigram or symbols:
+        # The vocabulary holds names of control pieces and bytes, which must not match in a text.
+        names = [*pieces["CONTROL"], *pieces["UNKNOWN"], *pieces["BYTE"]]
+        over = collections.Counter(
+            piece[i : i + 2] for piece in pieces["NORMAL"] for i in range(len(piece) - 1)
+        )
+        cuts = sorted({_cut(name, over) for name in names if len(name) > 1})
+        if cuts:
+            pattern = Regex("|".join(rf"(?<={any_of([a])}){any_of([b])}" for a, b in cuts))
+            splits.append(pre_tokenizers.Split(pattern, "merged_with_next"))
+    words = [*pieces["NORMAL"], *symbols]
+    if unigram and all(_SPACE not in word[1:] for word in words):
+        # Words one by one, for no piece reaches over a space: long texts take less time, and
+        # rounding is less of an issue.
+        splits.append(pre_tokenizers.Split(_SPACE, "merged_with_next"))
+    elif unigram and all(_SPACE not in word[:-1] for word in words):
+        splits.append(pre_tokenizers.Split(_SPACE, "merged_with_previous"))
+    return splits
+
+
+def _cut(name: str, over: Mapping[str, int]) -> tuple[str, str]:
+    """Where to cut a name so that it is not found whole: where the fewest pieces reach over."""
+    at = min(range(1, len(name)), key=lambda at: (over.get(name[at - 1 : at + 1], 0), -at))
+    return name[:at], name[at:]
 
 
 def from_bytes() -> tokenizers.Tokenizer:

@@ -1,0 +1,106 @@
+"""Whether a converted SentencePiece model gives the model's own ids, tried on texts made of it."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from typing import Any
+
+import sentencepiece
+import tokenizers
+
+from loro_jax.training.errors import TrainingError
+
+_SPACE = "\u2581"
+# Of a unigram model's probes, how many may differ: equally good cuts are told apart by rounding.
+_TIES = 0.002
+
+
+def check_conversion(model: bytes, proto: Any, tokenizer: tokenizers.Tokenizer) -> None:
+    """Raises if a conversion is not what it says.
+
+    Args:
+        model: contents of the ``.model`` file.
+        proto: the same, parsed.
+        tokenizer: what was made of it.
+
+    Raises:
+        TrainingError: if ids differ; it names the options that are not the usual ones.
+    """
+    texts = list(_probes(proto))
+    own = sentencepiece.SentencePieceProcessor(model_proto=model).encode(texts, num_threads=1)
+    before, tokenizer.encode_special_tokens = tokenizer.encode_special_tokens, True
+    made = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
+    tokenizer.encode_special_tokens = before
+    wrong = [text for text, a, b in zip(texts, own, made, strict=True) if a != b.ids]
+    unigram = proto.trainer_spec.model_type == proto.trainer_spec.UNIGRAM
+    if len(wrong) > (_TIES * len(texts) if unigram else 0):
+        raise TrainingError(
+            "tokenizer.json: a SentencePiece model with these options can't be expressed there "
+            f"({', '.join(_options(proto))}): its ids for {min(wrong, key=len)[:40]!r} would be "
+            "others. Programs need its .model file."
+        )
+
+
+def _options(proto: Any) -> list[str]:
+    kind, rules = proto.trainer_spec, proto.normalizer_spec
+    found = [
+        f"model_type={kind.ModelType.Name(kind.model_type)}",
+        f"normalization_rule_name={rules.name or 'identity'}",
+    ]
+    symbols = [one.piece for one in proto.pieces if one.type == one.USER_DEFINED]
+    found += [f"user_defined_symbols={','.join(symbols)[:60]!r}"] if symbols else []
+    for name, value, usual in (
+        ("byte_fallback", kind.byte_fallback, None),
+        ("split_by_whitespace", kind.split_by_whitespace, True),
+        ("treat_whitespace_as_suffix", kind.treat_whitespace_as_suffix, False),
+        ("add_dummy_prefix", rules.add_dummy_prefix, True),
+        ("remove_extra_whitespaces", rules.remove_extra_whitespaces, True),
+        ("escape_whitespaces", rules.escape_whitespaces, True),
+    ):
+        found += [f"{name}={value}"] if value != usual else []
+    return found
+
+
+def _probes(proto: Any) -> Iterator[str]:
+    """Texts of the pieces of a model, a few at a time, and around its odd ones."""
+    draw = random.Random(0)
+    normal = [one.piece.replace(_SPACE, " ") for one in proto.pieces if one.type == one.NORMAL]
+    odd = [one.piece for one in proto.pieces if one.type not in (one.NORMAL, one.BYTE)][:400]
+    odd += [one.piece for one in proto.pieces if one.type == one.BYTE][:12]
+    order = draw.sample(normal, len(normal))
+    for start in range(0, len(order), 6):
+        yield "".join(order[start : start + 6])
+    some = [
+        *draw.sample(normal, min(len(normal), 40)),
+        " ",
+        "  ",
+        "\n",
+        "",
+        "a",
+        ".",
+        "\u00e9",
+        "#",
+    ]
+    for symbol in odd:
+        for text in (symbol, symbol.replace(_SPACE, " ")):
+            left, right = draw.choice(some), draw.choice(some)
+            yield from (text, left + text, text + right, f"{left}{text}{right}", f"{text} {text}")
+            yield f"{left}{text}{draw.choice(odd)}{right}"
+    for text in (
+        "",
+        " ",
+        "   ",
+        "\n",
+        " \n ",
+        "\t",
+        "\r\n",
+        " a",
+        "a ",
+        " a  b\u3000c ",
+        "\u2581",
+        "a\u2581",
+    ):
+        yield text
+        yield f"{text}a"
+        yield f"a{text}"
