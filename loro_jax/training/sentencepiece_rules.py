@@ -24,6 +24,8 @@ from loro_jax.training.errors import TrainingError
 # be joined, and before the number of a string to put in at the end.
 _APART, _JOINED, _LATER = "\ufdd0", "\ufdd1", "\ufdd2"
 _NUMBERS = 0xF0000  # of private use
+# Says that there is a text even if nothing is left of it.
+SOME_TEXT = f"{_LATER}{chr(_NUMBERS + 0xEFFF)}"
 # Entries of several characters that are replaced one result at a time; more would be slow.
 _EXCEPTIONS = 256
 
@@ -114,6 +116,48 @@ def table_steps(table: bytes, symbols: Sequence[str]) -> list[Any]:
         normalizers.Replace(_APART, ""),
     ]
     return steps + [normalizers.Replace(mark, result) for result, mark in places.items()]
+
+
+def mark_steps(table: bytes, but_spaces: bool) -> list[Any]:
+    """Returns the normalizers that put :data:`SOME_TEXT` before a text.
+
+    A text of characters that the table deletes is not empty, and gets the space that is put before
+    or after every text.
+
+    Args:
+        table: bytes of the ``precompiled_charsmap``.
+        but_spaces: put it only before texts of which the table deletes something; what else there
+            is shows afterwards, unless it is spaces that count for nothing.
+    """
+    deleted = [key for key, result in _analysed(table).rules.items() if not result]
+    if but_spaces and not deleted:
+        return []
+    mark = normalizers.Prepend(SOME_TEXT)
+    others = _class(deleted).replace("[", "[^", 1) if deleted else "."
+    # Taken away again, for the library miscounts after a match of nothing at the very start.
+    unless = normalizers.Replace(Regex(rf"(?m)\A{SOME_TEXT}(?={others}*\z)"), "")
+    return [mark, unless] if but_spaces else [mark]
+
+
+def space_steps(symbols: Sequence[str]) -> tuple[list[Any], list[Any]]:
+    """Returns the normalizers that take away extra spaces: spaces alone, line feeds etc. stay.
+
+    Args:
+        symbols: user-defined symbols. One of spaces alone keeps as many of a run of spaces.
+
+    Returns:
+        (those before the table's steps, those after them).
+    """
+    lengths = sorted({len(one) for one in symbols if len(one) > 1 and not one.strip(" ")})[::-1]
+    kept = {n: f"{_LATER}{chr(_NUMBERS + 0xF000 + n)}" for n in lengths}
+    before = [normalizers.Replace(Regex(f"(?<! ) {{{n},}}"), mark) for n, mark in kept.items()]
+    after: list[Any] = []
+    for mark in kept.values():
+        after.append(normalizers.Replace(Regex(rf"(?:(?<= )|\A|(?<=\A{SOME_TEXT})){mark} *"), " "))
+        after.append(normalizers.Replace(Regex(f"{mark} +"), mark))
+    after.append(normalizers.Replace(Regex(rf"(?:\A|(?<=\A{SOME_TEXT})) +"), ""))
+    after.append(normalizers.Replace(Regex(" {2,}"), " "))
+    return before, after + [normalizers.Replace(mark, " " * n) for n, mark in kept.items()]
 
 
 class _Analysed(NamedTuple):

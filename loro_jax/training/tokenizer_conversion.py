@@ -20,7 +20,13 @@ from tokenizers import (
 
 from loro_jax.training.errors import TrainingError
 from loro_jax.training.sentencepiece_probes import check_conversion
-from loro_jax.training.sentencepiece_rules import any_of, table_steps
+from loro_jax.training.sentencepiece_rules import (
+    SOME_TEXT,
+    any_of,
+    mark_steps,
+    space_steps,
+    table_steps,
+)
 
 _SPACE = "\u2581"  # SentencePiece's mark of a space
 _BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
@@ -95,12 +101,15 @@ def from_sentencepiece(model: bytes) -> tokenizers.Tokenizer:
 
 
 def _scores(proto: Any, piece: Any) -> list[tuple[str, float]]:
-    """Pieces with their scores; that of user-defined symbols is the best for their length."""
-    best = max((one.score for one in proto.pieces if one.type == piece.NORMAL), default=0.0)
-    return [
-        (one.piece, len(one.piece) * best - 0.1 if one.type == piece.USER_DEFINED else one.score)
-        for one in proto.pieces
-    ]
+    """Pieces with their scores, which those that aren't ordinary have by their kind."""
+    worst = min((one.score for one in proto.pieces if one.type == piece.NORMAL), default=0.0)
+    found = []
+    for one in proto.pieces:
+        score = one.score if one.type == piece.NORMAL else worst
+        if one.type == piece.USER_DEFINED:  # above all logarithms of probabilities, by its bytes
+            score = 0.1 * (len(one.piece.encode()) - 1)
+        found.append((one.piece, score))
+    return found
 
 
 def _merges(vocabulary: list[tuple[str, float]], normal: set[str]) -> list[tuple[str, str]]:
@@ -120,32 +129,34 @@ def _normalizers(proto: Any, symbols: list[str]) -> list[Any]:
     """The steps of SentencePiece's normalizer, in its order."""
     rules = proto.normalizer_spec
     table, suffix = rules.precompiled_charsmap, proto.trainer_spec.treat_whitespace_as_suffix
+    fewer, added = rules.remove_extra_whitespaces, rules.add_dummy_prefix
     space = _SPACE if rules.escape_whitespaces else " "
     steps: list[Any] = list(table_steps(table, symbols)) if table else []
-    if rules.remove_extra_whitespaces:
-        # Of spaces alone; line feeds and the like stay.
-        steps.append(normalizers.Replace(Regex(r"\A +"), ""))
-        steps.append(normalizers.Replace(Regex(" {2,}"), " "))
-    if rules.add_dummy_prefix and not suffix:
+    if table and added:
+        steps = [*mark_steps(table, but_spaces=fewer), *steps]
+    if fewer:
+        before, after = space_steps(symbols)
+        steps = [*before, *steps, *after]
+    if added and not suffix:
         steps.append(normalizers.Prepend(space))
     if space != " ":
         steps.append(normalizers.Replace(" ", space))
-    ends_in_space = rules.add_dummy_prefix and suffix
-    if ends_in_space:  # unless there is no text at all
+    if added and suffix:  # unless there is no text at all
         steps.append(normalizers.Replace(Regex(r"(?m)(?<=.)\z"), space))
-    if rules.remove_extra_whitespaces:
-        steps.append(normalizers.Replace(Regex(rf"{space}+\z"), space if ends_in_space else ""))
+    if table and added:
+        steps.append(normalizers.Replace(SOME_TEXT, ""))
+    if fewer:
+        steps.append(normalizers.Replace(Regex(rf"{space}+\z"), space if added and suffix else ""))
     return steps
 
 
 def _decoder(proto: Any) -> Any:
-    """Pieces to text: the space that was put at an end comes off."""
-    rules, suffix = proto.normalizer_spec, proto.trainer_spec.treat_whitespace_as_suffix
+    """Pieces to text: the space that was put before it comes off."""
+    rules = proto.normalizer_spec
     steps = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     if rules.add_dummy_prefix or rules.remove_extra_whitespaces:
         several = "+" if rules.remove_extra_whitespaces else ""
-        pattern = rf" {several}\z" if suffix else rf"\A {several}"
-        steps.append(decoders.Replace(Regex(pattern), ""))
+        steps.append(decoders.Replace(Regex(rf"\A {several}"), ""))
     return decoders.Sequence(steps)
 
 
@@ -162,8 +173,8 @@ def _splits(pieces: dict[str, list[str]], unigram: bool) -> list[Any]:
         )
         cuts = sorted({_cut(name, over) for name in names if len(name) > 1})
         if cuts:
-            pattern = Regex("|".join(rf"(?<={any_of([a])}){any_of([b])}" for a, b in cuts))
-            splits.append(pre_tokenizers.Split(pattern, "merged_with_next"))
+            pattern = "|".join(_between(*cut, symbols) for cut in cuts)
+            splits.append(pre_tokenizers.Split(Regex(pattern), "merged_with_next"))
     words = [*pieces["NORMAL"], *symbols]
     if unigram and all(_SPACE not in word[1:] for word in words):
         # Words one by one, for no piece reaches over a space: long texts take less time, and
@@ -178,6 +189,17 @@ def _cut(name: str, over: Mapping[str, int]) -> tuple[str, str]:
     """Where to cut a name so that it is not found whole: where the fewest pieces reach over."""
     at = min(range(1, len(name)), key=lambda at: (over.get(name[at - 1 : at + 1], 0), -at))
     return name[:at], name[at:]
+
+
+def _between(left: str, right: str, symbols: list[str]) -> str:
+    """A pattern of ``right`` after ``left``, but not within a user-defined symbol."""
+    found = any_of([right])
+    for symbol in symbols:
+        start = symbol.find(left + right)
+        if start >= 0:
+            at = start + len(left)
+            found = f"(?!(?<={any_of([symbol[:at]])}){any_of([symbol[at:]])}){found}"
+    return f"(?<={any_of([left])}){found}"
 
 
 def from_bytes() -> tokenizers.Tokenizer:
