@@ -17,6 +17,8 @@ from loro_jax.training.accelerators import ACCELERATORS
 from loro_jax.training.config import Config, MeshConfig
 from loro_jax.training.errors import TrainingError
 from loro_jax.training.plan import Plan, make_plan
+from loro_jax.training.tokenizer import load_tokenizer
+from loro_jax.training.vocabulary import resolve_vocabulary
 
 
 def dry_run(config: Config, devices: int | None) -> None:
@@ -31,9 +33,9 @@ def dry_run(config: Config, devices: int | None) -> None:
     """
     config.validate()
     if config.model.vocab_size == 0:
-        raise TrainingError(
-            "config.model.vocab_size = 0: a dry run reads no tokenizer; expected its size."
-        )
+        data = config.data
+        tokenizer = load_tokenizer(data.tokenizer, data.eos_id, data.pad_id)
+        config, _ = resolve_vocabulary(config, tokenizer)
     count = devices or _devices_of(config.mesh)
     simulate_devices(count)
     with quiet_partitioner():

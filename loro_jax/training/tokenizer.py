@@ -20,6 +20,7 @@ from loro_jax.training.tokenizer_conversion import (
     from_bytes,
     from_sentencepiece,
     tokenizer_files,
+    with_control_pieces,
 )
 from loro_jax.training.tokenizer_json import HuggingFaceTokenizer
 
@@ -66,7 +67,7 @@ class SentencePieceTokenizer(SpecialIds):
     Args:
         model: contents of the ``.model`` file.
         name: what errors call it.
-        eos_id: the end-of-text id; None: the model's.
+        eos_id: the end-of-text id, or several; None: the model's.
         beside: what the files beside it say; None: nothing.
 
     Raises:
@@ -74,7 +75,11 @@ class SentencePieceTokenizer(SpecialIds):
     """
 
     def __init__(
-        self, model: bytes, name: str, eos_id: int | None = None, beside: Beside | None = None
+        self,
+        model: bytes,
+        name: str,
+        eos_id: int | Sequence[int] | None = None,
+        beside: Beside | None = None,
     ):
         try:
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
@@ -82,17 +87,23 @@ class SentencePieceTokenizer(SpecialIds):
             raise TrainingError(
                 f"config.data.tokenizer = {name!r} is not a SentencePiece model."
             ) from None
-        self._model, self.name = model, name
+        self.name = name
         self.vocab_size = self._processor.vocab_size()
         tokens = {} if beside is None else beside.tokens
         found = self._named(tokens.get("eos"), self._processor.eos_id())
-        self.eos_id = found if eos_id is None else eos_id
+        given = [eos_id] if isinstance(eos_id, int) else list(eos_id or ())
+        self.eos_ids = tuple(given or [found])
+        self.eos_id = self.eos_ids[0]
         if self.eos_id < 0:
             raise TrainingError(
                 f"config.data.tokenizer = {name!r} has no end-of-text piece (eos); name an id with "
                 "config.data.eos_id."
             )
-        self.eos_ids = (self.eos_id,)
+        self._model = model
+        own, inside = self._processor, [i for i in self.eos_ids if i < self.vocab_size]
+        if not all(own.is_control(i) or own.is_unknown(i) or own.is_byte(i) for i in inside):
+            self._model = with_control_pieces(model, inside)
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=self._model)
         # LLaMA's models have no padding piece; padding is masked, so any id will do.
         self.pad_id = max(self._named(tokens.get("pad"), self._processor.pad_id()), 0)
         bos = self._named(tokens.get("bos"), self._processor.bos_id())
@@ -106,7 +117,7 @@ class SentencePieceTokenizer(SpecialIds):
             for i in range(self.vocab_size)
             if self._processor.is_control(i)
         }
-        self.fingerprint = hashlib.sha256(model).hexdigest()[:16]
+        self.fingerprint = hashlib.sha256(self._model).hexdigest()[:16]
 
     def _named(self, token: str | None, otherwise: int) -> int:
         """The id of a piece that a file beside the model names, if the model has it."""
@@ -220,16 +231,15 @@ def load_tokenizer(
 def _load(name: str, eos_ids: list[int], pad_id: int | None) -> Tokenizer:
     if name == "bytes":
         return ByteTokenizer()
-    eos_id = eos_ids[0] if eos_ids else None
     if name == "embedded":
         corpus = importlib.resources.files("loro_jax.training") / "corpus"
-        return SentencePieceTokenizer((corpus / "tokenizer.model").read_bytes(), name, eos_id)
+        return SentencePieceTokenizer((corpus / "tokenizer.model").read_bytes(), name, eos_ids)
     path = pathlib.Path(name).expanduser()
     try:
         path = _file_in(path) if path.is_dir() else path
         if path.suffix == ".json":
             return HuggingFaceTokenizer(path, name, eos_ids, pad_id)
-        return SentencePieceTokenizer(path.read_bytes(), name, eos_id, Beside(path.parent))
+        return SentencePieceTokenizer(path.read_bytes(), name, eos_ids, Beside(path.parent))
     except OSError as error:
         raise TrainingError(
             f"config.data.tokenizer = {name!r} can't be read ({error.strerror}); expected "

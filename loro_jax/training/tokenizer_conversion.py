@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import tokenizers
@@ -70,8 +70,9 @@ def from_sentencepiece(model: bytes) -> tokenizers.Tokenizer:
             "tokenizer.json: the SentencePiece model has pieces of type UNUSED, such as "
             f"{pieces['UNUSED'][0]!r}, which the format can't express."
         )
-    if kind.model_type == kind.UNIGRAM:
-        core: Any = models.Unigram(_scores(proto, piece), kind.unk_id, kind.byte_fallback)
+    scored = _scores(proto, piece) if kind.model_type == kind.UNIGRAM else None
+    if scored is not None:
+        core: Any = models.Unigram(scored, kind.unk_id, kind.byte_fallback)
     elif kind.model_type == kind.BPE:
         vocabulary = [(one.piece, one.score) for one in proto.pieces]
         core = models.BPE(
@@ -91,13 +92,45 @@ def from_sentencepiece(model: bytes) -> tokenizers.Tokenizer:
     tokenizer = tokenizers.Tokenizer(core)
     steps = _normalizers(proto, pieces["USER_DEFINED"])
     tokenizer.normalizer = normalizers.Sequence(steps) if steps else None
-    splits = _splits(pieces, kind.model_type == kind.UNIGRAM)
+    splits = _splits(pieces, scored is not None)
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(splits) if splits else None
     tokenizer.decoder = _decoder(proto)
     special = [one.piece for one in proto.pieces if one.type in (piece.CONTROL, piece.UNKNOWN)]
     tokenizer.add_special_tokens([AddedToken(name, special=True) for name in special])
-    check_conversion(model, proto, tokenizer)
+    # Of other kinds, nothing is as good as the very same.
+    words = (piece.NORMAL, piece.USER_DEFINED)
+    scores = (
+        None
+        if scored is None
+        else [
+            score if one.type in words else 1e6 + i
+            for i, (one, (_, score)) in enumerate(zip(proto.pieces, scored, strict=True))
+        ]
+    )
+    check_conversion(model, proto, tokenizer, scores)
     return tokenizer
+
+
+def with_control_pieces(model: bytes, ids: Sequence[int]) -> bytes:
+    """Returns a SentencePiece model in which no text holds some pieces.
+
+    Args:
+        model: contents of the ``.model`` file.
+        ids: of the pieces that end texts; user-defined symbols among them become control pieces.
+
+    Returns:
+        The model itself where there are none.
+    """
+    # Here, because few models need protobuf's machinery.
+    from sentencepiece import sentencepiece_model_pb2
+
+    message: Any = sentencepiece_model_pb2
+    proto = message.ModelProto.FromString(model)
+    pieces = [proto.pieces[i] for i in ids if 0 <= i < len(proto.pieces)]
+    symbols = [one for one in pieces if one.type == one.USER_DEFINED]
+    for one in symbols:
+        one.type = one.CONTROL
+    return proto.SerializeToString() if symbols else model
 
 
 def _scores(proto: Any, piece: Any) -> list[tuple[str, float]]:
@@ -171,7 +204,9 @@ def _splits(pieces: dict[str, list[str]], unigram: bool) -> list[Any]:
         over = collections.Counter(
             piece[i : i + 2] for piece in pieces["NORMAL"] for i in range(len(piece) - 1)
         )
-        cuts = sorted({_cut(name, over) for name in names if len(name) > 1})
+        known = {piece for piece in [*pieces["NORMAL"], *symbols] if len(piece) == 1}
+        known |= set("".join(names)) if pieces["BYTE"] else set()
+        cuts = sorted({_cut(name, over, known) for name in names if len(name) > 1})
         if cuts:
             pattern = "|".join(_between(*cut, symbols) for cut in cuts)
             splits.append(pre_tokenizers.Split(Regex(pattern), "merged_with_next"))
@@ -185,9 +220,18 @@ def _splits(pieces: dict[str, list[str]], unigram: bool) -> list[Any]:
     return splits
 
 
-def _cut(name: str, over: Mapping[str, int]) -> tuple[str, str]:
-    """Where to cut a name so that it is not found whole: where the fewest pieces reach over."""
-    at = min(range(1, len(name)), key=lambda at: (over.get(name[at - 1 : at + 1], 0), -at))
+def _cut(name: str, over: Mapping[str, int], known: set[str]) -> tuple[str, str]:
+    """Where to cut a name so that it is not found whole.
+
+    Best not within a run of unknown characters, for a run counts as one, and then where the fewest
+    pieces reach over.
+    """
+
+    def cost(at: int) -> tuple[bool, int, int]:
+        pair = name[at - 1 : at + 1]
+        return known.isdisjoint(pair), over.get(pair, 0), -at
+
+    at = min(range(1, len(name)), key=cost)
     return name[:at], name[at:]
 
 

@@ -124,8 +124,10 @@ class HuggingFaceTokenizer(SpecialIds):
             named.add(model["unk_token"])
         # A piece of ordinary text stays one, whatever else it is for (some pad with "!").
         own = {one["content"] for one in added}
-        named = {token for token in named if token in own - {""} or _MARKED.fullmatch(token)}
-        return {token for token in special | named if tokens.token_to_id(token) is not None}
+        named = {token for token in named if token in own or _MARKED.fullmatch(token)}
+        found = {token for token in special | named if tokens.token_to_id(token) is not None}
+        # Pairs of a byte-pair encoding start from single characters.
+        return {token for token in found if len(token) > 1 or "merges" not in model}
 
     def encode(self, texts: Sequence[str], special: bool = False) -> list[list[int]]:
         """Ids of each text, not begun or ended by special ids.
@@ -141,7 +143,7 @@ class HuggingFaceTokenizer(SpecialIds):
     def decode(self, ids: Sequence[int]) -> str:
         """The text of the ids; special tokens and ids outside the vocabulary vanish."""
         kept = [int(i) for i in ids if 0 <= i < self.vocab_size and i not in self._control_ids]
-        return self._tokenizer.decode(kept, skip_special_tokens=True)
+        return self._tokenizer.decode(kept, skip_special_tokens=False)
 
     def files(self) -> dict[str, bytes]:
         """The file as it was read, with a config that names its special tokens.
@@ -192,10 +194,7 @@ def _with_hidden_names(data: dict[str, Any], control: set[str]) -> tuple[dict[st
     nonce = secrets.token_hex(16)
     model = dict(data["model"])
     vocabulary, merges = model["vocab"], model.get("merges")
-    bytes_of_bpe = merges is not None  # its single characters are needed to spell everything else
-    renamed = {
-        token: f"\ue000{nonce} {token}" for token in control if len(token) > 1 or not bytes_of_bpe
-    }
+    renamed = {token: f"\ue000{nonce} {token}" for token in control}
     reachable = False
     if isinstance(vocabulary, dict):
         reachable = merges is None and not renamed.keys().isdisjoint(vocabulary)

@@ -6,6 +6,7 @@ import sys
 import pytest
 import tokenizers
 
+from configs.default import get_config
 from loro_jax.training.config import Config, DataConfig
 from loro_jax.training.data.documents import source_parts
 from loro_jax.training.errors import TrainingError
@@ -207,6 +208,14 @@ def test_the_models_vocabulary_is_the_tokenizers_rounded_up():
     config.model.vocab_size = 100
     with pytest.raises(TrainingError, match=r"vocab_size = 100 .* 259 ids"):
         resolve_vocabulary(config, tokenizer)
+
+
+def test_the_default_config_takes_the_vocabulary_of_any_tokenizer(trained):
+    for name, size in (("embedded", 2048), ("bytes", 384), (str(trained / "t.json"), 640)):
+        config = get_config()
+        config.data.tokenizer = name
+        config.validate()
+        assert resolve_vocabulary(config, load_tokenizer(name))[0].model.vocab_size == size
 
 
 def train(*arguments):
