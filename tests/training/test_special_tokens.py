@@ -8,7 +8,8 @@ import sentencepiece
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
-from loro_jax.training.data.encoding import encode_document
+from loro_jax.training.data.encoding import encode_chunks, encode_document
+from loro_jax.training.data.parts import Chunk, Position
 from loro_jax.training.errors import TrainingError
 from loro_jax.training.tokenizer import load_tokenizer
 
@@ -324,3 +325,23 @@ def test_ids_above_the_vocabulary_vanish(tmp_path, name):
     tokenizer = load_tokenizer(write(tmp_path, bpe(), eos_token="</s>") if name == "json" else name)
     (ids,) = tokenizer.encode(["hello"])
     assert tokenizer.decode([*ids, tokenizer.vocab_size, 10**6, tokenizer.eos_id]) == "hello"
+
+
+def test_documents_begin_where_asked(tmp_path):
+    tokenizer = load_tokenizer(write(tmp_path, bpe(), eos_token="</s>", bos_token="<s>"))
+    (ids,) = tokenizer.encode(["hello"])
+    chunk = Chunk(["train"], ["hello"], Position(0, 0, {}))
+    for bos, begun in ((False, []), (True, [1])):
+        ((_, (document,)),) = encode_chunks([chunk], tokenizer, threads=1, bos=bos)
+        assert document.tolist() == [*begun, *ids, 2]
+
+
+def test_the_map_of_special_tokens_beside(tmp_path):
+    path = write(tmp_path, bpe())
+    mapping = {"eos_token": {"content": "[SEP]"}, "bos_token": "<s>", "pad_token": None}
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(mapping))
+    tokenizer = load_tokenizer(path)
+    assert (tokenizer.eos_id, tokenizer.bos_id, tokenizer.pad_id) == (4, 1, 3)
+    (tmp_path / "special_tokens_map.json").write_text("[]")
+    with pytest.raises(TrainingError, match=r"special_tokens_map\.json.* holds no JSON object"):
+        load_tokenizer(path)
