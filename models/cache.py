@@ -17,7 +17,7 @@ keys.
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -156,7 +156,7 @@ def attend(
     dtype = reduction_dtype(q_BxLxHxK.dtype)
     q_BxGxKxM = q_BxLxHxK.reshape(B, L, G, -1, K).transpose(0, 2, 4, 1, 3).reshape(B, G, K, -1)
     # Keys on the left: on the right, XLA's CPU backend would write a transposed copy of them.
-    scores_BxGxTxM = jnp.matmul(k_BxGxTxK, q_BxGxKxM, preferred_element_type=dtype)
+    scores_BxGxTxM = _wide_product(k_BxGxTxK, q_BxGxKxM, dtype)
     scores_BxGxMxT = scores_BxGxTxM.mT * K**-0.5
     seen_Bx1xMxT = jnp.repeat(seen_BxLxT, H // G, axis=1)[:, None]
     scores_BxGxMxT = jnp.where(seen_Bx1xMxT, scores_BxGxMxT, jnp.finfo(dtype).min)
@@ -171,6 +171,22 @@ def attend(
         y_BxGxMxK = weights_BxGxMxT @ values
     y_BxLxGxRxK = y_BxGxMxK.reshape(B, G, L, -1, K).transpose(0, 2, 1, 3, 4)
     return y_BxLxGxRxK.reshape(B, L, H, K)
+
+
+def _wide_product(a: Array, b: Array, dtype: Any) -> Array:
+    """The matrix product ``a @ b``, summed and returned in a dtype that may be wider than theirs.
+
+    XLA's CPU backend has no product of two bfloat16 arrays with a float32 result in all layouts
+    ("DotThunk ... BF16 x BF16 = F32"); there, operands are widened before, which changes no value.
+    """
+    if a.dtype == dtype:
+        return a @ b
+    return jax.lax.platform_dependent(
+        a,
+        b,
+        cpu=lambda a, b: a.astype(dtype) @ b.astype(dtype),
+        default=lambda a, b: jnp.matmul(a, b, preferred_element_type=dtype),
+    )
 
 
 def _latent(half: Array) -> bool:

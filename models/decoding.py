@@ -108,7 +108,7 @@ def extend(
     return jnp.matmul(last_BxD, model.head_VxD().T, preferred_element_type=dtype), cache
 
 
-@functools.partial(jax.jit, static_argnums=(0, 7), donate_argnums=3)
+@functools.partial(jax.jit, static_argnums=(0, 8), donate_argnums=3)
 def _step(
     graphdef: Any,
     state: Any,
@@ -116,43 +116,48 @@ def _step(
     cache: Cache,
     slot: Array,
     padding_B: Array,
+    vocab_size: Array,
     key: Array,
     sampling: Sampling,
 ) -> tuple[Array, Cache]:
-    """Reads tokens and draws the next of each row, (B, 1)."""
+    """Reads tokens and draws the next of each row, (B, 1), among the ids below a number."""
     model = nnx.merge(graphdef, state)
     logits_BxV, cache = extend(model, tokens_BxL, cache, slot, padding_B)
+    logits_BxV = jnp.where(jnp.arange(logits_BxV.shape[-1]) < vocab_size, logits_BxV, -jnp.inf)
     return next_tokens(logits_BxV, sampling, key)[:, None], cache
 
 
 def generate(
     model: Llama,
     prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
+    max_new_tokens: int | Sequence[int],
     sampling: Sampling = GREEDY,
     *,
-    eos_id: int | None = None,
+    eos_id: int | Sequence[int] | None = None,
     seed: int = 0,
     cache: str = "full",
+    vocab_size: int | None = None,
 ) -> Iterator[np.ndarray]:
     """Continues prompts; yields the next token of every row.
 
     Args:
         model: the model.
         prompts: token ids, at least one each.
-        max_new_tokens: tokens to add at most.
+        max_new_tokens: tokens to add at most, to all or to each.
         sampling: how they are drawn; the likeliest by default.
-        eos_id: the id that ends a text; a row behind it goes on with it, and all rows there end
-            the iteration. None: there is none.
+        eos_id: the id that ends a text, or several of which each does. A row that has ended repeats
+            its last token; when all have, the iteration ends. None: there is none.
         seed: of the draws.
         cache: what is kept of the past, one of :data:`models.cache.CACHES`.
+        vocab_size: draw among the ids below it: a model's vocabulary may be padded beyond its
+            tokenizer's. None: among all.
 
     Yields:
         Token ids, int32 (B,).
 
     Raises:
         ValueError: for an empty prompt, an id outside the vocabulary, more tokens than the model
-            takes, a bad sampling, or a cache that the model can't have.
+            takes, a bad sampling or seed, or a cache that the model can't have.
 
     Example:
         >>> from models import LlamaConfig
@@ -164,51 +169,100 @@ def generate(
     """
     sampling.validate()
     config = model.config
-    longest = max((len(prompt) for prompt in prompts), default=0)
-    if not prompts or not all(prompts):
-        raise ValueError("generate: expected prompts of at least one token each.")
-    if max_new_tokens < 1 or longest + max_new_tokens > config.max_sequence_length:
-        raise ValueError(
-            f"generate: max_new_tokens must be between 1 and {config.max_sequence_length - longest}"
-            f" (the model's max_sequence_length = {config.max_sequence_length} less the longest "
-            f"prompt's {longest}), but is {max_new_tokens}."
-        )
-    for prompt in prompts:
-        if not 0 <= min(prompt) <= max(prompt) < config.vocab_size:
-            raise ValueError(
-                f"generate: ids must be between 0 and {config.vocab_size - 1}, but one is "
-                f"{min(prompt) if min(prompt) < 0 else max(prompt)}."
-            )
-    slots = -(-longest // _PROMPT_MULTIPLE) * _PROMPT_MULTIPLE
+    check_prompts(prompts, config.vocab_size, config.max_sequence_length)
+    limits_B = _limits(prompts, max_new_tokens, config.max_sequence_length)
+    check_seed(seed)
+    ends = [] if eos_id is None else np.atleast_1d(np.asarray(eos_id, np.int64))
+    slots = -(-max(map(len, prompts)) // _PROMPT_MULTIPLE) * _PROMPT_MULTIPLE
     padding_B = np.array([slots - len(prompt) for prompt in prompts], np.int32)
     tokens_BxL = np.zeros((len(prompts), slots), np.int32)
     for row, prompt in zip(tokens_BxL, prompts, strict=True):
         row[slots - len(prompt) :] = prompt
-    past = empty_cache(config, len(prompts), slots + max_new_tokens, cache)
+    past = empty_cache(config, len(prompts), slots + int(limits_B.max()), cache)
     graphdef, state = nnx.split(for_decoding(model))
-    keys = jax.random.split(jax.random.key(seed), max_new_tokens)
+    keys = jax.random.split(jax.random.key(seed), int(limits_B.max()))
+    drawable = jnp.asarray(min(vocab_size or config.vocab_size, config.vocab_size), jnp.int32)
     tokens: Any = jnp.asarray(tokens_BxL)
-    ended_B = np.zeros(len(prompts), bool)
+    settled = _Settled(limits_B, ends)
     slot = 0
     waiting: Array | None = None
     for key in keys:
         where = jnp.asarray(slot, jnp.int32)
         slot += tokens.shape[1]
-        tokens, past = _step(graphdef, state, tokens, past, where, padding_B, key, sampling)
+        tokens, past = _step(
+            graphdef, state, tokens, past, where, padding_B, drawable, key, sampling
+        )
         # The tokens of the step before, now that the device has this one to work on.
         if waiting is not None:
-            yield _settle(waiting, ended_B, eos_id)
-            if ended_B.all():
+            yield settled.tokens(waiting)
+            if settled.ended_B.all():
                 return
         waiting = tokens
     assert waiting is not None  # there was at least one step
-    yield _settle(waiting, ended_B, eos_id)
+    yield settled.tokens(waiting)
 
 
-def _settle(tokens_Bx1: Array, ended_B: np.ndarray, eos_id: int | None) -> np.ndarray:
-    """Tokens on the host, the end-of-text id where a row has ended; notes rows that end here."""
-    tokens_B = np.asarray(tokens_Bx1)[:, 0]
-    if eos_id is not None:
-        tokens_B = np.where(ended_B, eos_id, tokens_B).astype(np.int32)
-        ended_B |= tokens_B == eos_id
-    return tokens_B
+def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int, longest: int) -> None:
+    """Raises ValueError for prompts that a model can't continue.
+
+    Args:
+        prompts: token ids.
+        vocab_size: the model's.
+        longest: the model's max_sequence_length.
+    """
+    if not prompts or not all(len(prompt) for prompt in prompts):
+        raise ValueError("generate: expected prompts of at least one token each.")
+    for number, prompt in enumerate(prompts, 1):
+        name = "the prompt" if len(prompts) == 1 else f"prompt {number} of {len(prompts)}"
+        if not 0 <= min(prompt) <= max(prompt) < vocab_size:
+            raise ValueError(
+                f"generate: ids of {name} must be between 0 and {vocab_size - 1}, but one is "
+                f"{min(prompt) if min(prompt) < 0 else max(prompt)}."
+            )
+        if len(prompt) >= longest:
+            raise ValueError(
+                f"generate: {name} has {len(prompt)} tokens; expected at most {longest - 1}, so "
+                f"that one more fits the model's max_sequence_length = {longest}."
+            )
+
+
+def check_seed(seed: int) -> None:
+    """Raises ValueError for a seed that random keys have no room for."""
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed must be between 0 and {2**32 - 1}, but is {seed}.")
+
+
+def _limits(
+    prompts: Sequence[Sequence[int]], max_new_tokens: int | Sequence[int], longest: int
+) -> np.ndarray:
+    """How many tokens each row may get, checked, (B,)."""
+    if isinstance(max_new_tokens, int):
+        max_new_tokens = [max_new_tokens] * len(prompts)
+    for prompt, limit in zip(prompts, max_new_tokens, strict=True):
+        room = longest - len(prompt)
+        if not 1 <= limit <= room:
+            room = min(room, *(longest - len(other) for other in prompts))
+            raise ValueError(
+                f"generate: max_new_tokens must be between 1 and {room} (the model's "
+                f"max_sequence_length = {longest} less the longest prompt's {longest - room}), but "
+                f"is {limit}."
+            )
+    return np.array(max_new_tokens)
+
+
+class _Settled:
+    """What has been drawn, on the host: which rows have ended, and with which token."""
+
+    def __init__(self, limits_B: np.ndarray, ends: Any):
+        self._limits_B, self._ends = limits_B, ends
+        self._step = 0
+        self._last_B = np.zeros(len(limits_B), np.int32)
+        self.ended_B = np.zeros(len(limits_B), bool)
+
+    def tokens(self, tokens_Bx1: Array) -> np.ndarray:
+        """The tokens of a step, the last one again where a row has ended, int32 (B,)."""
+        drawn_B = np.asarray(tokens_Bx1)[:, 0]
+        self._last_B = np.where(self.ended_B, self._last_B, drawn_B).astype(np.int32)
+        self._step += 1
+        self.ended_B |= np.isin(self._last_B, self._ends) | (self._step >= self._limits_B)
+        return self._last_B

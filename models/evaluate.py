@@ -2,17 +2,26 @@
 
 DIR is a run directory, or one of Hugging Face's format; SOURCE is what a run may read. All of its
 documents are taken, joined by end-of-text tokens; only those that validate of the run's own source,
-of one with a validation split, and with ``--split=validation``.
+of one with a validation split, and with ``--split=validation``. Where the tokenizer of a directory
+of Hugging Face's format says so, each begins with the beginning-of-text token, which is seen and
+not scored.
+
+Windows are by default as long as the sequences that the run was trained on, or of 2,048 tokens of a
+model of Hugging Face's format (fewer where it takes fewer), and a batch of them holds no more
+tokens than one of training: longer ones are for models that were trained on such.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import pathlib
 import sys
 from collections.abc import Sequence
+from typing import NamedTuple
 
+import jax
 import numpy as np
 
 from loro_jax.training.data.command import add_source_options, failing_in_one_line, source_config
@@ -21,20 +30,37 @@ from loro_jax.training.data.encoding import encode_chunks
 from loro_jax.training.data.parts import PartReader
 from loro_jax.training.errors import TrainingError
 from loro_jax.training.tokenizer import Tokenizer
-from loro_jax.training.trained import load_config, load_model
+from loro_jax.training.trained import load_config, load_model, run_config
 from models.huggingface import CheckpointError
 from models.windows import score
 
+# Tokens of a window, and of all windows of a batch, where no run says what its batches were.
+_USUAL_WINDOW = 2048
+_USUAL_BATCH = 8192
+_MOST_WINDOWS = 8
 
-def read_stream(options: argparse.Namespace, tokenizer: Tokenizer) -> np.ndarray:
+
+class Stream(NamedTuple):
+    """Documents as one sequence of tokens.
+
+    Attributes:
+        ids: int32 (n,).
+        counted: which of them are the text's (or its end), bool (n,).
+    """
+
+    ids: np.ndarray
+    counted: np.ndarray
+
+
+def read_stream(options: argparse.Namespace, tokenizer: Tokenizer) -> Stream:
     """The source's documents as one stream of ids, each closed by the end-of-text id.
 
     Args:
         options: of the command.
-        tokenizer: encodes them.
+        tokenizer: encodes them; ``adds_bos``: whether each begins with the beginning-of-text ids.
 
     Returns:
-        Ids, (n,).
+        The stream.
 
     Raises:
         TrainingError: if the source can't be read, or holds fewer than two tokens.
@@ -46,12 +72,15 @@ def read_stream(options: argparse.Namespace, tokenizer: Tokenizer) -> np.ndarray
     if has_split and wanted == "validation":
         parts = [part for part in parts if part.split == "validation"]
     reader = PartReader(parts, config.bad_documents == "skip", held_out)
+    begin = len(tokenizer.bos_ids) if tokenizer.adds_bos else 0
     found: list[np.ndarray] = []
+    counted: list[np.ndarray] = []
     total = 0
-    for chunk, documents in encode_chunks(reader.chunks(), tokenizer):
+    for chunk, documents in encode_chunks(reader.chunks(), tokenizer, bos=begin > 0):
         for split, ids in zip(chunk.splits, documents, strict=True):
             if wanted in ("all", split):
                 found.append(ids)
+                counted.append(np.arange(len(ids)) >= begin)
                 total += len(ids)
         if options.max_tokens and total >= options.max_tokens:
             break
@@ -60,8 +89,8 @@ def read_stream(options: argparse.Namespace, tokenizer: Tokenizer) -> np.ndarray
             f"config.data.source = {config.source!r} has {total} tokens of --split={wanted}; "
             "expected at least two" + ("." if wanted == "all" else " (--split=all takes all).")
         )
-    stream = np.concatenate(found).astype(np.int32)
-    return stream[: options.max_tokens or len(stream)]
+    most = options.max_tokens or total
+    return Stream(np.concatenate(found).astype(np.int32)[:most], np.concatenate(counted)[:most])
 
 
 def _default_split(directory: str, source: str, has_split: bool) -> str:
@@ -82,25 +111,44 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def _evaluate(options: argparse.Namespace) -> int:
+    for option, value, least in (
+        ("--window", options.window, 1),
+        ("--stride", options.stride, 1),
+        ("--batch-size", options.batch_size, 1),
+        ("--max-tokens", options.max_tokens, 0),
+    ):
+        if value is not None and value < least:
+            raise TrainingError(f"{option}={value}: expected at least {least}.")
     try:
         model, tokenizer = load_model(options.directory)
     except CheckpointError as error:
         raise TrainingError(str(error)) from None
+    if options.bos and not tokenizer.bos_ids:
+        raise TrainingError("--bos: the tokenizer has no beginning-of-text token.")
+    tokenizer.adds_bos = tokenizer.adds_bos if options.bos is None else options.bos
     longest = model.config.max_sequence_length
-    length = options.window or longest
-    stride = options.stride or length
-    if not (1 <= stride <= length <= longest):
+    length, stride, batch_size = _sizes(options, longest)
+    if not stride <= length <= longest:
         raise TrainingError(
             f"--window={length}, --stride={stride}: expected 1 <= stride <= window <= {longest}, "
             "the model's max_sequence_length."
         )
-    for option, value, least in (
-        ("--batch-size", options.batch_size, 1),
-        ("--max-tokens", options.max_tokens, 0),
-    ):
-        if value < least:
-            raise TrainingError(f"{option}={value}: expected at least {least}.")
-    found = score(model, read_stream(options, tokenizer), length, stride, options.batch_size)
+    stream = read_stream(options, tokenizer)
+    if stream.ids.max() >= model.config.vocab_size:
+        raise TrainingError(
+            f"{options.directory}: its tokenizer gives id {stream.ids.max()}, its model has "
+            f"{model.config.vocab_size} ids."
+        )
+    try:
+        found = score(model, stream.ids, length, stride, batch_size, stream.counted)
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise TrainingError(
+            f"--window={length}, --batch-size={batch_size}: there is not enough memory; try less."
+        ) from None
+    if math.isnan(found.nats):
+        raise TrainingError(f"{options.directory}: the model's loss on the text is not a number.")
     row = {
         "directory": str(options.directory),
         "source": options.source,
@@ -108,7 +156,8 @@ def _evaluate(options: argparse.Namespace) -> int:
         "window": length,
         "stride": stride,
         "loss": found.nats / found.tokens,
-        "perplexity": found.perplexity,
+        # Strict readers of JSON know no infinity.
+        "perplexity": found.perplexity if math.isfinite(found.perplexity) else None,
     }
     if options.json:
         print(json.dumps(row))
@@ -118,6 +167,20 @@ def _evaluate(options: argparse.Namespace) -> int:
             f"tokens, windows of {length} every {stride}"
         )
     return 0
+
+
+def _sizes(options: argparse.Namespace, longest: int) -> tuple[int, int, int]:
+    """(tokens of a window, stride, windows of a batch), each as asked for or by default."""
+    run = run_config(options.directory)
+    if run is None:
+        usual, batch = min(_USUAL_WINDOW, longest), _USUAL_BATCH
+    else:
+        usual = run.sequence_length
+        batch = usual * min(_MOST_WINDOWS, run.batch_size // run.gradient_accumulation)
+    length = usual if options.window is None else options.window
+    stride = length if options.stride is None else options.stride
+    windows = max(1, min(_MOST_WINDOWS, batch // length))
+    return length, stride, windows if options.batch_size is None else options.batch_size
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -133,10 +196,16 @@ def _parser() -> argparse.ArgumentParser:
         choices=["validation", "all"],
         help="default: all of files; of the run's own source, and of official splits, validation",
     )
-    parser.add_argument("--window", type=int, help="tokens; default: what the model takes")
+    parser.add_argument("--window", type=int, help="tokens; default: see above")
     parser.add_argument("--stride", type=int, help="tokens; default: the window, blocks")
     parser.add_argument("--max-tokens", type=int, default=0, metavar="N", help="0: all")
-    parser.add_argument("--batch-size", type=int, default=8, metavar="N")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="windows; default: see above")
+    parser.add_argument(
+        "--bos",
+        action=argparse.BooleanOptionalAction,
+        help="whether documents begin with the beginning-of-text token; default: as the tokenizer "
+        "says",
+    )
     parser.add_argument("--json", action="store_true")
     return parser
 

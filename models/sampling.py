@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import jax
@@ -25,8 +26,10 @@ class Sampling(NamedTuple):
 
     def validate(self) -> None:
         """Raises ValueError, naming field, value and what was expected."""
-        if not self.temperature >= 0:
-            raise ValueError(f"temperature must be at least 0, but is {self.temperature}.")
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(
+                f"temperature must be at least 0 and finite, but is {self.temperature}."
+            )
         if self.top_k < 0:
             raise ValueError(f"top_k must be at least 0, but is {self.top_k}.")
         if not 0 < self.top_p <= 1:
@@ -55,7 +58,8 @@ def restricted_logits(logits_BxV: Array, sampling: Sampling) -> Array:
         >>> jnp.isfinite(restricted_logits(logits, Sampling(top_p=0.8))).tolist()
         [[False, True, True]]
     """
-    logits_BxV = logits_BxV / sampling.temperature
+    least = float(jnp.finfo(logits_BxV.dtype).tiny)  # below it, a number may count as 0
+    logits_BxV = logits_BxV / max(sampling.temperature, least)
     if 0 < sampling.top_k < logits_BxV.shape[-1]:
         least_Bx1 = jax.lax.top_k(logits_BxV, sampling.top_k)[0][:, -1:]
         logits_BxV = jnp.where(logits_BxV < least_Bx1, -jnp.inf, logits_BxV)
@@ -89,4 +93,6 @@ def next_tokens(logits_BxV: Array, sampling: Sampling, key: Array) -> Array:
     """
     if sampling.temperature == 0:
         return jnp.argmax(logits_BxV, axis=-1).astype(jnp.int32)
+    # The highest is moved to 0, so that no temperature, however low, makes infinities of it.
+    logits_BxV = logits_BxV - jnp.max(logits_BxV, axis=-1, keepdims=True)
     return jax.random.categorical(key, restricted_logits(logits_BxV, sampling)).astype(jnp.int32)

@@ -34,17 +34,23 @@ class Score(NamedTuple):
 
     @property
     def perplexity(self) -> float:
-        """``exp(nats / tokens)``."""
-        return math.exp(self.nats / self.tokens)
+        """``exp(nats / tokens)``; infinite where that is beyond the largest float."""
+        try:
+            return math.exp(self.nats / self.tokens)
+        except OverflowError:
+            return math.inf
 
 
-def windows(stream: np.ndarray, length: int, stride: int) -> Iterator[Batch]:
+def windows(
+    stream: np.ndarray, length: int, stride: int, counted: np.ndarray | None = None
+) -> Iterator[Batch]:
     """Windows of a stream, the last one padded, that predict every token but the first once.
 
     Args:
         stream: token ids, (n,), at least two.
         length: inputs of a window.
         stride: tokens between the starts of two windows, at most ``length``.
+        counted: which tokens of the stream count when they are predicted, bool (n,); None: all.
 
     Yields:
         Batches of one row, (1, length).
@@ -70,7 +76,8 @@ def windows(stream: np.ndarray, length: int, stride: int) -> Iterator[Batch]:
         part = stream[start : start + length + 1]
         tokens[: len(part)] = part
         mask = np.zeros(length, np.float32)
-        mask[predicted - start - 1 : len(part) - 1] = 1.0
+        new = slice(predicted - start - 1, len(part) - 1)
+        mask[new] = 1.0 if counted is None else counted[predicted : start + len(part)]
         yield Batch(tokens[None, :-1], tokens[None, 1:], mask[None])
         predicted = start + len(part)
         start += stride
@@ -81,18 +88,29 @@ def _nats(graphdef: Any, state: Any, batch: Batch) -> jax.Array:
     return next_token_loss(nnx.merge(graphdef, state), batch)
 
 
-def score(model: Llama, stream: np.ndarray, length: int, stride: int, batch_size: int = 8) -> Score:
+def score(
+    model: Llama,
+    stream: np.ndarray,
+    length: int,
+    stride: int,
+    batch_size: int = 8,
+    counted: np.ndarray | None = None,
+) -> Score:
     """Scores a stream by windows.
+
+    A stream shorter than a window, or of fewer windows than a batch, takes no more memory than it
+    needs.
 
     Args:
         model: the model.
         stream: token ids, (n,), at least two.
         length: inputs of a window.
         stride: tokens between the starts of two windows.
-        batch_size: windows at a time.
+        batch_size: windows at a time, at most.
+        counted: which tokens count, bool (n,); None: all.
 
     Returns:
-        The score of all tokens but the first.
+        The score of the tokens that count, but for the first.
 
     Raises:
         ValueError: as :func:`windows`, and for windows longer than the model takes.
@@ -105,6 +123,12 @@ def score(model: Llama, stream: np.ndarray, length: int, stride: int, batch_size
         >>> found.tokens, 55 < found.perplexity < 75
         (49, True)
     """
+    if len(stream) > 1 and 1 <= stride <= length:
+        # A text shorter than a window is one shorter window; of few windows, a smaller batch.
+        if len(stream) - 1 <= length:
+            length = len(stream) - 1
+            stride = min(stride, length)
+        batch_size = min(batch_size, -(-max(len(stream) - 1 - length, 0) // stride) + 1)
     graphdef, state = nnx.split(model)
     rows: list[Batch] = []
     total, tokens = 0.0, 0
@@ -116,7 +140,7 @@ def score(model: Llama, stream: np.ndarray, length: int, stride: int, batch_size
         rows.clear()
         return float(_nats(graphdef, state, batch))
 
-    for row in windows(stream, length, stride):
+    for row in windows(stream, length, stride, counted):
         rows.append(row)
         tokens += int(row.mask.sum())
         if len(rows) == batch_size:

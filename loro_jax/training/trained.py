@@ -69,6 +69,7 @@ def load_run(path: str | pathlib.Path, step: int | None = None) -> Trained:
         raise TrainingError(f"{checkpoints / str(chosen)} can't be read ({reason}).") from None
     model = merge_model(config, state.params, state.fixed)
     tokenizer = load_tokenizer(config.data.tokenizer, config.data.eos_id, config.data.pad_id)
+    tokenizer.adds_bos = False  # runs are trained on documents that do not begin with it
     return Trained(config, chosen, model, tokenizer)
 
 
@@ -86,25 +87,73 @@ def load_model(path: str | pathlib.Path) -> tuple[Llama, Tokenizer]:
         CheckpointError: if it is of Hugging Face's format and damaged.
     """
     directory = pathlib.Path(path)
-    try:
-        content = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        content = None
-    if not isinstance(content, dict) or "model_type" not in content:
+    content = _config_of_hugging_face(directory)
+    if content is None:
         run = load_run(directory)
         return run.model, run.tokenizer
-    eos, pad = (content.get(f"{name}_token_id") for name in ("eos", "pad"))
-    if isinstance(eos, list):  # some models have several; the first is the usual one
-        eos = eos[0]
+    generation = _content(directory / "generation_config.json", strict=True)
+    eos_ids = _ids(directory / "config.json", content)
+    eos_ids += _ids(directory / "generation_config.json", generation or {})
     model, _ = read_model(directory)
-    pad = None if pad == -1 else pad  # how the first LLaMA checkpoints say that there is none
-    tokenizer = load_tokenizer(str(directory), eos_id=eos, pad_id=pad)
-    if tokenizer.vocab_size > model.config.vocab_size:
-        raise TrainingError(
-            f"{directory}: its tokenizer has {tokenizer.vocab_size} ids, its model "
-            f"{model.config.vocab_size}."
-        )
+    pad = content.get("pad_token_id")
+    tokenizer = load_tokenizer(str(directory), eos_id=list(dict.fromkeys(eos_ids)) or None)
+    # Padding is masked: an id that the tokenizer does not have changes nothing.
+    if isinstance(pad, int) and 0 <= pad < tokenizer.vocab_size:
+        tokenizer.pad_id = pad
     return model, tokenizer
+
+
+def run_config(path: str | pathlib.Path) -> Config | None:
+    """The config of a run directory; None for a directory of Hugging Face's format.
+
+    Args:
+        path: the directory.
+
+    Raises:
+        TrainingError: if it is neither, or can't be read.
+    """
+    directory = pathlib.Path(path)
+    if _config_of_hugging_face(directory) is not None:
+        return None
+    return load_config(directory / "config.json")
+
+
+# Either makes a config.json one of Hugging Face's; a run's has neither.
+_OF_HUGGING_FACE = {"model_type", "architectures"}
+
+
+def _config_of_hugging_face(directory: pathlib.Path) -> dict[str, Any] | None:
+    content = _content(directory / "config.json")
+    return content if content is not None and _OF_HUGGING_FACE & content.keys() else None
+
+
+def _content(path: pathlib.Path, strict: bool = False) -> dict[str, Any] | None:
+    """A JSON object; None without the file, and for another file, which ``strict`` refuses."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        if not strict:
+            return None
+        raise TrainingError(f"{path} can't be read ({error}).") from None
+    if isinstance(content, dict):
+        return content
+    if not strict:
+        return None
+    raise TrainingError(f"{path} can't be read (it holds no JSON object).")
+
+
+def _ids(path: pathlib.Path, content: dict[str, Any]) -> list[int]:
+    """The ids that end a text, of which some models have several; -1 and null: none."""
+    value = content.get("eos_token_id")
+    found = value if isinstance(value, list) else [value]
+    for one in found:
+        if one is not None and type(one) is not int:
+            raise TrainingError(
+                f"{path}: eos_token_id = {value!r}; expected an id or a list of ids."
+            )
+    return [one for one in found if one is not None and one != -1]
 
 
 def load_config(path: pathlib.Path) -> Config:
