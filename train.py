@@ -134,6 +134,14 @@ def main(argv: list[str]) -> int:
             raise TrainingError(
                 f"--config={config_file}: get_config() must return a training Config."
             )
+        asked = config_flags.get_override_values(flags.FLAGS["config"])
+        if config.warmup_steps > config.steps and "warmup_steps" not in asked:
+            # The file's warm-up is for the file's steps; a look at fewer must not fail for it.
+            print(
+                f"config.warmup_steps = {config.warmup_steps} is longer than config.steps = "
+                f"{config.steps}: taken as a tenth of them, {config.short_warmup}"
+            )
+            config.warmup_steps = config.short_warmup
         if _DRY_RUN.value:
             dry_run(config, _DEVICES.value)
             return 0
@@ -141,6 +149,9 @@ def main(argv: list[str]) -> int:
         command = " ".join(["python train.py", *_flags_to_repeat(sys.argv[1:])])
         return train(config, _WORKDIR.value or f"runs/{name}", command).exit_status
     except TrainingError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return leave(1)
+    except OSError as error:  # a disk or a file system, wherever it was met
         print(f"error: {error}", file=sys.stderr)
         return leave(1)
 

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from loro_jax.training.errors import TrainingError
+from loro_jax.training.errors import TrainingError, cannot_write
 from loro_jax.training.processes import is_first, together
 
 Array = jax.Array
@@ -59,12 +59,15 @@ class Checkpoints:
 
     def _open(self) -> None:
         policies = ocp.training.preservation_policies
-        self._checkpointer = ocp.training.Checkpointer(
-            self._directory.absolute(),
-            save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
-            preservation_policy=policies.LatestN(self._keep),
-            cleanup_tmp_directories=True,
-        )
+        try:
+            self._checkpointer = ocp.training.Checkpointer(
+                self._directory.absolute(),
+                save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
+                preservation_policy=policies.LatestN(self._keep),
+                cleanup_tmp_directories=True,
+            )
+        except OSError as error:
+            raise cannot_write(self._directory, error) from None
 
     def save(self, step: int, state: Any, progress: dict[str, Any]) -> None:
         """Saves in the background; waits for the save before it. Does nothing if it exists.
@@ -83,7 +86,7 @@ class Checkpoints:
         }
         try:
             self._pending = self._checkpointer.save_checkpointables_async(step, content, force=True)
-        except OSError as error:
+        except Exception as error:  # Orbax passes on whatever the file system or tensorstore raised
             raise self._cannot_write(step, error) from None
         self._pending_step = step
 
@@ -163,8 +166,11 @@ class Checkpoints:
 
     def _move(self, step: int, target: pathlib.Path) -> None:
         if is_first():
-            target.parent.mkdir(exist_ok=True)
-            (self._directory / str(step)).rename(target)
+            try:
+                target.parent.mkdir(exist_ok=True)
+                (self._directory / str(step)).rename(target)
+            except OSError as error:
+                raise cannot_write(target, error) from None
 
     def close(self) -> None:
         """Waits for a save under way and releases the directory."""

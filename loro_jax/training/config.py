@@ -252,9 +252,13 @@ class Config:
             "projection_scale",
         ):
             self._require(name, getattr(self, name) >= 0, "at least 0")
-        self._require(
-            "warmup_steps", self.warmup_steps <= self.steps, f"at most steps = {self.steps}"
-        )
+        if self.warmup_steps > self.steps:
+            expected = f"at most steps = {self.steps}"
+            hint = f"say --config.warmup_steps={self.short_warmup}, a tenth of the steps."
+            raise TrainingError(
+                f"{_expected('warmup_steps', expected, self.warmup_steps)[:-1]}; {hint}"
+            )
+        self._require("seed", 0 <= self.seed < 2**32, f"between 0 and {2**32 - 1}")
         self._require("learning_rate", 0 < self.learning_rate < math.inf, "above 0 and finite")
         self._require("eps", self.eps > 0, "above 0")
         if self.exact_every < 1 and self.method in PERIODIC_METHODS:
@@ -339,6 +343,11 @@ class Config:
     def _require(self, name: str, condition: bool, expected: str) -> None:
         if not condition:
             raise TrainingError(_expected(name, expected, getattr(self, name)))
+
+    @property
+    def short_warmup(self) -> int:
+        """A warm-up for a run of these steps: the share of them that it has in all our configs."""
+        return self.steps // 10
 
     @property
     def model_config(self) -> LlamaConfig:

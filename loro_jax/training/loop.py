@@ -24,7 +24,7 @@ from loro_jax.training.data import (
     train_iterator,
     validation_batches,
 )
-from loro_jax.training.errors import DivergedError, LostProcessError
+from loro_jax.training.errors import DivergedError, LostProcessError, TrainingError
 from loro_jax.training.metrics import MetricsWriter, read_rows
 from loro_jax.training.ngram import NgramPerplexity
 from loro_jax.training.plots import plot_run
@@ -81,7 +81,8 @@ def train(config: Config, workdir: str, command: str = "python train.py") -> Out
         except LostProcessError:
             raise  # closing would wait for the lost one
         except BaseException:
-            run.close()
+            with contextlib.suppress(TrainingError):  # the first error is the one to tell
+                run.close()
             raise
         run.close()
         if signals.received is not None:
@@ -288,10 +289,11 @@ class _Run:
 
     def close(self) -> None:
         """Releases files; waits for a checkpoint under way."""
-        self._display.close()
-        if self._metrics is not None:
-            self._metrics.close()
-        self._checkpoints.close()
+        with contextlib.ExitStack() as stack:  # each is closed, whatever another one raises
+            stack.callback(self._checkpoints.close)
+            if self._metrics is not None:
+                stack.callback(self._metrics.close)
+            stack.callback(self._display.close)
 
 
 class _Clock:

@@ -10,6 +10,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
+from loro_jax.training.errors import cannot_write
 from loro_jax.training.ngram import NgramPerplexity
 
 # Readable in print and by the colour-blind (Okabe and Ito's palette).
@@ -26,6 +27,9 @@ def plot_run(
         path: the file to write.
         ngrams: perplexities to mark as horizontal lines, where they are known.
         title: headline.
+
+    Raises:
+        TrainingError: if it can't be written.
     """
     training = [row for row in rows if "loss" in row]
     evaluation = [row for row in rows if "val_loss" in row]
@@ -67,8 +71,12 @@ def plot_run(
     axes.grid(alpha=0.3)
     axes.legend()
     temporary = path.with_name(f".{path.name}.tmp")
-    figure.savefig(temporary, format="png", dpi=120)
-    temporary.replace(path)
+    try:
+        figure.savefig(temporary, format="png", dpi=120)
+        temporary.replace(path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise cannot_write(path, error) from None
 
 
 def _log(perplexity: Any) -> Any:

@@ -112,5 +112,9 @@ class RunDirectory:
 def _write_once(path: pathlib.Path, content: str) -> None:
     if not path.exists():
         temporary = path.with_name(f"{path.name}.tmp")
-        temporary.write_text(content, encoding="utf-8")
-        temporary.replace(path)
+        try:
+            temporary.write_text(content, encoding="utf-8")
+            temporary.replace(path)
+        except OSError:
+            temporary.unlink(missing_ok=True)
+            raise

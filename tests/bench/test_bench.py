@@ -274,12 +274,14 @@ def test_what_fits_is_what_a_compiled_step_says(monkeypatch, tmp_path):
     (row,) = run_on_tiny(monkeypatch, memory_fit, tmp_path / "fit.json", *arguments)
     few, many = row["batch in 0.001 GB"], row["batch in 0.01 GB"]
     assert 0 <= few < many
-    # The batch it names, compiled: it fills the memory.
+    # The batch it names, compiled, fits; one of a sequence more does not. (How much is left over is
+    # up to the compiler: versions differ in what a sequence takes.)
     options = argparse.Namespace(
         sequence_length=16, dtype="float32", param_dtype="float32", remat="none", set=[]
     )
-    _, state, temporaries = memory_fit._compiled("tiny", "full", many, options)
-    assert 0.98e7 < state + temporaries <= 1.02e7
+    held = [sum(memory_fit._compiled("tiny", "full", n, options)[1:]) for n in (many, many + 1)]
+    assert held[0] <= 1.02e7
+    assert held[1] > 0.98e7
 
 
 def test_the_benchmark_of_serving(monkeypatch, tmp_path, capsys):
