@@ -172,7 +172,7 @@ def generate(
     check_prompts(prompts, config.vocab_size, config.max_sequence_length)
     limits_B = _limits(prompts, max_new_tokens, config.max_sequence_length)
     check_seed(seed)
-    ends = [] if eos_id is None else np.atleast_1d(np.asarray(eos_id, np.int64))
+    ends: Any = [] if eos_id is None else np.atleast_1d(np.asarray(eos_id, np.int64))
     slots = -(-max(map(len, prompts)) // _PROMPT_MULTIPLE) * _PROMPT_MULTIPLE
     padding_B = np.array([slots - len(prompt) for prompt in prompts], np.int32)
     tokens_BxL = np.zeros((len(prompts), slots), np.int32)

@@ -190,8 +190,8 @@ def _with_options(message: str) -> str:
 
 def _drop_output(out: TextIO | None) -> None:
     """Sends what is still to be written nowhere: Python would try again when it ends."""
-    if out is not None and out is sys.__stdout__:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), out.fileno())
+    if out is sys.__stdout__ and sys.__stdout__ is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import logging
 import pathlib
+import shutil
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -55,6 +56,8 @@ class Checkpoints:
         self._keep = keep
         self._warn = warn
         self._pending: Any = None
+        self._pending_step = 0
+        self._failed = False
         self._open()
 
     def _open(self) -> None:
@@ -78,13 +81,13 @@ class Checkpoints:
             progress: numbers and small arrays, the same in every process.
         """
         self.wait()
-        if any(checkpoint.step == step for checkpoint in self._checkpointer.checkpoints):
-            return
         content = {
             "state": {"state": state, "checksum": _checksum(state)},
             "progress": progress,
         }
         try:
+            if any(checkpoint.step == step for checkpoint in self._checkpointer.checkpoints):
+                return
             self._pending = self._checkpointer.save_checkpointables_async(step, content, force=True)
         except Exception as error:  # Orbax passes on whatever the file system or tensorstore raised
             raise self._cannot_write(step, error) from None
@@ -105,7 +108,11 @@ class Checkpoints:
             raise self._cannot_write(self._pending_step, error) from None
 
     def _cannot_write(self, step: int, error: Exception) -> TrainingError:
+        self._failed = True
         reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
+        if is_first():  # half a checkpoint takes room that the next try needs
+            for half in self._directory.glob(f"{step}.orbax-checkpoint-tmp*"):
+                shutil.rmtree(half, ignore_errors=True)
         return TrainingError(
             f"the checkpoint of step {step} can't be written to {self._directory} ({reason}); "
             "earlier checkpoints are whole: make room and run the same command again."
@@ -177,7 +184,11 @@ class Checkpoints:
         try:
             self.wait()
         finally:
-            self._checkpointer.close()
+            try:
+                self._checkpointer.close()
+            except Exception as error:  # a failed save is told again, which has been told
+                if not self._failed:
+                    raise self._cannot_write(self._pending_step, error) from None
 
 
 def read_checkpoint(path: pathlib.Path, abstract_state: Any) -> Any:

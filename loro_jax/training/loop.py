@@ -24,7 +24,7 @@ from loro_jax.training.data import (
     train_iterator,
     validation_batches,
 )
-from loro_jax.training.errors import DivergedError, LostProcessError, TrainingError
+from loro_jax.training.errors import DivergedError, LostProcessError
 from loro_jax.training.metrics import MetricsWriter, read_rows
 from loro_jax.training.ngram import NgramPerplexity
 from loro_jax.training.plots import plot_run
@@ -81,7 +81,7 @@ def train(config: Config, workdir: str, command: str = "python train.py") -> Out
         except LostProcessError:
             raise  # closing would wait for the lost one
         except BaseException:
-            with contextlib.suppress(TrainingError):  # the first error is the one to tell
+            with contextlib.suppress(Exception):  # the first error is the one to tell
                 run.close()
             raise
         run.close()

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import io
 import json
 import os
 import pathlib
+import socket
+import struct
 import time
 from collections.abc import Callable
 from typing import Any
@@ -65,14 +68,9 @@ class MetricsWriter:
 
     def write(self, row: dict[str, Any]) -> None:
         """Writes one row; ``step`` names its step. It is out of this process when this returns."""
-        line = (json.dumps(row) + "\n").encode("utf-8")
-        end = self._file.seek(0, os.SEEK_END)
         try:
-            while line:
-                line = line[self._file.write(line) :]
+            _append(self._file, (json.dumps(row) + "\n").encode("utf-8"))
         except OSError as error:
-            with contextlib.suppress(OSError):
-                self._file.truncate(end)  # no half a row
             raise cannot_write(self._path, error) from None
         self._to_events(lambda events: events.write(row))
 
@@ -95,7 +93,6 @@ class MetricsWriter:
         try:
             action(self._events)
         except OSError as error:
-            self._events = None
             raise cannot_write(self._events_path, error) from None
 
 
@@ -107,25 +104,55 @@ class _Events:
     """
 
     def __init__(self, directory: pathlib.Path, purge_step: int):
-        from tensorboardX import event_file_writer, summary
+        from tensorboardX import record_writer, summary
         from tensorboardX.proto import event_pb2
 
         self._event, self._scalar = event_pb2.Event, summary.scalar
+        self._checksum = record_writer.masked_crc32c
         directory.mkdir(parents=True, exist_ok=True)
-        self._writer = event_file_writer.EventsWriter(str(directory / "events"))
+        name = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}"
+        self._file = (directory / name).open("ab", buffering=0)
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
-        self._writer.write_event(self._event(step=purge_step, file_version="brain.Event:2"))
-        self._writer.write_event(self._event(step=purge_step, session_log=start))
+        try:
+            self._write([{"file_version": "brain.Event:2"}])
+            self._write([{"step": purge_step, "session_log": start}])
+        except OSError:
+            self._file.close()
+            raise
 
     def write(self, row: dict[str, Any]) -> None:
-        for name, value in row.items():
-            if name != "step":
-                made = self._event(summary=self._scalar(name, value), step=row["step"])
-                made.wall_time = time.time()
-                self._writer.write_event(made)
+        scalars = {name: value for name, value in row.items() if name != "step"}
+        self._write(
+            [
+                {"step": row["step"], "summary": self._scalar(name, value)}
+                for name, value in scalars.items()
+            ]
+        )
+
+    def _write(self, events: list[dict[str, Any]]) -> None:
+        """Appends events as TensorFlow's records: length and content, each with its checksum."""
+        records = b""
+        for fields in events:
+            data = self._event(wall_time=time.time(), **fields).SerializeToString()
+            size = struct.pack("<Q", len(data))
+            records += size + struct.pack("<I", self._checksum(size))
+            records += data + struct.pack("<I", self._checksum(data))
+        _append(self._file, records)
 
     def flush(self) -> None:
-        self._writer.flush()
+        os.fsync(self._file.fileno())
 
     def close(self) -> None:
-        self._writer.close()
+        self._file.close()
+
+
+def _append(file: io.FileIO, data: bytes) -> None:
+    """Appends to an unbuffered file, all or nothing."""
+    end = file.seek(0, os.SEEK_END)
+    try:
+        while data:
+            data = data[file.write(data) :]
+    except OSError:
+        with contextlib.suppress(OSError):
+            file.truncate(end)
+        raise

@@ -166,11 +166,60 @@ def test_rows_end_at_the_end_of_a_text():
     assert alone.shape[1] == list(free[0]).index(eos) + 1
 
 
+def test_each_of_several_ids_ends_a_text_and_each_row_has_its_limit():
+    model = make()
+    free = collect(model, PROMPTS, max_new_tokens=12)
+    ends = [int(free[0, 3]), int(free[1, 1])]
+    limits = [12, 12, 5, 12]
+    bound = collect(model, PROMPTS, max_new_tokens=limits, eos_id=ends)
+    for row, expected, limit in zip(bound, free, limits, strict=True):
+        found = [i for i, token in enumerate(expected) if token in ends]
+        length = min([limit, len(row), *(i + 1 for i in found)])
+        assert row[:length].tolist() == expected[:length].tolist()
+        assert set(row[length - 1 :].tolist()) == {int(expected[length - 1])}
+    # All positions of the model, and not one more.
+    assert collect(model, [[5] * 95, [6]], max_new_tokens=[1, 2]).shape == (2, 2)
+
+
+def test_ids_that_the_tokenizer_does_not_have_are_not_drawn():
+    model = make()
+    model.head[...] = model.head[...].at[200:].multiply(3.0)  # these are likely
+    for sampling in (GREEDY, Sampling(2.0), Sampling(1.0, top_k=3), Sampling(1.0, top_p=0.2)):
+        assert collect(model, PROMPTS, 8, sampling).max() >= 200
+        assert collect(model, PROMPTS, 8, sampling, vocab_size=200).max() < 200
+
+
+@pytest.mark.parametrize("changes", [{}, {"num_kv_heads": 2}])
+def test_prompts_in_bfloat16_are_continued_together_as_alone(changes):
+    model = make(dtype="bfloat16", **changes)
+    tokens = jax.random.randint(jax.random.key(0), (2, 32), 0, CONFIG.vocab_size)
+    expected = np.asarray(make(**changes)(tokens)[:, -1])
+    for cache in ("full", "values", "latent"):
+        past = empty_cache(model.config, 2, 33, cache)
+        found, _ = jax.jit(extend, static_argnums=3)(model, tokens, past, 0, jnp.array([0, 0]))
+        np.testing.assert_allclose(found, expected, atol=0.04 * np.abs(expected).max())
+        assert collect(model, PROMPTS, max_new_tokens=2, cache=cache).shape == (4, 2)
+
+
+@pytest.mark.parametrize("temperature", [1e-3, 1e-30, 1e-45])
+def test_a_low_temperature_is_the_likeliest_token(temperature):
+    logits = jnp.array([[3.0, 80.0, -jnp.inf, 79.0], [-9.0, -90.0, -8.0, -jnp.inf]])
+    found = next_tokens(logits, Sampling(temperature), jax.random.key(0))
+    assert found.tolist() == [1, 2]
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"seed": 2**32}, "seed must be between 0 and 4294967295, but is 4294967296"),
+        ({"seed": -1}, "seed must be between 0 .* but is -1"),
+        ({"sampling": Sampling(float("nan"))}, "temperature must be at least 0 and finite"),
+        ({"sampling": Sampling(float("inf"))}, "temperature must be at least 0 and finite"),
+        ({"prompts": [[5] * 96]}, "the prompt has 96 tokens; expected at most 95"),
+        ({"prompts": [[5], [5] * 200]}, "prompt 2 of 2 has 200 tokens; expected at most 95"),
+        ({"prompts": [[5], [5]], "max_new_tokens": [4, 0]}, "but is 0"),
         ({"prompts": [[5], []]}, "at least one token each"),
-        ({"prompts": [[5, 259]]}, "between 0 and 258, but one is 259"),
+        ({"prompts": [[5, 259]]}, "ids of the prompt must be between 0 and 258, but one is 259"),
         ({"prompts": [[5] * 90], "max_new_tokens": 7}, "between 1 and 6 .* but is 7"),
         ({"max_new_tokens": 0}, "but is 0"),
         ({"sampling": Sampling(-1.0)}, "temperature must be at least 0"),

@@ -3,8 +3,9 @@ import pytest
 from flax import nnx
 
 from models import Llama, LlamaConfig
+from models import windows as windows_module
 from models.huggingface import write_model
-from models.windows import score, windows
+from models.windows import Score, score, windows
 
 CONFIG = LlamaConfig(
     vocab_size=96,
@@ -66,3 +67,35 @@ def test_the_score_is_transformers_loss_on_the_same_windows(length, stride, tmp_
 def test_bad_values_are_named(stream, stride, message):
     with pytest.raises(ValueError, match=message):
         next(windows(stream, 8, stride))
+
+
+def test_tokens_that_do_not_count_are_seen_and_not_scored():
+    model = Llama(CONFIG, nnx.Rngs(0))
+    counted = np.arange(len(STREAM)) % 5 != 0
+    whole = [int(window.mask.sum()) for window in windows(STREAM, 32, 12)]
+    assert sum(whole) == len(STREAM) - 1
+    some = list(windows(STREAM, 32, 12, counted))
+    assert sum(int(window.mask.sum()) for window in some) == counted[1:].sum()
+    others = score(model, STREAM, 32, 12, counted=~counted)
+    found = score(model, STREAM, 32, 12, counted=counted)
+    everything = score(model, STREAM, 32, 12)
+    assert found.tokens + others.tokens == everything.tokens
+    assert found.nats + others.nats == pytest.approx(everything.nats, rel=1e-5)
+
+
+def test_a_window_is_no_longer_than_the_text(monkeypatch):
+    model = Llama(CONFIG, nnx.Rngs(0))
+    shapes = []
+    nats = windows_module._nats
+    monkeypatch.setattr(
+        windows_module, "_nats", lambda *a: shapes.append(a[2].inputs.shape) or nats(*a)
+    )
+    expected = score(model, STREAM[:40], length=39, stride=39, batch_size=1)
+    found = score(model, STREAM[:40], length=1 << 17, stride=1 << 17)
+    assert found == expected
+    score(model, STREAM[:40], length=30, stride=5)
+    assert shapes == [(1, 39), (1, 39), (3, 30)]
+
+
+def test_a_perplexity_beyond_all_floats_is_infinite():
+    assert Score(1e6, 10).perplexity == np.inf

@@ -96,6 +96,22 @@ def test_bad_input_is_one_line_and_leaves_no_trace(case, tmp_path):
     assert not workdir.exists()
 
 
+@pytest.mark.parametrize(("steps", "warmup"), [(20, 2), (1, 0)])
+def test_the_warm_up_of_a_config_file_yields_to_fewer_steps(steps, warmup, tmp_path):
+    fewer = [f"--workdir={tmp_path / 'run'}", f"--config.steps={steps}"]
+    missing = "--config.data.source=none/*.txt"
+    _, output = runs.finish(runs.start("--config=configs/default.py", *fewer, missing))
+    note, error = output.splitlines()
+    assert note == (
+        f"config.warmup_steps = 100 is longer than config.steps = {steps}: taken as a tenth of "
+        f"them, {warmup}"
+    )
+    assert "matches no file" in error
+    status, output = runs.finish(runs.start(*fewer, "--config.warmup_steps=50", missing))
+    assert status == 1
+    assert f"config.warmup_steps must be at most steps = {steps}, but is 50" in output
+
+
 BAD_VALUES = {
     "a rank below 1": ({"model": LlamaConfig(rank=0)}, "but is 0"),
     "a negative K": ({"exact_every": -1}, "exact_every must be at least 0"),
