@@ -119,6 +119,10 @@ def _evaluate(options: argparse.Namespace) -> int:
     ):
         if value is not None and value < least:
             raise TrainingError(f"{option}={value}: expected at least {least}.")
+    if options.max_tokens == 1:
+        raise TrainingError(
+            "--max-tokens=1: expected 0 (all) or at least 2, the first of which is not scored."
+        )
     try:
         model, tokenizer = load_model(options.directory)
     except CheckpointError as error:

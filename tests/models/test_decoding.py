@@ -183,7 +183,7 @@ def test_each_of_several_ids_ends_a_text_and_each_row_has_its_limit():
 
 def test_ids_that_the_tokenizer_does_not_have_are_not_drawn():
     model = make()
-    model.head[...] = model.head[...].at[200:].multiply(3.0)  # these are likely
+    model.head.W[...] = model.head.W[...].at[200:].multiply(3.0)  # these are likely
     for sampling in (GREEDY, Sampling(2.0), Sampling(1.0, top_k=3), Sampling(1.0, top_p=0.2)):
         assert collect(model, PROMPTS, 8, sampling).max() >= 200
         assert collect(model, PROMPTS, 8, sampling, vocab_size=200).max() < 200
