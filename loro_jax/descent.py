@@ -16,6 +16,8 @@ Source: Mo, Huang and Pan, ICLR 2025, Algorithm 1.
 
 from __future__ import annotations
 
+import functools
+import numbers
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -23,9 +25,14 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from loro_jax.batching import varying_alike
 from loro_jax.direction import Direction, as_direction
-from loro_jax.division import map_pairs
+from loro_jax.division import homes_on_mesh, map_pairs
+from loro_jax.leaves import Mask, complete, decayed_leaves, in_arrays, with_holes_of
 from loro_jax.pairs import Pair, PairsSpec, describe_leaves, find_pairs
+from loro_jax.place_in_chain import warn_unless_last
+from loro_jax.refresh import refreshed
+from loro_jax.schedules import is_never
 from loro_jax.transport import transport_moments
 
 REFRESH_CHOICES = ("all", "factors", "transport", None)
@@ -36,10 +43,11 @@ class LoroState(NamedTuple):
 
     Attributes:
         count: steps taken, int32 scalar; never reset.
-        stale: whether the last step was exact and the next begins with a refresh, so that what the
-            states below hold for the refreshed leaves has no meaning any more. (Zeroing the moments
+        stale: 1 if the last step was exact and the next begins with a refresh, so that the moments
+            below have no meaning any more for the refreshed leaves; else 0. (Zeroing the moments
             with the exact step itself would cost every step a copy of them: XLA can update a
-            buffer in place only when its new content is also what the update is made of.)
+            buffer in place only when its new content is also what the update is made of. An int32,
+            as a choice between states by arithmetic makes one of a boolean.)
         fallbacks: how many exact steps of single matrices the chosen method left to another so
             far, int32 scalar; see :mod:`loro_jax.retractions`.
         factors: state of the factors' direction (Adam), with ``optax.MaskedNode`` at other leaves.
@@ -62,6 +70,7 @@ def riemannian_descent(
     refresh: str | None = "all",
     lr_scale: float | None = None,
     weight_decay: jax.typing.ArrayLike = 0.0,
+    mask: Mask = None,
     pairs: PairsSpec | None = None,
     require_pairs: bool = True,
     regular: optax.GradientTransformation | None = None,
@@ -82,6 +91,7 @@ def riemannian_descent(
             second one, ``nu``, as Adam's.
         lr_scale: factor on the learning rate of approximate steps.
         weight_decay: decoupled decay.
+        mask: which leaves it is for.
         pairs: None, or a spec.
         require_pairs: raise when the tree holds no pair.
         regular: transformation for all leaves that are not factors.
@@ -106,8 +116,10 @@ def riemannian_descent(
         >>> params = {"w": LowRank(jnp.ones((6, 2)), jnp.eye(2, 4))}
         >>> updates, state = tx.update(params, tx.init(params), params)
     """
-    if isinstance(exact_every, int) and exact_every < 1:
+    if isinstance(exact_every, numbers.Integral) and exact_every < 1:
         raise ValueError(f"loro: exact_every must be at least 1 (or None), but is {exact_every}.")
+    if is_never(exact_every):
+        exact_every = None
     if refresh not in REFRESH_CHOICES:
         raise ValueError(f"loro: refresh must be one of {REFRESH_CHOICES}, but is {refresh!r}.")
     directed = as_direction(direction)
@@ -130,11 +142,13 @@ def riemannian_descent(
         return found
 
     def init(params: Any) -> LoroState:
+        warn_unless_last("loro")
+        params = in_arrays(params)
         factors, others = split_factors(params, find(params))
         state = LoroState(
             count=jnp.zeros([], jnp.int32),
-            stale=jnp.bool_(False),
-            fallbacks=jnp.zeros([], jnp.int32),
+            stale=jnp.zeros([], jnp.int32),
+            fallbacks=_no_fallbacks(factors),
             factors=of_factors.init(factors),
             regular=(own_regular or of_others).init(others),
         )
@@ -150,6 +164,8 @@ def riemannian_descent(
     ) -> tuple[Any, LoroState]:
         if params is None:
             raise ValueError("loro: update needs the parameters: tx.update(grads, state, params).")
+        params, given_grads = in_arrays(params), grads
+        grads = complete(in_arrays(grads), params)
         found = find(params)
         factor_grads, other_grads = split_factors(grads, found)
         factors, others = split_factors(params, found)
@@ -157,43 +173,53 @@ def riemannian_descent(
         rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
         count = optax.safe_increment(state.count)
         exact = _is_exact(exact_every, state.count, count)
+        decays = decayed_leaves(mask, params)
         settings = _StepSettings(
-            rate, state.count, lr_scale, weight_decay, exact_step, *_places_on(mesh, params, found)
+            rate,
+            state.count,
+            lr_scale,
+            weight_decay,
+            [decays[i] for i in sorted(_indices(found))],
+            exact_step,
+            *homes_on_mesh(mesh, params, [(pair.B, pair.A) for pair in found]),
         )
 
         factor_state, regular_state = state.factors, state.regular
+        stale = state.stale > 0
         if zeroed:
-            factor_state = _select(state.stale, of_factors.init(factors), factor_state)
+            factor_state = refreshed(stale, of_factors.init(factors), factor_state, factors)
         if refresh == "all" and own_regular is None:
-            regular_state = _select(state.stale, of_others.init(others), regular_state)
+            regular_state = refreshed(stale, of_others.init(others), regular_state, others)
 
         places = places_of_factors(found)
         told = {**extra_args, "places": places} if of_factors.moves else extra_args
         carried, factor_state = of_factors.advance(factor_grads, factor_state, factors, **told)
         carried = jax.tree.map(lambda c, p: c.astype(p.dtype), carried, factors)
-        fallbacks = jnp.zeros([], jnp.int32)
+        fallbacks = _no_fallbacks(factors)
         if found and exact_every is not None:
             # One branch puts moves into what is carried, the other passes it through, in place. The
             # approximate step is made outside, where it fuses with whatever applies the update.
             if refresh == "transport":
                 moments = _moments_of(factor_state)
-                carried, *moved, fallbacks = jax.lax.cond(
+                carried, *moved, fallbacks = _either(
                     exact,
-                    lambda directions, *moments: _exact_step(
-                        settings, places, factors, directions, *moments
+                    lambda directions, *moments_and_count: _exact_step(
+                        settings, places, factors, directions, *moments_and_count
                     ),
-                    lambda *unchanged: (*unchanged, jnp.zeros([], jnp.int32)),
-                    *(carried, *moments.values()),
+                    lambda *unchanged: unchanged,
+                    *_alike(places, carried, *moments.values()),
+                    fallbacks,
                 )
                 factor_state = factor_state._replace(**dict(zip(moments, moved, strict=True)))
             else:
-                carried, fallbacks = jax.lax.cond(
+                carried, fallbacks = _either(
                     exact,
-                    lambda carried: _exact_step(
-                        settings, places, factors, of_factors.finish(carried, factor_state)
+                    lambda carried, none: _exact_step(
+                        settings, places, factors, of_factors.finish(carried, factor_state), none
                     ),
-                    lambda carried: (carried, jnp.zeros([], jnp.int32)),
-                    carried,
+                    lambda *unchanged: unchanged,
+                    *_alike(places, carried),
+                    fallbacks,
                 )
         factor_updates = _factor_updates(
             settings, places, factors, of_factors.finish(carried, factor_state), carried, exact
@@ -204,8 +230,9 @@ def riemannian_descent(
             other_directions, regular_state = of_others.update(
                 other_grads, regular_state, others, **extra_args
             )
+            flags = iter(decays[i] for i in range(len(decays)) if i not in _indices(found))
             other_updates = jax.tree.map(
-                lambda u, p: (-rate * (u + weight_decay * p)).astype(p.dtype),
+                lambda u, p: (-rate * (u + weight_decay * p if next(flags) else u)).astype(p.dtype),
                 other_directions,
                 others,
             )
@@ -215,8 +242,11 @@ def riemannian_descent(
             )
 
         joined = join_factors(grads, found, factor_updates, other_updates)
+        joined = with_holes_of(given_grads, joined)
         fallbacks = jnp.minimum(state.fallbacks, jnp.iinfo(jnp.int32).max - fallbacks) + fallbacks
-        return joined, LoroState(count, exact, fallbacks, factor_state, regular_state)
+        return joined, LoroState(
+            count, exact.astype(jnp.int32), fallbacks, factor_state, regular_state
+        )
 
     return optax.GradientTransformationExtraArgs(init, update)
 
@@ -227,8 +257,20 @@ def _is_exact(every: Any, step: jax.Array, count: jax.Array) -> jax.Array:
         return jnp.bool_(False)
     if callable(every):
         period = every(step)
+        if period is None or is_never(period):
+            return jnp.bool_(False)
         return (period > 0) & (count % jnp.maximum(period, 1) == 0)
     return count % every == 0
+
+
+def _either(exact: jax.Array, yes: Callable[..., Any], no: Callable[..., Any], *x: Any) -> Any:
+    """One of two branches; outside of any program the one that is wanted, operation by operation.
+
+    ``jax.lax.cond`` would compile both there, and again for each call.
+    """
+    if isinstance(exact, jax.core.Tracer):
+        return jax.lax.cond(exact, yes, no, *x)
+    return yes(*x) if exact else no(*x)
 
 
 class _StepSettings(NamedTuple):
@@ -238,6 +280,7 @@ class _StepSettings(NamedTuple):
     step: jax.Array
     lr_scale: float | None
     weight_decay: Any
+    decays: Sequence[bool]  # which factors it is for
     exact_step: Callable[..., Any]
     mesh: Any
     homes: Any
@@ -246,6 +289,11 @@ class _StepSettings(NamedTuple):
         """The approximate step's factor: r / min(m, n) unless fixed by the user (equation 11)."""
         fixed = self.lr_scale
         return A.shape[-2] / min(B.shape[-2], A.shape[-1]) if fixed is None else fixed
+
+    def approximate(self, p: jax.Array, direction: jax.Array, scale: Any, decays: bool) -> Any:
+        """The update of a factor by equation 11."""
+        direction = direction + self.weight_decay * p if decays else direction
+        return (-self.rate * scale * direction).astype(p.dtype)
 
 
 _Places = Sequence[tuple[int, int]]
@@ -257,53 +305,93 @@ def places_of_factors(found: Sequence[Pair]) -> _Places:
     return [(indices.index(pair.B), indices.index(pair.A)) for pair in found]
 
 
-def _places_on(mesh: Any, params: Any, found: Sequence[Pair]) -> tuple[Any, Any]:
-    """The mesh, and where on it the factors of each pair lie if ``mesh`` says so."""
-    if mesh is None or isinstance(mesh, jax.sharding.Mesh | jax.sharding.AbstractMesh):
-        return mesh, None
-    shardings = jax.tree.leaves(mesh)
-    expected = len(jax.tree.leaves(params))
-    if len(shardings) != expected:
-        raise ValueError(
-            f"loro: mesh must be a mesh, or a tree of {expected} shardings like the parameters, "
-            f"but has {len(shardings)} leaves."
-        )
-    homes = [(shardings[pair.B], shardings[pair.A]) for pair in found]
-    return shardings[0].mesh, homes
+def _no_fallbacks(factors: Any) -> jax.Array:
+    """A count of none, of the type that it has when exact steps of these factors are counted."""
+    arrays = [x for x in jax.tree.leaves(factors) if isinstance(x, jax.Array)]
+    count: jax.Array = varying_alike([jnp.zeros([], jnp.int32), *arrays])[0]
+    return count
+
+
+def _alike(places: _Places, *trees: Any) -> tuple[Any, ...]:
+    """Trees of factors; what an exact step makes of a pair, varies as both sides do."""
+    columns = [jax.tree.leaves(tree) for tree in trees]
+    for b, a in places:
+        pair = varying_alike([(column[b], column[a]) for column in columns])
+        for column, (side_B, side_A) in zip(columns, pair, strict=True):
+            column[b], column[a] = side_B, side_A
+    structures = [jax.tree.structure(tree) for tree in trees]
+    return tuple(map(jax.tree.unflatten, structures, columns))
 
 
 def _exact_step(
-    settings: _StepSettings, places: _Places, factors: Any, directions: Any, *moments: Any
+    settings: _StepSettings, places: _Places, factors: Any, directions: Any, *others: Any
 ) -> tuple[Any, ...]:
-    """Moves of all pairs, trees of moments carried along with them, fallbacks."""
+    """Moves of all pairs, trees of moments carried along with them, fallbacks.
 
-    def step(outs: tuple[jax.Array, ...], ins: tuple[jax.Array, ...]) -> Any:
+    A pair of which one factor has no direction at all takes an approximate step: what is frozen (by
+    ``jax.lax.stop_gradient``, say) stays, and its partner moves as if it were alone.
+    """
+    *moments, fallbacks = others
+
+    def step(
+        decays: tuple[bool, bool], outs: tuple[jax.Array, ...], ins: tuple[jax.Array, ...]
+    ) -> Any:
         (B, dB, *out_moments), (A, dA, *in_moments) = outs, ins
         B_new, A_new, *count = settings.exact_step(B, A, dB, dA, settings.rate, settings.step)
-        keep = 1 - settings.rate * settings.scale(B, A) * settings.weight_decay
-        out = [(keep * B_new - B).astype(B.dtype)]
-        inp = [(keep * A_new - A).astype(A.dtype)]
+        scale = settings.scale(B, A)
+        keep = 1 - settings.rate * scale * settings.weight_decay
+        frozen = _is_zero(dB) | _is_zero(dA)
+        out, inp = (
+            [
+                jnp.where(
+                    frozen,
+                    settings.approximate(p, direction, scale, decay),
+                    ((keep * new if decay else new) - p).astype(p.dtype),
+                )
+            ]
+            for p, direction, new, decay in zip(
+                (B, A), (dB, dA), (B_new, A_new), decays, strict=True
+            )
+        )
         if moments:
-            both = zip(out_moments, in_moments, strict=True)
-            for out_moment, in_moment in transport_moments((B, A), (B + out[0], A + inp[0]), *both):
-                out.append(out_moment)
-                inp.append(in_moment)
+            both = [*zip(out_moments, in_moments, strict=True)]
+            moved = transport_moments((B, A), (B + out[0], A + inp[0]), *both)
+            for old, new in zip(both, moved, strict=True):
+                out.append(jnp.where(frozen, old[0], new[0]))
+                inp.append(jnp.where(frozen, old[1], new[1]))
         return tuple(out), tuple(inp), *(count or (jnp.zeros([], jnp.int32),))
 
     directions = jax.tree.map(lambda d, p: d.astype(p.dtype), directions, factors)
     columns = [jax.tree.leaves(tree) for tree in (factors, directions, *moments)]
-    pairs = [
-        (tuple(column[b] for column in columns), tuple(column[a] for column in columns))
-        for b, a in places
-    ]
-    results, fallbacks = map_pairs(step, pairs, settings.mesh, settings.homes)
-    trees = []
-    for i, like in enumerate((factors, *moments)):
-        leaves = [*jax.tree.leaves(like)]
-        for (b, a), (outs, ins) in zip(places, results, strict=True):
-            leaves[b], leaves[a] = outs[i], ins[i]
-        trees.append(jax.tree.unflatten(jax.tree.structure(like), leaves))
-    return (*trees, fallbacks)
+    results = [[*jax.tree.leaves(like)] for like in (factors, *moments)]
+    # Pairs that decay in different ways are different functions.
+    for decays in dict.fromkeys((settings.decays[b], settings.decays[a]) for b, a in places):
+        members = [
+            i
+            for i, (b, a) in enumerate(places)
+            if (settings.decays[b], settings.decays[a]) == decays
+        ]
+        chosen = [places[i] for i in members]
+        moved, count = map_pairs(
+            functools.partial(step, decays),
+            [
+                (tuple(column[b] for column in columns), tuple(column[a] for column in columns))
+                for b, a in chosen
+            ],
+            settings.mesh,
+            settings.homes and [settings.homes[i] for i in members],
+        )
+        fallbacks = fallbacks + count
+        for (b, a), (outs, ins) in zip(chosen, moved, strict=True):
+            for leaves, out, inp in zip(results, outs, ins, strict=True):
+                leaves[b], leaves[a] = out, inp
+    structures = map(jax.tree.structure, (factors, *moments))
+    return (*map(jax.tree.unflatten, structures, results), fallbacks)
+
+
+def _is_zero(direction: jax.Array) -> jax.Array:
+    """Whether nothing of the direction of a factor is left, for each of a batch."""
+    return ~jnp.any(direction != 0, axis=(-2, -1), keepdims=True)
 
 
 def _factor_updates(
@@ -315,17 +403,14 @@ def _factor_updates(
     exact: jax.Array,
 ) -> list[jax.Array]:
     """Updates of the factors: exact moves as they are, directions by equation 11."""
-
-    def update(p: jax.Array, direction: jax.Array, move: jax.Array, scale: Any) -> jax.Array:
-        approximate = -settings.rate * scale * (direction + settings.weight_decay * p)
-        return jnp.where(exact, move, approximate.astype(p.dtype))
-
     leaves = [jax.tree.leaves(tree) for tree in (factors, directions, moves)]
     updates = [*leaves[0]]
     for b, a in places:
         scale = settings.scale(leaves[0][b], leaves[0][a])
         for i in (b, a):
-            updates[i] = update(leaves[0][i], leaves[1][i], leaves[2][i], scale)
+            p, direction, move = (column[i] for column in leaves)
+            approximate = settings.approximate(p, direction, scale, settings.decays[i])
+            updates[i] = jnp.where(exact, move, approximate)
     return updates
 
 
@@ -333,11 +418,6 @@ def _moments_of(state: Any) -> dict[str, Any]:
     """The moments that a state has of mu and nu; none without mu."""
     found = {name: getattr(state, name) for name in ("mu", "nu") if hasattr(state, name)}
     return found if "mu" in found else {}
-
-
-def _select(first: jax.Array, one: Any, other: Any) -> Any:
-    """One of two states of the same structure."""
-    return jax.tree.map(lambda x, y: jnp.where(first, x, y), one, other)
 
 
 def split_factors(tree: Any, found: Sequence[Pair]) -> tuple[Any, Any]:

@@ -30,6 +30,8 @@ Array = jax.Array
 
 # (B, and what has its shape), (A, and what has its shape).
 PairArrays = tuple[tuple[Array, ...], tuple[Array, ...]]
+# Where the factors of a pair lie.
+Homes = tuple[NamedSharding, NamedSharding]
 BatchStep = Callable[[tuple[Array, ...], tuple[Array, ...]], tuple[Any, Any, Array]]
 
 
@@ -37,7 +39,7 @@ def map_pairs(
     step: BatchStep,
     pairs: Sequence[PairArrays],
     mesh: Any | None = None,
-    homes: Sequence[tuple[NamedSharding, NamedSharding]] | None = None,
+    homes: Sequence[Homes | None] | None = None,
 ) -> tuple[list[PairArrays], Array]:
     """Applies a function of a batch of pairs to many pairs, those of one shape together.
 
@@ -52,7 +54,7 @@ def map_pairs(
             that ``jax.set_mesh`` has set; no division where there is none.
         homes: where the output and the input side of each pair lie, and the results shall. With
             automatic axes nothing else says so, and XLA may lay out what is around as suits the
-            work best. None: as the arrays' types say, or as XLA decides.
+            work best. None, for all or for one: as the arrays' types say, or as XLA decides.
 
     Returns:
         For each pair what the function returned, with the leading axes of the pair, and the sum of
@@ -126,6 +128,90 @@ def _unstack(stacked: PairArrays, pairs: Sequence[PairArrays]) -> list[PairArray
         )
         start = stop
     return results
+
+
+def homes_on_mesh(
+    mesh: Any, params: Any, pairs: Sequence[tuple[int, int]]
+) -> tuple[Any, list[Homes | None] | None]:
+    """The mesh that an argument ``mesh`` names, and where on it the factors of each pair lie.
+
+    Args:
+        mesh: None, a mesh, or a tree like the parameters or a prefix of it. Its leaves are
+            shardings, or PartitionSpecs of the mesh that ``jax.set_mesh`` has set, or None where
+            nothing is known. A sharding of another kind, such as that of an array on one device,
+            says nothing about a mesh.
+        params: the parameters.
+        pairs: which leaves of the parameters are B and A of each pair.
+
+    Returns:
+        The mesh, or None for the one that is found automatically; and a place or None for each
+        pair, or None alone where the argument does not say.
+
+    Raises:
+        ValueError: if the tree does not fit, if its shardings are on different meshes, or if there
+            is no mesh for a PartitionSpec.
+    """
+    if mesh is None or isinstance(mesh, jax.sharding.Mesh | jax.sharding.AbstractMesh):
+        return mesh, None
+    shardings = _sharding_of_each_leaf(mesh, params)
+    factors = [shardings[index] for pair in pairs for index in pair]
+    meshes = [x.mesh for x in factors if isinstance(x, NamedSharding)]
+    if not meshes and any(isinstance(x, PartitionSpec) for x in factors):
+        meshes = [jax.sharding.get_abstract_mesh()]
+        if meshes[0].empty:
+            raise ValueError(
+                "loro: mesh holds PartitionSpecs, but no mesh is set that they are of; pass "
+                "NamedShardings, or take steps inside jax.set_mesh(mesh)."
+            )
+    if not meshes:
+        return jax.sharding.AbstractMesh((), ()), None
+    if any(other.abstract_mesh != meshes[0].abstract_mesh for other in meshes):
+        raise ValueError(
+            f"loro: mesh holds shardings of different meshes, {sorted({str(m) for m in meshes})}; "
+            "expected one mesh for all pairs."
+        )
+
+    def home(index: int) -> NamedSharding | None:
+        found = shardings[index]
+        if isinstance(found, PartitionSpec):
+            return NamedSharding(meshes[0], found)
+        return found if isinstance(found, NamedSharding) else None
+
+    homes: list[Homes | None] = []
+    for B, A in pairs:
+        of_B, of_A = home(B), home(A)
+        homes.append((of_B, of_A) if of_B is not None and of_A is not None else None)
+    return meshes[0], homes
+
+
+def _sharding_of_each_leaf(tree: Any, params: Any) -> list[Any]:
+    def is_sharding(x: Any) -> bool:
+        return x is None or isinstance(x, jax.sharding.Sharding | PartitionSpec)
+
+    found = jax.tree.leaves(tree, is_leaf=is_sharding)
+    found = [x.sharding if isinstance(x, jax.Array) else x for x in found]
+    wrong = [x for x in found if not is_sharding(x)]
+    if wrong:
+        raise ValueError(
+            "loro: mesh must be a mesh, or a tree of shardings like the parameters, but holds a "
+            f"{type(wrong[0]).__name__}."
+        )
+    expected = len(jax.tree.leaves(params))
+    if len(found) == expected:
+        return found
+    try:
+        each = jax.tree.map(
+            lambda sharding, part: [sharding] * len(jax.tree.leaves(part)),
+            tree,
+            params,
+            is_leaf=is_sharding,
+        )
+        return jax.tree.leaves(each, is_leaf=is_sharding)
+    except (ValueError, TypeError):
+        raise ValueError(
+            f"loro: mesh must be a mesh, or a tree of {expected} shardings like the parameters (or "
+            f"a prefix of it), but has {len(found)} leaves."
+        ) from None
 
 
 # ------------------------------------------------------------------------------ over devices

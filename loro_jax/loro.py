@@ -15,6 +15,7 @@ import optax
 from loro_jax.checks import checked_numbers
 from loro_jax.descent import riemannian_descent
 from loro_jax.direction import Direction, adam, as_direction
+from loro_jax.leaves import Mask
 from loro_jax.manifold import counted_exact_update
 from loro_jax.orthogonal import as_gradients
 from loro_jax.pairs import PairsSpec
@@ -31,6 +32,7 @@ def loro(
     b2: jax.typing.ArrayLike | None = None,
     eps: jax.typing.ArrayLike | None = None,
     weight_decay: float = 0.0,
+    mask: Mask = None,
     mu_dtype: Any | None = None,
     pairs: PairsSpec | None = None,
     require_pairs: bool = True,
@@ -45,17 +47,30 @@ def loro(
     """Low-rank Riemannian optimizer for trees of (B, A) pairs and other parameters.
 
     It owns the learning rate, because the exact step is not linear in it; so it must be the last
-    of a chain. It needs ``params`` and emits ``W_new - W_old`` for every leaf.
+    of a chain; ``init`` warns if it is not. It needs ``params`` and emits ``W_new - W_old`` for
+    every leaf.
+
+    Frozen factors: a factor without a gradient (zero, as behind ``jax.lax.stop_gradient``, or None)
+    stays where it is, on exact steps too. Its partner then takes approximate steps alone, because
+    an exact one gives both factors a new basis. A factor without a partner, where the tree has None
+    or ``optax.masked`` hides the other, is a parameter like all others.
+
+    An exact step has no derivative: a program that is differentiated through steps is refused
+    unless ``exact_every`` is None. ``jax.export`` for several platforms at once has to be called
+    inside ``jax.enable_x64(True)``, because the last resort of an exact step is in float64 on some
+    of them; the dtypes of parameters and state stay.
 
     Args:
         learning_rate: a number or a schedule; see :func:`loro_jax.with_restarts` for the paper's
             re-warm-up after exact steps.
-        exact_every: K. Step t, counted from 0, is exact when ``(t + 1) % K == 0``. None: never. Or
-            a function of t that returns K, or 0 for never.
-        refresh: whose Adam state to zero behind an exact step, when the next step begins: "all"
-            leaves', the "factors"', or None. A ``regular`` transformation of your own keeps its
-            state in any case. "transport" keeps all state, and carries the factors' moments into
-            their new basis (:mod:`loro_jax.transport`); it needs a direction of this library.
+        exact_every: K. Step t, counted from 0, is exact when ``(t + 1) % K == 0``. None, or a
+            number beyond int32: never. Or a function of t that returns K, or 0 for never.
+        refresh: whose moments to zero after an exact step, when the next step begins: "all"
+            leaves', the "factors"', or None. Nothing but moments and their counts is zeroed:
+            hyperparameters, schedules and noise inside of a ``direction`` stay. A ``regular``
+            transformation of your own keeps its state in any case. "transport" keeps all state, and
+            carries the factors' moments into their new basis (:mod:`loro_jax.transport`); it needs
+            a direction of this library.
         lr_scale: factor on the learning rate of approximate steps; None: ``r / min(m, n)`` of each
             pair. The authors' code uses ``r / hidden_size``, the same thing in a LLaMA. With
             :func:`loro_jax.orthogonal` it is on all steps of the factors, and None is 1.
@@ -66,6 +81,10 @@ def loro(
         eps: added to the root of Adam's uncorrected second moment; None: 1e-6.
         weight_decay: decoupled decay; each step shrinks a leaf by ``lr * weight_decay`` (factors:
             ``lr * lr_scale * weight_decay``, on exact steps too).
+        mask: which leaves ``weight_decay`` is for, as in ``optax.adamw``: a tree of booleans like
+            the parameters (or a prefix of it), or a function that makes one of them; such as
+            ``lambda params: jax.tree.map(lambda x: x.ndim > 1, params)``, which leaves out norms
+            and biases. None: all.
         mu_dtype: dtype of Adam's first moment; None: the parameters'.
         pairs: None to find the pairs by themselves, or a spec: see :func:`loro_jax.find_pairs`.
         require_pairs: raise when the tree holds no pair. False: such a tree gets plain Adam.
@@ -92,8 +111,9 @@ def loro(
         mesh: devices that share the exact steps, each taking some pairs whole
             (:mod:`loro_jax.division`). None: those that the parameters' types name (explicit
             axes), or those of ``jax.set_mesh``; where there is neither, XLA decides. With automatic
-            axes better a tree of NamedShardings, where the parameters lie: else XLA may lay the
-            whole step out as suits its exact branch.
+            axes better a tree of the parameters' shardings (or a prefix of it, or PartitionSpecs of
+            the mesh of ``jax.set_mesh``): else XLA may lay the whole step out as suits its exact
+            branch. Pairs on one device are not divided.
 
     Returns:
         An ``optax.GradientTransformationExtraArgs``.
@@ -207,6 +227,7 @@ def loro(
         refresh=refresh,
         lr_scale=lr_scale,
         weight_decay=weight_decay,
+        mask=mask,
         pairs=pairs,
         require_pairs=require_pairs,
         regular=regular,

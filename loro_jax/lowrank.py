@@ -287,3 +287,33 @@ def _is_number(text: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def _register_with_flax() -> None:
+    """Tells ``flax.serialization`` how to write a LowRank, as it does a dict of B and A."""
+    try:
+        from flax import serialization
+    except Exception:  # it need not be installed, nor fit this version of JAX
+        return
+
+    def from_state_dict(pair: LowRank, state: dict[str, Any]) -> LowRank:
+        missing = {"B", "A"} - set(state)
+        if missing:
+            raise ValueError(
+                f"LowRank: expected a state dict with B and A, but found {sorted(state)}."
+            )
+        restored = {
+            name: serialization.from_state_dict(getattr(pair, name), state[name], name=name)
+            for name in ("B", "A")
+        }
+        return LowRank.tree_unflatten(None, (restored["B"], restored["A"]))
+
+    serialization.register_serialization_state(
+        LowRank,
+        lambda pair: {name: serialization.to_state_dict(getattr(pair, name)) for name in "BA"},
+        from_state_dict,
+        override=True,
+    )
+
+
+_register_with_flax()

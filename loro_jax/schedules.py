@@ -5,9 +5,30 @@ All are plain Optax schedules: functions from the step (from 0) to the learning 
 
 from __future__ import annotations
 
+import numbers
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
+
+# Steps are counted in int32: what is due at later ones, never is.
+LAST_STEP = 2**31 - 1
+
+
+def is_never(every: Any) -> bool:
+    """Whether a number of steps is more than can be counted."""
+    return isinstance(every, numbers.Integral) and int(every) >= LAST_STEP
+
+
+def countable(steps: int) -> int:
+    """A number of steps, cut to the largest that can be counted.
+
+    Example:
+        >>> countable(10**10) == countable(10**12) == 2**31 - 1, countable(500)
+        (True, 500)
+    """
+    return min(steps, LAST_STEP)
 
 
 def warmup_cosine(
@@ -46,7 +67,9 @@ def warmup_cosine(
             f"warmup_cosine: warmup_steps must be between 0 and total_steps = {total_steps}, "
             f"but is {warmup_steps}."
         )
-    decay_steps = max(total_steps - warmup_steps, 1)
+    decay_steps: float = max(total_steps - warmup_steps, 1)
+    if is_never(total_steps):  # such numbers of steps are too large for what steps are counted in
+        decay_steps, warmup_steps = float(decay_steps), float(warmup_steps)  # type: ignore[assignment]
     decay = optax.cosine_decay_schedule(peak, decay_steps, alpha=final_ratio)
     if warmup_steps == 0:
         return decay
@@ -92,11 +115,13 @@ def with_restarts(
 
     def restarted(step: jax.typing.ArrayLike) -> jax.Array:
         base = schedule(step) if callable(schedule) else schedule
+        if is_never(every):
+            return jnp.asarray(base)
         exact_steps = jnp.asarray(step) // every
-        if until is not None:
+        if until is not None and not is_never(until):
             exact_steps = jnp.minimum(exact_steps, until // every)
         since_exact = jnp.asarray(step) - exact_steps * every
-        factor = jnp.minimum(since_exact / max(warmup_steps, 1), 1.0)
+        factor = jnp.minimum(since_exact / float(max(warmup_steps, 1)), 1.0)
         warming = (exact_steps > 0) & (warmup_steps > 0)
         return jnp.where(warming, factor, 1.0) * base
 

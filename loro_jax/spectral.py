@@ -8,6 +8,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from loro_jax.batching import batches_itself, varying_alike
 from loro_jax.precision import at_least_float32, matmul
 
 Array = jax.Array
@@ -75,7 +76,7 @@ def inverse_root(S: Array, damping: float = 1e-3, steps: int = 16) -> Array:
     Source: Higham, "Functions of Matrices", 2008, section 6.3.
     """
     r = S.shape[-1]
-    identity = jnp.eye(r, dtype=S.dtype)
+    identity = _identity_like(S)
     mean = jnp.trace(S, axis1=-2, axis2=-1)[..., None, None] / r
     damped = S + damping * mean * identity
     norm = _norm(damped)
@@ -113,7 +114,18 @@ def polar_factor(X: Array, least: jax.typing.ArrayLike) -> tuple[Array, Array]:
     Source: Chen and Chow, "A stable scaling of Newton-Schulz for improving the sign function
     computation of a Hermitian matrix", Argonne preprint ANL/MCS-P5059-0114, 2014.
     """
-    identity = jnp.eye(X.shape[-1], dtype=X.dtype)
+    gram = matmul(X.mT, X)
+    bound = jnp.sqrt(_norm(gram))
+    bound = jnp.where(bound > 0, bound, 1)
+    start = jnp.clip(jnp.asarray(least)[..., None, None] / bound, 0, 1).astype(X.dtype)
+    factor, converged = _polar_iteration(X / bound, gram / bound**2, start)
+    return factor, converged[..., 0, 0]
+
+
+@batches_itself
+def _polar_iteration(X: Array, gram: Array, least: Array) -> tuple[Array, Array]:
+    """The polar factor of X with ``gram = X^T X``, and whether it is one, shape (..., 1, 1)."""
+    identity = _identity_like(X)
     # One more step takes an error from here to below the rounding errors.
     near = 2 * float(jnp.finfo(X.dtype).eps) ** 0.5
 
@@ -130,17 +142,13 @@ def polar_factor(X: Array, least: jax.typing.ArrayLike) -> tuple[Array, Array]:
         least = jnp.minimum(1.5 * scale * least - 0.5 * (scale * least) ** 3, 1)
         return step + 1, X, matmul(X.mT, X), least
 
-    gram = matmul(X.mT, X)
-    bound = jnp.sqrt(_norm(gram))
-    bound = jnp.where(bound > 0, bound, 1)
-    start = jnp.clip(jnp.asarray(least)[..., None, None] / bound, 0, 1).astype(X.dtype)
     _, X, gram, _ = jax.lax.while_loop(
         # Where there are no numbers, no comparison holds and it stops.
         lambda state: (state[0] < _MOST_ITERATIONS) & jnp.any(distance(state[2]) > near),
         again,
-        (jnp.int32(0), X / bound, gram / bound**2, start),
+        varying_alike((jnp.int32(0), X, gram, least)),
     )
-    return improved(X, gram, jnp.ones_like(bound)), (distance(gram) <= near)[..., 0, 0]
+    return improved(X, gram, jnp.ones_like(least)), distance(gram) <= near
 
 
 def power_iteration(X: Array, u: Array, steps: int = 1) -> tuple[Array, Array]:
@@ -174,6 +182,11 @@ def start_vector(X: Array) -> Array:
     """A fixed random unit vector to start the power iteration of X, the same for a whole stack."""
     vector = jax.random.normal(jax.random.key(0), (X.shape[-2], 1), at_least_float32(X.dtype))
     return jnp.broadcast_to(_unit(vector, otherwise=0), (*X.shape[:-1], 1))
+
+
+def _identity_like(X: Array) -> Array:
+    """Identity matrices, as many as X has."""
+    return jnp.broadcast_to(jnp.eye(X.shape[-1], dtype=X.dtype), X.shape)
 
 
 def _norm(X: Array) -> Array:

@@ -37,6 +37,7 @@ from loro_jax.peers.projected_descent import (
 )
 from loro_jax.peers.projection import AdamConstants, adam, lift, project
 from loro_jax.peers.subspace import adaptive_projector, moved_moments
+from loro_jax.schedules import countable
 
 Array = jax.Array
 
@@ -153,7 +154,7 @@ def adarankgrad(
     def step(G: Array, held: Slots, count: Array) -> tuple[Array, Slots]:
         P, mu, nu, ranks, norm = held
         converged = _norm(project(P, G)) < tolerance * norm
-        due = converged | (count % update_every == 0)
+        due = converged | (count % countable(update_every) == 0)
         subspace = (P, mu, nu, ranks, norm)
         # One scalar for the leaf, so that lax.cond skips the factorisations.
         P, mu, nu, ranks, norm = jax.lax.cond(

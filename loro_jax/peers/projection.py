@@ -16,6 +16,7 @@ import optax
 
 from loro_jax.batching import one_by_one
 from loro_jax.precision import matmul
+from loro_jax.schedules import countable
 
 Array = jax.Array
 
@@ -89,7 +90,7 @@ def renewed_projector(P: Array, G: Array, count: Array, update_every: int) -> Ar
     The choice is one scalar for all layers, so ``lax.cond`` skips the SVD on all other steps.
     """
     renew: Callable[[], Array] = lambda: leading_vectors(G, P.shape[-1])  # noqa: E731
-    return jax.lax.cond(count % update_every == 0, renew, lambda: P)
+    return jax.lax.cond(count % countable(update_every) == 0, renew, lambda: P)
 
 
 def adam(

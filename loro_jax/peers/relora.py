@@ -23,7 +23,7 @@ import optax
 
 from loro_jax.lowrank import check_factors
 from loro_jax.precision import at_least_float32
-from loro_jax.schedules import with_restarts
+from loro_jax.schedules import countable, with_restarts
 
 Array = jax.Array
 Pair = tuple[Array, Array]
@@ -140,11 +140,13 @@ def jagged_schedule(
             f"is {every} and warmup_steps is {warmup_steps}."
         )
 
+    period = countable(every)
+
     def target(step: jax.typing.ArrayLike) -> jax.typing.ArrayLike:
         if not callable(schedule):
             return schedule
-        left = jnp.maximum(warmup_steps - jnp.asarray(step) % every, 0)
-        return schedule(jnp.where(jnp.asarray(step) >= every, step + left, step))
+        left = jnp.maximum(countable(warmup_steps) - jnp.asarray(step) % period, 0)
+        return schedule(jnp.where(jnp.asarray(step) >= period, step + left, step))
 
     return with_restarts(target, every, warmup_steps)
 

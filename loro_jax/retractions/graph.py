@@ -34,6 +34,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
+from loro_jax.batching import batches_itself, varying_alike
 from loro_jax.precision import matmul
 from loro_jax.retractions.balance import (
     Balance,
@@ -167,21 +168,43 @@ def _graph_of_leading_space(S: Array, zz: Array, cc: Array) -> _Graph:
     relative = c_norm / jnp.maximum(jnp.linalg.norm(X_1), tiny)
     enough = LARGEST_REMAINDER * jnp.finfo(S.dtype).eps * jnp.sqrt(jnp.sum(S**2) + jnp.trace(zz))
 
+    remainder, X = _iterated(
+        S, cc, X_1, K, c_norm[..., None, None], relative[..., None, None], enough[..., None, None]
+    )
+    return _Graph(X, matmul(cc, X), (remainder <= enough)[0, 0])
+
+
+@batches_itself
+def _iterated(
+    S: Array, cc: Array, X_1: Array, K: Array, c_norm: Array, relative: Array, enough: Array
+) -> tuple[Array, Array]:
+    """The estimate of the error of W that is left, shape (..., 1, 1), and X."""
+    tiny = jnp.finfo(S.dtype).tiny
+
+    def goes_on(last: _Iterate) -> Array:
+        # Where it meets no numbers, no comparison holds and it stops.
+        return (last.remainder > enough) & (last.round < MOST_ITERATIONS)
+
     def again(last: _Iterate) -> _Iterate:
         cc_X = matmul(cc, last.X)
         X = X_1 + matmul(cc_X - matmul(last.X, matmul(S, cc_X)), K)
-        change = jnp.linalg.norm(X - last.X)
+        change = _norm(X - last.X)
         # The changes shrink by a factor that differs from direction to direction. The slowest may
         # be one of r, so its factor is at most sqrt(r) times the ratio of the norms.
-        ratio = S.shape[0] ** 0.5 * change / jnp.maximum(last.change, tiny)
-        return _Iterate(last.round + 1, X, change, relative * change * jnp.minimum(ratio, 1.0))
+        ratio = S.shape[-1] ** 0.5 * change / jnp.maximum(last.change, tiny)
+        remainder = relative * change * jnp.minimum(ratio, 1.0)
+        new = _Iterate(last.round + 1, X, change, remainder)
+        # Members of a batch that are done wait for the others.
+        going = goes_on(last)
+        return jax.tree.map(lambda x, y: jnp.where(going, x, y), new, last)
 
-    first = _Iterate(jnp.int32(0), X_1, jnp.linalg.norm(X_1), c_norm)
-    # Where it meets no numbers, no comparison holds and it stops.
-    final = jax.lax.while_loop(
-        lambda last: (last.remainder > enough) & (last.round < MOST_ITERATIONS), again, first
-    )
-    return _Graph(final.X, matmul(cc, final.X), final.remainder <= enough)
+    first = _Iterate(jnp.zeros(c_norm.shape, jnp.int32), X_1, _norm(X_1), c_norm)
+    final = jax.lax.while_loop(lambda last: jnp.any(goes_on(last)), again, varying_alike(first))
+    return final.remainder, final.X
+
+
+def _norm(X: Array) -> Array:
+    return jnp.sqrt(jnp.sum(X**2, axis=(-2, -1), keepdims=True))
 
 
 class _Iterate(NamedTuple):

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from loro_jax.batching import one_by_one
+from loro_jax.batching import one_by_one, varying_alike
 from loro_jax.retractions.balance import Balance, by_singular_vectors
 from loro_jax.retractions.gram import gram_step
 from loro_jax.retractions.graph import NewSpace, balanced_factors, graph_step, new_space
@@ -68,6 +68,14 @@ def retract(
         return _unwritten(B, A)
     # A loop's index does not index NumPy's arrays.
     arguments = jax.tree.map(jnp.asarray, (B, A, dB, dA, size))
+    return _retract(method, basis, *varying_alike(arguments))
+
+
+# Compiled by itself where it is called outside of any program: its loops and branches would
+# otherwise be traced, and so compiled, anew for each call.
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
+def _retract(method: str, basis: str, *arguments: Any) -> ExactStep:
     rungs = [functools.partial(step, basis=basis) for step in _RUNGS[method]]
     if method == "svd":
         return one_by_one(rungs[0], 1)(*arguments)
@@ -81,6 +89,14 @@ def retract(
         *arguments,
         cpu=one_after_the_other,
         default=lambda *arguments: _as_a_batch(rungs, *arguments),
+    )
+
+
+@_retract.defjvp
+def _no_derivative(method: str, basis: str, primals: Any, tangents: Any) -> Any:
+    raise NotImplementedError(
+        "loro: an exact step has no derivative. Differentiate through steps without exact ones "
+        "(exact_every=None), or keep the step out of it by jax.lax.stop_gradient."
     )
 
 
@@ -145,7 +161,7 @@ def _one_after_the_other(rungs: _Rungs, *arguments: Any) -> ExactStep:
 
 def _unwritten(B: Array, A: Array) -> ExactStep:
     """New factors are written over the old, so that no memory has to be filled beforehand."""
-    return ExactStep(B, A, jnp.zeros(len(B), bool))
+    return varying_alike(ExactStep(B, A, jnp.zeros(len(B), bool)))
 
 
 def _with_pair(new: ExactStep, i: Any, one: ExactStep) -> ExactStep:

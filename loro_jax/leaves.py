@@ -1,0 +1,105 @@
+"""What the leaves of users' trees may be: Python numbers, holes, and which of them decay."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# As in Optax: a tree of booleans like the parameters or a prefix of it, or a function that makes
+# one of the parameters.
+Mask = Any | Callable[[Any], Any] | None
+
+_NUMBERS = (bool, int, float, complex, np.ndarray, np.generic)
+
+
+def in_arrays(tree: Any) -> Any:
+    """The tree with arrays of JAX in place of Python's numbers and NumPy's arrays.
+
+    Example:
+        >>> in_arrays({"scale": 1.0})["scale"].dtype
+        dtype('float32')
+    """
+
+    def convert(leaf: Any) -> Any:
+        return jnp.asarray(leaf, jnp.result_type(leaf)) if isinstance(leaf, _NUMBERS) else leaf
+
+    return jax.tree.map(convert, tree)
+
+
+def complete(grads: Any, params: Any) -> Any:
+    """Gradients with zeros where they have None and the parameters have an array.
+
+    Raises:
+        ValueError: if the two trees have different numbers of leaves.
+    """
+    gradients, structure = jax.tree.flatten(grads, is_leaf=_is_hole)
+    parameters = jax.tree.leaves(params, is_leaf=_is_hole)
+    if len(gradients) != len(parameters):
+        raise ValueError(
+            f"loro: update was given gradients with {len(gradients)} leaves for parameters with "
+            f"{len(parameters)}; expected trees of one structure."
+        )
+    full = [
+        jnp.zeros_like(p) if g is None and p is not None else g
+        for g, p in zip(gradients, parameters, strict=True)
+    ]
+    return jax.tree.unflatten(structure, full)
+
+
+def with_holes_of(grads: Any, updates: Any) -> Any:
+    """Updates with None where the gradients have it, as Optax's own transformations return."""
+    holes = [g is None for g in jax.tree.leaves(grads, is_leaf=_is_hole)]
+    leaves, structure = jax.tree.flatten(updates, is_leaf=_is_hole)
+    kept = [None if hole else leaf for hole, leaf in zip(holes, leaves, strict=True)]
+    return jax.tree.unflatten(structure, kept)
+
+
+def _is_hole(leaf: Any) -> bool:
+    return leaf is None
+
+
+def decayed_leaves(mask: Mask, params: Any) -> list[bool]:
+    """Whether each leaf of the parameters decays.
+
+    Raises:
+        ValueError: if the mask has another structure, or leaves that are not booleans.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> params = {"w": jnp.ones((2, 2)), "norm": jnp.ones(2)}
+        >>> decayed_leaves(lambda tree: jax.tree.map(lambda x: x.ndim > 1, tree), params)
+        [False, True]
+    """
+    structure: Any = jax.tree.structure(params)
+    if mask is None:
+        return [True] * structure.num_leaves
+    # A module that can be called may be a mask as any other tree, so only what is no tree of
+    # booleans is called.
+    flags = None if callable(mask) else _broadcast(mask, params)
+    if callable(mask):
+        flags = _broadcast(mask, params) or _broadcast(mask(params), params)
+    if flags is None:
+        raise ValueError(
+            "loro: mask must be a tree of booleans like the parameters (or a prefix of it), or a "
+            f"function that makes one of them; the parameters are {structure}."
+        )
+    return flags
+
+
+def _broadcast(mask: Any, params: Any) -> list[bool] | None:
+    """The flags of a mask for all leaves; None if it does not fit."""
+    if not all(isinstance(flag, bool | np.bool_) for flag in jax.tree.leaves(mask)):
+        return None
+    try:
+        flags = jax.tree.map(lambda flag, part: [bool(flag)] * _size(part), mask, params)
+    except (ValueError, TypeError):
+        return None
+    return jax.tree.leaves(flags)
+
+
+def _size(tree: Any) -> int:
+    return len(jax.tree.leaves(tree))
