@@ -153,7 +153,9 @@ def test_shardings_that_name_no_mesh_divide_nothing():
         assert homes is None
     found, homes = homes_on_mesh({"b": alone, "w": on_mesh}, PARAMS, pairs)
     assert (found, homes) == (mesh, [(on_mesh, on_mesh)])
-    _, homes = homes_on_mesh({"b": None, "w": LowRank(on_mesh, on_mesh)}, PARAMS, pairs)
+    _, homes = homes_on_mesh(
+        {"b": None, "w": LowRank.tree_unflatten(None, (on_mesh, on_mesh))}, PARAMS, pairs
+    )
     assert homes == [(on_mesh, on_mesh)]
     spec = PartitionSpec("d")
     with jax.set_mesh(mesh):
