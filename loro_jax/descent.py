@@ -142,7 +142,8 @@ def riemannian_descent(
         return found
 
     def init(params: Any) -> LoroState:
-        warn_unless_last("loro")
+        if exact_every is not None:  # approximate steps can be scaled like any other
+            warn_unless_last("loro")
         params = in_arrays(params)
         factors, others = split_factors(params, find(params))
         state = LoroState(

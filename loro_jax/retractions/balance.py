@@ -33,6 +33,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from loro_jax.batching import varying_alike
 from loro_jax.precision import matmul
 from loro_jax.retractions.cholesky import cholesky_with_inverse
 from loro_jax.retractions.step import ExactStep
@@ -123,6 +124,7 @@ def nearest_order(overlap: Array) -> _Order:
     """
     sizes = jnp.where(jnp.isfinite(overlap), jnp.abs(overlap), 0)
     turns = jnp.argsort(-jnp.max(sizes, axis=1))
+    turns, sizes = varying_alike((turns, sizes))
 
     def choose(turn: Any, chosen: tuple[Array, Array]) -> tuple[Array, Array]:
         order, free = chosen

@@ -73,7 +73,6 @@ def test_documents_begin_with_what_the_tokenizer_says_and_it_is_not_scored(direc
         (["--window=-5"], "--window=-5: expected at least 1"),
         (["--window=40000"], "--window=40000, --stride=40000: expected 1 <= stride <= window <="),
         (["--window=8", "--stride=9"], "--window=8, --stride=9"),
-        (["--bos"], "--bos: the tokenizer has no beginning-of-text token"),
         (["--max-tokens=1"], "--max-tokens=1: expected 0 (all) or at least 2"),
     ],
 )
@@ -84,9 +83,22 @@ def test_what_can_not_be_scored_is_named(directory, capsys, arguments, message):
     assert error.count("\n") == 1
 
 
+def test_a_beginning_that_the_tokenizer_does_not_have_is_named(directory, capsys):
+    path = directory / "tokenizer_config.json"
+    before = path.read_text()
+    path.write_text(json.dumps({k: v for k, v in json.loads(before).items() if k != "bos_token"}))
+    try:
+        arguments = [str(directory), str(directory / "text.txt"), "--split=all", "--bos"]
+        assert main(arguments) == 1
+        error = capsys.readouterr().err
+        assert error.startswith("error: --bos: the tokenizer has no beginning-of-text token")
+    finally:
+        path.write_text(before)
+
+
 def test_a_loss_that_is_no_number_is_an_error(directory, capsys, tmp_path):
     model = make()
-    model.head.W[...] = jnp.full_like(model.head.W[...], jnp.nan)
+    model.head.W[...] = jnp.full_like(model.head.W[...], 3e38)  # logits overflow
     files = load_tokenizer("bytes").files()
     ids = {"eos_token_id": 1, "pad_token_id": 0}
     write_model(model, tmp_path / "bad", files=files, token_ids=ids)

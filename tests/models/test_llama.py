@@ -314,7 +314,10 @@ def test_sequences_beyond_the_maximum_are_refused():
         ({"rank": 33}, "between 1 and 32, .* but is 33"),
         ({"mlp_rank": 40}, "mlp_rank"),
         ({"scope": "some"}, "scope must be one of"),
-        ({"attention": "flash"}, "attention must be one of blocks, whole, cudnn, but is 'flash'"),
+        (
+            {"attention": "flash"},
+            "attention must be one of auto, blocks, whole, cudnn, but is 'flash'",
+        ),
         ({"attention": "cudnn"}, "needs model.dtype bfloat16 or float16, but it is 'float32'"),
         ({"remat": "yes"}, "remat must be one of"),
         ({"dtype": "int8"}, "dtype must be one of"),

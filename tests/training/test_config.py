@@ -70,7 +70,8 @@ def small_batch(config):
 def test_every_config_takes_a_step_on_a_small_batch(name):
     """With two layers, which are all that the large ones have memory and time for here."""
     config = load(name)
-    model = dataclasses.replace(config.model, num_layers=2)
+    vocab_size = config.model.vocab_size or 2048  # 0: the tokenizer's, here the embedded one's
+    model = dataclasses.replace(config.model, num_layers=2, vocab_size=vocab_size)
     # svd: the quickest to compile; the others are tested on all shapes of pairs elsewhere.
     config = dataclasses.replace(
         config,
