@@ -31,7 +31,7 @@ from jax.scipy.linalg import solve_triangular
 
 from loro_jax.batching import one_by_one
 from loro_jax.lowrank import check_factors, check_real
-from loro_jax.precision import at_least_float32
+from loro_jax.precision import at_least_float32, in_full_precision
 from loro_jax.retractions import StepSize, check_basis, check_method, retract
 
 Array = jax.Array
@@ -58,6 +58,7 @@ class Tangent(NamedTuple):
     in_perp: Array  # r x n, orthogonal to Q_A
 
 
+@in_full_precision
 def tangent_projection(out: Side, inp: Side, g_B: Array, g_A: Array) -> Tangent:
     """Proposition 3 in blocks, for the sides of B and of A^T.
 
@@ -122,6 +123,7 @@ def _side_by_qr(X: Array) -> tuple[Side, Array]:
     return Side(Q, inverse), jnp.all(diagonal != 0) & ~(condition * _smallest_kept(X) > 1)
 
 
+@in_full_precision
 def _side_by_svd(X: Array) -> Side:
     Q, R = jnp.linalg.qr(X)
     U, s, Vt = jnp.linalg.svd(R, full_matrices=False)
@@ -252,6 +254,7 @@ def riemannian_gradient(B: Array, A: Array, gB: Array, gA: Array) -> Array:
     _check_directions(B, A, gB, gA, "riemannian_gradient")
     dtype = at_least_float32(jnp.promote_types(B.dtype, A.dtype))
 
+    @in_full_precision
     def assemble(out: Side, inp: Side, B: Array, A: Array, gB: Array, gA: Array) -> Array:
         t = tangent_projection(out, inp, gB, gA)
         return (out.Q @ t.core + t.out_perp) @ inp.Q.T + out.Q @ t.in_perp

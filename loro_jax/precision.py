@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,6 +15,23 @@ Array = jax.Array
 def matmul(x: Array, y: Array) -> Array:
     """The product in full float32, also on accelerators, whose default is to round the inputs."""
     return jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST)
+
+
+def in_full_precision(fn: Callable) -> Callable:
+    """A function whose products ``x @ y`` are all like :func:`matmul`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> "HIGHEST" in str(jax.make_jaxpr(in_full_precision(lambda x: x @ x))(jnp.eye(2)))
+        True
+    """
+
+    @functools.wraps(fn)
+    def precise(*args: Any, **kwargs: Any) -> Any:
+        with jax.default_matmul_precision("highest"):
+            return fn(*args, **kwargs)
+
+    return precise
 
 
 def at_least_float32(dtype: Any) -> Any:

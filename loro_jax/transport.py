@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from loro_jax.manifold import Side, tangent_projection, with_sides
-from loro_jax.precision import at_least_float32
+from loro_jax.precision import at_least_float32, in_full_precision
 
 Array = jax.Array
 Factors = tuple[Array, Array]
@@ -63,6 +63,7 @@ def transport_moments(
     return ((mu_B, mu_A), (nu_new[0], nu_new[1])) if nu_new else ((mu_B, mu_A),)
 
 
+@in_full_precision
 def _transport(
     out: Side,
     inp: Side,

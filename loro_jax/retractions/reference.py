@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from loro_jax.precision import in_full_precision
 from loro_jax.retractions.balance import in_basis
 from loro_jax.retractions.step import ExactStep, StepSize, limited_rate
 
@@ -51,6 +52,7 @@ class _Side(NamedTuple):
     Vt: Array
 
 
+@in_full_precision
 def _svd_side(X: Array, damping: Array | None) -> _Side:
     Q, R = jnp.linalg.qr(X)
     U, s, Vt = jnp.linalg.svd(R, full_matrices=False)
@@ -60,6 +62,7 @@ def _svd_side(X: Array, damping: Array | None) -> _Side:
     return _Side((Q @ U) * kept[None, :], s * kept, inverse, Vt)
 
 
+@in_full_precision
 def _svd_step(B: Array, A: Array, dB: Array, dA: Array, size: StepSize) -> ExactStep:
     r = B.shape[1]
     out, inp = _svd_side(B, size.damping), _svd_side(A.T, size.damping)
