@@ -107,7 +107,7 @@ def scale_by_uncorrected_adam(
 def decay_is_lost(decay: jax.typing.ArrayLike, dtype: Any) -> bool:
     """Whether ``decay x`` is rounded to x in a dtype, so that an average in it never falls.
 
-    What is not known while tracing is taken for fine.
+    A traced decay, whose value is not known yet, counts as kept.
     """
     if not isinstance(decay, float | int) or not jnp.issubdtype(dtype, jnp.inexact):
         return False

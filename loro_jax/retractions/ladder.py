@@ -71,8 +71,8 @@ def retract(
     return _retract(method, basis, *varying_alike(arguments))
 
 
-# Compiled by itself where it is called outside of any program: its loops and branches would
-# otherwise be traced, and so compiled, anew for each call.
+# Jitted for calls outside of any program: without that, each of them would trace its loops and
+# branches again, and compile them again.
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 @functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
 def _retract(method: str, basis: str, *arguments: Any) -> ExactStep:
