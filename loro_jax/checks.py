@@ -60,3 +60,16 @@ def _checked(where: str, name: str, value: Any) -> Any:
 
 def _holds_float32(dtype: Any) -> bool:
     return jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits >= 32
+
+
+def check_orthogonalised_momentum(where: str, momentum: Any, newton_schulz_steps: int) -> None:
+    """Raises ValueError for a momentum outside [0, 1), or no iterations.
+
+    What is not a plain number may be traced (a hyperparameter in a state), and can't be read.
+    """
+    if isinstance(momentum, float | int) and not 0 <= momentum < 1:
+        raise ValueError(f"{where}: momentum must be in [0, 1), but is {momentum}.")
+    if newton_schulz_steps < 1:
+        raise ValueError(
+            f"{where}: newton_schulz_steps must be at least 1, but is {newton_schulz_steps}."
+        )

@@ -30,7 +30,7 @@ import jax
 import jax.numpy as jnp
 
 from loro_jax.adam import decay_is_lost
-from loro_jax.checks import checked_numbers
+from loro_jax.checks import check_orthogonalised_momentum, checked_numbers
 from loro_jax.direction import Direction
 from loro_jax.precision import at_least_float32, matmul
 from loro_jax.spectral import inverse_root, orthogonalise
@@ -100,12 +100,7 @@ def orthogonal(
         >>> bool(loss(optax.apply_updates(params, updates)) < loss(params))
         True
     """
-    if isinstance(momentum, float | int) and not 0 <= momentum < 1:
-        raise ValueError(f"orthogonal: momentum must be in [0, 1), but is {momentum}.")
-    if newton_schulz_steps < 1:
-        raise ValueError(
-            f"orthogonal: newton_schulz_steps must be at least 1, but is {newton_schulz_steps}."
-        )
+    check_orthogonalised_momentum("orthogonal", momentum, newton_schulz_steps)
     if isinstance(damping, float | int) and damping < 0:
         raise ValueError(f"orthogonal: damping must not be negative, but is {damping}.")
 

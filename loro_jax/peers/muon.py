@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from loro_jax.checks import check_orthogonalised_momentum
 from loro_jax.peers.projected_descent import Projected
 from loro_jax.precision import at_least_float32
 from loro_jax.spectral import orthogonalise
@@ -73,12 +74,7 @@ def scale_by_muon(
 
     Source: Jordan et al., "Muon", 2024.
     """
-    if isinstance(momentum, float | int) and not 0 <= momentum < 1:
-        raise ValueError(f"muon: momentum must be in [0, 1), but is {momentum}.")
-    if newton_schulz_steps < 1:
-        raise ValueError(
-            f"muon: newton_schulz_steps must be at least 1, but is {newton_schulz_steps}."
-        )
+    check_orthogonalised_momentum("muon", momentum, newton_schulz_steps)
 
     def init(params: Any) -> MuonState:
         for path, leaf in jax.tree_util.tree_leaves_with_path(params):

@@ -28,6 +28,7 @@ import jax.numpy as jnp
 import optax
 
 from loro_jax.adam import scale_by_uncorrected_adam
+from loro_jax.checks import check_orthogonalised_momentum
 from loro_jax.descent import join_factors, places_of_factors, split_factors
 from loro_jax.pairs import Pair, PairsSpec, describe_leaves, find_pairs
 from loro_jax.precision import at_least_float32
@@ -208,10 +209,8 @@ def _at(rate: optax.ScalarOrSchedule, count: Array) -> Any:
 
 def _check(momentum: Any, newton_schulz_steps: int, power_steps: int, weight_decay: Any) -> None:
     # What is not a plain number may be traced (a hyperparameter in a state), and can't be read.
-    if isinstance(momentum, float | int) and not 0 <= momentum < 1:
-        raise ValueError(f"spectron: momentum must be in [0, 1), but is {momentum}.")
-    for name, steps in (("newton_schulz_steps", newton_schulz_steps), ("power_steps", power_steps)):
-        if steps < 1:
-            raise ValueError(f"spectron: {name} must be at least 1, but is {steps}.")
+    check_orthogonalised_momentum("spectron", momentum, newton_schulz_steps)
+    if power_steps < 1:
+        raise ValueError(f"spectron: power_steps must be at least 1, but is {power_steps}.")
     if isinstance(weight_decay, float | int) and weight_decay < 0:
         raise ValueError(f"spectron: weight_decay must not be negative, but is {weight_decay}.")
