@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 
 def one_by_one(fn: Callable, batch_axes: int) -> Callable:
@@ -29,9 +30,7 @@ def one_by_one(fn: Callable, batch_axes: int) -> Callable:
     """
 
     def dispatch(*matrices: jax.Array) -> Any:
-        return jax.lax.platform_dependent(
-            *matrices, cpu=jax.custom_batching.sequential_vmap(fn), default=fn
-        )
+        return jax.lax.platform_dependent(*matrices, cpu=maps_by_a_loop(fn), default=fn)
 
     mapped: Callable = dispatch
     looped: Callable = fn
@@ -47,6 +46,50 @@ def one_by_one(fn: Callable, batch_axes: int) -> Callable:
 
 def _loop(fn: Callable, *arguments: Any) -> Any:
     return jax.lax.map(lambda one: fn(*one), arguments)
+
+
+def maps_by_a_loop(fn: Callable) -> Callable:
+    """A function of arrays whose ``vmap`` is a loop of single calls.
+
+    Unlike ``jax.custom_batching.sequential_vmap`` it takes a mapped axis that is sharded over an
+    explicit mesh, such as the members of an ensemble: each device loops over its own.
+    """
+    single = jax.custom_batching.custom_vmap(fn)
+
+    @single.def_vmap
+    def rule(axis_size: int, in_batched: Any, *arguments: Any) -> Any:
+        del axis_size
+        leaves, tree = jax.tree.flatten(arguments)
+        is_mapped = jax.tree.leaves(in_batched)
+
+        def loop(*leaves: jax.Array) -> Any:
+            def call(members: list[jax.Array]) -> Any:
+                member = iter(members)
+                one = [
+                    next(member) if mapped else x
+                    for x, mapped in zip(leaves, is_mapped, strict=True)
+                ]
+                return single(*jax.tree.unflatten(tree, one))
+
+            mapped = [x for x, mapped in zip(leaves, is_mapped, strict=True) if mapped]
+            return jax.lax.map(call, mapped)
+
+        types = [jax.typeof(x) for x, mapped in zip(leaves, is_mapped, strict=True) if mapped]
+        sharded = [x.sharding for x in types if x.sharding.spec[0] is not None]
+        if sharded:
+            axes = PartitionSpec(sharded[0].spec[0])
+            loop = jax.shard_map(
+                loop,
+                mesh=sharded[0].mesh,
+                in_specs=tuple(axes if mapped else PartitionSpec() for mapped in is_mapped),
+                out_specs=axes,
+                axis_names=set(jax.tree.leaves(tuple(axes))),
+                check_vma=False,
+            )
+        results = loop(*leaves)
+        return results, jax.tree.map(lambda _: True, results)
+
+    return single
 
 
 def batches_itself(fn: Callable) -> Callable:
@@ -74,6 +117,27 @@ def batches_itself(fn: Callable) -> Callable:
         return results, jax.tree.map(lambda _: True, results)
 
     return mapped
+
+
+def count_of_none(arrays: Any) -> jax.Array:
+    """A count, zero, of the type that it has when things in these arrays have been counted.
+
+    Args:
+        arrays: a tree of arrays; others among its leaves are passed over.
+
+    Returns:
+        An int32 scalar. It lies on the mesh of the arrays if that is explicit, and varies over the
+        axes of a ``jax.shard_map`` that they vary over: the branches of a ``jax.lax.cond`` have to
+        agree on both.
+    """
+    found = [x for x in jax.tree.leaves(arrays) if isinstance(x, jax.Array)]
+    meshes = [jax.typeof(x).sharding.mesh for x in found]
+    explicit = [mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types]
+    device = NamedSharding(explicit[0], PartitionSpec()) if explicit else None
+    zero: jax.Array = varying_alike([jax.numpy.zeros([], jax.numpy.int32, device=device), *found])[
+        0
+    ]
+    return zero
 
 
 def varying_alike(tree: Any) -> Any:

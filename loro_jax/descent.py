@@ -25,7 +25,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from loro_jax.batching import varying_alike
+from loro_jax.batching import count_of_none, varying_alike
 from loro_jax.direction import Direction, as_direction
 from loro_jax.division import homes_on_mesh, map_pairs
 from loro_jax.leaves import Mask, complete, decayed_leaves, in_arrays, with_holes_of
@@ -149,7 +149,7 @@ def riemannian_descent(
         state = LoroState(
             count=jnp.zeros([], jnp.int32),
             stale=jnp.zeros([], jnp.int32),
-            fallbacks=_no_fallbacks(factors),
+            fallbacks=count_of_none(factors),
             factors=of_factors.init(factors),
             regular=(own_regular or of_others).init(others),
         )
@@ -196,7 +196,7 @@ def riemannian_descent(
         told = {**extra_args, "places": places} if of_factors.moves else extra_args
         carried, factor_state = of_factors.advance(factor_grads, factor_state, factors, **told)
         carried = jax.tree.map(lambda c, p: c.astype(p.dtype), carried, factors)
-        fallbacks = _no_fallbacks(factors)
+        fallbacks = count_of_none(factors)
         if found and exact_every is not None:
             # One branch puts moves into what is carried, the other passes it through, in place. The
             # approximate step is made outside, where it fuses with whatever applies the update.
@@ -306,13 +306,6 @@ def places_of_factors(found: Sequence[Pair]) -> _Places:
     return [(indices.index(pair.B), indices.index(pair.A)) for pair in found]
 
 
-def _no_fallbacks(factors: Any) -> jax.Array:
-    """A count of none, of the type that it has when exact steps of these factors are counted."""
-    arrays = [x for x in jax.tree.leaves(factors) if isinstance(x, jax.Array)]
-    count: jax.Array = varying_alike([jnp.zeros([], jnp.int32), *arrays])[0]
-    return count
-
-
 def _alike(places: _Places, *trees: Any) -> tuple[Any, ...]:
     """Trees of factors; what an exact step makes of a pair, varies as both sides do."""
     columns = [jax.tree.leaves(tree) for tree in trees]
@@ -360,7 +353,7 @@ def _exact_step(
             for old, new in zip(both, moved, strict=True):
                 out.append(jnp.where(frozen, old[0], new[0]))
                 inp.append(jnp.where(frozen, old[1], new[1]))
-        return tuple(out), tuple(inp), *(count or (jnp.zeros([], jnp.int32),))
+        return tuple(out), tuple(inp), *(count or (count_of_none(out),))
 
     directions = jax.tree.map(lambda d, p: d.astype(p.dtype), directions, factors)
     columns = [jax.tree.leaves(tree) for tree in (factors, directions, *moments)]

@@ -26,6 +26,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from loro_jax.batching import count_of_none
+
 Array = jax.Array
 
 # (B, and what has its shape), (A, and what has its shape).
@@ -74,7 +76,7 @@ def map_pairs(
     for i, pair in enumerate(pairs):
         groups.setdefault(_shapes(pair), []).append(i)
     results: dict[int, PairArrays] = {}
-    total = jnp.zeros([], jnp.int32)
+    total = count_of_none(pairs)
     for members in groups.values():
         arrays = [pairs[i] for i in members]
         if division is None:
@@ -231,8 +233,32 @@ def _division(arrays: Sequence[Array], mesh: Any | None) -> _Division | None:
     # The last axes of a mesh are those that parameters are usually split over. With them first,
     # what is split over these and copied over the others is already near its place.
     axes = tuple(name for name in reversed(mesh.axis_names) if kinds[name] == kind)
+    if explicit:
+        axes = tuple(name for name in axes if not _mapped_over(name, mesh))
     division = _Division(mesh, axes, explicit)
     return division if division.ways > 1 else None
+
+
+def _mapped_over(axis: str, mesh: Any) -> bool:
+    """Whether a ``jax.vmap`` around this code maps over an axis of an explicit mesh.
+
+    It does where the mapped axis of an array is sharded over it, as in an ensemble with some
+    members on each device. The mesh still has the axis then, but no array in here may be sharded
+    over it. JAX has no public name for this state, so this tries.
+    """
+    try:
+        jax.eval_shape(
+            jax.shard_map(
+                lambda: jnp.zeros([]),
+                mesh=mesh,
+                in_specs=(),
+                out_specs=PartitionSpec(),
+                axis_names={axis},
+            )
+        )
+    except ValueError:
+        return True
+    return False
 
 
 class _Division(NamedTuple):

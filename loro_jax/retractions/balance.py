@@ -65,7 +65,7 @@ def by_singular_vectors(squares: Array) -> Balance:
     eigenvalues, U = jnp.linalg.eigh(squares, symmetrize_input=False)
     s = jnp.sqrt(jnp.maximum(eigenvalues, 0))
     root = jnp.sqrt(s)[:, None]
-    return Balance(root * U.T, U.T / root, s[0], s[-1], jnp.bool_(True))
+    return Balance(root * U.T, U.T / root, s[0], s[-1], jnp.ones_like(s[0], dtype=bool))
 
 
 def by_products(squares: Array) -> Balance:

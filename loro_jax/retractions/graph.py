@@ -198,7 +198,7 @@ def _iterated(
         going = goes_on(last)
         return jax.tree.map(lambda x, y: jnp.where(going, x, y), new, last)
 
-    first = _Iterate(jnp.zeros(c_norm.shape, jnp.int32), X_1, _norm(X_1), c_norm)
+    first = _Iterate(jnp.zeros_like(c_norm, jnp.int32), X_1, _norm(X_1), c_norm)
     final = jax.lax.while_loop(lambda last: jnp.any(goes_on(last)), again, varying_alike(first))
     return final.remainder, final.X
 

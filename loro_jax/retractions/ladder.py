@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from loro_jax.batching import one_by_one, varying_alike
+from loro_jax.batching import maps_by_a_loop, one_by_one, varying_alike
 from loro_jax.retractions.balance import Balance, by_singular_vectors
 from loro_jax.retractions.gram import gram_step
 from loro_jax.retractions.graph import NewSpace, balanced_factors, graph_step, new_space
@@ -119,10 +119,10 @@ def _in_phases(others: _Rungs, basis: str, *arguments: Any) -> ExactStep:
     most = min(len(B), COEFFICIENTS // (7 * B.shape[-1] ** 2))
     at_a_time = max((n for n in range(1, most + 1) if len(B) % n == 0), default=1)
     # Also under a vmap one after the other: there a branch is a real branch.
-    space_of = jax.custom_batching.sequential_vmap(new_space)
-    balance_of = jax.custom_batching.sequential_vmap(by_singular_vectors)
+    space_of = maps_by_a_loop(new_space)
+    balance_of = maps_by_a_loop(by_singular_vectors)
 
-    @jax.custom_batching.sequential_vmap
+    @maps_by_a_loop
     def finish(space: NewSpace, balance: Balance, *pair: Any) -> ExactStep:
         B, A, dB, dA, _ = pair
         step = balanced_factors(B, A, dB, dA, space, balance, basis)
@@ -150,7 +150,7 @@ def _in_phases(others: _Rungs, basis: str, *arguments: Any) -> ExactStep:
 
 def _one_after_the_other(rungs: _Rungs, *arguments: Any) -> ExactStep:
     B, A, dB, dA, size = arguments
-    step_of = jax.custom_batching.sequential_vmap(functools.partial(_one_pair, rungs))
+    step_of = maps_by_a_loop(functools.partial(_one_pair, rungs))
 
     def write(i: Any, new: ExactStep) -> ExactStep:
         pair = jax.tree.map(lambda x: x[i], (new.B, new.A, dB, dA, size))

@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from loro_jax.batching import maps_by_a_loop
 from loro_jax.precision import in_full_precision
 from loro_jax.retractions.balance import in_basis
 from loro_jax.retractions.step import ExactStep, StepSize, limited_rate
@@ -82,13 +83,13 @@ def _svd_step(B: Array, A: Array, dB: Array, dA: Array, size: StepSize) -> Exact
     U, root, Vt = U[:, :r], jnp.sqrt(s[:r]), Vt[:r]
     B_new = (out.U @ U[:r] + Q_out @ U[r:]) * root[None, :]
     A_new = root[:, None] * (Vt[:, :r] @ inp.U.T + Vt[:, r:] @ Q_in.T)
-    return ExactStep(B_new, A_new, jnp.bool_(True))
+    return ExactStep(B_new, A_new, jnp.ones_like(rate, dtype=bool))
 
 
 # Float64 inside a program that has it switched off. The switch acts at tracing time, and vmap
-# traces again, elsewhere; so the mapped version enters it by itself, one matrix after the other
-# (which is also what keeps LAPACK from blocking itself on CPU).
-@jax.custom_batching.custom_vmap
+# traces again, elsewhere; so the mapped version is a loop, which enters it again (and which is also
+# what keeps LAPACK from blocking itself on CPU).
+@maps_by_a_loop
 def _wide_svd_step(*arguments: Any) -> ExactStep:
     dtype = arguments[0].dtype
     with jax.enable_x64(True):
@@ -96,14 +97,3 @@ def _wide_svd_step(*arguments: Any) -> ExactStep:
         step = _svd_step(*wide)
         B_new, A_new = (jax.lax.convert_element_type(x, dtype) for x in step[:2])
         return ExactStep(B_new, A_new, step.ok)
-
-
-@_wide_svd_step.def_vmap
-def _wide_svd_step_batched(axis_size: int, in_batched: Any, *arguments: Any) -> Any:
-    full = jax.tree.map(
-        lambda x, batched: x if batched else jnp.broadcast_to(x, (axis_size, *x.shape)),
-        arguments,
-        tuple(in_batched),
-    )
-    steps = jax.lax.map(lambda one: _wide_svd_step(*one), full)
-    return steps, ExactStep(True, True, True)  # type: ignore[arg-type]

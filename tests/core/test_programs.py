@@ -242,3 +242,43 @@ def test_members_of_an_ensemble_under_shard_map(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
     done = subprocess.run([sys.executable, "-c", ENSEMBLE], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+EXPLICIT_ENSEMBLE = """
+import jax, jax.numpy as jnp, optax
+from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
+from loro_jax import LowRank, initialise, loro, orthogonal
+
+members = [LowRank(*initialise(jax.random.key(i), 8, 8, 2)) for i in range(4)]
+ensemble = jax.tree.map(lambda *x: jnp.stack(x), *members)
+mesh = jax.make_mesh((2, 2), ("members", "rows"), axis_types=(AxisType.Explicit,) * 2)
+
+for spec, options in (
+    (P("members"), {}),
+    (P("members", "rows"), {"exact_method": "svd"}),
+    (P("members", None, "rows"), {"exact_method": "gram", "refresh": "transport"}),
+    (P("members"), {"basis": "nearest", "refresh": None}),
+    (P("members"), {"direction": orthogonal()}),
+):
+    tx = loro(0.01, exact_every=2, **options)
+
+    def train(params):
+        def step(carry, _):
+            params, state = carry
+            updates, state = tx.update(params, state, params)
+            return (optax.apply_updates(params, updates), state), None
+        return jax.lax.scan(step, (params, tx.init(params)), length=2)[0][0]
+
+    right = jax.jit(jax.vmap(train))(ensemble).product()
+    with jax.set_mesh(mesh):
+        sharded = jax.device_put(ensemble, NamedSharding(mesh, spec))
+        found = jax.jit(jax.vmap(train))(sharded)
+        assert found.B.sharding.spec[0] == "members", found.B.sharding
+        assert jax.numpy.abs(jax.device_get(found.product()) - right).max() < 1e-5, options
+"""
+
+
+def test_members_of_an_ensemble_on_an_explicit_mesh(monkeypatch):
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
+    done = subprocess.run([sys.executable, "-c", EXPLICIT_ENSEMBLE], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
