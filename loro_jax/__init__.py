@@ -5,12 +5,12 @@ This package's core needs jax and optax alone. The trainer (``loro_jax.training`
 """
 
 from loro_jax._version import __version__
-from loro_jax.adam import scale_by_uncorrected_adam
 from loro_jax.descent import LoroState, riemannian_descent
+from loro_jax.directions.adam import scale_by_uncorrected_adam
+from loro_jax.directions.orthogonal import orthogonal
+from loro_jax.exact.tangent import exact_update, riemannian_gradient
 from loro_jax.loro import loro
 from loro_jax.lowrank import LowRank, balance, from_dense, initialise
-from loro_jax.manifold import exact_update, riemannian_gradient
-from loro_jax.orthogonal import orthogonal
 from loro_jax.pairs import find_pairs
 from loro_jax.schedules import warmup_cosine, with_restarts
 

@@ -25,15 +25,15 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from loro_jax.batching import count_of_none, varying_alike
-from loro_jax.direction import Direction, as_direction
-from loro_jax.division import homes_on_mesh, map_pairs
+from loro_jax.directions.protocol import Direction, as_direction
+from loro_jax.exact.transport import transport_moments
 from loro_jax.leaves import Mask, complete, decayed_leaves, in_arrays, with_holes_of
+from loro_jax.linalg.batching import count_of_none, varying_alike
+from loro_jax.pair_parallel import homes_on_mesh, map_pairs
 from loro_jax.pairs import Pair, PairsSpec, describe_leaves, find_pairs
 from loro_jax.place_in_chain import warn_unless_last
 from loro_jax.refresh import refreshed
 from loro_jax.schedules import is_never
-from loro_jax.transport import transport_moments
 
 REFRESH_CHOICES = ("all", "factors", "transport", None)
 
@@ -49,7 +49,7 @@ class LoroState(NamedTuple):
             buffer in place only when its new content is also what the update is made of. An int32,
             as a choice between states by arithmetic makes one of a boolean.)
         fallbacks: how many exact steps of single matrices the chosen method left to another so
-            far, int32 scalar; see :mod:`loro_jax.retractions`.
+            far, int32 scalar; see :mod:`loro_jax.exact`.
         factors: state of the factors' direction (Adam), with ``optax.MaskedNode`` at other leaves.
         regular: state for the other leaves, with ``optax.MaskedNode`` at the factors.
     """

@@ -1,8 +1,8 @@
 """LORO as an Optax transformation: Adam's direction and Proposition 4's exact step.
 
 Source: Mo, Huang and Pan, ICLR 2025, Algorithm 1; details that the paper leaves out follow the
-authors' code (bias correction and epsilon as in :mod:`loro_jax.adam`, the exact step fed with
-Adam's directions in place of gradients, computed in float32).
+authors' code (bias correction and epsilon as in :mod:`loro_jax.directions.adam`, the exact step
+fed with Adam's directions in place of gradients, computed in float32).
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import optax
 
 from loro_jax.checks import checked_numbers
 from loro_jax.descent import riemannian_descent
-from loro_jax.direction import Direction, adam, as_direction
+from loro_jax.directions.orthogonal import as_gradients
+from loro_jax.directions.protocol import Direction, adam, as_direction
+from loro_jax.exact import StepSize, check_basis, check_method
+from loro_jax.exact.tangent import counted_exact_update
 from loro_jax.leaves import Mask
-from loro_jax.manifold import counted_exact_update
-from loro_jax.orthogonal import as_gradients
 from loro_jax.pairs import PairsSpec
-from loro_jax.retractions import StepSize, check_basis, check_method
 
 
 def loro(
@@ -69,8 +69,8 @@ def loro(
             leaves', the "factors"', or None. Nothing but moments and their counts is zeroed:
             hyperparameters, schedules and noise inside of a ``direction`` stay. A ``regular``
             transformation of your own keeps its state in any case. "transport" keeps all state, and
-            carries the factors' moments into their new basis (:mod:`loro_jax.transport`); it needs
-            a direction of this library.
+            carries the factors' moments into their new basis (:mod:`loro_jax.exact.transport`); it
+            needs a direction of this library.
         lr_scale: factor on the learning rate of approximate steps; None: ``r / min(m, n)`` of each
             pair. The authors' code uses ``r / hidden_size``, the same thing in a LLaMA. With
             :func:`loro_jax.orthogonal` it is on all steps of the factors, and None is 1.
@@ -95,7 +95,7 @@ def loro(
             None: :func:`loro_jax.scale_by_uncorrected_adam` with b1, b2, eps and mu_dtype. Or
             :func:`loro_jax.orthogonal`; all leaves but factors then have that Adam.
         exact_method: how the exact step is computed: "graph", "gram" or "svd", from fast to always
-            right; see :mod:`loro_jax.retractions`.
+            right; see :mod:`loro_jax.exact`.
         basis: of the factors that an exact step gives: "singular", the paper's, where moments of
             the old ones mean nothing any more; or "nearest", as near to the old ones as balanced
             factors can be, where moments may stay (``refresh=None``, and no re-warm-up). Averages
@@ -109,7 +109,7 @@ def loro(
         damping: of the inverses in the exact step, see :func:`loro_jax.exact_update`. A number or a
             schedule; None: none, as in the paper.
         mesh: devices that share the exact steps, each taking some pairs whole
-            (:mod:`loro_jax.division`). None: those that the parameters' types name (explicit
+            (:mod:`loro_jax.pair_parallel`). None: those that the parameters' types name (explicit
             axes), or those of ``jax.set_mesh``; where there is neither, XLA decides. With automatic
             axes better a tree of the parameters' shardings (or a prefix of it, or PartitionSpecs of
             the mesh of ``jax.set_mesh``): else XLA may lay the whole step out as suits its exact

@@ -8,8 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from loro_jax.batching import one_by_one
-from loro_jax.precision import at_least_float32, inexact
+from loro_jax.linalg.batching import one_by_one
+from loro_jax.linalg.precision import at_least_float32, inexact
 
 Array = jax.Array
 

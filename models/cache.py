@@ -22,7 +22,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from models.linear import KINDS, as_low_rank
+from loro_jax.layers.projections import KINDS, as_low_rank
 from models.llama import Attention, LlamaConfig
 from models.loss import reduction_dtype
 

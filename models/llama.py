@@ -17,9 +17,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from models.attention import ATTENTION, causal_attention
-from models.layout import by_sequence
-from models.linear import (
+from loro_jax.layers.projections import (
     KINDS,
     LATENT,
     Dense,
@@ -29,6 +27,8 @@ from models.linear import (
     apply_together,
     make_projection,
 )
+from models.attention import ATTENTION, causal_attention
+from models.layout import by_sequence
 from models.loss import reduction_dtype
 from models.rope import RopeScaling, frequencies, rotary_embedding
 
@@ -62,8 +62,9 @@ class LlamaConfig:
         attn_rank: rank of q, k, v, o; None: ``rank``.
         mlp_rank: rank of gate, up, down; None: ``rank``.
         projection: kind of the projections that have a rank, "low_rank" unless a method of training
-            asks for another; see :mod:`models.linear`. Method "loro" also trains "sltrain" (the
-            factors; the sparse entries as all other leaves) and, without exact steps, "cola".
+            asks for another; see :mod:`loro_jax.layers.projections`. Method "loro" also trains
+            "sltrain" (the factors; the sparse entries as all other leaves) and, without exact
+            steps, "cola".
         alpha: the product of factors is scaled by ``alpha / rank`` (kinds "lora", "sltrain").
         density: share of the entries that the sparse matrices of "sltrain" have.
         initialiser: how factors are drawn; see :func:`loro_jax.initialise`.

@@ -34,12 +34,12 @@ def test_the_wheel_installs_one_package(wheel):
     assert {name for name in top if not name.endswith(".dist-info")} == {"loro_jax"}
     assert "loro_jax/py.typed" in names
     for file in ("train.txt", "valid.txt", "tokenizer.model", "LICENSE.txt"):
-        assert f"loro_jax/training/corpus/{file}" in names
+        assert f"loro_jax/text/corpus/{file}" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 
 def test_the_embedded_corpus_is_at_most_two_megabytes():
-    files = (ROOT / "loro_jax" / "training" / "corpus").iterdir()
+    files = (ROOT / "loro_jax" / "text" / "corpus").iterdir()
     assert sum(file.stat().st_size for file in files) < 2_000_000
 
 

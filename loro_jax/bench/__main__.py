@@ -25,7 +25,8 @@ def main(arguments: list[str]) -> None:
     """Runs the benchmark that the first argument names."""
     if not arguments or arguments[0] not in BENCHMARKS:
         sys.exit(f"usage: python -m loro_jax.bench {{{','.join(BENCHMARKS)}}} [options]")
-    importlib.import_module(f"loro_jax.bench.{arguments[0]}").main(arguments[1:])
+    room = "study" if arguments[0] == "stability" else "bench"
+    importlib.import_module(f"loro_jax.{room}.{arguments[0]}").main(arguments[1:])
 
 
 if __name__ == "__main__":

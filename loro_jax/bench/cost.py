@@ -1,6 +1,6 @@
 """What a token costs as models, ranks, sequences and K grow: counted, and measured for one model.
 
-Counted are products of matrices (see :mod:`loro_jax.training.flops`) and parameters, weights and
+Counted are products of matrices (see :mod:`loro_jax.planning.flops`) and parameters, weights and
 state (see :mod:`loro_jax.memory`). An exact step is counted by its leading products: ten of a
 factor with an r x r matrix a pair, thirty of r x r matrices, each with two operations a
 multiplication; its share is spread over the tokens of K steps.
@@ -21,10 +21,10 @@ from matplotlib.figure import Figure
 
 from loro_jax.bench.timing import make_parser, parse_options, report, time_in_turns
 from loro_jax.bench.train_step import prepare
+from loro_jax.planning.flops import flops_per_token
+from loro_jax.planning.memory_table import held_by
 from loro_jax.training.config import Config
 from loro_jax.training.errors import TrainingError
-from loro_jax.training.flops import flops_per_token
-from loro_jax.training.memory_table import held_by
 from models.llama import PRESETS, LlamaConfig, preset
 
 # Products of one pair's exact step: of a factor with an r x r matrix, and of two r x r matrices.

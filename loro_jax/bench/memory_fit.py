@@ -14,10 +14,10 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from loro_jax.bench.timing import make_parser, parse_options, report
+from loro_jax.planning.plan import make_plan
 from loro_jax.training.config import METHODS, Config
 from loro_jax.training.errors import TrainingError
 from loro_jax.training.fields import apply_changes
-from loro_jax.training.plan import make_plan
 from models.llama import PRESETS, preset
 
 # The first two batches, the largest that is tried, and by how much temporaries have to grow from

@@ -2,7 +2,7 @@
 
 Each step is compiled for simulated devices, as ``python train.py --dry_run`` does it. Bytes are of
 one device. Times are the least that the products and the exchanges of a step can take on an
-accelerator, at its peak (see ``loro_jax/training/plan.py`` and ``accelerators.py``).
+accelerator, at its peak (see ``loro_jax/planning/plan.py`` and ``accelerators.py``).
 """
 
 from __future__ import annotations
@@ -13,12 +13,12 @@ from collections.abc import Sequence
 from typing import Any
 
 from loro_jax.bench.timing import make_parser, parse_options, report
-from loro_jax.training.accelerators import ACCELERATORS
+from loro_jax.planning.accelerators import ACCELERATORS
+from loro_jax.planning.dry_run import quiet_partitioner, simulate_devices
+from loro_jax.planning.plan import make_plan
 from loro_jax.training.config import METHODS, Config, MeshConfig
-from loro_jax.training.dry_run import quiet_partitioner, simulate_devices
 from loro_jax.training.errors import TrainingError
 from loro_jax.training.fields import apply_changes
-from loro_jax.training.plan import make_plan
 from models.llama import PRESETS, preset
 
 

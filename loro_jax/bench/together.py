@@ -1,7 +1,8 @@
 """Projections of one input: their A's in one product with it, against each on its own.
 
 Times the output and all gradients of q, k and v, and of gate and up, of one layer: what
-:func:`models.linear.apply_together` is for. ``each / together`` above one is what it gains.
+:func:`loro_jax.layers.projections.apply_together` is for. ``each / together`` above one is what it
+gains.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from loro_jax.bench.timing import make_parser, parse_options, report, time_in_turns
-from models.linear import apply_together, make_projection
+from loro_jax.layers.projections import apply_together, make_projection
 from models.llama import PRESETS, LlamaConfig, preset
 
 # Group and names of the projections that share an input.

@@ -7,9 +7,9 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from loro_jax.batching import one_by_one
-from loro_jax.precision import at_least_float32, matmul
-from loro_jax.retractions.cholesky import cholesky_with_inverse
+from loro_jax.linalg.batching import one_by_one
+from loro_jax.linalg.cholesky import cholesky_with_inverse
+from loro_jax.linalg.precision import at_least_float32, matmul
 
 Array = jax.Array
 

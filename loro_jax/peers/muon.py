@@ -2,7 +2,7 @@
 
 The rival of low-rank training at equal tokens. For a projection W (m x n) with averaged gradient M,
 ``W -= eta sqrt(m / n) NS(beta M + (1 - beta) G)``, where NS moves all singular values towards one
-(:func:`loro_jax.spectral.orthogonalise`). The shape factor is the one that
+(:func:`loro_jax.linalg.newton_schulz.orthogonalise`). The shape factor is the one that
 :func:`loro_jax.orthogonal` gives products ``B A``, so that a rate means the same for both.
 
 ``optax.contrib.muon`` is not wrapped here, because two things cannot be set from outside:
@@ -26,9 +26,9 @@ import jax.numpy as jnp
 import optax
 
 from loro_jax.checks import check_orthogonalised_momentum
+from loro_jax.linalg.newton_schulz import orthogonalise
+from loro_jax.linalg.precision import at_least_float32
 from loro_jax.peers.projected_descent import Projected
-from loro_jax.precision import at_least_float32
-from loro_jax.spectral import orthogonalise
 
 Array = jax.Array
 

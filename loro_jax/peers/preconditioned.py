@@ -27,11 +27,11 @@ import jax
 import optax
 
 from loro_jax.descent import riemannian_descent
-from loro_jax.direction import Direction, adam
-from loro_jax.manifold import counted_exact_update
+from loro_jax.directions.protocol import Direction, adam
+from loro_jax.exact import StepSize, check_method
+from loro_jax.exact.tangent import counted_exact_update
 from loro_jax.pairs import PairsSpec, find_pairs
 from loro_jax.peers.grams import divide_by_grams, multiply_by_grams
-from loro_jax.retractions import StepSize, check_method
 
 Array = jax.Array
 

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from loro_jax.linalg.precision import at_least_float32
 from loro_jax.peers.projection import AdamConstants, adam, as_shaped, smaller_side_first
-from loro_jax.precision import at_least_float32
 
 Array = jax.Array
 Projected = Any | Callable[[Any], Any]

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from loro_jax.batching import one_by_one
-from loro_jax.precision import matmul
+from loro_jax.linalg.batching import one_by_one
+from loro_jax.linalg.precision import matmul
 from loro_jax.schedules import countable
 
 Array = jax.Array

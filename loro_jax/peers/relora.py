@@ -21,8 +21,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from loro_jax.linalg.precision import at_least_float32
 from loro_jax.lowrank import check_factors
-from loro_jax.precision import at_least_float32
 from loro_jax.schedules import countable, with_restarts
 
 Array = jax.Array

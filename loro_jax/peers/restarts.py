@@ -20,7 +20,7 @@ import jax
 import optax
 
 from loro_jax.descent import riemannian_descent
-from loro_jax.direction import Direction
+from loro_jax.directions.protocol import Direction
 from loro_jax.lowrank import balance
 
 

@@ -27,12 +27,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from loro_jax.adam import scale_by_uncorrected_adam
 from loro_jax.checks import check_orthogonalised_momentum
 from loro_jax.descent import join_factors, places_of_factors, split_factors
+from loro_jax.directions.adam import scale_by_uncorrected_adam
+from loro_jax.linalg.newton_schulz import orthogonalise, power_iteration, start_vector
+from loro_jax.linalg.precision import at_least_float32
 from loro_jax.pairs import Pair, PairsSpec, describe_leaves, find_pairs
-from loro_jax.precision import at_least_float32
-from loro_jax.spectral import orthogonalise, power_iteration, start_vector
 
 Array = jax.Array
 

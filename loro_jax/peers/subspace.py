@@ -5,8 +5,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from loro_jax.batching import one_by_one
-from loro_jax.precision import matmul
+from loro_jax.linalg.batching import one_by_one
+from loro_jax.linalg.precision import matmul
 
 Array = jax.Array
 

@@ -10,8 +10,8 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from loro_jax.linalg.precision import at_least_float32
 from loro_jax.peers.switchlora_start import Candidates
-from loro_jax.precision import at_least_float32
 
 Array = jax.Array
 Pair = tuple[Array, Array]

@@ -8,8 +8,8 @@ import math
 from typing import Any
 
 from loro_jax.descent import REFRESH_CHOICES
-from loro_jax.retractions import BASES
-from loro_jax.retractions import METHODS as METHODS_OF_EXACT_STEP
+from loro_jax.exact import BASES
+from loro_jax.exact import METHODS as METHODS_OF_EXACT_STEP
 from loro_jax.training.errors import TrainingError
 from models.llama import LlamaConfig
 

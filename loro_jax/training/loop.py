@@ -13,10 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
-from loro_jax.training import mesh as meshes
-from loro_jax.training.checkpoint import Checkpoints
-from loro_jax.training.config import Config
-from loro_jax.training.data import (
+from loro_jax.text import (
     Corpus,
     describe,
     load_corpus,
@@ -24,9 +21,13 @@ from loro_jax.training.data import (
     train_iterator,
     validation_batches,
 )
+from loro_jax.text.ngram import NgramPerplexity
+from loro_jax.text.tokenizers.tokenizer import load_tokenizer
+from loro_jax.training import mesh as meshes
+from loro_jax.training.checkpoint import Checkpoints
+from loro_jax.training.config import Config
 from loro_jax.training.errors import DivergedError, LostProcessError
 from loro_jax.training.metrics import MetricsWriter, read_rows
-from loro_jax.training.ngram import NgramPerplexity
 from loro_jax.training.plots import plot_run
 from loro_jax.training.processes import is_first, largest, others_alive, together
 from loro_jax.training.progress import ProgressDisplay
@@ -35,7 +36,6 @@ from loro_jax.training.run_directory import RunDirectory
 from loro_jax.training.start import check_start, start_from, with_architecture
 from loro_jax.training.step import Program, TrainState, compile_program, make_program
 from loro_jax.training.threads import lapack_by_one_thread
-from loro_jax.training.tokenizer import load_tokenizer
 from loro_jax.training.vocabulary import resolve_vocabulary
 from models.loss import Batch
 

@@ -15,8 +15,8 @@ import jax.numpy as jnp
 import optax
 
 from loro_jax.descent import riemannian_descent
+from loro_jax.directions.orthogonal import orthogonal
 from loro_jax.loro import loro
-from loro_jax.orthogonal import orthogonal
 from loro_jax.peers.adarankgrad import adarankgrad
 from loro_jax.peers.fira import fira
 from loro_jax.peers.galore import galore

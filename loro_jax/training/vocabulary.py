@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
+from loro_jax.text.tokenizers.tokenizer import Tokenizer
 from loro_jax.training.config import Config
 from loro_jax.training.errors import TrainingError
-from loro_jax.training.tokenizer import Tokenizer
 
 
 def resolve_vocabulary(config: Config, tokenizer: Tokenizer) -> tuple[Config, str]:
@@ -26,7 +26,7 @@ def resolve_vocabulary(config: Config, tokenizer: Tokenizer) -> tuple[Config, st
         TrainingError: if the tokenizer has more ids than the model.
 
     Example:
-        >>> from loro_jax.training.tokenizer import ByteTokenizer
+        >>> from loro_jax.text.tokenizers.tokenizer import ByteTokenizer
         >>> config = Config()
         >>> config.model.vocab_size = 0
         >>> resolve_vocabulary(config, ByteTokenizer())[1]

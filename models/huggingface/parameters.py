@@ -12,8 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from loro_jax.linalg.precision import at_least_float32
 from loro_jax.lowrank import from_dense
-from loro_jax.precision import at_least_float32
 from models.huggingface.casts import cast
 from models.huggingface.configs import from_huggingface
 from models.huggingface.errors import CheckpointError

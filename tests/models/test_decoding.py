@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from loro_jax.training.tokenizer import load_tokenizer
+from loro_jax.commands.generate import continuations, main
+from loro_jax.text.tokenizers.tokenizer import load_tokenizer
 from models import Llama, LlamaConfig, decoding
 from models.cache import empty_cache
 from models.decoding import extend, for_decoding, generate
-from models.generate import continuations, main
 from models.huggingface import write_model
 from models.sampling import GREEDY, Sampling, next_tokens, restricted_logits
 
@@ -241,7 +241,9 @@ def test_characters_of_several_bytes_come_whole(monkeypatch):
     tokenizer = load_tokenizer("bytes")
     text = "é 日本 \U0001f99c!"
     ids = [*tokenizer.encode([text])[0], tokenizer.eos_id, tokenizer.eos_id]
-    monkeypatch.setattr("models.generate.generate", lambda *_, **__: iter(np.array(ids)[:, None]))
+    monkeypatch.setattr(
+        "loro_jax.commands.generate.generate", lambda *_, **__: iter(np.array(ids)[:, None])
+    )
     grown = [texts[0] for texts in continuations(make(), tokenizer, ["Say: "], 99, GREEDY)]
     assert "".join(grown) == text
     assert "日" in grown

@@ -9,10 +9,10 @@ import pytest
 import tokenizers
 from flax import nnx
 
-from loro_jax.training.tokenizer import load_tokenizer
+from loro_jax.commands.weights import _token_ids, main
+from loro_jax.text.tokenizers.tokenizer import load_tokenizer
 from models import Llama, LlamaConfig
 from models.huggingface import CheckpointError, read_model, write_model
-from models.huggingface.__main__ import _token_ids, main
 from models.rope import RopeScaling
 from tests.models.checkpoints import CONFIG, UP, tensors, write
 

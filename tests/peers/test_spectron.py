@@ -7,8 +7,8 @@ import optax
 import pytest
 
 from loro_jax import LowRank, scale_by_uncorrected_adam
+from loro_jax.linalg.newton_schulz import OVERSHOOT, orthogonalise, power_iteration
 from loro_jax.peers.spectron import spectron
-from loro_jax.spectral import OVERSHOOT, orthogonalise, power_iteration
 
 M, R, N = 7, 3, 5
 

@@ -11,7 +11,7 @@ import jax
 import numpy as np
 
 from loro_jax.memory import count_bytes
-from loro_jax.training.collectives import read_collectives
+from loro_jax.planning.collectives import read_collectives
 from loro_jax.training.config import Config, MeshConfig
 from loro_jax.training.mesh import make_mesh, put_batch
 from loro_jax.training.step import compile_program, make_program

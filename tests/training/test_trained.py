@@ -10,19 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from loro_jax.commands.evaluate import main as evaluate
+from loro_jax.commands.weights import main
+from loro_jax.text.prepare import prepare
+from loro_jax.text.sources import shares_text
 from loro_jax.training.config import Config, DataConfig
-from loro_jax.training.data.documents import shares_text
-from loro_jax.training.data.prepare import prepare
 from loro_jax.training.errors import TrainingError
 from loro_jax.training.loop import train
 from loro_jax.training.trained import load_config, load_model, load_run
 from models import LlamaConfig
-from models.evaluate import main as evaluate
 from models.huggingface import read_model
-from models.huggingface.__main__ import main
 from tests.training import runs
 
-NOVEL = importlib.resources.files("loro_jax.training") / "corpus" / "valid.txt"
+NOVEL = importlib.resources.files("loro_jax.text") / "corpus" / "valid.txt"
 TEXT = NOVEL.read_text(encoding="utf-8")[10_000:10_120]
 
 
@@ -266,7 +266,7 @@ def test_the_command_imports_and_prints_errors(exported, tmp_path, capsys):
 
 @pytest.mark.parametrize(("text", "size"), [("5GB", 5e9), ("200MB", 2e8), ("1.5k", 1500)])
 def test_sizes_of_files(exported, tmp_path, text, size):
-    from models.huggingface.__main__ import _size
+    from loro_jax.commands.weights import _size
 
     assert _size(text) == size
     with pytest.raises(SystemExit):

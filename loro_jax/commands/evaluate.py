@@ -1,0 +1,218 @@
+"""``python -m models.evaluate DIR SOURCE``: perplexity of a model on a text.
+
+DIR is a run directory, or one of Hugging Face's format; SOURCE is what a run may read. All of its
+documents are taken, joined by end-of-text tokens; only those that validate of the run's own source,
+of one with a validation split, and with ``--split=validation``. Where the tokenizer of a directory
+of Hugging Face's format says so, each begins with the beginning-of-text token, which is seen and
+not scored.
+
+Windows are by default as long as the sequences that the run was trained on, or of 2,048 tokens of a
+model of Hugging Face's format (fewer where it takes fewer), and a batch of them holds no more
+tokens than one of training: longer ones are for models that were trained on such.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from loro_jax.commands.source_options import add_source_options, failing_in_one_line, source_config
+from loro_jax.text.documents import PartReader
+from loro_jax.text.encoding import encode_chunks
+from loro_jax.text.sources import shares_text, source_parts
+from loro_jax.text.tokenizers.tokenizer import Tokenizer
+from loro_jax.training.errors import TrainingError
+from loro_jax.training.trained import load_config, load_model, run_config
+from models.huggingface import CheckpointError
+from models.windows import score
+
+# Tokens of a window, and of all windows of a batch, where no run says what its batches were.
+_USUAL_WINDOW = 2048
+_USUAL_BATCH = 8192
+_MOST_WINDOWS = 8
+
+
+class Stream(NamedTuple):
+    """Documents as one sequence of tokens.
+
+    Attributes:
+        ids: int32 (n,).
+        counted: which of them are the text's (or its end), bool (n,).
+    """
+
+    ids: np.ndarray
+    counted: np.ndarray
+
+
+def read_stream(options: argparse.Namespace, tokenizer: Tokenizer) -> Stream:
+    """The source's documents as one stream of ids, each closed by the end-of-text id.
+
+    Args:
+        options: of the command.
+        tokenizer: encodes them; ``adds_bos``: whether each begins with the beginning-of-text ids.
+
+    Returns:
+        The stream.
+
+    Raises:
+        TrainingError: if the source can't be read, or holds fewer than two tokens.
+    """
+    config = source_config(options)
+    parts, held_out = source_parts(config.source, config)
+    has_split = any(part.split == "validation" for part in parts)
+    wanted = options.split or _default_split(options.directory, config.source, has_split)
+    if has_split and wanted == "validation":
+        parts = [part for part in parts if part.split == "validation"]
+    reader = PartReader(parts, config.bad_documents == "skip", held_out)
+    begin = len(tokenizer.bos_ids) if tokenizer.adds_bos else 0
+    found: list[np.ndarray] = []
+    counted: list[np.ndarray] = []
+    total = 0
+    for chunk, documents in encode_chunks(reader.chunks(), tokenizer, bos=begin > 0):
+        for split, ids in zip(chunk.splits, documents, strict=True):
+            if wanted in ("all", split):
+                found.append(ids)
+                counted.append(np.arange(len(ids)) >= begin)
+                total += len(ids)
+        if options.max_tokens and total >= options.max_tokens:
+            break
+    if total < 2:
+        raise TrainingError(
+            f"config.data.source = {config.source!r} has {total} tokens of --split={wanted}; "
+            "expected at least two" + ("." if wanted == "all" else " (--split=all takes all).")
+        )
+    most = options.max_tokens or total
+    return Stream(np.concatenate(found).astype(np.int32)[:most], np.concatenate(counted)[:most])
+
+
+def _default_split(directory: str, source: str, has_split: bool) -> str:
+    """All of files, but not what the model was trained on, where that is known."""
+    if has_split or source.startswith("tfds:"):
+        return "validation"
+    try:
+        trained_on = load_config(pathlib.Path(directory) / "config.json").data.source
+    except TrainingError:  # not a run's directory
+        return "all"
+    return "validation" if shares_text(source, trained_on) else "all"
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs the command; the exit status."""
+    options = _parser().parse_args(arguments)
+    return failing_in_one_line(lambda: _evaluate(options))
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    for option, value, least in (
+        ("--window", options.window, 1),
+        ("--stride", options.stride, 1),
+        ("--batch-size", options.batch_size, 1),
+        ("--max-tokens", options.max_tokens, 0),
+    ):
+        if value is not None and value < least:
+            raise TrainingError(f"{option}={value}: expected at least {least}.")
+    if options.max_tokens == 1:
+        raise TrainingError(
+            "--max-tokens=1: expected 0 (all) or at least 2, the first of which is not scored."
+        )
+    try:
+        model, tokenizer = load_model(options.directory)
+    except CheckpointError as error:
+        raise TrainingError(str(error)) from None
+    if options.bos and not tokenizer.bos_ids:
+        raise TrainingError("--bos: the tokenizer has no beginning-of-text token.")
+    tokenizer.adds_bos = tokenizer.adds_bos if options.bos is None else options.bos
+    longest = model.config.max_sequence_length
+    length, stride, batch_size = _sizes(options, longest)
+    if not stride <= length <= longest:
+        raise TrainingError(
+            f"--window={length}, --stride={stride}: expected 1 <= stride <= window <= {longest}, "
+            "the model's max_sequence_length."
+        )
+    stream = read_stream(options, tokenizer)
+    if stream.ids.max() >= model.config.vocab_size:
+        raise TrainingError(
+            f"{options.directory}: its tokenizer gives id {stream.ids.max()}, its model has "
+            f"{model.config.vocab_size} ids."
+        )
+    try:
+        found = score(model, stream.ids, length, stride, batch_size, stream.counted)
+    except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        raise TrainingError(
+            f"--window={length}, --batch-size={batch_size}: there is not enough memory; try less."
+        ) from None
+    if math.isnan(found.nats):
+        raise TrainingError(f"{options.directory}: the model's loss on the text is not a number.")
+    row = {
+        "directory": str(options.directory),
+        "source": options.source,
+        "tokens": found.tokens,
+        "window": length,
+        "stride": stride,
+        "loss": found.nats / found.tokens,
+        # Strict readers of JSON know no infinity.
+        "perplexity": found.perplexity if math.isfinite(found.perplexity) else None,
+    }
+    if options.json:
+        print(json.dumps(row))
+    else:
+        print(
+            f"perplexity {found.perplexity:.4f} (loss {row['loss']:.6f}) of {found.tokens:,} "
+            f"tokens, windows of {length} every {stride}"
+        )
+    return 0
+
+
+def _sizes(options: argparse.Namespace, longest: int) -> tuple[int, int, int]:
+    """(tokens of a window, stride, windows of a batch), each as asked for or by default."""
+    run = run_config(options.directory)
+    if run is None:
+        usual, batch = min(_USUAL_WINDOW, longest), _USUAL_BATCH
+    else:
+        usual = run.sequence_length
+        batch = usual * min(_MOST_WINDOWS, run.batch_size // run.gradient_accumulation)
+    length = usual if options.window is None else options.window
+    stride = length if options.stride is None else options.stride
+    windows = max(1, min(_MOST_WINDOWS, batch // length))
+    return length, stride, windows if options.batch_size is None else options.batch_size
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m models.evaluate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("directory", metavar="DIR")
+    add_source_options(parser)
+    parser.add_argument(
+        "--split",
+        choices=["validation", "all"],
+        help="default: all of files; of the run's own source, and of official splits, validation",
+    )
+    parser.add_argument("--window", type=int, help="tokens; default: see above")
+    parser.add_argument("--stride", type=int, help="tokens; default: the window, blocks")
+    parser.add_argument("--max-tokens", type=int, default=0, metavar="N", help="0: all")
+    parser.add_argument("--batch-size", type=int, metavar="N", help="windows; default: see above")
+    parser.add_argument(
+        "--bos",
+        action=argparse.BooleanOptionalAction,
+        help="whether documents begin with the beginning-of-text token; default: as the tokenizer "
+        "says",
+    )
+    parser.add_argument("--json", action="store_true")
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

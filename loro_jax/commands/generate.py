@@ -1,0 +1,238 @@
+"""``python -m models.generate DIR --prompt="Once upon a time"``: text from a model.
+
+DIR is a run directory, or one of Hugging Face's format. One prompt's text is written as it grows;
+several are continued together and written when they have ended. Prompts begin with the
+beginning-of-text token where the tokenizer of a directory of Hugging Face's format says so.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import os
+import pathlib
+import sys
+from collections.abc import Iterator, Sequence
+from typing import TextIO
+
+from loro_jax.text.tokenizers.tokenizer import Tokenizer
+from loro_jax.training.errors import TrainingError
+from loro_jax.training.trained import load_model
+from models.cache import CACHES
+from models.decoding import check_prompts, check_seed, generate
+from models.huggingface import CheckpointError
+from models.llama import Llama
+from models.sampling import Sampling
+
+# Tokens to add where nothing says how many and the model has room for them.
+_USUAL_TOKENS = 100
+
+# 128 and the number of SIGPIPE: what a program ends with when nobody reads its output any more.
+_NO_READER = 141
+
+
+def continuations(
+    model: Llama,
+    tokenizer: Tokenizer,
+    prompts: Sequence[str],
+    max_new_tokens: int | None,
+    sampling: Sampling,
+    seed: int = 0,
+    cache: str = "full",
+    *,
+    bos: bool | None = None,
+    special: bool = False,
+) -> Iterator[list[str]]:
+    """Continues texts; yields what each has grown by.
+
+    A character of several tokens comes when it is whole; the start of one at the very end, never.
+
+    Args:
+        model: the model.
+        tokenizer: its tokenizer; ids that it does not have are not drawn.
+        prompts: texts; an empty one starts after an end of text, unless there is a token that
+            begins texts.
+        max_new_tokens: tokens to add at most to each; None: 100, or as many as the model has room
+            for.
+        sampling: how they are drawn.
+        seed: of the draws.
+        cache: what is kept of the past, one of :data:`models.cache.CACHES`.
+        bos: whether prompts begin with the beginning-of-text token; None: as the tokenizer says.
+        special: whether special tokens that are written out in a prompt become their ids.
+
+    Yields:
+        A string for each prompt, most of them one token's.
+
+    Raises:
+        ValueError: as :func:`models.decoding.generate`, and for a prompt that is not Unicode.
+        TrainingError: if ``bos`` asks for a token that the tokenizer does not have.
+    """
+    for prompt in prompts:
+        _check_unicode(prompt)
+    ids = [tokenizer.encode_prompt(prompt, bos, special) for prompt in prompts]
+    ids = [found or [tokenizer.eos_id] for found in ids]
+    longest = model.config.max_sequence_length
+    check_prompts(ids, model.config.vocab_size, longest)
+    if max_new_tokens is None:
+        limits = [min(_USUAL_TOKENS, longest - len(prompt)) for prompt in ids]
+    else:
+        limits = [max_new_tokens] * len(ids)
+    steps = generate(
+        model,
+        ids,
+        limits,
+        sampling,
+        eos_id=tokenizer.eos_ids,
+        seed=seed,
+        cache=cache,
+        vocab_size=tokenizer.vocab_size,
+    )
+    texts = [_GrowingText(tokenizer, *row) for row in zip(ids, limits, strict=True)]
+    for tokens in steps:
+        yield [text.grown_by(int(token)) for text, token in zip(texts, tokens, strict=True)]
+
+
+class _GrowingText:
+    """A text that gets one token after the other, until one ends it or there are enough."""
+
+    def __init__(self, tokenizer: Tokenizer, prompt: list[int], limit: int):
+        self._tokenizer, self._ids, self._left = tokenizer, list(prompt), limit
+        self._written = tokenizer.decode(prompt)
+
+    def grown_by(self, token: int) -> str:
+        """What can be written now that wasn't before."""
+        self._left = 0 if token in self._tokenizer.eos_ids else self._left - 1
+        if self._left < 0 or token in self._tokenizer.eos_ids:
+            return ""
+        self._ids.append(token)
+        # An unfinished character shows as a replacement until its last byte is there.
+        text = self._tokenizer.decode(self._ids).rstrip("\ufffd")
+        if not text.startswith(self._written):
+            return ""
+        grown, self._written = text[len(self._written) :], text
+        return grown
+
+
+def _check_unicode(prompt: str) -> None:
+    """Raises ValueError for bytes of a command line that are not UTF-8, say."""
+    try:
+        prompt.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"the prompt {prompt[:60]!a} is not valid Unicode at character {error.start}; "
+            "expected UTF-8."
+        ) from None
+
+
+def main(arguments: Sequence[str], out: TextIO | None = None) -> int:
+    """Runs the command; the exit status."""
+    options = _parser().parse_args(arguments)
+    out = sys.stdout if out is None else out
+    try:
+        if out is None:
+            raise TrainingError("standard output is closed; there is nowhere to write to.")
+        _write(options, out)
+        out.flush()
+    except BrokenPipeError:
+        _drop_output(out)
+        return _NO_READER
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    except (CheckpointError, TrainingError, ValueError) as error:
+        print(f"error: {_with_options(str(error))}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        print(f"error: the text can't be written ({error.strerror}).", file=sys.stderr)
+        _drop_output(out)
+        return 1
+    return 0
+
+
+def _write(options: argparse.Namespace, out: TextIO) -> None:
+    """Loads the model and writes the prompts and what follows them."""
+    sampling = Sampling(options.temperature, options.top_k, options.top_p)
+    sampling.validate()
+    check_seed(options.seed)
+    if options.max_new_tokens is not None and options.max_new_tokens < 1:
+        raise ValueError(f"max_new_tokens must be at least 1, but is {options.max_new_tokens}.")
+    if isinstance(out, io.TextIOWrapper):  # a terminal without a character shows "?"
+        out.reconfigure(errors="replace")
+    model, tokenizer = load_model(options.source)
+    steps = continuations(
+        model,
+        tokenizer,
+        options.prompt,
+        options.max_new_tokens,
+        sampling,
+        options.seed,
+        options.cache,
+        bos=options.bos,
+        special=options.parse_special,
+    )
+    if len(options.prompt) == 1:
+        for i, (text,) in enumerate(steps):
+            # With the first token, for all that can be wrong with a prompt is known then.
+            out.write(options.prompt[0] + text if i == 0 else text)
+            out.flush()
+        out.write("\n")
+    else:
+        for prompt, texts in zip(options.prompt, zip(*steps, strict=True), strict=True):
+            out.write(f"{prompt}{''.join(texts)}\n\n")
+
+
+def _with_options(message: str) -> str:
+    """A message of the library that names this command's options."""
+    for name in ("max_new_tokens", "temperature", "top_k", "top_p", "seed"):
+        message = message.replace(f"{name} must", f"--{name.replace('_', '-')} must")
+    return message.removeprefix("generate: ")
+
+
+def _drop_output(out: TextIO | None) -> None:
+    """Sends what is still to be written nowhere: Python would try again when it ends."""
+    if out is sys.__stdout__ and sys.__stdout__ is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m models.generate",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("source", metavar="DIR", type=pathlib.Path)
+    parser.add_argument("--prompt", action="append", required=True, help="may be repeated")
+    parser.add_argument(
+        "--max-new-tokens",
+        type=int,
+        metavar="N",
+        help=f"default: {_USUAL_TOKENS}, or as many as the model has room for",
+    )
+    parser.add_argument("--temperature", type=float, default=1.0, help="0: the likeliest token")
+    parser.add_argument("--top-k", type=int, default=0, metavar="K")
+    parser.add_argument("--top-p", type=float, default=1.0, metavar="P")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--bos",
+        action=argparse.BooleanOptionalAction,
+        help="whether prompts begin with the beginning-of-text token; default: as the tokenizer "
+        "says",
+    )
+    parser.add_argument(
+        "--parse-special",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="whether special tokens that are written out in a prompt, as <|user|>, are read as "
+        "such, or letter by letter; default: as such",
+    )
+    parser.add_argument(
+        "--cache",
+        choices=CACHES,
+        default="full",
+        help="what is kept of the past; with a rank, values or both may be kept as latents",
+    )
+    return parser
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

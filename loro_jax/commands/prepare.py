@@ -1,0 +1,124 @@
+"""The command: ``prepare SOURCE --tokenizer=T --out=DIR`` and ``verify DIR``."""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn
+
+from loro_jax.commands.source_options import add_source_options, failing_in_one_line, source_config
+from loro_jax.text import prepare as preparation
+from loro_jax.text.prepared import verify
+from loro_jax.text.tokenizers.tokenizer import load_tokenizer
+from loro_jax.training.errors import TrainingError
+
+# Seconds between lines where there is no terminal.
+_LINE_EVERY = 30.0
+
+
+def main(arguments: list[str]) -> int:
+    """Runs the command."""
+    parser = argparse.ArgumentParser(prog="python -m loro_jax.training.data")
+    commands = parser.add_subparsers(dest="command", required=True)
+    prepare = commands.add_parser(
+        "prepare", help="tokenise a source once; interrupted, the same command goes on"
+    )
+    add_source_options(prepare)
+    prepare.add_argument("--tokenizer", required=True)
+    prepare.add_argument("--eos_id", type=int, help="the tokenizer's by default")
+    prepare.add_argument("--out", required=True, help="directory to write")
+    prepare.add_argument("--shard_tokens", type=int, default=preparation.SHARD_TOKENS)
+    prepare.add_argument("--threads", type=int, default=0, help="0: one a core")
+    check = commands.add_parser("verify", help="compare every byte with the manifest")
+    check.add_argument("directory", metavar="DIR")
+    options = parser.parse_args(arguments)
+    if options.command == "verify":
+        return failing_in_one_line(lambda: _verify(pathlib.Path(options.directory)))
+    return failing_in_one_line(lambda: _prepare(options))
+
+
+def _prepare(options: argparse.Namespace) -> int:
+    for name, least in (("shard_tokens", 1), ("threads", 0)):
+        if getattr(options, name) < least:
+            raise TrainingError(f"--{name}={getattr(options, name)}: expected at least {least}.")
+    config = source_config(options)
+    config.tokenizer = options.tokenizer
+    tokenizer = load_tokenizer(options.tokenizer, options.eos_id)
+    with _Display() as display:
+        manifest = preparation.prepare(
+            config,
+            tokenizer,
+            options.out,
+            shard_tokens=options.shard_tokens,
+            threads=options.threads,
+            report=display.show,
+        )
+    print(_summary(options.out, manifest))
+    return 0
+
+
+def _summary(out: str, manifest: dict[str, Any]) -> str:
+    counts = ", ".join(
+        f"{split} {found['documents']:,} documents with {found['tokens']:,} tokens"
+        for split, found in manifest["splits"].items()
+    )
+    return "\n".join([f"{out}: {counts}, {len(manifest['shards'])} shards", *manifest["notes"]])
+
+
+def _verify(directory: pathlib.Path) -> int:
+    problems = verify(directory)
+    for problem in problems:
+        print(problem, file=sys.stderr)
+    if not problems:
+        print(f"{directory}: all bytes as they were written")
+    return 1 if problems else 0
+
+
+class _Display:
+    """A bar on a terminal, a line now and then elsewhere."""
+
+    def __init__(self) -> None:
+        self._console = Console(highlight=False, soft_wrap=True)
+        self._bar = Progress(
+            TextColumn("part"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.completed}/{task.total}  {task.fields[status]}"),
+            console=self._console,
+        )
+        self._task = self._bar.add_task("prepare", total=None, status="")
+        self._last = time.monotonic()
+        self.show: Callable[[preparation.Progress], None] = (
+            self._update if self._console.is_terminal else self._print
+        )
+
+    def _update(self, done: preparation.Progress) -> None:
+        self._bar.update(self._task, completed=done.part, total=done.parts, status=_status(done))
+
+    def _print(self, done: preparation.Progress) -> None:
+        if time.monotonic() - self._last > _LINE_EVERY:
+            self._last = time.monotonic()
+            self._console.print(f"part {done.part + 1}/{done.parts}  {_status(done)}")
+
+    def __enter__(self) -> _Display:
+        if self._console.is_terminal:
+            self._bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._console.is_terminal:
+            self._bar.stop()
+
+
+def _status(done: preparation.Progress) -> str:
+    rate = done.new_tokens / max(done.seconds, 1e-9)
+    return f"{done.documents:,} documents, {done.tokens:,} tokens, {rate:,.0f} tokens/s"
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,151 @@
+"""Adam as the authors run it: epsilon is added to the uncorrected root."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from loro_jax.checks import checked_numbers
+from loro_jax.linalg.precision import at_least_float32, inexact
+
+
+class AdamState(NamedTuple):
+    """State of :func:`scale_by_uncorrected_adam`.
+
+    Attributes:
+        count: steps since the state was made or refreshed, int32 scalar.
+        mu: first moments, a tree like the parameters.
+        nu: second moments, a tree like the parameters: real, and in float32 or wider. In bfloat16
+            ``0.999 v`` is v again, so that v would never fall.
+    """
+
+    count: jax.Array  # type: ignore[assignment]  # shadows tuple.count, as in Optax
+    mu: Any
+    nu: Any
+
+
+def scale_by_uncorrected_adam(
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.999,
+    eps: jax.typing.ArrayLike = 1e-6,
+    mu_dtype: Any | None = None,
+) -> optax.GradientTransformation:
+    """Adam's direction with epsilon outside the bias correction.
+
+    With ``m = b1 m + (1 - b1) g`` and ``v = b2 v + (1 - b2) g^2`` after c steps, the direction is
+    ``m / (sqrt(v) + eps) * sqrt(1 - b2^c) / (1 - b1^c)``: the first version of the Adam paper, and
+    the AdamW of older transformers releases that the authors' optimizer descends from.
+    ``optax.scale_by_adam`` adds epsilon to the corrected root instead; the two agree as eps
+    goes to 0, and differ in the first steps after a refresh, when ``sqrt(1 - b2^c)`` is small.
+    Of complex gradients ``g^2`` is ``|g|^2``.
+
+    Args:
+        b1: decay of the first moment.
+        b2: decay of the second moment.
+        eps: added to the root of the uncorrected second moment.
+        mu_dtype: dtype of the first moment; None: that of the parameters, or float32 if a decay of
+            b1 would be lost in it, as 0.999 is in bfloat16. For complex parameters its complex
+            counterpart.
+
+    Returns:
+        A transformation that turns gradients into directions (to be scaled by minus the learning
+        rate), in the gradients' dtypes.
+
+    Raises:
+        ValueError: for a b1, b2 or eps that is an array of a dtype in which it means something
+            else, or a ``mu_dtype`` in which a decay of b1 is lost.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> adam = scale_by_uncorrected_adam()
+        >>> params = {"w": jnp.zeros(2)}
+        >>> direction, _ = adam.update({"w": jnp.array([3.0, -0.5])}, adam.init(params))
+        >>> [round(float(x), 3) for x in direction["w"]]
+        [1.0, -1.0]
+    """
+    b1, b2, eps = checked_numbers("scale_by_uncorrected_adam", b1=b1, b2=b2, eps=eps)
+    if mu_dtype is not None and decay_is_lost(b1, mu_dtype):
+        raise ValueError(
+            f"scale_by_uncorrected_adam: in mu_dtype={jnp.dtype(mu_dtype)} a moment that decays by "
+            f"b1={b1} never changes; use float32."
+        )
+
+    def first(p: Any) -> jax.Array:
+        dtype = inexact(jnp.result_type(p))
+        if mu_dtype is not None:
+            is_complex = jnp.issubdtype(dtype, jnp.complexfloating)
+            dtype = jnp.promote_types(mu_dtype, jnp.complex64) if is_complex else mu_dtype
+        elif decay_is_lost(b1, dtype):
+            dtype = at_least_float32(dtype)
+        return jnp.zeros_like(p, dtype=dtype)
+
+    def second(p: Any) -> jax.Array:
+        dtype = jnp.finfo(inexact(jnp.result_type(p))).dtype  # real
+        return jnp.zeros_like(p, dtype=at_least_float32(dtype))
+
+    def init(params: Any) -> AdamState:
+        return AdamState(
+            count=jnp.zeros([], jnp.int32),
+            mu=jax.tree.map(first, params),
+            nu=jax.tree.map(second, params),
+        )
+
+    def update(grads: Any, state: AdamState, params: Any = None) -> tuple[Any, AdamState]:
+        del params
+        moments = adam_moments(grads, state, b1, b2)
+        directions = adam_direction(moments, b1, b2, eps)
+        directions = jax.tree.map(lambda d, g: d.astype(g.dtype), directions, grads)
+        return directions, jax.tree.map(lambda new, old: new.astype(old.dtype), moments, state)
+
+    return optax.GradientTransformation(init, update)
+
+
+def decay_is_lost(decay: jax.typing.ArrayLike, dtype: Any) -> bool:
+    """Whether ``decay x`` is rounded to x in a dtype, so that an average in it never falls.
+
+    A traced decay, whose value is not known yet, counts as kept.
+    """
+    if not isinstance(decay, float | int) or not jnp.issubdtype(dtype, jnp.inexact):
+        return False
+    return 0 < 1 - decay < float(jnp.finfo(dtype).eps)
+
+
+def adam_moments(
+    grads: Any, state: AdamState, b1: jax.typing.ArrayLike, b2: jax.typing.ArrayLike
+) -> AdamState:
+    """The state after one more gradient, in the dtypes that the arithmetic gives."""
+    return AdamState(
+        optax.safe_increment(state.count),
+        jax.tree.map(lambda g, m: b1 * m + (1 - b1) * g, grads, state.mu),
+        jax.tree.map(lambda g, v: b2 * v + (1 - b2) * _squared(g, v.dtype), grads, state.nu),
+    )
+
+
+def _squared(g: jax.Array, dtype: Any) -> jax.Array:
+    """``|g|^2``, squared in that dtype: float16 has nothing below 6e-8 and above 65504."""
+    if jnp.iscomplexobj(g):
+        return jnp.square(jnp.real(g)).astype(dtype) + jnp.square(jnp.imag(g)).astype(dtype)
+    return jnp.square(g.astype(dtype))
+
+
+def adam_direction(
+    state: AdamState,
+    b1: jax.typing.ArrayLike,
+    b2: jax.typing.ArrayLike,
+    eps: jax.typing.ArrayLike,
+) -> Any:
+    """The direction that the moments stand for."""
+    correction = jnp.sqrt(_one_minus_power(b2, state.count)) / _one_minus_power(b1, state.count)
+    return jax.tree.map(lambda m, v: correction * m / (jnp.sqrt(v) + eps), state.mu, state.nu)
+
+
+def _one_minus_power(decay: jax.typing.ArrayLike, count: jax.Array) -> jax.Array:
+    """``1 - decay^count`` without cancellation: 1 - 0.999 keeps four digits in float32."""
+    steps = count.astype(jnp.result_type(float))
+    if isinstance(decay, float | int):
+        return -jnp.expm1(steps * (math.log(decay) if decay > 0 else -math.inf))
+    return -jnp.expm1(steps * jnp.log(decay))

@@ -1,0 +1,213 @@
+"""Orthogonalised momentum: spectral steepest descent of a product, by moves of its factors.
+
+For W = B A with gradient G, the move of W that gains most among those of the tangent space with a
+bound on the spectral norm is sought in two parts, one for each factor:
+
+* ``dB A`` has the rows of A; over the orthonormal basis ``Q_A^T = (A A^T)^{-1/2} A`` of these the
+  gradient is ``G Q_A = g_B (A A^T)^{-1/2}``. Orthogonalised (all singular values moved to one) it
+  is O_B, and ``dB = O_B (A A^T)^{-1/2}`` moves W by ``O_B Q_A^T``, of spectral norm one;
+* ``dA = (B^T B)^{-1/2} O_A`` likewise, with ``O_A`` from ``(B^T B)^{-1/2} g_A``.
+
+Half of each makes a move of norm one at most, whatever factors represent W: B S and S^{-1} A move
+the product as B and A do. The gradients are averaged first, one moment for each factor, half of
+what Adam stores. All is matrix products.
+
+The learning rate is the largest singular value that a step may give to the move of W, for a square
+W. Others move by ``sqrt(m / n)`` of that (W is m x n): a matrix of that norm changes the size of
+the entries of ``W x`` by the learning rate, whatever m, n and r are.
+
+Source: the whitening is that of Cesista, Simal, Crowson and Biderman, "LoRA-Muon", arXiv
+2606.12921, 2026; the shape factor that of Yang, Simon and Bernstein, "A spectral condition for
+feature learning", arXiv 2310.17813, 2023; the momentum that of Jordan et al., "Muon", 2024.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from loro_jax.checks import check_orthogonalised_momentum, checked_numbers
+from loro_jax.directions.adam import decay_is_lost
+from loro_jax.directions.protocol import Direction
+from loro_jax.exact.transport import transport_moments
+from loro_jax.linalg.newton_schulz import inverse_root, orthogonalise
+from loro_jax.linalg.precision import at_least_float32, matmul
+
+Array = jax.Array
+
+
+class MomentumState(NamedTuple):
+    """State of :func:`orthogonal`.
+
+    Attributes:
+        mu: averaged gradients, a tree like the factors.
+    """
+
+    mu: Any
+
+
+class TangentState(NamedTuple):
+    """State of :func:`orthogonal` with ``transported=True``.
+
+    Attributes:
+        tangent: the averaged gradient of the product as a tangent vector at ``factors``: ``T A^T``
+            and ``B^T T``, a tree like the factors.
+        factors: the factors that it belongs to.
+    """
+
+    tangent: Any
+    factors: Any
+
+
+def orthogonal(
+    momentum: float = 0.95,
+    *,
+    nesterov: bool = True,
+    newton_schulz_steps: int = 5,
+    damping: float = 1e-3,
+    transported: bool = False,
+) -> Direction:
+    """Orthogonalised momentum as the direction of :func:`loro_jax.loro`.
+
+    Args:
+        momentum: decay of the averaged gradients.
+        nesterov: look one gradient ahead of the average.
+        newton_schulz_steps: iterations of the orthogonalisation.
+        damping: of the inverse roots of ``B^T B`` and ``A A^T``, over their mean eigenvalue.
+        transported: average tangent vectors of the product in place of the factors' gradients: what
+            is kept is projected to the new tangent space before each step
+            (:func:`loro_jax.exact.transport.transport_moments`), exact steps included. The state is
+            then twice as large, and steps need factorisations.
+
+    Returns:
+        A direction whose results are moves of the factors.
+
+    Raises:
+        ValueError: for a ``momentum`` outside [0, 1), no iterations, a negative ``damping``, or an
+            array too narrow for its number.
+
+    Example:
+        >>> import jax, jax.numpy as jnp, optax
+        >>> from loro_jax import LowRank, loro
+        >>> params = {"w": LowRank(jnp.ones((6, 2)), jnp.eye(2, 4)), "b": jnp.zeros(6)}
+        >>> def loss(params):
+        ...     return jnp.sum((params["w"].product() + params["b"][:, None] - 3.0) ** 2)
+        >>> tx = loro(0.01, direction=orthogonal(), lr_scale=20.0, exact_every=None)
+        >>> updates, state = tx.update(jax.grad(loss)(params), tx.init(params), params)
+        >>> bool(loss(optax.apply_updates(params, updates)) < loss(params))
+        True
+    """
+    check_orthogonalised_momentum("orthogonal", momentum, newton_schulz_steps)
+    if isinstance(damping, float | int) and damping < 0:
+        raise ValueError(f"orthogonal: damping must not be negative, but is {damping}.")
+
+    momentum, damping = checked_numbers("orthogonal", momentum=momentum, damping=damping)
+
+    def average(old: Array, grad: Array) -> Array:
+        return momentum * old + (1 - momentum) * grad
+
+    def advance(
+        grads: Any,
+        state: Any,
+        params: Any,
+        *,
+        places: Sequence[tuple[int, int]],
+        **extra_args: Any,
+    ) -> tuple[Any, Any]:
+        del extra_args
+        kept = _transported(state, params, places) if transported else state.mu
+        mu = jax.tree.map(average, kept, grads)
+        ahead = jax.tree.map(average, mu, grads) if nesterov else mu
+        factors, gradients = jax.tree.leaves(params), jax.tree.leaves(ahead)
+        moves = [*gradients]
+        for b, a in places:
+            moves[b], moves[a] = _moves(
+                (factors[b], factors[a]),
+                (gradients[b], gradients[a]),
+                newton_schulz_steps,
+                damping,
+            )
+        mu = jax.tree.map(lambda new, old: new.astype(old.dtype), mu, kept)
+        new_state: Any = TangentState(mu, params) if transported else MomentumState(mu)
+        return jax.tree.unflatten(jax.tree.structure(params), moves), new_state
+
+    def init(params: Any) -> Any:
+        # In bfloat16 an average with a momentum of 0.999 would never fall.
+        zeros = jax.tree.map(
+            lambda p: jnp.zeros_like(
+                p, dtype=at_least_float32(p.dtype) if decay_is_lost(momentum, p.dtype) else p.dtype
+            ),
+            params,
+        )
+        if not transported:
+            return MomentumState(zeros)
+        # A copy: steps donate parameters and state, and no buffer can be given twice.
+        return TangentState(zeros, jax.tree.map(jnp.copy, params))
+
+    return Direction(
+        init=init,
+        advance=advance,
+        finish=lambda moves, _: moves,
+        keep=lambda state, _: state,
+        moves=True,
+    )
+
+
+def _transported(state: TangentState, params: Any, places: Sequence[tuple[int, int]]) -> Any:
+    """The tangent vectors of a state, projected to the tangent spaces at new factors."""
+    old, new, tangent = (jax.tree.leaves(x) for x in (state.factors, params, state.tangent))
+    moved = [*tangent]
+    for b, a in places:
+        ((moved[b], moved[a]),) = transport_moments(
+            (old[b], old[a]), (new[b], new[a]), (tangent[b], tangent[a])
+        )
+    return jax.tree.unflatten(jax.tree.structure(state.tangent), moved)
+
+
+def _moves(
+    factors: tuple[Array, Array], gradients: tuple[Array, Array], steps: int, damping: float
+) -> tuple[Array, Array]:
+    """The moves of one pair, or of a stack of pairs of one shape."""
+    dtype = at_least_float32(jnp.result_type(*factors))
+    B, A, g_B, g_A = (x.astype(dtype) for x in (*factors, *gradients))
+    half = 0.5 * (B.shape[-2] / A.shape[-1]) ** 0.5
+    root_A = inverse_root(matmul(A, A.mT), damping)
+    root_B = inverse_root(matmul(B.mT, B), damping)
+    O_B = orthogonalise(matmul(g_B, root_A), steps)
+    O_A = orthogonalise(matmul(root_B, g_A), steps)
+    return half * matmul(O_B, root_A), half * matmul(root_B, O_A)
+
+
+def as_gradients(B: Array, A: Array, dB: Array, dA: Array) -> tuple[Array, Array]:
+    """Gradients whose tangent vector is the move ``dB A + B dA``, as an exact step wants them.
+
+    :func:`loro_jax.exact_update` makes a tangent vector of gradients: ``g_B (A A^T)^{-1} A``
+    outside the columns of B, and ``B (B^T B)^{-1} g_A`` in them. For these it is the move.
+
+    Args:
+        B: shape (..., m, r).
+        A: shape (..., r, n).
+        dB: move of B.
+        dA: move of A.
+
+    Returns:
+        Arrays of the shapes of B and A, in float32 or wider.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from loro_jax import riemannian_gradient
+        >>> B, A, dB, dA = (
+        ...     jax.random.normal(jax.random.key(i), s) for i, s in enumerate([(5, 2), (2, 4)] * 2)
+        ... )
+        >>> tangent = riemannian_gradient(B, A, *as_gradients(B, A, dB, dA))
+        >>> bool(jnp.allclose(tangent, dB @ A + B @ dA, atol=1e-4))
+        True
+    """
+    dtype = at_least_float32(jnp.result_type(B, A))
+    B, A, dB, dA = (x.astype(dtype) for x in (B, A, dB, dA))
+    g_B = matmul(dB, matmul(A, A.mT))
+    g_A = matmul(matmul(B.mT, B), dA) + matmul(matmul(B.mT, dB), A)
+    return g_B, g_A

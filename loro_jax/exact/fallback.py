@@ -1,0 +1,184 @@
+"""From the fast methods of the exact step down to the reference, under jit."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from loro_jax.exact.basis import Balance, by_singular_vectors
+from loro_jax.exact.gram import gram_step
+from loro_jax.exact.reference import svd_step
+from loro_jax.exact.step import ExactStep, StepSize
+from loro_jax.exact.subspace import NewSpace, balanced_factors, graph_step, new_space
+from loro_jax.linalg.batching import maps_by_a_loop, one_by_one, varying_alike
+
+Array = jax.Array
+
+# The methods by name, each with those that a pair goes through until one trusts its result. The
+# last is the reference.
+_RUNGS: dict[str, tuple[Callable[..., ExactStep], ...]] = {
+    "graph": (graph_step, gram_step, svd_step),
+    "gram": (gram_step, svd_step),
+    "svd": (svd_step,),
+}
+
+METHODS = tuple(_RUNGS)
+
+# On CPU as many pairs go through the phases at a time as have so many coefficients, up to seven
+# r x r matrices for each: 128 MiB in float32, which are 18 pairs of rank 512.
+COEFFICIENTS = 2**25
+
+_Rungs = Sequence[Callable[..., ExactStep]]
+
+
+def check_method(method: str, where: str) -> None:
+    """Raises ValueError unless ``method`` names an exact step."""
+    if method not in METHODS:
+        raise ValueError(f"{where}: the method must be one of {METHODS}, but is {method!r}.")
+
+
+def retract(
+    method: str,
+    B: Array,
+    A: Array,
+    dB: Array,
+    dA: Array,
+    size: StepSize,
+    basis: str = "singular",
+) -> ExactStep:
+    """Exact steps of a batch of pairs; ``ok`` says which the named method did by itself.
+
+    Args:
+        method: "graph", "gram" or "svd".
+        B: (N, m, r).
+        A: (N, r, n).
+        dB: directions of B, (N, m, r).
+        dA: directions of A, (N, r, n).
+        size: one step size for each pair, shapes (N,).
+        basis: "singular" or "nearest", of the new factors.
+
+    Returns:
+        The new factors and ``ok`` (N,).
+    """
+    if len(B) == 0:
+        return _unwritten(B, A)
+    # A loop's index does not index NumPy's arrays.
+    arguments = jax.tree.map(jnp.asarray, (B, A, dB, dA, size))
+    return _retract(method, basis, *varying_alike(arguments))
+
+
+# Jitted for calls outside of any program: without that, each of them would trace its loops and
+# branches again, and compile them again.
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+@functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
+def _retract(method: str, basis: str, *arguments: Any) -> ExactStep:
+    rungs = [functools.partial(step, basis=basis) for step in _RUNGS[method]]
+    if method == "svd":
+        return one_by_one(rungs[0], 1)(*arguments)
+
+    def one_after_the_other(*arguments: Any) -> ExactStep:
+        if method == "graph":
+            return _in_phases(rungs[1:], basis, *arguments)
+        return _one_after_the_other(rungs, *arguments)
+
+    return jax.lax.platform_dependent(
+        *arguments,
+        cpu=one_after_the_other,
+        default=lambda *arguments: _as_a_batch(rungs, *arguments),
+    )
+
+
+@_retract.defjvp
+def _no_derivative(method: str, basis: str, primals: Any, tangents: Any) -> Any:
+    raise NotImplementedError(
+        "loro: an exact step has no derivative. Differentiate through steps without exact ones "
+        "(exact_every=None), or keep the step out of it by jax.lax.stop_gradient."
+    )
+
+
+def _one_pair(rungs: _Rungs, *arguments: Any) -> ExactStep:
+    step = rungs[0](*arguments)
+    if len(rungs) == 1:
+        return step
+    return jax.lax.cond(
+        step.ok, lambda: step, lambda: _one_pair(rungs[1:], *arguments)._replace(ok=step.ok)
+    )
+
+
+def _in_phases(others: _Rungs, basis: str, *arguments: Any) -> ExactStep:
+    """Pairs by the graph, some at a time, the eigendecompositions of these one behind the other.
+
+    Each of those wakes threads of OpenBLAS, which go on turning when it is done, on the cores that
+    products need.
+    """
+    B, A, dB, dA, size = arguments
+    most = min(len(B), COEFFICIENTS // (7 * B.shape[-1] ** 2))
+    at_a_time = max((n for n in range(1, most + 1) if len(B) % n == 0), default=1)
+    # Also under a vmap one after the other: there a branch is a real branch.
+    space_of = maps_by_a_loop(new_space)
+    balance_of = maps_by_a_loop(by_singular_vectors)
+
+    @maps_by_a_loop
+    def finish(space: NewSpace, balance: Balance, *pair: Any) -> ExactStep:
+        B, A, dB, dA, _ = pair
+        step = balanced_factors(B, A, dB, dA, space, balance, basis)
+        return jax.lax.cond(
+            step.ok, lambda: step, lambda: _one_pair(others, *pair)._replace(ok=step.ok)
+        )
+
+    def some(k: Any, new: ExactStep) -> ExactStep:
+        first = k * at_a_time
+
+        def pair(i: Any, new: ExactStep) -> Any:
+            return jax.tree.map(lambda x: x[first + i], (new.B, new.A, dB, dA, size))
+
+        spaces = jax.lax.map(lambda i: space_of(*pair(i, new)), jnp.arange(at_a_time))
+        balances = jax.lax.map(balance_of, spaces.squares)
+
+        def write(i: Any, new: ExactStep) -> ExactStep:
+            space, balance = jax.tree.map(lambda x: x[i], (spaces, balances))
+            return _with_pair(new, first + i, finish(space, balance, *pair(i, new)))
+
+        return jax.lax.fori_loop(0, at_a_time, write, new)
+
+    return jax.lax.fori_loop(0, len(B) // at_a_time, some, _unwritten(B, A))
+
+
+def _one_after_the_other(rungs: _Rungs, *arguments: Any) -> ExactStep:
+    B, A, dB, dA, size = arguments
+    step_of = maps_by_a_loop(functools.partial(_one_pair, rungs))
+
+    def write(i: Any, new: ExactStep) -> ExactStep:
+        pair = jax.tree.map(lambda x: x[i], (new.B, new.A, dB, dA, size))
+        return _with_pair(new, i, step_of(*pair))
+
+    return jax.lax.fori_loop(0, len(B), write, _unwritten(B, A))
+
+
+def _unwritten(B: Array, A: Array) -> ExactStep:
+    """New factors are written over the old, so that no memory has to be filled beforehand."""
+    return varying_alike(ExactStep(B, A, jnp.zeros(len(B), bool)))
+
+
+def _with_pair(new: ExactStep, i: Any, one: ExactStep) -> ExactStep:
+    return jax.tree.map(lambda batch, pair: batch.at[i].set(pair), new, one)
+
+
+def _as_a_batch(rungs: _Rungs, *arguments: Any) -> ExactStep:
+    """All at once; as a whole down to the rung that any of the pairs needs."""
+    step = jax.vmap(rungs[0])(*arguments)
+    if len(rungs) == 1:
+        return step
+    return jax.lax.cond(
+        jnp.all(step.ok), lambda: step, lambda: _mended(step, _as_a_batch(rungs[1:], *arguments))
+    )
+
+
+def _mended(step: ExactStep, other: ExactStep) -> ExactStep:
+    """The step, with the pairs that it could not do from another."""
+    fine = step.ok[:, None, None]
+    return ExactStep(jnp.where(fine, step.B, other.B), jnp.where(fine, step.A, other.A), step.ok)

@@ -1,0 +1,272 @@
+"""The mathematics of one pair: the tangent space of rank-r matrices, and the exact step.
+
+Notation, for a pair W = B A with B (m x r), A (r x n), a loss with full gradient G (m x n), and
+the thin QR decompositions B = Q_B R_B and A^T = Q_A R_A:
+
+* The gradients of the factors are ``g_B = G A^T`` and ``g_A = B^T G``.
+* Tangent projection of G at W: ``P_U G + (I - P_U) G P_V`` with ``P_U = Q_B Q_B^T`` and
+  ``P_V = Q_A Q_A^T``. Two of its pieces are known without G: ``Q_B^T G = R_B^{-T} g_A`` and
+  ``G Q_A = g_B R_A^{-1}`` (Proposition 3).
+* Retraction: the rank-r truncated SVD of ``W - lr grad``. That matrix has rank at most 2r and
+  lives in the column spaces of ``[Q_B, Q_B']`` and ``[Q_A, Q_A']``, where ``Q_B'`` spans what
+  ``G Q_A`` has outside Q_B, and ``Q_A'`` likewise; so the SVD is one of a 2r x 2r core
+  (Proposition 4). :mod:`loro_jax.exact` has three ways to compute it.
+
+Algorithm 2 as printed in the paper has slips (``-lr R_b`` for ``-lr R_b'``, ``[Q_b, Q_b]`` for
+``[Q_b, Q_b']``, A where its transpose is factorised, the full SVD where its leading r triplets are
+meant); the formulas here follow Proposition 4, and the authors' code agrees with them.
+
+Source: Mo, Huang and Pan, "LORO: Parameter and Memory Efficient Pretraining via Low-rank
+Riemannian Optimization", ICLR 2025.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.scipy.linalg import solve_triangular
+
+from loro_jax.exact import StepSize, check_basis, check_method, retract
+from loro_jax.linalg.batching import one_by_one
+from loro_jax.linalg.precision import at_least_float32, in_full_precision
+from loro_jax.lowrank import check_factors, check_real
+
+Array = jax.Array
+
+
+class Side(NamedTuple):
+    """An orthonormal basis of the columns of a factor X, and its pseudo-inverse.
+
+    Directions that X does not have, where it lacks rank, are zero in both.
+    """
+
+    Q: Array  # like X
+    inverse: Array  # r x r: the pseudo-inverse of X is ``inverse Q^T``
+
+
+class Tangent(NamedTuple):
+    """A tangent vector at W = B A, in blocks of width r.
+
+    It stands for ``Q_B core Q_A^T + out_perp Q_A^T + Q_B in_perp``.
+    """
+
+    core: Array  # r x r
+    out_perp: Array  # m x r, orthogonal to Q_B
+    in_perp: Array  # r x n, orthogonal to Q_A
+
+
+@in_full_precision
+def tangent_projection(out: Side, inp: Side, g_B: Array, g_A: Array) -> Tangent:
+    """Proposition 3 in blocks, for the sides of B and of A^T.
+
+    For true gradients the core can be had from either factor (``R_B^{-T} g_A Q_A`` equals
+    ``Q_B^T g_B R_A^{-1}``). For Adam's directions the two differ, and parity with the authors' code
+    needs the former.
+    """
+    left = out.inverse.T @ g_A  # Q_B^T G, r x n
+    right = g_B @ inp.inverse  # G Q_A, m x r
+    core = left @ inp.Q
+    return Tangent(core, right - out.Q @ (out.Q.T @ right), left - core @ inp.Q.T)
+
+
+def with_sides(fn: Callable[..., Any], batch_axes: int) -> Callable[..., Any]:
+    """Maps ``fn(side of B, side of A^T, B, A, ...)`` over pairs of any rank.
+
+    The sides are made by QR, and once more by SVD if any of the pairs lacks rank.
+
+    Args:
+        fn: function of one pair that returns matrices.
+        batch_axes: number of leading axes that B, A and all other arguments share.
+
+    Returns:
+        A function of B, A and the other arguments.
+    """
+
+    def by_qr(B: Array, A: Array, *others: Array) -> Any:
+        (out, fine_out), (inp, fine_inp) = _side_by_qr(B), _side_by_qr(A.T)
+        return fn(out, inp, B, A, *others), fine_out & fine_inp
+
+    def by_svd(B: Array, A: Array, *others: Array) -> Any:
+        return fn(_side_by_svd(B), _side_by_svd(A.T), B, A, *others)
+
+    def mapped(*arguments: Array) -> Any:
+        results, fine = one_by_one(by_qr, batch_axes)(*arguments)
+
+        def mended() -> Any:
+            others = one_by_one(by_svd, batch_axes)(*arguments)
+            return jax.tree.map(
+                lambda x, y: jnp.where(fine[..., None, None], x, y), results, others
+            )
+
+        return jax.lax.cond(jnp.all(fine), lambda: results, mended)
+
+    return mapped
+
+
+def _smallest_kept(X: Array) -> float:
+    """The least singular value, over the largest, that is not taken for zero."""
+    return max(X.shape) * float(jnp.finfo(X.dtype).eps)
+
+
+def _side_by_qr(X: Array) -> tuple[Side, Array]:
+    """The side, and whether X has full rank."""
+    Q, R = jnp.linalg.qr(X)
+    diagonal = jnp.diagonal(R)
+    inverse = solve_triangular(
+        R + jnp.diag((diagonal == 0).astype(R.dtype)), jnp.eye(R.shape[0], dtype=R.dtype)
+    )
+    condition = jnp.linalg.norm(R) * jnp.linalg.norm(inverse)
+    # Where there are no numbers, an SVD would find none either.
+    return Side(Q, inverse), jnp.all(diagonal != 0) & ~(condition * _smallest_kept(X) > 1)
+
+
+@in_full_precision
+def _side_by_svd(X: Array) -> Side:
+    Q, R = jnp.linalg.qr(X)
+    U, s, Vt = jnp.linalg.svd(R, full_matrices=False)
+    kept = s > s[0] * _smallest_kept(X)
+    inverse = jnp.where(kept, 1 / jnp.where(kept, s, 1), 0)
+    return Side((Q @ U) * kept[None, :], Vt.T * inverse[None, :])
+
+
+def exact_update(
+    B: Array,
+    A: Array,
+    dB: Array,
+    dA: Array,
+    learning_rate: jax.typing.ArrayLike,
+    *,
+    method: str = "graph",
+    max_move: jax.typing.ArrayLike | None = None,
+    damping: jax.typing.ArrayLike | None = None,
+    basis: str = "singular",
+) -> tuple[Array, Array]:
+    """Exact Riemannian step of one pair or a batch of pairs (Proposition 4).
+
+    Moves W = B A against the Riemannian gradient and retracts by the truncated SVD:
+    ``W' = SVD_r(W - learning_rate * grad)``, where grad is the tangent vector that the directions
+    dB and dA stand for (:func:`riemannian_gradient`). W itself is never formed: all work is on
+    blocks of width r. The new factors are balanced: both have the square roots of the singular
+    values of W'. That determines them up to a rotation of the inner index, which ``basis`` chooses.
+
+    Args:
+        B: output-side factor, shape (..., m, r).
+        A: input-side factor, shape (..., r, n).
+        dB: gradient (or direction) of B, same shape as B.
+        dA: gradient (or direction) of A, same shape as A.
+        learning_rate: step size, a scalar.
+        method: "graph", "gram" or "svd", from fast to always right; pairs that one can't do
+            accurately go on to the next by themselves. See :mod:`loro_jax.exact`.
+        max_move: trust region. The step is cut so that ``learning_rate |grad| <= max_move |W|`` in
+            Frobenius norms; W then moves by at most ``2 max_move |W|``, because the retraction at
+            most doubles the distance. None: no bound, as in the paper.
+        damping: d >= 0. The gradient's ``(B^T B)^{-1}`` and ``(A A^T)^{-1}`` become
+            ``(B^T B + d |B|^2 / r I)^{-1}`` and likewise for A: steps along small singular values
+            are shortened, others hardly. None: none, as in the paper.
+        basis: "singular", the paper's: the inner index counts singular values. "nearest": B' and A'
+            as near to B and A as balanced factors of W' can be, so that what was averaged in the
+            basis of the old factors still fits. See :mod:`loro_jax.exact.basis`.
+
+    Returns:
+        B' and A', same shapes and dtypes as B and A. Computed in float32, or wider if the
+        factors are.
+
+    Raises:
+        ValueError: if the shapes do not make a pair of rank r <= min(m, n), or the factors are not
+            of a real floating-point dtype, or dB and dA differ in shape from them, or the method or
+            the basis is unknown.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> keys = jax.random.split(jax.random.key(0), 3)
+        >>> B, A = jax.random.normal(keys[0], (6, 2)), jax.random.normal(keys[1], (2, 5))
+        >>> G = jax.random.normal(keys[2], (6, 5))
+        >>> B_new, A_new = exact_update(B, A, G @ A.T, B.T @ G, learning_rate=0.1)
+        >>> bool(jnp.allclose(B_new.T @ B_new, A_new @ A_new.T, atol=1e-4))
+        True
+        >>> zero = jnp.zeros_like(B_new), jnp.zeros_like(A_new)
+        >>> B_same, _ = exact_update(B_new, A_new, *zero, learning_rate=0.1, basis="nearest")
+        >>> bool(jnp.allclose(B_same, B_new, atol=1e-4))
+        True
+    """
+    size = StepSize(learning_rate, max_move, damping)
+    where = "exact_update"
+    return counted_exact_update(B, A, dB, dA, size, method=method, basis=basis, where=where)[:2]
+
+
+def counted_exact_update(
+    B: Array,
+    A: Array,
+    dB: Array,
+    dA: Array,
+    size: StepSize,
+    *,
+    method: str,
+    where: str,
+    basis: str = "singular",
+) -> tuple[Array, Array, Array]:
+    """:func:`exact_update`, and how many pairs of the batch the method could not do (int32)."""
+    _check_directions(B, A, dB, dA, where)
+    check_method(method, where)
+    check_basis(basis, where)
+    dtype = at_least_float32(jnp.promote_types(B.dtype, A.dtype))
+    batch_shape = B.shape[:-2]
+    # One batch axis, of length one where there is none.
+    Bs, As, dBs, dAs = (x.reshape(-1, *x.shape[-2:]).astype(dtype) for x in (B, A, dB, dA))
+    sizes = jax.tree.map(lambda x: jnp.broadcast_to(jnp.asarray(x, dtype), Bs.shape[:1]), size)
+    step = retract(method, Bs, As, dBs, dAs, sizes, basis)
+    return (
+        step.B.reshape(*batch_shape, *B.shape[-2:]).astype(B.dtype),
+        step.A.reshape(*batch_shape, *A.shape[-2:]).astype(A.dtype),
+        jnp.sum(~step.ok, dtype=jnp.int32),
+    )
+
+
+def riemannian_gradient(B: Array, A: Array, gB: Array, gA: Array) -> Array:
+    """Riemannian gradient at W = B A as a full matrix (Proposition 3). For checks and study.
+
+    It is the projection of the full gradient G onto the tangent space of the rank-r matrices at W,
+    computed from the gradients of the factors, ``gB = G A^T`` and ``gA = B^T G``, alone.
+
+    Args:
+        B: output-side factor, shape (..., m, r). Directions that it lacks carry no gradient.
+        A: input-side factor, shape (..., r, n); likewise.
+        gB: gradient of B, same shape as B.
+        gA: gradient of A, same shape as A.
+
+    Returns:
+        Array of shape (..., m, n): as large as a dense weight, so not for the optimizer.
+
+    Raises:
+        ValueError: as :func:`exact_update`.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> keys = jax.random.split(jax.random.key(0), 3)
+        >>> B, A = jax.random.normal(keys[0], (6, 2)), jax.random.normal(keys[1], (2, 5))
+        >>> G = jax.random.normal(keys[2], (6, 5))
+        >>> riemannian_gradient(B, A, G @ A.T, B.T @ G).shape
+        (6, 5)
+    """
+    _check_directions(B, A, gB, gA, "riemannian_gradient")
+    dtype = at_least_float32(jnp.promote_types(B.dtype, A.dtype))
+
+    @in_full_precision
+    def assemble(out: Side, inp: Side, B: Array, A: Array, gB: Array, gA: Array) -> Array:
+        t = tangent_projection(out, inp, gB, gA)
+        return (out.Q @ t.core + t.out_perp) @ inp.Q.T + out.Q @ t.in_perp
+
+    return with_sides(assemble, B.ndim - 2)(*(x.astype(dtype) for x in (B, A, gB, gA)))
+
+
+def _check_directions(B: Array, A: Array, dB: Array, dA: Array, where: str) -> None:
+    check_factors(B, A, where)
+    check_real(B, A, where)
+    if dB.shape != B.shape or dA.shape != A.shape:
+        raise ValueError(
+            f"{where}: expected directions of the factors' shapes {tuple(B.shape)} and "
+            f"{tuple(A.shape)}, but found {tuple(dB.shape)} and {tuple(dA.shape)}."
+        )

@@ -1,0 +1,1 @@
+"""Projections for anyone's model, one kind a file."""

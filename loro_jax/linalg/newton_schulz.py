@@ -1,0 +1,199 @@
+"""Spectral tools made of matrix products alone: orthogonalisation, inverse roots, largest values.
+
+They map over leading axes as they are: no factorisation is called, so batches are safe on CPU.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from loro_jax.linalg.batching import batches_itself, varying_alike
+from loro_jax.linalg.precision import at_least_float32, matmul
+
+Array = jax.Array
+
+# Muon's quintic: steep at zero, so that small singular values grow fast; the price is that large
+# ones end anywhere in [0.68, 1.13] instead of at one. It never leads beyond OVERSHOOT.
+QUINTIC = (3.4445, -4.7750, 2.0315)
+OVERSHOOT = 1.203
+
+
+def orthogonalise(X: Array, steps: int = 5) -> Array:
+    """Moves all singular values towards one, and keeps the singular vectors (Newton-Schulz).
+
+    Starts from ``X / |X|`` (Frobenius norm) and repeats ``X <- a X + b (X X^T) X + c (X X^T)^2 X``.
+    Singular values below a few thousandths of the norm need more than five steps to arrive.
+
+    Args:
+        X: array of shape (..., m, n), float32 or wider.
+        steps: how many times.
+
+    Returns:
+        Array of the shape of X, with no singular value above 1.203; zero where X is zero.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> O = orthogonalise(jnp.diag(jnp.array([5.0, 1.0, 0.2])))
+        >>> bool(jnp.all((0.6 < jnp.diag(O)) & (jnp.diag(O) < 1.203)))
+        True
+
+    Source: Janson, Oyallon and Belilovsky, arXiv 2602.12429, Algorithm 2; the coefficients are
+    those of Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024.
+    """
+    a, b, c = QUINTIC
+    wide = X.shape[-2] < X.shape[-1]
+    tall = _unit(X.mT if wide else X, otherwise=0)
+    # Products in the device's default precision on purpose (TF32 on NVIDIA GPUs, bfloat16 on TPUs):
+    # their errors are far below the quintic's own spread of singular values, and full float32 would
+    # take several times as long.
+    for _ in range(steps):
+        gram = tall.mT @ tall  # on the shorter side: r x r for a factor
+        tall = a * tall + tall @ (b * gram + c * (gram @ gram))
+    return tall.mT if wide else tall
+
+
+def inverse_root(S: Array, damping: float = 1e-3, steps: int = 16) -> Array:
+    """``(S + damping tr(S) / r I)^{-1/2}`` of positive semi-definite matrices (Newton-Schulz).
+
+    The coupled iteration ``T = (3 I - Z Y) / 2, Y <- Y T, Z <- T Z`` from ``Y = S / |S|`` and
+    ``Z = I`` ends at the root and its inverse. A small eigenvalue of Y grows by 9/4 a step.
+
+    Args:
+        S: array of shape (..., r, r), float32 or wider, symmetric.
+        damping: added to the eigenvalues, over their mean.
+        steps: how many times; 16 are enough for ``r / damping`` up to a few hundred thousand.
+
+    Returns:
+        Array of the shape of S; zero where S is zero.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> R = inverse_root(jnp.diag(jnp.array([4.0, 0.25])), damping=0.0)
+        >>> [round(float(x), 3) for x in jnp.diag(R)]
+        [0.5, 2.0]
+
+    Source: Higham, "Functions of Matrices", 2008, section 6.3.
+    """
+    r = S.shape[-1]
+    identity = _identity_like(S)
+    mean = jnp.trace(S, axis1=-2, axis2=-1)[..., None, None] / r
+    damped = S + damping * mean * identity
+    norm = _norm(damped)
+    Y, Z = jnp.where(norm > 0, damped / jnp.where(norm > 0, norm, 1), identity), identity
+    for _ in range(steps):
+        T = 1.5 * identity - 0.5 * matmul(Z, Y)
+        Y, Z = matmul(Y, T), matmul(T, Z)
+    return jnp.where(norm > 0, Z * jax.lax.rsqrt(jnp.where(norm > 0, norm, 1)), 0)
+
+
+# Iterations of polar_factor, at most: a hundred thousandth of the norm takes 17.
+_MOST_ITERATIONS = 24
+
+
+def polar_factor(X: Array, least: jax.typing.ArrayLike) -> tuple[Array, Array]:
+    """The orthogonal polar factor: all singular values moved to one (scaled Newton-Schulz).
+
+    Repeats ``X <- a X (3 I - a^2 X^T X) / 2``. With its singular values in [l, 1], the best scale
+    is ``a^2 = 3 / (1 + l + l^2)``, and the new l is what it makes of the old: small ones grow by up
+    to 2.6 a step, and at the end the error is squared.
+
+    Args:
+        X: array of shape (..., r, r), float32 or wider.
+        least: about the least singular value of X, shape (...). It sets the speed alone.
+
+    Returns:
+        The factor and whether it is one, shape (...): false where X was singular or not finite.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> Q, converged = polar_factor(jnp.array([[0.0, 2.0], [-0.5, 0.0]]), 0.5)
+        >>> [[round(float(x), 3) for x in row] for row in Q], bool(converged)
+        ([[0.0, 1.0], [-1.0, 0.0]], True)
+
+    Source: Chen and Chow, "A stable scaling of Newton-Schulz for improving the sign function
+    computation of a Hermitian matrix", Argonne preprint ANL/MCS-P5059-0114, 2014.
+    """
+    gram = matmul(X.mT, X)
+    bound = jnp.sqrt(_norm(gram))
+    bound = jnp.where(bound > 0, bound, 1)
+    start = jnp.clip(jnp.asarray(least)[..., None, None] / bound, 0, 1).astype(X.dtype)
+    factor, converged = _polar_iteration(X / bound, gram / bound**2, start)
+    return factor, converged[..., 0, 0]
+
+
+@batches_itself
+def _polar_iteration(X: Array, gram: Array, least: Array) -> tuple[Array, Array]:
+    """The polar factor of X with ``gram = X^T X``, and whether it is one, shape (..., 1, 1)."""
+    identity = _identity_like(X)
+    # One more step takes an error from here to below the rounding errors.
+    near = 2 * float(jnp.finfo(X.dtype).eps) ** 0.5
+
+    def improved(X: Array, gram: Array, scale: Array) -> Array:
+        return matmul(X, 1.5 * scale * identity - 0.5 * scale**3 * gram)
+
+    def distance(gram: Array) -> Array:
+        return _norm(identity - gram)
+
+    def again(state: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
+        step, X, gram, least = state
+        scale = jnp.sqrt(3 / (1 + least + least**2))
+        X = improved(X, gram, scale)
+        least = jnp.minimum(1.5 * scale * least - 0.5 * (scale * least) ** 3, 1)
+        return step + 1, X, matmul(X.mT, X), least
+
+    _, X, gram, _ = jax.lax.while_loop(
+        # Where there are no numbers, no comparison holds and it stops.
+        lambda state: (state[0] < _MOST_ITERATIONS) & jnp.any(distance(state[2]) > near),
+        again,
+        varying_alike((jnp.int32(0), X, gram, least)),
+    )
+    return improved(X, gram, jnp.ones_like(least)), distance(gram) <= near
+
+
+def power_iteration(X: Array, u: Array, steps: int = 1) -> tuple[Array, Array]:
+    """Estimates the largest singular value of X, from below, going on from a left vector.
+
+    Args:
+        X: array of shape (..., m, n), float32 or wider.
+        u: unit vector, shape (..., m, 1), such as the one from the last call.
+        steps: how many times to apply X^T and X.
+
+    Returns:
+        The estimate, shape (..., 1, 1), and the new left vector. Where X annihilates the vector
+        (as a zero matrix does), the estimate is zero and the vector stays, to be used again.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> sigma, _ = power_iteration(jnp.diag(jnp.array([3.0, 1.0])), jnp.full((2, 1), 0.5), 9)
+        >>> round(float(sigma[0, 0]), 3)
+        3.0
+
+    Source: Janson, Oyallon and Belilovsky, arXiv 2602.12429, Algorithm 3.
+    """
+    sigma = jnp.zeros((*X.shape[:-2], 1, 1), X.dtype)
+    for _ in range(steps):
+        image = X @ _unit(X.mT @ u, otherwise=0)
+        sigma, u = _norm(image), _unit(image, otherwise=u)
+    return sigma, u
+
+
+def start_vector(X: Array) -> Array:
+    """A fixed random unit vector to start the power iteration of X, the same for a whole stack."""
+    vector = jax.random.normal(jax.random.key(0), (X.shape[-2], 1), at_least_float32(X.dtype))
+    return jnp.broadcast_to(_unit(vector, otherwise=0), (*X.shape[:-1], 1))
+
+
+def _identity_like(X: Array) -> Array:
+    """Identity matrices, as many as X has."""
+    return jnp.broadcast_to(jnp.eye(X.shape[-1], dtype=X.dtype), X.shape)
+
+
+def _norm(X: Array) -> Array:
+    return jnp.sqrt(jnp.sum(X**2, axis=(-2, -1), keepdims=True))
+
+
+def _unit(X: Array, otherwise: jax.typing.ArrayLike) -> Array:
+    """X divided by its Frobenius norm; ``otherwise`` where that is zero."""
+    norm = _norm(X)
+    return jnp.where(norm > 0, X / jnp.where(norm > 0, norm, 1), otherwise)

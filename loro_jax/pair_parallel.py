@@ -1,0 +1,359 @@
+"""Work on all pairs of a tree: batched by shape, and divided among the devices of a mesh.
+
+An exact step needs each pair whole, and each costs the same; so several devices take some pairs
+each. Factors may lie on the mesh in any way. Those of one shape travel like this:
+
+1. every factor is split along its long axis over all devices (from any sharding this is a slice or
+   an all-to-all), and they are stacked;
+2. one all-to-all turns "a strip of every pair" into "some whole pairs" on each device;
+3. each device works on its own pairs;
+4. one all-to-all turns them into strips again, and each factor goes back to where it lay.
+
+While it works, no device holds more than its share of the pairs. Gathered are, leaf by leaf, only
+copies: at the end, factors that are replicated over some axis of the mesh, or (with automatic axes,
+where XLA chooses the way) laid out so that it finds no shorter way; at step 1, a shape neither of
+whose axes the number of devices divides. Pairs that do not fill the last round are padded by
+trivial ones.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from loro_jax.linalg.batching import count_of_none
+
+Array = jax.Array
+
+# (B, and what has its shape), (A, and what has its shape).
+PairArrays = tuple[tuple[Array, ...], tuple[Array, ...]]
+# Where the factors of a pair lie.
+Homes = tuple[NamedSharding, NamedSharding]
+BatchStep = Callable[[tuple[Array, ...], tuple[Array, ...]], tuple[Any, Any, Array]]
+
+
+def map_pairs(
+    step: BatchStep,
+    pairs: Sequence[PairArrays],
+    mesh: Any | None = None,
+    homes: Sequence[Homes | None] | None = None,
+) -> tuple[list[PairArrays], Array]:
+    """Applies a function of a batch of pairs to many pairs, those of one shape together.
+
+    A model has few shapes and many pairs: batches compile once a shape, and keep a GPU busy with
+    matrices that are small each.
+
+    Args:
+        step: takes arrays (N, m, r) for the output side and (N, r, n) for the input side; returns
+            two tuples of such arrays, and a count (int32 scalar).
+        pairs: for each pair, arrays (..., m, r) and (..., r, n), the same number of each for all.
+        mesh: divides the work among its devices; None: the mesh that the arrays' types name, or
+            that ``jax.set_mesh`` has set; no division where there is none.
+        homes: where the output and the input side of each pair lie, and the results shall. With
+            automatic axes nothing else says so, and XLA may lay out what is around as suits the
+            work best. None, for all or for one: as the arrays' types say, or as XLA decides.
+
+    Returns:
+        For each pair what the function returned, with the leading axes of the pair, and the sum of
+        the counts.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> B, A = jnp.ones((4, 2)), jnp.ones((3, 2, 5))
+        >>> pairs = [((B,), (A[0],)), ((jnp.stack([B, B]),), (A[1:],))]
+        >>> double = lambda outs, ins: ((2 * outs[0],), ins, jnp.int32(len(outs[0])))
+        >>> results, count = map_pairs(double, pairs)
+        >>> [result[0][0].shape for result in results], int(count)
+        ([(4, 2), (2, 4, 2)], 3)
+    """
+    division = _division([array for pair in pairs for side in pair for array in side], mesh)
+    groups: dict[Any, list[int]] = {}
+    for i, pair in enumerate(pairs):
+        groups.setdefault(_shapes(pair), []).append(i)
+    results: dict[int, PairArrays] = {}
+    total = count_of_none(pairs)
+    for members in groups.values():
+        arrays = [pairs[i] for i in members]
+        if division is None:
+            outcomes, count = _run_here(step, arrays)
+        else:
+            specs = [_specs(pairs[i], homes and homes[i], division.explicit) for i in members]
+            outcomes, count = division.run(step, arrays, specs)
+        results |= dict(zip(members, outcomes, strict=True))
+        total += count
+    return [results[i] for i in range(len(pairs))], total
+
+
+# Specs of the output and of the input side of a pair; None: nobody knows.
+_Specs = tuple[PartitionSpec, PartitionSpec] | None
+
+
+def _specs(pair: PairArrays, home: Any, explicit: bool) -> _Specs:
+    if home is not None:
+        return home[0].spec, home[1].spec
+    if not explicit:
+        return None
+    (out, *_), (inp, *_) = pair
+    return jax.typeof(out).sharding.spec, jax.typeof(inp).sharding.spec
+
+
+def _shapes(pair: PairArrays) -> Any:
+    return tuple(tuple((x.shape[-2:], x.dtype) for x in side) for side in pair)
+
+
+def _run_here(step: BatchStep, pairs: Sequence[PairArrays]) -> tuple[list[PairArrays], Array]:
+    stacked = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *(_flat(p) for p in pairs))
+    outs, ins, count = step(*stacked)
+    return _unstack((outs, ins), pairs), count
+
+
+def _flat(pair: PairArrays) -> PairArrays:
+    """Leading axes as one, of length one where there is none."""
+    return jax.tree.map(lambda x: x.reshape(-1, *x.shape[-2:]), pair)
+
+
+def _unstack(stacked: PairArrays, pairs: Sequence[PairArrays]) -> list[PairArrays]:
+    results, start = [], 0
+    for outs, _ in pairs:
+        batch = outs[0].shape[:-2]
+        stop = start + math.prod(batch)
+        results.append(
+            jax.tree.map(
+                lambda x, a=start, z=stop, batch=batch: x[a:z].reshape(*batch, *x.shape[1:]),
+                stacked,
+            )
+        )
+        start = stop
+    return results
+
+
+def homes_on_mesh(
+    mesh: Any, params: Any, pairs: Sequence[tuple[int, int]]
+) -> tuple[Any, list[Homes | None] | None]:
+    """The mesh that an argument ``mesh`` names, and where on it the factors of each pair lie.
+
+    Args:
+        mesh: None, a mesh, or a tree like the parameters or a prefix of it. Its leaves are
+            shardings, or PartitionSpecs of the mesh that ``jax.set_mesh`` has set, or None where
+            nothing is known. A sharding of another kind, such as that of an array on one device,
+            says nothing about a mesh.
+        params: the parameters.
+        pairs: which leaves of the parameters are B and A of each pair.
+
+    Returns:
+        The mesh, or None for the one that is found automatically; and a place or None for each
+        pair, or None alone where the argument does not say.
+
+    Raises:
+        ValueError: if the tree does not fit, if its shardings are on different meshes, or if there
+            is no mesh for a PartitionSpec.
+    """
+    if mesh is None or isinstance(mesh, jax.sharding.Mesh | jax.sharding.AbstractMesh):
+        return mesh, None
+    shardings = _sharding_of_each_leaf(mesh, params)
+    factors = [shardings[index] for pair in pairs for index in pair]
+    meshes = [x.mesh for x in factors if isinstance(x, NamedSharding)]
+    if not meshes and any(isinstance(x, PartitionSpec) for x in factors):
+        meshes = [jax.sharding.get_abstract_mesh()]
+        if meshes[0].empty:
+            raise ValueError(
+                "loro: mesh holds PartitionSpecs, but no mesh is set that they are of; pass "
+                "NamedShardings, or take steps inside jax.set_mesh(mesh)."
+            )
+    if not meshes:
+        return jax.sharding.AbstractMesh((), ()), None
+    if any(other.abstract_mesh != meshes[0].abstract_mesh for other in meshes):
+        raise ValueError(
+            f"loro: mesh holds shardings of different meshes, {sorted({str(m) for m in meshes})}; "
+            "expected one mesh for all pairs."
+        )
+
+    def home(index: int) -> NamedSharding | None:
+        found = shardings[index]
+        if isinstance(found, PartitionSpec):
+            return NamedSharding(meshes[0], found)
+        return found if isinstance(found, NamedSharding) else None
+
+    homes: list[Homes | None] = []
+    for B, A in pairs:
+        of_B, of_A = home(B), home(A)
+        homes.append((of_B, of_A) if of_B is not None and of_A is not None else None)
+    return meshes[0], homes
+
+
+def _sharding_of_each_leaf(tree: Any, params: Any) -> list[Any]:
+    def is_sharding(x: Any) -> bool:
+        return x is None or isinstance(x, jax.sharding.Sharding | PartitionSpec)
+
+    found = jax.tree.leaves(tree, is_leaf=is_sharding)
+    found = [x.sharding if isinstance(x, jax.Array) else x for x in found]
+    wrong = [x for x in found if not is_sharding(x)]
+    if wrong:
+        raise ValueError(
+            "loro: mesh must be a mesh, or a tree of shardings like the parameters, but holds a "
+            f"{type(wrong[0]).__name__}."
+        )
+    expected = len(jax.tree.leaves(params))
+    if len(found) == expected:
+        return found
+    try:
+        each = jax.tree.map(
+            lambda sharding, part: [sharding] * len(jax.tree.leaves(part)),
+            tree,
+            params,
+            is_leaf=is_sharding,
+        )
+        return jax.tree.leaves(each, is_leaf=is_sharding)
+    except (ValueError, TypeError):
+        raise ValueError(
+            f"loro: mesh must be a mesh, or a tree of {expected} shardings like the parameters (or "
+            f"a prefix of it), but has {len(found)} leaves."
+        ) from None
+
+
+# ------------------------------------------------------------------------------ over devices
+
+
+def _division(arrays: Sequence[Array], mesh: Any | None) -> _Division | None:
+    """How to divide work on these arrays, or None where there is nothing to divide it among."""
+    if mesh is None:
+        meshes = [jax.typeof(x).sharding.mesh for x in arrays]
+        named = [mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types]
+        mesh = named[0] if named else jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return None
+    kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
+    explicit = AxisType.Explicit in kinds.values()
+    kind = AxisType.Explicit if explicit else AxisType.Auto
+    # The last axes of a mesh are those that parameters are usually split over. With them first,
+    # what is split over these and copied over the others is already near its place.
+    axes = tuple(name for name in reversed(mesh.axis_names) if kinds[name] == kind)
+    if explicit:
+        axes = tuple(name for name in axes if not _mapped_over(name, mesh))
+    division = _Division(mesh, axes, explicit)
+    return division if division.ways > 1 else None
+
+
+def _mapped_over(axis: str, mesh: Any) -> bool:
+    """Whether a ``jax.vmap`` around this code maps over an axis of an explicit mesh.
+
+    It does where the mapped axis of an array is sharded over it, as in an ensemble with some
+    members on each device. The mesh still has the axis then, but no array in here may be sharded
+    over it. JAX has no public name for this state, so this tries.
+    """
+    try:
+        jax.eval_shape(
+            jax.shard_map(
+                lambda: jnp.zeros([]),
+                mesh=mesh,
+                in_specs=(),
+                out_specs=PartitionSpec(),
+                axis_names={axis},
+            )
+        )
+    except ValueError:
+        return True
+    return False
+
+
+class _Division(NamedTuple):
+    """The axes of a mesh that work is divided over."""
+
+    mesh: Any
+    axes: tuple[str, ...]
+    explicit: bool
+
+    @property
+    def ways(self) -> int:
+        """The number of shares."""
+        return math.prod(self.mesh.shape[axis] for axis in self.axes)
+
+    def put(self, x: Array, spec: PartitionSpec) -> Array:
+        """The array laid out by a spec."""
+        sharding = NamedSharding(self.mesh, spec)
+        if self.explicit:
+            return jax.sharding.reshard(x, sharding)
+        return jax.lax.with_sharding_constraint(x, sharding)
+
+    def strips(self, x: Array, long_axis: int) -> Array:
+        """The array split over all devices along its long axis, or the other if that can't be."""
+        spec: list[Any] = [None] * x.ndim
+        for axis in (long_axis, -3 - long_axis):
+            if x.shape[axis] % self.ways == 0:
+                spec[axis] = self.axes
+                break
+        return self.put(x, PartitionSpec(*spec))
+
+    def all_strips(self, pair: PairArrays) -> PairArrays:
+        """Strips of output sides (..., m, r) along m, and of input sides (..., r, n) along n."""
+        outs, ins = pair
+        return tuple(self.strips(x, -2) for x in outs), tuple(self.strips(x, -1) for x in ins)
+
+    def home(self, x: Array, long_axis: int, spec: PartitionSpec) -> Array:
+        """A strip laid out by a spec.
+
+        Where that leaves axes of the mesh unused, strips are first copied along these: in one go
+        XLA would gather the whole array.
+        """
+        used = jax.tree.leaves(tuple(spec))
+        fewer = self._replace(axes=tuple(axis for axis in self.axes if axis in used))
+        if 0 < len(fewer.axes) < len(self.axes):
+            x = fewer.strips(x, long_axis)
+        return self.put(x, spec)
+
+    def run(
+        self, step: BatchStep, pairs: Sequence[PairArrays], specs: Sequence[_Specs]
+    ) -> tuple[list[PairArrays], Array]:
+        """What :func:`_run_here` does, by all devices together."""
+        if not self.explicit:
+            pairs = [self.pinned(pair, spec) for pair, spec in zip(pairs, specs, strict=True)]
+        flat = [_flat(self.all_strips(pair)) for pair in pairs]
+        stacked = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *flat)
+        missing = -len(stacked[0][0]) % self.ways
+
+        def share(x: Array) -> Array:
+            trivial = jnp.broadcast_to(
+                jnp.eye(x.shape[1], x.shape[2], dtype=x.dtype), (missing, *x.shape[1:])
+            )
+            if self.explicit:
+                trivial = jax.sharding.reshard(trivial, jax.typeof(x).sharding)
+            return self.put(jnp.concatenate([x, trivial]), PartitionSpec(self.axes))
+
+        def work(shares: PairArrays) -> tuple[PairArrays, Array]:
+            outs, ins, count = step(*shares)
+            return (outs, ins), jax.lax.psum(count, self.axes)
+
+        divided = jax.shard_map(
+            work,
+            mesh=self.mesh,
+            in_specs=PartitionSpec(self.axes),
+            out_specs=(PartitionSpec(self.axes), PartitionSpec()),
+            axis_names=set(self.axes),
+            check_vma=False,
+        )
+        done, count = divided(jax.tree.map(share, stacked))
+        results = _unstack(self.all_strips(done), pairs)
+        results = [self.brought_home(pair, spec) for pair, spec in zip(results, specs, strict=True)]
+        return results, count
+
+    def pinned(self, pair: PairArrays, specs: _Specs) -> PairArrays:
+        """The arrays of a pair as they lie, said to XLA."""
+        if specs is None:
+            return pair
+        outs, ins = pair
+        return tuple(self.put(x, specs[0]) for x in outs), tuple(self.put(x, specs[1]) for x in ins)
+
+    def brought_home(self, pair: PairArrays, specs: _Specs) -> PairArrays:
+        """Strips of a pair, laid out as it was."""
+        if specs is None:
+            return pair
+        outs, ins = pair
+        return (
+            tuple(self.home(x, -2, specs[0]) for x in outs),
+            tuple(self.home(x, -1, specs[1]) for x in ins),
+        )

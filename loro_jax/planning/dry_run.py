@@ -1,0 +1,128 @@
+"""``python train.py --dry_run``: what a run would take, before there is a device for it."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import logging
+import math
+import os
+import sys
+from collections.abc import Iterator
+
+import jax
+
+from loro_jax.bench.timing import print_table
+from loro_jax.planning.accelerators import ACCELERATORS
+from loro_jax.planning.plan import Plan, make_plan
+from loro_jax.text.tokenizers.tokenizer import load_tokenizer
+from loro_jax.training.config import Config, MeshConfig
+from loro_jax.training.errors import TrainingError
+from loro_jax.training.vocabulary import resolve_vocabulary
+
+
+def dry_run(config: Config, devices: int | None) -> None:
+    """Compiles a run's step for simulated devices and prints what it takes.
+
+    Args:
+        config: the run's.
+        devices: how many; None: as many as ``config.mesh`` says.
+
+    Raises:
+        TrainingError: for a bad config, or if nothing says how many devices.
+    """
+    config.validate()
+    if config.model.vocab_size == 0:
+        data = config.data
+        tokenizer = load_tokenizer(data.tokenizer, data.eos_id, data.pad_id)
+        config, _ = resolve_vocabulary(config, tokenizer)
+    count = devices or _devices_of(config.mesh)
+    simulate_devices(count)
+    with quiet_partitioner():
+        plan = make_plan(config, count)
+    for line in describe(config, plan):
+        print(line)
+    print_table(step_times(plan))
+
+
+def simulate_devices(count: int) -> None:
+    """Lets JAX see that many CPUs; one there is anyway. Before anything else is asked of JAX."""
+    if count > 1:
+        jax.config.update("jax_platforms", "cpu")
+        jax.config.update("jax_num_cpu_devices", count)
+
+
+def _devices_of(mesh: MeshConfig) -> int:
+    sizes = (mesh.data, mesh.fsdp, mesh.tensor)
+    if min(sizes) < 1:
+        raise TrainingError(
+            f"config.mesh = {mesh.data} x {mesh.fsdp} x {mesh.tensor} (data x fsdp x tensor) "
+            "leaves open how many devices there are; expected --devices=N."
+        )
+    return math.prod(sizes)
+
+
+@contextlib.contextmanager
+def quiet_partitioner() -> Iterator[None]:
+    """Keeps what XLA's partitioner says of each array that it moves off standard error."""
+    logging.captureWarnings(True)
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with open(os.devnull, "w", encoding="utf-8") as nothing:
+        os.dup2(nothing.fileno(), 2)
+        try:
+            yield
+        finally:
+            os.dup2(kept, 2)
+            os.close(kept)
+            logging.captureWarnings(False)
+
+
+def describe(config: Config, plan: Plan) -> list[str]:
+    """Lines about a plan, all but its times."""
+    per_device = plan.model_flops / plan.devices
+    executed = sum(one.flops for one in plan.products)
+    kinds: collections.Counter[str] = collections.Counter()
+    for exchange in plan.exchanges:
+        kinds[exchange.kind] += round(exchange.sent)
+    by_kind = ", ".join(f"{kind} {_bytes(sent)}" for kind, sent in kinds.most_common())
+    lines = [
+        f"{config.method}, {plan.parameters / 1e9:.3g}G parameters, on {plan.devices} device(s) "
+        f"({config.mesh.data} x {config.mesh.fsdp} x {config.mesh.tensor}, data x fsdp x tensor); "
+        f"{plan.tokens:,} tokens a step",
+        f"  each device holds {_bytes(plan.state_bytes)} of parameters and optimizer state, and "
+        f"within a step at most {_bytes(plan.temporary_bytes)} more (compiled for CPU)",
+        f"  it computes {per_device / 1e12:.3g} TFLOP a step for the model, "
+        f"{executed / 1e12:.3g} with what is computed again or on several devices",
+        f"  it sends {_bytes(plan.sent)} a step" + (f" ({by_kind})" if by_kind else ""),
+    ]
+    if plan.exact_exchanges != plan.exchanges:
+        lines.append(f"  and {_bytes(plan.sent_more)} more in an exact one")
+    return lines
+
+
+def step_times(plan: Plan) -> list[dict[str, object]]:
+    """Expected times on each accelerator, as rows of a table."""
+    rows: list[dict[str, object]] = []
+    for name, accelerator in ACCELERATORS.items():
+        computing, exchanging = plan.seconds(accelerator)
+        least, most = max(computing, exchanging), computing + exchanging
+        peak = plan.devices * accelerator.flops
+        held = plan.state_bytes + plan.temporary_bytes
+        rows.append(
+            {
+                "accelerator": name,
+                "fits": "yes" if held < accelerator.memory else "no",
+                "computing ms": 1e3 * computing,
+                "exchanges ms": 1e3 * exchanging,
+                "step ms": f"{1e3 * least:.3g} to {1e3 * most:.3g}",
+                "tokens/s": f"{plan.tokens / most:.3g} to {plan.tokens / least:.3g}",
+                "MFU": f"{plan.model_flops / peak / most:.2f} to "
+                f"{plan.model_flops / peak / least:.2f}",
+            }
+        )
+    return rows
+
+
+def _bytes(count: float) -> str:
+    return f"{count / 1e9:.3g} GB" if count >= 1e8 else f"{count / 1e6:.3g} MB"

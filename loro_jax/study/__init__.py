@@ -1,0 +1,1 @@
+"""Comparisons of methods on equal terms, their reports and their results."""

@@ -1,0 +1,227 @@
+"""The table and the plots of a comparison."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import pathlib
+import statistics
+from typing import Any, NamedTuple
+
+import matplotlib
+from matplotlib.figure import Figure
+
+from loro_jax.bench.timing import environment
+from loro_jax.planning.flops import flops_per_token
+from loro_jax.planning.memory_table import held_by
+from loro_jax.training.config import Config
+from loro_jax.training.fields import set_field
+
+# Names beside the points of a plot, while they can be read; the legend has them in any case.
+_NAMED_POINTS = 12
+
+
+class Arm(NamedTuple):
+    """What is compared: a method, with fields of the config set its own way.
+
+    Attributes:
+        name: in the table, and of its directory.
+        method: a name from :data:`loro_jax.training.config.METHODS`.
+        changes: fields, dotted, and their values.
+    """
+
+    name: str
+    method: str
+    changes: tuple[tuple[str, Any], ...] = ()
+
+
+class Run(NamedTuple):
+    """One run of a comparison.
+
+    Attributes:
+        arm: what it is a run of.
+        learning_rate: its peak learning rate.
+        seed: its seed.
+    """
+
+    arm: Arm
+    learning_rate: float
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Its directory below the comparison's."""
+        return f"{self.arm.name}/lr{self.learning_rate:g}/seed{self.seed}"
+
+
+class Result(NamedTuple):
+    """How a run ended.
+
+    Attributes:
+        run: which one.
+        perplexity: its last validation perplexity; None if it diverged.
+        note: why, then.
+        curve: tokens and training loss of its rows.
+        seconds: time of its steps, without evaluations and checkpoints.
+    """
+
+    run: Run
+    perplexity: float | None
+    note: str
+    curve: list[tuple[int, float]]
+    seconds: float
+
+
+def config_of(base: Config, run: Run) -> Config:
+    """The config of one run: the shared one with its arm's fields, learning rate and seed."""
+    config = copy.deepcopy(base)
+    for name, value in run.arm.changes:
+        set_field(config, name, value)
+    return dataclasses.replace(
+        config, method=run.arm.method, learning_rate=run.learning_rate, seed=run.seed
+    )
+
+
+def write_report(
+    base: Config, results: list[Result], directory: pathlib.Path, command: str = ""
+) -> None:
+    """Writes ``table.md``, ``table.json`` and ``curves.png`` into a comparison's directory.
+
+    Args:
+        base: the config that all runs share.
+        results: all results so far.
+        directory: where to write.
+        command: what made them.
+    """
+    rows = summary(base, results)
+    (directory / "table.md").write_text(_markdown(rows), encoding="utf-8")
+    content = {
+        "command": command,
+        "environment": environment(),
+        "config": dataclasses.asdict(base),
+        "rows": rows,
+        "runs": [_as_json(result) for result in results],
+    }
+    (directory / "table.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    _plot(base, results, rows, directory / "curves.png")
+
+
+def summary(base: Config, results: list[Result]) -> list[dict[str, Any]]:
+    """One row an arm, the best first; diverged ones last.
+
+    Args:
+        base: the config that all runs share.
+        results: all results.
+
+    Returns:
+        Rows: best learning rate, mean and spread (largest less smallest) of the perplexity over the
+        seeds at that rate, parameters, memory, tokens a second, FLOPs per token and minutes of a
+        run, and what diverged.
+    """
+    rows = []
+    for arm in dict.fromkeys(result.run.arm for result in results):
+        own = [result for result in results if result.run.arm == arm]
+        finished = [result for result in own if result.perplexity is not None]
+        diverged = [
+            f"lr {result.run.learning_rate:g} seed {result.run.seed}"
+            for result in own
+            if result.perplexity is None
+        ]
+        config = config_of(base, own[0].run)
+        held = held_by(config)
+        row: dict[str, Any] = {"arm": arm.name, "best lr": None, "perplexity": None}
+        row |= {"spread": None, "seeds": 0, "tokens/s": None, "minutes": None}
+        if finished:
+            best = min(finished, key=lambda result: result.perplexity or 0).run.learning_rate
+            # The grid was run with the first seed: the rate with most seeds is the chosen one.
+            by_rate: dict[float, list[Result]] = {}
+            for result in finished:
+                by_rate.setdefault(result.run.learning_rate, []).append(result)
+            most = max(len(found) for found in by_rate.values())
+            if most > 1:
+                best = next(rate for rate, found in by_rate.items() if len(found) == most)
+            chosen = by_rate[best]
+            values = [result.perplexity or 0.0 for result in chosen]
+            seconds = statistics.median(result.seconds for result in chosen)
+            row |= {
+                "best lr": best,
+                "perplexity": statistics.mean(values),
+                "spread": max(values) - min(values),
+                "seeds": len(values),
+                "tokens/s": chosen[0].curve[-1][0] / seconds if chosen[0].curve else None,
+                "minutes": seconds / 60,
+            }
+        row |= {
+            "trainable M": held.trainable / 1e6,
+            "total M": held.total / 1e6,
+            "memory MB": (held.weights + held.optimizer + held.gradients) / 1e6,
+            "MFLOPs/token": flops_per_token(config) / 1e6,
+            "diverged": "; ".join(diverged),
+        }
+        rows.append(row)
+    return sorted(rows, key=lambda row: row["perplexity"] or float("inf"))
+
+
+def _markdown(rows: list[dict[str, Any]]) -> str:
+    names = list(rows[0]) if rows else []
+    lines = [names, ["---"] * len(names)]
+    lines += [[_cell(row[name]) for name in names] for row in rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines) + "\n"
+
+
+def _cell(value: Any) -> str:
+    if value is None:
+        return ""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def _as_json(result: Result) -> dict[str, Any]:
+    return {
+        "arm": result.run.arm.name,
+        "method": result.run.arm.method,
+        "changes": dict(result.run.arm.changes),
+        "learning_rate": result.run.learning_rate,
+        "seed": result.run.seed,
+        "perplexity": result.perplexity,
+        "note": result.note,
+        "seconds": result.seconds,
+        "curve": result.curve,
+    }
+
+
+def _plot(
+    base: Config, results: list[Result], rows: list[dict[str, Any]], path: pathlib.Path
+) -> None:
+    """Loss against tokens and against FLOPs for the best rate; perplexity against memory."""
+    figure = Figure(figsize=(18, 6), layout="constrained")
+    axes = figure.subplots(1, 3)
+    colours = matplotlib.colormaps["turbo"]
+    for i, row in enumerate(rows):
+        chosen = [
+            result
+            for result in results
+            if result.run.arm.name == row["arm"] and result.run.learning_rate == row["best lr"]
+        ]
+        if not chosen or not chosen[0].curve:
+            continue
+        tokens, losses = zip(*chosen[0].curve, strict=True)
+        smooth = _running_mean(losses)
+        flops = flops_per_token(config_of(base, chosen[0].run))
+        style = {"color": colours((i + 0.5) / len(rows))}
+        label = f"{row['arm']} {row['perplexity']:.4g}"
+        axes[0].plot([t / 1e6 for t in tokens], smooth, label=label, **style)
+        axes[1].plot([t * flops / 1e15 for t in tokens], smooth, **style)
+        axes[2].scatter(row["memory MB"], row["perplexity"], **style)
+        if len(rows) <= _NAMED_POINTS:
+            axes[2].annotate(row["arm"], (row["memory MB"], row["perplexity"]))
+    axes[0].set(xlabel="tokens (millions)", ylabel="training loss (nats)")
+    axes[1].set(xlabel="PFLOPs", ylabel="training loss (nats)")
+    axes[2].set(xlabel="weights, gradients, optimizer (MB)", ylabel="validation perplexity")
+    if axes[0].lines:
+        figure.legend(loc="outside right upper", fontsize="small")
+    figure.savefig(path, dpi=120)
+
+
+def _running_mean(values: tuple[float, ...], width: int = 10) -> list[float]:
+    return [statistics.mean(values[max(0, i - width + 1) : i + 1]) for i in range(len(values))]

@@ -1,0 +1,153 @@
+"""Parts of a source, read one behind the other, from any place on.
+
+A part is what is read from its beginning: a file, or a range of records. All documents of a source
+come in one order, whoever reads them; where a reading was interrupted, it goes on from a
+:class:`Position`.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+from loro_jax.text.readers import Tally
+
+# One document in a hundred validates where nobody names a validation set.
+VALIDATION_SHARE = 100
+
+# Documents that travel together end where one of these is reached.
+_CHUNK_DOCUMENTS = 256
+_CHUNK_CHARACTERS = 1 << 20
+
+
+class Part(NamedTuple):
+    """A part of a source.
+
+    Attributes:
+        name: what it is called: a path, mostly.
+        size: bytes or records; a part of another size is another part.
+        setting: the field of the config that names the source ("config.data.source").
+        split: "train", "validation", or None: each document goes where a hash of its text says.
+        read: yields its texts, and counts them in a tally.
+    """
+
+    name: str
+    size: int
+    setting: str
+    split: str | None
+    read: Callable[[Tally], Iterator[str]]
+
+
+class Position(NamedTuple):
+    """A place between two documents.
+
+    Attributes:
+        part: number of the part.
+        documents: documents of that part that lie before the place.
+        counts: what the tallies, by setting, had counted when the part began.
+    """
+
+    part: int
+    documents: int
+    counts: dict[str, Any]
+
+
+class Chunk(NamedTuple):
+    """Consecutive documents.
+
+    Attributes:
+        splits: "train" or "validation", for each document.
+        texts: the documents.
+        end: the position behind the last one.
+    """
+
+    splits: list[str]
+    texts: list[str]
+    end: Position
+
+
+def digest(text: str) -> int:
+    """64 bits of a text's hash."""
+    whole = hashlib.sha256(text.encode("utf-8", errors="surrogatepass")).digest()
+    return int.from_bytes(whole[:8], "big")
+
+
+class PartReader:
+    """Reads parts.
+
+    Args:
+        parts: what to read, in this order.
+        skip: whether to go on however many documents are bad.
+        held_out: digests of texts that are left out of the training split.
+
+    Example:
+        >>> part = Part("a", 2, "SOURCE", "train", lambda tally: iter(["one", "two"]))
+        >>> [chunk.texts for chunk in PartReader([part], skip=False).chunks()]
+        [['one', 'two']]
+    """
+
+    def __init__(self, parts: Sequence[Part], skip: bool, held_out: frozenset[int] = frozenset()):
+        self._parts = parts
+        self._held_out = held_out
+        self._tallies = {part.setting: Tally(part.setting, skip) for part in parts}
+
+    def chunks(self, start: Position | None = None) -> Iterator[Chunk]:
+        """All documents behind a position (from the beginning by default), in order.
+
+        Raises:
+            TrainingError: from the tallies.
+        """
+        if start is not None:
+            for setting, counts in start.counts.items():
+                self._tallies[setting].restore(counts)
+        first, passed = (0, 0) if start is None else (start.part, start.documents)
+        for number in range(first, len(self._parts)):
+            yield from self._chunks_of(number, passed if number == first else 0)
+        for tally in self._tallies.values():
+            tally.close()
+
+    def _chunks_of(self, number: int, passed: int) -> Iterator[Chunk]:
+        part = self._parts[number]
+        counts = {setting: tally.counts() for setting, tally in self._tallies.items()}
+        splits: list[str] = []
+        texts: list[str] = []
+        characters, seen = 0, 0
+        for text in part.read(self._tallies[part.setting]):
+            seen += 1
+            if seen <= passed:
+                continue
+            split = self._split(part, text)
+            if split is None:
+                continue
+            splits.append(split)
+            texts.append(text)
+            characters += len(text)
+            if len(texts) == _CHUNK_DOCUMENTS or characters >= _CHUNK_CHARACTERS:
+                yield Chunk(splits, texts, Position(number, seen, counts))
+                splits, texts, characters = [], [], 0
+        if texts:
+            yield Chunk(splits, texts, Position(number, seen, counts))
+
+    def _split(self, part: Part, text: str) -> str | None:
+        if part.split == "validation" or (part.split and not self._held_out):
+            return part.split
+        number = digest(text)
+        if number in self._held_out:
+            return None
+        if part.split is None and number % VALIDATION_SHARE == 0:
+            return "validation"
+        return "train"
+
+    def notes(self) -> list[str]:
+        """Lines on what has been skipped."""
+        reports = [tally.report() for tally in self._tallies.values()]
+        return [report for report in reports if report is not None]
+
+    def bad(self) -> dict[str, int]:
+        """Numbers of bad documents by reason."""
+        total: dict[str, int] = {}
+        for tally in self._tallies.values():
+            for reason, count in tally.bad.items():
+                total[reason] = total.get(reason, 0) + count
+        return total

@@ -1,0 +1,93 @@
+"""Texts to ids, several chunks at a time, in order."""
+
+from __future__ import annotations
+
+import collections
+import os
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import numpy as np
+
+from loro_jax.text.documents import Chunk
+from loro_jax.text.tokenizers.tokenizer import Tokenizer
+from loro_jax.training.errors import TrainingError
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def token_dtype(vocab_size: int) -> Any:
+    """The smallest unsigned dtype that holds all ids: uint16 up to 65,536 of them, or uint32."""
+    return np.uint16 if vocab_size <= 1 << 16 else np.uint32
+
+
+def encode_document(text: str, tokenizer: Tokenizer) -> np.ndarray:
+    """One document's ids, closed by the end-of-text id, int32 (n,)."""
+    return _encode([text], tokenizer)[0]
+
+
+def encode_chunks(
+    chunks: Iterable[Chunk], tokenizer: Tokenizer, threads: int = 0, bos: bool = False
+) -> Iterator[tuple[Chunk, list[np.ndarray]]]:
+    """Encodes chunks by several threads (tokenizers work outside Python's lock).
+
+    Args:
+        chunks: chunks of documents.
+        tokenizer: their tokenizer.
+        threads: how many at a time; 0: as many as there are cores.
+        bos: whether each document begins with the beginning-of-text ids.
+
+    Yields:
+        Each chunk, in order, with the ids of its documents, each closed by the end-of-text id and
+        of dtype :func:`token_dtype`.
+
+    Raises:
+        TrainingError: if the tokenizer yields an id that is outside its vocabulary.
+    """
+    threads = threads or available_cores()
+    dtype = token_dtype(tokenizer.vocab_size)
+    begin = tokenizer.bos_ids if bos else ()
+    waiting: collections.deque[tuple[Chunk, Future[list[np.ndarray]]]] = collections.deque()
+    with ThreadPoolExecutor(threads, thread_name_prefix="encode") as pool:
+        try:
+            for chunk in chunks:
+                waiting.append((chunk, pool.submit(_encode, chunk.texts, tokenizer, dtype, begin)))
+                if len(waiting) > 2 * threads:
+                    done, future = waiting.popleft()
+                    yield done, future.result()
+            while waiting:
+                done, future = waiting.popleft()
+                yield done, future.result()
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+
+def _encode(
+    texts: list[str],
+    tokenizer: Tokenizer,
+    dtype: Any = np.int32,
+    begin: tuple[int, ...] = (),
+) -> list[np.ndarray]:
+    documents = []
+    for ids in tokenizer.encode(texts):
+        document = np.empty(len(begin) + len(ids) + 1, np.int64)
+        document[: len(begin)] = begin
+        document[len(begin) : -1] = ids
+        document[-1] = tokenizer.eos_id
+        check_ids(document, tokenizer.vocab_size, "the tokenizer's output")
+        documents.append(document.astype(dtype))
+    return documents
+
+
+def check_ids(ids: np.ndarray, vocab_size: int, place: str) -> None:
+    """Raises TrainingError if an id is outside the vocabulary; it would train on nonsense."""
+    if ids.size and not (ids.min() >= 0 and ids.max() < vocab_size):
+        wrong = int(ids[(ids < 0) | (ids >= vocab_size)][0])
+        raise TrainingError(
+            f"token id {wrong} in {place} is outside the vocabulary of config.data.tokenizer "
+            f"(0 to {vocab_size - 1})."
+        )

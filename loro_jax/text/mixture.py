@@ -1,0 +1,224 @@
+"""The tokens of a run: sources opened, mixed, and split into training and validation."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from loro_jax.text.documents import Part, PartReader
+from loro_jax.text.encoding import check_ids, encode_chunks, token_dtype
+from loro_jax.text.packing import EncodedTexts, Row, consecutive_rows, padded_row
+from loro_jax.text.prepared import is_prepared, open_prepared
+from loro_jax.text.readers import Tally
+from loro_jax.text.shards import TokenShards, make_shard
+from loro_jax.text.sources import (
+    no_document,
+    source_parts,
+    validation_parts,
+    weighted_sources,
+)
+from loro_jax.text.tfds_source import tfds_texts
+from loro_jax.text.tokenizers.tokenizer import Tokenizer
+from loro_jax.training.config import Config, DataConfig
+from loro_jax.training.errors import TrainingError
+
+# Documents of a source's validation split that are used: enough for ten million tokens.
+MAX_VALIDATION_DOCUMENTS = 50_000
+
+
+class TrainingSource(NamedTuple):
+    """One of the sources that are mixed.
+
+    Attributes:
+        name: what errors call it.
+        documents: ids of its training documents, each closed by the end-of-text id. Either
+            :class:`TokenShards`, or encoded when asked for.
+        weight: its share of the sequences, before normalisation.
+    """
+
+    name: str
+    documents: Sequence[np.ndarray]
+    weight: float
+
+
+class Corpus(NamedTuple):
+    """All that a run reads.
+
+    Attributes:
+        train: training sources.
+        validation_tokens: the fixed validation set, int32 (S, L + 1).
+        validation_mask: float32 (S, L).
+        train_stream: the training tokens in order (N,), or None where several sources or a large
+            one make it meaningless or too long.
+        pad_id: the id that fills short sequences.
+        vocab_size: ids of the tokenizer.
+        fingerprint: changes with the tokens, or with the dataset they are read from.
+        notes: what the user should know about the reading.
+    """
+
+    train: tuple[TrainingSource, ...]
+    validation_tokens: np.ndarray
+    validation_mask: np.ndarray
+    train_stream: np.ndarray | None
+    pad_id: int
+    vocab_size: int
+    fingerprint: str
+    notes: tuple[str, ...]
+
+
+class _Source(NamedTuple):
+    """One source, opened; ``validation`` is None where ``config.data.validation`` replaces it."""
+
+    train: Sequence[np.ndarray]
+    validation: Sequence[np.ndarray] | None
+    fingerprint: str
+    notes: Sequence[str]
+    in_memory: bool = False
+
+
+def load_corpus(config: Config, tokenizer: Tokenizer) -> Corpus:
+    """Opens, and where need be reads and encodes, what ``config.data`` names.
+
+    Args:
+        config: the run's config (``data``, ``sequence_length``).
+        tokenizer: its tokenizer.
+
+    Returns:
+        The corpus. No training document is in its validation set, unless ``config.data.validation``
+        brings some of a "tfds:" or prepared source, whose texts are not compared.
+
+    Raises:
+        TrainingError: if files are missing, unreadable or hold no text, or a prepared directory is
+            of another tokenizer.
+    """
+    weighted = weighted_sources(config.data.source)
+    opened = [_open(entry.source, config.data, tokenizer) for entry in weighted]
+    notes = [note for source in opened for note in source.notes]
+    validation = [source.validation for source in opened if source.validation is not None]
+    if config.data.validation is not None:
+        parts = validation_parts(config.data.validation, config.data)
+        reader = PartReader(parts, config.data.bad_documents == "skip")
+        validation = [_encoded(reader, config.data, tokenizer)["validation"]]
+        notes += reader.notes()
+    for entry, source in zip(weighted, opened, strict=True):
+        if not len(source.train):
+            raise TrainingError(f"config.data.source = {entry.source!r} {no_document('train')}")
+    tokens, mask = _validation_set(config, validation, tokenizer)
+    train = tuple(
+        TrainingSource(entry.source, source.train, entry.weight)
+        for entry, source in zip(weighted, opened, strict=True)
+    )
+    alone = opened[0].train if len(opened) == 1 and opened[0].in_memory else None
+    identity = [tokenizer.fingerprint, *(source.fingerprint for source in opened), _hash(tokens)]
+    return Corpus(
+        train,
+        tokens,
+        mask,
+        alone.stream() if isinstance(alone, TokenShards) else None,
+        tokenizer.pad_id,
+        tokenizer.vocab_size,
+        hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16],
+        tuple(notes),
+    )
+
+
+def _open(source: str, config: DataConfig, tokenizer: Tokenizer) -> _Source:
+    skip = config.bad_documents == "skip"
+    if is_prepared(source):
+        prepared = open_prepared(source, tokenizer, skip)
+        return _Source(
+            prepared.train,
+            prepared.validation if config.validation is None else None,
+            prepared.fingerprint,
+            prepared.notes,
+        )
+    if source.startswith("tfds:"):
+        train, validation, identity = tfds_texts(source, config, Tally("config.data.source", skip))
+        return _Source(
+            EncodedTexts(train, tokenizer),
+            EncodedTexts(validation, tokenizer) if config.validation is None else None,
+            json.dumps(identity),
+            [],
+        )
+    parts, held_out = source_parts(source, config)
+    own: list[Part] = [part for part in parts if part.setting == "config.data.source"]
+    reader = PartReader(own, skip, held_out)
+    splits = _encoded(reader, config, tokenizer)
+    return _Source(
+        splits["train"],
+        splits["validation"] if config.validation is None else None,
+        _hash(splits["train"].stream()),
+        reader.notes(),
+        in_memory=True,
+    )
+
+
+def _hash(array: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(array).data).hexdigest()[:16]
+
+
+def _encoded(
+    reader: PartReader, config: DataConfig, tokenizer: Tokenizer
+) -> dict[str, TokenShards]:
+    """All that a reader yields, in memory, by split."""
+    documents: dict[str, list[np.ndarray]] = {"train": [], "validation": []}
+    for chunk, encoded in encode_chunks(reader.chunks(), tokenizer, config.threads):
+        for split, ids in zip(chunk.splits, encoded, strict=True):
+            documents[split].append(ids)
+    if config.validation is None and not documents["validation"] and len(documents["train"]) > 1:
+        # Too few for one in a hundred.
+        documents["validation"].append(documents["train"].pop())
+    dtype = token_dtype(tokenizer.vocab_size)
+    return {
+        split: TokenShards([make_shard(found, dtype, split)]) for split, found in documents.items()
+    }
+
+
+def _validation_set(
+    config: Config, sources: list[Sequence[np.ndarray]], tokenizer: Tokenizer
+) -> tuple[np.ndarray, np.ndarray]:
+    """The fixed set: equal parts of each source's where its size is limited."""
+    limit = -(-config.data.max_eval_sequences // len(sources))
+    rows: list[Row] = []
+    for documents in sources:
+        if not len(documents):
+            raise TrainingError(
+                f"config.data.source = {config.data.source!r} {no_document('validation')}"
+            )
+        rows += _validation_rows(config, documents, limit, tokenizer.pad_id)
+    rows = rows[: config.data.max_eval_sequences or len(rows)]
+    tokens = np.stack([row.tokens for row in rows])
+    check_ids(tokens, tokenizer.vocab_size, "the validation set")
+    mask = np.stack([row.mask for row in rows])
+    if not mask.any():
+        raise TrainingError(
+            f"config.data.source = {config.data.source!r}: the validation set has no token to "
+            "predict (its documents are empty)."
+        )
+    return tokens, mask
+
+
+def _validation_rows(
+    config: Config, documents: Sequence[np.ndarray], limit: int, pad_id: int
+) -> list[Row]:
+    length = config.sequence_length
+    if config.data.shape == "padded":
+        count = min(len(documents), limit or MAX_VALIDATION_DOCUMENTS)
+        return [padded_row(documents[i], length, pad_id) for i in range(count)]
+    stream = np.concatenate(list(_enough(documents, limit * length + 1 if limit else None)))
+    rows = consecutive_rows(stream, length, pad_id)
+    return rows[: limit or len(rows)]
+
+
+def _enough(documents: Sequence[np.ndarray], tokens: int | None) -> Iterator[np.ndarray]:
+    """Documents until there are as many tokens."""
+    total = 0
+    for i in range(min(len(documents), MAX_VALIDATION_DOCUMENTS)):
+        yield documents[i]
+        total += len(documents[i])
+        if tokens is not None and total >= tokens:
+            return

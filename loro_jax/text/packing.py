@@ -1,0 +1,147 @@
+"""From documents to sequences of one length, by a number each.
+
+``packed``: windows of the stream of all documents, each closed by the end-of-text id. ``padded``:
+one document a sequence, truncated or filled up. Either way a sequence is a row of L + 1 ids, of
+which the first L are inputs and the last L targets, and a mask (L,) of the targets that count.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+
+from loro_jax.text.encoding import encode_document
+from loro_jax.text.shards import TokenShards
+from loro_jax.text.tokenizers.tokenizer import Tokenizer
+
+
+class Row(NamedTuple):
+    """A sequence.
+
+    Attributes:
+        tokens: ids, int32 (L + 1,).
+        mask: 1 where the target counts, float32 (L,).
+    """
+
+    tokens: np.ndarray
+    mask: np.ndarray
+
+
+class Rows(Protocol):
+    """Numbered sequences, which may differ from epoch to epoch."""
+
+    def __len__(self) -> int:
+        """Sequences in an epoch."""
+
+    def row(self, epoch: int, place: int) -> Row:
+        """One of them."""
+
+
+class EncodedTexts(Sequence[np.ndarray]):
+    """Documents that are encoded whenever they are asked for.
+
+    Args:
+        texts: their texts.
+        tokenizer: their tokenizer.
+    """
+
+    def __init__(self, texts: Sequence[str], tokenizer: Tokenizer):
+        self._texts = texts
+        self._tokenizer = tokenizer
+
+    def __len__(self) -> int:
+        return len(self._texts)
+
+    def __getitem__(self, index: Any) -> Any:
+        return encode_document(self._texts[index], self._tokenizer)
+
+
+class PackedRows:
+    """Windows of a stream of tokens, cut at another offset in each epoch.
+
+    Args:
+        split: the documents; more than ``length`` tokens of them.
+        length: L.
+        seed: of the offsets.
+
+    Example:
+        >>> import numpy as np
+        >>> from loro_jax.text.shards import make_shard
+        >>> split = TokenShards([make_shard([np.arange(2, 9)], "u2", "a")])
+        >>> PackedRows(split, length=6, seed=0).row(0, 0).tokens.tolist()
+        [2, 3, 4, 5, 6, 7, 8]
+    """
+
+    def __init__(self, split: TokenShards, length: int, seed: int):
+        self._split = split
+        self._length = length
+        self._count = max((split.tokens - length) // length, 1)
+        choices = min(length, split.tokens - self._count * length)
+
+        @functools.lru_cache(maxsize=4)
+        def offset(epoch: int) -> int:
+            return int(np.random.default_rng((seed, epoch)).integers(choices))
+
+        self._offset = offset
+
+    def __len__(self) -> int:
+        return self._count
+
+    def row(self, epoch: int, place: int) -> Row:
+        """Window number ``place`` of an epoch."""
+        start = place * self._length + self._offset(epoch)
+        tokens = self._split.read(start, start + self._length + 1)
+        return Row(tokens, np.ones(self._length, np.float32))
+
+
+class PaddedRows:
+    """One document a row.
+
+    Args:
+        documents: their ids.
+        length: L.
+        pad_id: fills what a document leaves.
+    """
+
+    def __init__(self, documents: Sequence[np.ndarray], length: int, pad_id: int):
+        self._documents = documents
+        self._length = length
+        self._pad_id = pad_id
+
+    def __len__(self) -> int:
+        return len(self._documents)
+
+    def row(self, epoch: int, place: int) -> Row:
+        """Document number ``place``, in any epoch."""
+        del epoch
+        if isinstance(self._documents, TokenShards):
+            ids = self._documents.head(place, self._length + 1)
+        else:
+            ids = self._documents[place]
+        return padded_row(ids, self._length, self._pad_id)
+
+
+def padded_row(ids: np.ndarray, length: int, pad_id: int) -> Row:
+    """A document truncated or padded to one sequence."""
+    kept = ids[: length + 1]
+    tokens = np.full(length + 1, pad_id, np.int32)
+    tokens[: len(kept)] = kept
+    mask = np.zeros(length, np.float32)
+    mask[: len(kept) - 1] = 1.0
+    return Row(tokens, mask)
+
+
+def consecutive_rows(stream: np.ndarray, length: int, pad_id: int) -> list[Row]:
+    """Windows that predict every token of a stream but the first, the last one padded."""
+    count = -(-(len(stream) - 1) // length)
+    padded = np.full(count * length + 1, pad_id, np.int32)
+    padded[: len(stream)] = stream
+    mask = np.zeros(count * length, np.float32)
+    mask[: len(stream) - 1] = 1.0
+    return [
+        Row(padded[i * length : (i + 1) * length + 1], mask[i * length : (i + 1) * length])
+        for i in range(count)
+    ]

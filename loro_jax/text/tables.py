@@ -1,0 +1,149 @@
+"""Texts of Parquet files, a row group at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pyarrow
+import pyarrow.parquet
+
+from loro_jax.text.archives import UTF8_MARK
+from loro_jax.text.content import NotTextError, decoded
+from loro_jax.text.tally import Tally
+from loro_jax.training.errors import TrainingError
+
+# Rows that are read at a time; however long they are, they are in memory together.
+_ROWS = 256
+
+# Types of columns that can hold text. Where all is null, Arrow may know no other type.
+_TEXTS = (
+    *("string", "large_string", "string_view"),
+    *("binary", "large_binary", "binary_view", "fixed_size_binary", "null"),
+)
+
+# What pyarrow raises for damaged, encrypted or unsupported files.
+_ERRORS = (pyarrow.ArrowException, OSError, ValueError, RuntimeError, OverflowError)
+
+
+def table_texts(path: str, tally: Tally, text_field: str) -> Iterator[tuple[str, str]]:
+    """Places and texts of a table, which needs little more memory than a row group.
+
+    Args:
+        path: the file.
+        tally: counts what can't be read: single rows, all rows of a row group after a damaged
+            place, or the table.
+        text_field: the column, of strings, or of bytes that are UTF-8.
+
+    Yields:
+        (place, text) of each row.
+
+    Raises:
+        TrainingError: from the tally, or if there is no such column.
+    """
+    try:
+        # Columns are read by pieces, not whole ahead of time.
+        table = pyarrow.parquet.ParquetFile(
+            path, buffer_size=1 << 20, pre_buffer=False, page_checksum_verification=True
+        )
+        schema, groups = table.schema_arrow, table.num_row_groups
+        rows = [table.metadata.row_group(i).num_rows for i in range(groups)]
+    except _ERRORS as error:
+        tally.add_lost(path, "the table", f"not readable as Parquet ({_line(error)})")
+        return
+    with table:
+        _check_column(path, schema, text_field)
+        start = 1
+        for group, count in enumerate(rows):
+            row = start
+            for value in _values(table, group, text_field):
+                if isinstance(value, _DamageError):
+                    left = max(start + count - row, 1)
+                    tally.add_bad(path, f"row {row}", f"can't be read ({value})", left)
+                    break
+                try:
+                    text = _text(value, text_field)
+                except NotTextError as error:
+                    tally.add_bad(path, f"row {row}", str(error))
+                else:
+                    yield f"row {row}", text
+                row += 1
+            start += count
+
+
+class _DamageError(Exception):
+    """Why the rest of a row group can't be read."""
+
+
+def _values(table: pyarrow.parquet.ParquetFile, group: int, column: str) -> Iterator[Any]:
+    """The values of a row group; a ``_DamageError`` ends them early."""
+    done = 0
+    for size in (_ROWS, 1):  # one at a time up to a damaged place, from which nothing can be read
+        seen = 0
+        batches = table.iter_batches(size, [group], columns=[column], use_threads=False)
+        try:
+            for batch in batches:
+                values = batch.column(batch.schema.get_field_index(column))
+                seen += len(values)
+                if seen > done:
+                    yield from _python(values.slice(max(len(values) - (seen - done), 0)))
+                    done = seen
+        except _ERRORS as error:
+            damage = _DamageError(_line(error))
+        else:
+            return
+    yield damage
+
+
+def _python(values: pyarrow.Array) -> list[Any]:
+    """Values as Python's; None for one that has none."""
+    try:
+        return values.to_pylist()
+    except UnicodeDecodeError:  # Parquet's strings are not checked, nor are Arrow's
+        return [_bytes(value) for value in values]
+
+
+def _bytes(value: pyarrow.Scalar) -> bytes | None:
+    """A string as it is stored."""
+    if isinstance(value, pyarrow.DictionaryScalar):
+        value = value.value
+    return value.as_buffer().to_pybytes() if value.is_valid else None
+
+
+def _text(value: Any, column: str) -> str:
+    if isinstance(value, bytes):
+        return decoded(value.removeprefix(UTF8_MARK))
+    if not isinstance(value, str):
+        raise NotTextError(f"no text in the column {column!r}")
+    return value
+
+
+def _check_column(path: str, schema: pyarrow.Schema, column: str) -> None:
+    """Raises TrainingError unless there is one such column, of texts."""
+    count = schema.names.count(column)
+    if count != 1:
+        raise TrainingError(
+            f"{path} has {'several columns' if count else 'no column'} {column!r} "
+            f"(config.data.text_field); it has {', '.join(schema.names)}."
+        )
+    kind = schema.field(column).type
+    stored = getattr(kind, "storage_type", kind)
+    if not _is_text(getattr(stored, "value_type", stored) if _is_dictionary(stored) else stored):
+        raise TrainingError(
+            f"{path}: the column {column!r} (config.data.text_field) holds {kind}; expected "
+            "strings, or bytes that are UTF-8."
+        )
+
+
+def _is_dictionary(kind: pyarrow.DataType) -> bool:
+    return bool(pyarrow.types.is_dictionary(kind))
+
+
+def _is_text(kind: pyarrow.DataType) -> bool:
+    return any(getattr(pyarrow.types, f"is_{name}")(kind) for name in _TEXTS)
+
+
+def _line(error: BaseException) -> str:
+    """An error in one line."""
+    line = " ".join(str(error).split())[:200]
+    return "".join(character if character.isprintable() else "?" for character in line)

@@ -1,0 +1,175 @@
+"""Prepared tensorflow-datasets: records by index, without TensorFlow."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from loro_jax.text.documents import VALIDATION_SHARE, Part
+from loro_jax.text.readers import Tally
+from loro_jax.training.config import DataConfig
+from loro_jax.training.errors import TrainingError
+
+# Records of a split that are read as one part.
+_PART_RECORDS = 100_000
+
+
+class TfdsTexts(Sequence[str]):
+    """The texts of some records.
+
+    Args:
+        records: a tfds data source.
+        indices: which of them.
+        field: the feature that holds the text.
+        name: what errors call the records.
+        tally: counts what was read.
+    """
+
+    def __init__(self, records: Any, indices: Sequence[int], field: str, name: str, tally: Tally):
+        self._records = records
+        self._indices = indices
+        self._field = field
+        self._name = name
+        self._tally = tally
+
+    def __len__(self) -> int:
+        return len(self._indices)
+
+    def __getitem__(self, place: Any) -> Any:
+        """The text; an empty one for a record that is bad, unless the tally stops the reading."""
+        index = self._indices[place]
+        return _text(self._records, index, self._field, self._name, self._tally) or ""
+
+
+def tfds_texts(
+    source: str, config: DataConfig, tally: Tally
+) -> tuple[TfdsTexts, TfdsTexts, dict[str, Any]]:
+    """Training and validation texts, by index.
+
+    Where the dataset has no validation split, every hundredth record validates.
+
+    Args:
+        source: "tfds:NAME".
+        config: the data group of a run's config.
+        tally: counts what will be read.
+
+    Returns:
+        (training texts, validation texts, what tells this dataset from others).
+
+    Raises:
+        TrainingError: if the dataset is not there as ArrayRecord files, or has no such field.
+    """
+    builder, sources = _open(source, config)
+    records = sources["train"]
+    train: Sequence[int] = range(len(records))
+    validation: Sequence[int]
+    held_out = sources.get("validation")
+    if held_out is None:
+        held_out, validation = records, range(0, len(records), VALIDATION_SHARE)
+        train = _AllBut(len(records), VALIDATION_SHARE)
+    else:
+        validation = range(len(held_out))
+    identity = {"dataset": builder.info.full_name, "records": [len(train), len(validation)]}
+    return (
+        TfdsTexts(records, train, config.text_field, f"{source}, train", tally),
+        TfdsTexts(held_out, validation, config.text_field, f"{source}, validation", tally),
+        identity,
+    )
+
+
+def tfds_parts(source: str, config: DataConfig) -> list[Part]:
+    """Parts of both splits, validation first; without a validation split, of the one there is.
+
+    Args:
+        source: "tfds:NAME".
+        config: the data group of a run's config.
+
+    Returns:
+        The parts.
+
+    Raises:
+        TrainingError: as in :func:`tfds_texts`.
+    """
+    _, sources = _open(source, config)
+    parts = []
+    for split in ("validation", "train"):
+        records = sources.get(split, ())
+        for start in range(0, len(records), _PART_RECORDS):
+            indices = range(start, min(start + _PART_RECORDS, len(records)))
+            name = f"{source}, {split}[{indices.start}:{indices.stop}]"
+            parts.append(
+                Part(
+                    name,
+                    len(indices),
+                    "config.data.source",
+                    split if "validation" in sources else None,
+                    _reader(records, indices, config.text_field, name),
+                )
+            )
+    return parts
+
+
+def _reader(records: Any, indices: range, field: str, name: str) -> Any:
+    def read(tally: Tally) -> Iterator[str]:
+        for index in indices:
+            text = _text(records, index, field, name, tally)
+            if text is not None and text.strip():
+                yield text
+
+    return read
+
+
+def _text(records: Any, index: int, field: str, name: str, tally: Tally) -> str | None:
+    try:
+        value = records[index][field]
+        text = value.decode("utf-8") if isinstance(value, bytes) else str(value)
+    except UnicodeDecodeError:
+        tally.add_bad(name, f"record {index}", "not UTF-8")
+        return None
+    except Exception as error:  # whatever ArrayRecord's reader raises for a file that is gone
+        reason = str(error).strip().split("\n")[0][:200]
+        tally.add_bad(name, f"record {index}", f"can't be read ({reason})")
+        return None
+    tally.good += 1
+    return text
+
+
+class _AllBut(Sequence[int]):
+    """0 to ``count`` without the multiples of ``step``."""
+
+    def __init__(self, count: int, step: int):
+        self._count = count - -(-count // step)
+        self._step = step
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, place: Any) -> Any:
+        return place + place // (self._step - 1) + 1
+
+
+def _open(source: str, config: DataConfig) -> tuple[Any, Any]:
+    import tensorflow_datasets as tfds  # heavy, and needed here alone
+
+    name = source.removeprefix("tfds:")
+    try:
+        builder = tfds.builder(name, data_dir=config.data_dir, file_format="array_record")
+        sources = builder.as_data_source()
+    except Exception as error:  # tfds raises a different class for each thing that can be missing
+        reason = str(error).strip().split("\n")[0]
+        raise TrainingError(
+            f"config.data.source = {source!r} can't be opened in data_dir = "
+            f"{config.data_dir!r} ({reason}). Prepare it once with: tfds build {name} "
+            "--file_format=array_record"
+            + (f" --data_dir={config.data_dir}" if config.data_dir else "")
+        ) from None
+    if config.text_field not in builder.info.features:
+        raise TrainingError(
+            f"config.data.source = {source!r} has no field {config.text_field!r} "
+            f"(config.data.text_field); it has {', '.join(builder.info.features)}."
+        )
+    if "train" not in sources:
+        raise TrainingError(
+            f"config.data.source = {source!r} has no split 'train'; it has {', '.join(sources)}."
+        )
+    return builder, sources

@@ -1,0 +1,1 @@
+"""Tokenizers: read, trained, and converted to and from Hugging Face's format."""

@@ -1,0 +1,151 @@
+"""What every tokenizer does with its special ids: begin a prompt, end a text, fill a batch."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from loro_jax.training.errors import TrainingError
+
+_ROLES = ("bos", "eos", "pad", "unk", "sep", "cls", "mask")
+
+
+class SpecialIds:
+    """The part of a tokenizer that is about special ids.
+
+    Attributes:
+        vocab_size: number of ids.
+        eos_id: the id that ends a document.
+        eos_ids: all ids that end a generated text; ``eos_id`` is the first.
+        pad_id: the id that fills a short sequence.
+        bos_id: the id that begins a text; None: the tokenizer has none.
+        bos_ids: what is put before a text that is begun; usually ``bos_id`` alone.
+        adds_bos: whether prompts are begun so unless told otherwise.
+    """
+
+    vocab_size: int
+    eos_id: int
+    eos_ids: tuple[int, ...]
+    pad_id: int
+    bos_id: int | None = None
+    bos_ids: tuple[int, ...] = ()
+    adds_bos: bool = False
+    name: str = "tokenizer"
+
+    def encode(self, texts: Sequence[str], special: bool = False) -> list[list[int]]:
+        """Ids of each text; implemented by each tokenizer."""
+        raise NotImplementedError
+
+    def encode_prompt(self, text: str, bos: bool | None = None, special: bool = False) -> list[int]:
+        """Returns the ids that a model continues.
+
+        Args:
+            text: the prompt.
+            bos: whether it begins with the beginning-of-text ids; None: as the tokenizer says. They
+                are not put before a text that begins with them already.
+            special: whether special tokens that are written out in the text become their ids.
+
+        Returns:
+            Ids; none for an empty text that is not begun.
+
+        Raises:
+            TrainingError: if ``bos`` is asked of a tokenizer that has no such id.
+
+        Example:
+            >>> from loro_jax.text.tokenizers.tokenizer import ByteTokenizer
+            >>> ByteTokenizer().encode_prompt("A</s>", special=True)
+            [68, 1]
+        """
+        (ids,) = self.encode([text], special=special)
+        if not (self.adds_bos if bos is None else bos):
+            return ids
+        if not self.bos_ids:
+            raise TrainingError(
+                f"config.data.tokenizer = {self.name!r} has no beginning-of-text token to begin a "
+                "prompt with."
+            )
+        begun = tuple(ids[: len(self.bos_ids)]) == self.bos_ids
+        return ids if begun else [*self.bos_ids, *ids]
+
+
+def written_out(text: str, names: Mapping[str, int]) -> Iterable[tuple[str, int | None]]:
+    """Yields the parts of a text between special tokens, each with the id of the token after it.
+
+    Args:
+        text: the text.
+        names: ids by what the special tokens look like.
+
+    Yields:
+        (a part without special tokens, the id of the one that follows or None at the end).
+
+    Example:
+        >>> list(written_out("Hi<a>you", {"<a>": 7}))
+        [('Hi', 7), ('you', None)]
+    """
+    pattern = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
+    start = 0
+    for found in re.finditer(pattern, text) if names else ():
+        yield text[start : found.start()], names[found.group()]
+        start = found.end()
+    yield text[start:], None
+
+
+class Beside:
+    """What the files beside a tokenizer say about its special tokens.
+
+    Args:
+        directory: where the tokenizer is.
+
+    Attributes:
+        tokens: special tokens by role ("eos", "bos", "pad", ...).
+        special: all special tokens, those without a role included.
+        adds_bos: whether texts begin with the beginning-of-text token; None: not said.
+        kind: the class that reads the tokenizer elsewhere, or "".
+
+    Raises:
+        TrainingError: if a file is no JSON object.
+    """
+
+    def __init__(self, directory: pathlib.Path):
+        config = _object(directory / "tokenizer_config.json")
+        mapping = _object(directory / "special_tokens_map.json")
+        self.tokens: dict[str, str] = {}
+        self.special: set[str] = set()
+        for content in (mapping, config):  # the config is the newer file of the two
+            for role in _ROLES:
+                if (token := _token(content.get(f"{role}_token"))) is not None:
+                    self.tokens[role] = token
+            for key in ("additional_special_tokens", "extra_special_tokens"):
+                more = content.get(key) or []
+                more = more.values() if isinstance(more, dict) else more
+                self.special |= {one for one in map(_token, more) if one}
+        added = config.get("added_tokens_decoder")
+        for one in added.values() if isinstance(added, dict) else ():
+            token = _token(one)
+            if token and one.get("special"):
+                self.special.add(token)
+        says = config.get("add_bos_token")
+        self.adds_bos: bool | None = says if isinstance(says, bool) else None
+        kind = config.get("tokenizer_class")
+        self.kind: str = kind if isinstance(kind, str) else ""
+
+
+def _token(value: Any) -> str | None:
+    value = value.get("content") if isinstance(value, dict) else value
+    return value if isinstance(value, str) and value else None
+
+
+def _object(path: pathlib.Path) -> dict[str, Any]:
+    """A JSON object; an empty one where the file is missing."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError):
+        raise TrainingError(f"{path}, beside the tokenizer, can't be read as JSON.") from None
+    if not isinstance(content, dict):
+        raise TrainingError(f"{path}, beside the tokenizer, holds no JSON object.")
+    return content

@@ -1,0 +1,261 @@
+"""Tokenizers: text to ids and back.
+
+``python -m loro_jax.training.tokenizer train SOURCE --out=FILE`` trains one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.resources
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import Protocol
+
+import sentencepiece
+
+from loro_jax.text.tokenizers.conversion import (
+    from_bytes,
+    from_sentencepiece,
+    tokenizer_files,
+    with_control_pieces,
+)
+from loro_jax.text.tokenizers.special_ids import Beside, SpecialIds, written_out
+from loro_jax.text.tokenizers.tokenizer_json import HuggingFaceTokenizer
+from loro_jax.training.errors import TrainingError
+
+
+class Tokenizer(Protocol):
+    """What the data pipeline and the commands need of a tokenizer.
+
+    Attributes:
+        vocab_size: number of ids.
+        eos_id: the id that ends a document.
+        eos_ids: all ids that end a generated text; ``eos_id`` is the first.
+        pad_id: the id that fills a short sequence.
+        bos_id: the id that begins a text; None: there is none.
+        bos_ids: what is put before a text that is begun; usually ``bos_id`` alone.
+        adds_bos: whether prompts are begun so unless told otherwise.
+        fingerprint: changes when the mapping from text to ids does.
+    """
+
+    vocab_size: int
+    eos_id: int
+    eos_ids: tuple[int, ...]
+    pad_id: int
+    bos_id: int | None
+    bos_ids: tuple[int, ...]
+    adds_bos: bool
+    fingerprint: str
+
+    def encode(self, texts: Sequence[str], special: bool = False) -> list[list[int]]:
+        """Ids of each text, not begun or ended; ``special``: special tokens in it become ids."""
+
+    def encode_prompt(self, text: str, bos: bool | None = None, special: bool = False) -> list[int]:
+        """Ids for a model to continue; see :meth:`SpecialIds.encode_prompt`."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of the ids; special ids and those outside the vocabulary vanish."""
+
+    def files(self) -> dict[str, bytes]:
+        """Contents, by name, of the files that other programs read this tokenizer from."""
+
+
+class SentencePieceTokenizer(SpecialIds):
+    """A SentencePiece model file (T5's and LLaMA's format).
+
+    Args:
+        model: contents of the ``.model`` file.
+        name: what errors call it.
+        eos_id: the end-of-text id, or several; None: the model's.
+        beside: what the files beside it say; None: nothing.
+
+    Raises:
+        TrainingError: if the bytes are no SentencePiece model, or nothing says what ends a text.
+    """
+
+    def __init__(
+        self,
+        model: bytes,
+        name: str,
+        eos_id: int | Sequence[int] | None = None,
+        beside: Beside | None = None,
+    ):
+        try:
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+        except RuntimeError:
+            raise TrainingError(
+                f"config.data.tokenizer = {name!r} is not a SentencePiece model."
+            ) from None
+        self.name = name
+        self.vocab_size = self._processor.vocab_size()
+        tokens = {} if beside is None else beside.tokens
+        found = self._named(tokens.get("eos"), self._processor.eos_id())
+        given = [eos_id] if isinstance(eos_id, int) else list(eos_id or ())
+        self.eos_ids = tuple(given or [found])
+        self.eos_id = self.eos_ids[0]
+        if self.eos_id < 0:
+            raise TrainingError(
+                f"config.data.tokenizer = {name!r} has no end-of-text piece (eos); name an id with "
+                "config.data.eos_id."
+            )
+        self._model = model
+        own, inside = self._processor, [i for i in self.eos_ids if i < self.vocab_size]
+        if not all(own.is_control(i) or own.is_unknown(i) or own.is_byte(i) for i in inside):
+            self._model = with_control_pieces(model, inside)
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=self._model)
+        # LLaMA's models have no padding piece; padding is masked, so any id will do.
+        self.pad_id = max(self._named(tokens.get("pad"), self._processor.pad_id()), 0)
+        bos = self._named(tokens.get("bos"), self._processor.bos_id())
+        if bos >= 0:
+            self.bos_id, self.bos_ids = bos, (bos,)
+            # The model itself doesn't say. LLaMA's are read so unless a file beside them objects.
+            says = None if beside is None else beside.adds_bos
+            self.adds_bos = True if says is None else says
+        self._control = {
+            self._processor.id_to_piece(i): i
+            for i in range(self.vocab_size)
+            if self._processor.is_control(i)
+        }
+        self.fingerprint = hashlib.sha256(self._model).hexdigest()[:16]
+
+    def _named(self, token: str | None, otherwise: int) -> int:
+        """The id of a piece that a file beside the model names, if the model has it."""
+        found = self._processor.unk_id() if token is None else self._processor.piece_to_id(token)
+        return otherwise if found == self._processor.unk_id() else found
+
+    def encode(self, texts: Sequence[str], special: bool = False) -> list[list[int]]:
+        """Ids of each text, not begun or ended; ``special``: special tokens in it become ids."""
+        if special:
+            return [self._with_special(text) for text in texts]
+        # The callers have threads of their own.
+        return self._processor.encode(list(texts), num_threads=1)
+
+    def _with_special(self, text: str) -> list[int]:
+        ids: list[int] = []
+        for part, token in written_out(text, self._control):
+            ids += self._processor.encode(part)
+            ids += [] if token is None else [token]
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of the ids; special pieces and ids outside the vocabulary vanish."""
+        return self._processor.decode([int(i) for i in ids if 0 <= i < self.vocab_size])
+
+    def files(self) -> dict[str, bytes]:
+        """The model file and, made of it, a ``tokenizer.json`` with its config."""
+        converted = from_sentencepiece(self._model)
+        own = {"tokenizer.model": self._model}
+        return own | tokenizer_files(
+            converted, self.eos_id, self.pad_id, self.bos_id, self.adds_bos
+        )
+
+
+class ByteTokenizer(SpecialIds):
+    """UTF-8 bytes: id = byte + 3, behind pad 0, eos 1, unknown 2 (ByT5's numbering).
+
+    Example:
+        >>> tokenizer = ByteTokenizer()
+        >>> tokenizer.encode(["Hi"]), tokenizer.decode([75, 108, 1])
+        ([[75, 108]], 'Hi')
+    """
+
+    vocab_size = 259
+    pad_id = 0
+    eos_id = 1
+    eos_ids: tuple[int, ...] = (1,)
+    fingerprint = "bytes"
+    name = "bytes"
+
+    def encode(self, texts: Sequence[str], special: bool = False) -> list[list[int]]:
+        """Ids of each text, not ended; ``special``: special tokens in it become ids."""
+        names = {"<pad>": 0, "</s>": 1, "<unk>": 2} if special else {}
+        result = []
+        for text in texts:
+            ids: list[int] = []
+            for part, token in written_out(text, names):
+                ids += [byte + 3 for byte in part.encode("utf-8")]
+                ids += [] if token is None else [token]
+            result.append(ids)
+        return result
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """The text of the ids; special and unknown ones vanish, broken sequences are U+FFFD."""
+        kept = bytes(i - 3 for i in ids if 3 <= i < self.vocab_size)
+        return kept.decode("utf-8", errors="replace")
+
+    def files(self) -> dict[str, bytes]:
+        """A ``tokenizer.json`` of bytes, with its config."""
+        return tokenizer_files(from_bytes(), self.eos_id, self.pad_id)
+
+
+def load_tokenizer(
+    name: str, eos_id: int | Sequence[int] | None = None, pad_id: int | None = None
+) -> Tokenizer:
+    """Loads the tokenizer that ``config.data.tokenizer`` names.
+
+    Args:
+        name: "embedded", "bytes", the path of a SentencePiece model, or that of a
+            ``tokenizer.json`` or of a directory that holds either.
+        eos_id: ``config.data.eos_id``: the id that ends a document; None: the tokenizer's own. Of
+            several, the first ends documents, and each of them a generated text.
+        pad_id: ``config.data.pad_id``: the id that fills a short sequence; None: its own.
+
+    Returns:
+        A tokenizer.
+
+    Raises:
+        TrainingError: if the file is missing or not a tokenizer, or an id is outside its
+            vocabulary.
+
+    Example:
+        >>> tokenizer = load_tokenizer("embedded")
+        >>> tokenizer.decode(tokenizer.encode(["Call for the captain!"])[0])
+        'Call for the captain!'
+    """
+    given = [eos_id] if isinstance(eos_id, int) else list(eos_id or ())
+    tokenizer = _load(name, given, pad_id)
+    if given:
+        tokenizer.eos_id, tokenizer.eos_ids = given[0], tuple(dict.fromkeys(given))
+    tokenizer.pad_id = tokenizer.pad_id if pad_id is None else pad_id
+    checked = [("eos_id", one) for one in tokenizer.eos_ids] + [("pad_id", tokenizer.pad_id)]
+    for field, value in checked:
+        if not 0 <= value < tokenizer.vocab_size:
+            raise TrainingError(
+                f"config.data.{field} = {value} is outside the vocabulary of config.data.tokenizer "
+                f"= {name!r} (0 to {tokenizer.vocab_size - 1})."
+            )
+    return tokenizer
+
+
+def _load(name: str, eos_ids: list[int], pad_id: int | None) -> Tokenizer:
+    if name == "bytes":
+        return ByteTokenizer()
+    if name == "embedded":
+        corpus = importlib.resources.files("loro_jax.text") / "corpus"
+        return SentencePieceTokenizer((corpus / "tokenizer.model").read_bytes(), name, eos_ids)
+    path = pathlib.Path(name).expanduser()
+    try:
+        path = _file_in(path) if path.is_dir() else path
+        if path.suffix == ".json":
+            return HuggingFaceTokenizer(path, name, eos_ids, pad_id)
+        return SentencePieceTokenizer(path.read_bytes(), name, eos_ids, Beside(path.parent))
+    except OSError as error:
+        raise TrainingError(
+            f"config.data.tokenizer = {name!r} can't be read ({error.strerror}); expected "
+            '"embedded", "bytes", or the path of a SentencePiece model or a tokenizer.json.'
+        ) from None
+
+
+def _file_in(directory: pathlib.Path) -> pathlib.Path:
+    """The tokenizer's file in a directory: a tokenizer.json, or else a SentencePiece model."""
+    usual = ("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
+    found = [directory / name for name in usual if (directory / name).is_file()]
+    found = found or sorted(directory.glob("*.model"))
+    return found[0] if found else directory / "tokenizer.json"
+
+
+if __name__ == "__main__":
+    from loro_jax.text.tokenizers.training import main
+
+    sys.exit(main(sys.argv[1:]))

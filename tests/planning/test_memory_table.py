@@ -1,0 +1,78 @@
+import dataclasses
+import json
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from loro_jax.planning.memory_table import MODELS, PAPER, held_by, memory_rows
+from loro_jax.training.config import METHODS, Config
+from models import LlamaConfig
+
+ROOT = pathlib.Path(__file__).parents[2]
+TINY = LlamaConfig(
+    vocab_size=128, hidden_size=32, intermediate_size=64, num_layers=2, num_heads=2, rank=8
+)
+
+
+@pytest.fixture(scope="module")
+def tables():
+    return {model: {row["method"]: row for row in memory_rows(model)} for model in MODELS}
+
+
+@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("method", ["full", "lowrank", "loro", "sltrain", "galore"])
+def test_parameters_are_the_papers(tables, model, method):
+    row = tables[model][method]
+    assert round(row["total M"]) == row["paper M"] == PAPER[method][MODELS.index(model)][0]
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_memory_of_weights_and_adam_is_the_papers_but_at_60m(tables, model):
+    for method in ("full", "lowrank", "loro"):
+        row = tables[model][method]
+        assert row["paper GB"] is not None
+        # The paper rounds, up at times; its 0.24 GB at 60M contradict its own parameters.
+        limit = 0.02 if (model, method != "full") == ("60m", True) else 0.011
+        assert abs(row["difference GB"]) <= limit, (method, row["difference GB"])
+
+
+def test_other_ranks_are_beside_no_paper():
+    rows = {row["method"]: row for row in memory_rows("60m", rank=64)}
+    assert rows["loro"]["paper M"] is None
+    assert rows["loro"]["total M"] < 43
+
+
+def test_what_is_fixed_has_no_gradient():
+    held = held_by(Config(method="lora", model=TINY))
+    dense = held_by(Config(method="full", model=TINY))
+    factors = held_by(Config(method="lowrank", model=TINY))
+    assert held.trainable == factors.trainable
+    assert held.total - held.trainable == 2 * (4 * 32 * 32 + 3 * 32 * 64)
+    assert held.gradients < dense.gradients < held.weights
+    bf16 = held_by(Config(method="lora", model=dataclasses.replace(TINY, param_dtype="bfloat16")))
+    assert 2 * bf16.weights == held.weights
+
+
+def command(*arguments):
+    done = subprocess.run(
+        [sys.executable, "-m", "loro_jax.memory", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_the_command():
+    status, output, _ = command("--model=60m", "--rank=128", "--json")
+    assert status == 0
+    assert [row["method"] for row in json.loads(output)] == list(METHODS)
+    status, _, errors = command("--model=61m")
+    assert (status, errors.count("\n")) == (1, 1)
+    assert "--model=61m: expected one of 60m, 130m" in errors
+    status, _, errors = command("--model=60m", "--rank=1000")
+    assert (status, errors.count("\n")) == (1, 1)
+    assert "model.rank" in errors
