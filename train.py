@@ -103,9 +103,9 @@ def main(argv: list[str]) -> int:
     """Trains, and returns the exit status."""
     logging.set_verbosity(logging.ERROR)  # libraries log what is of no use to a run
     # Heavy imports wait until the flags are known to be good.
+    from loro_jax.errors import TrainingError
     from loro_jax.planning.dry_run import dry_run
     from loro_jax.training.config import Config
-    from loro_jax.training.errors import TrainingError
     from loro_jax.training.loop import train
     from loro_jax.training.processes import Cluster, connect, leave
 

@@ -11,7 +11,8 @@ What small models say is better than the paper's settings (README, "Which settin
 behind the file's colon, --config=configs/llama_60m.py:recommended. It has not run at these sizes.
 """
 
-from loro_jax.training.config import Config, DataConfig
+from loro_jax.text.config import DataConfig
+from loro_jax.training.config import Config
 from loro_jax.training.settings import with_settings
 from models.llama import preset
 

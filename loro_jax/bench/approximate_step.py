@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import optax
 
 from loro_jax.bench.exact_step import MODELS, layer_shapes
-from loro_jax.bench.timing import make_parser, parse_options, report, time_in_turns
+from loro_jax.bench.timing import make_parser, parse_options, time_in_turns
 from loro_jax.loro import loro
+from loro_jax.tables import report
 
 LAYERS = {"60m": 8, "130m": 12, "1b": 24}
 VOCABULARY = 32_000

@@ -19,12 +19,13 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from loro_jax.bench.timing import make_parser, parse_options, report, time_in_turns
+from loro_jax.bench.timing import make_parser, parse_options, time_in_turns
 from loro_jax.bench.train_step import prepare
+from loro_jax.errors import TrainingError
 from loro_jax.planning.flops import flops_per_token
 from loro_jax.planning.memory_table import held_by
+from loro_jax.tables import report
 from loro_jax.training.config import Config
-from loro_jax.training.errors import TrainingError
 from models.llama import PRESETS, LlamaConfig, preset
 
 # Products of one pair's exact step: of a factor with an r x r matrix, and of two r x r matrices.

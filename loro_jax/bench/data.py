@@ -23,15 +23,17 @@ import pyarrow
 import pyarrow.parquet
 from backports import zstd
 
-from loro_jax.bench.timing import make_parser, parse_options, report, time_in_turns
+from loro_jax.bench.timing import make_parser, parse_options, time_in_turns
+from loro_jax.tables import report
 from loro_jax.text import load_corpus, to_batch, train_iterator
+from loro_jax.text.config import DataConfig
 from loro_jax.text.documents import PartReader
 from loro_jax.text.encoding import encode_chunks
 from loro_jax.text.prepare import prepare
 from loro_jax.text.sources import source_parts
 from loro_jax.text.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from loro_jax.training import mesh as meshes
-from loro_jax.training.config import Config, DataConfig
+from loro_jax.training.config import Config
 from loro_jax.training.step import compile_program, make_program
 from models.llama import PRESETS, preset
 

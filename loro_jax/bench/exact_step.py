@@ -15,9 +15,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from loro_jax.bench.timing import make_parser, parse_options, report, time_in_turns
+from loro_jax.bench.timing import make_parser, parse_options, time_in_turns
 from loro_jax.exact import METHODS
 from loro_jax.exact.tangent import exact_update
+from loro_jax.tables import report
 
 # Hidden size, intermediate size and rank of the paper's models.
 MODELS = {"60m": (512, 1376, 128), "130m": (768, 2048, 256), "1b": (2048, 5461, 512)}

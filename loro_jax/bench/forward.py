@@ -19,8 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from loro_jax.bench.timing import make_parser, parse_options, report, time_in_turns
+from loro_jax.bench.timing import make_parser, parse_options, time_in_turns
 from loro_jax.planning.flops import flops_per_token
+from loro_jax.tables import report
 from loro_jax.training.config import Config
 from models.llama import PRESETS, Llama, LlamaConfig, preset
 from models.loss import cross_entropy

@@ -19,8 +19,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from loro_jax.bench.timing import make_parser, parse_options, report, time_in_turns
+from loro_jax.bench.timing import make_parser, parse_options, time_in_turns
 from loro_jax.memory import count_bytes
+from loro_jax.tables import report
 from models.cache import CACHES, empty_cache
 from models.decoding import extend, for_decoding
 from models.llama import PRESETS, Llama, LlamaConfig, preset

@@ -14,11 +14,12 @@ import unittest.mock
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from loro_jax.bench.timing import make_parser, parse_options, report, rounds_in_turns
+from loro_jax.bench.timing import make_parser, parse_options, rounds_in_turns
 from loro_jax.bench.train_step import Case, prepare
+from loro_jax.errors import TrainingError
 from loro_jax.layers import projections
+from loro_jax.tables import report
 from loro_jax.training.config import Config
-from loro_jax.training.errors import TrainingError
 from loro_jax.training.fields import apply_changes
 from models.llama import PRESETS, preset
 

@@ -13,10 +13,11 @@ import argparse
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from loro_jax.bench.timing import make_parser, parse_options, report
+from loro_jax.bench.timing import make_parser, parse_options
+from loro_jax.errors import TrainingError
 from loro_jax.planning.plan import make_plan
+from loro_jax.tables import report
 from loro_jax.training.config import METHODS, Config
-from loro_jax.training.errors import TrainingError
 from loro_jax.training.fields import apply_changes
 from models.llama import PRESETS, preset
 

@@ -12,12 +12,13 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from loro_jax.bench.timing import make_parser, parse_options, report
+from loro_jax.bench.timing import make_parser, parse_options
+from loro_jax.errors import TrainingError
 from loro_jax.planning.accelerators import ACCELERATORS
 from loro_jax.planning.dry_run import quiet_partitioner, simulate_devices
 from loro_jax.planning.plan import make_plan
+from loro_jax.tables import report
 from loro_jax.training.config import METHODS, Config, MeshConfig
-from loro_jax.training.errors import TrainingError
 from loro_jax.training.fields import apply_changes
 from models.llama import PRESETS, preset
 

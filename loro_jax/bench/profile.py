@@ -21,9 +21,10 @@ from typing import Any
 
 import jax
 
-from loro_jax.bench.timing import report, rounds_in_turns
+from loro_jax.bench.timing import rounds_in_turns
 from loro_jax.bench.train_step import Case, config_of_step, options_of_steps, prepare
-from loro_jax.training.errors import TrainingError
+from loro_jax.errors import TrainingError
+from loro_jax.tables import report
 
 PARTS = ("attention", "mlp", "loss", "optimizer", "rest")
 KINDS = ("products", "moves", "arithmetic")

@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
-import math
-import os
-import pathlib
-import platform
 import statistics
 import time
 from collections.abc import Callable, Collection, Sequence
@@ -67,35 +62,6 @@ def rounds_in_turns(
     return seconds
 
 
-# Variables that change how fast a program runs.
-_VARIABLES = ("XLA_FLAGS", "GLIBC_TUNABLES", "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")
-
-
-def environment() -> dict[str, Any]:
-    """What a result depends on: device, versions, and what the environment asks of libraries."""
-    device = jax.devices()[0]
-    return {
-        "device": device.device_kind,
-        "platform": device.platform,
-        "devices": jax.device_count(),
-        "machine": platform.machine(),
-        "python": platform.python_version(),
-        "jax": jax.__version__,
-        "date": time.strftime("%Y-%m-%d"),
-        **{name: os.environ[name] for name in _VARIABLES if name in os.environ},
-    }
-
-
-def print_table(rows: list[dict[str, Any]]) -> None:
-    """Prints dicts with the same keys as a Markdown table."""
-    names = list(rows[0])
-    cells = [names, ["---"] * len(names)]
-    cells += [[_format(row[name]) for name in names] for row in rows]
-    widths = [max(len(row[i]) for row in cells) for i in range(len(names))]
-    for row in cells:
-        print("| " + " | ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)) + " |")
-
-
 def make_parser(name: str, doc: str | None, models: str, rounds: int) -> argparse.ArgumentParser:
     """The options that all benchmarks of models have."""
     parser = argparse.ArgumentParser(prog=f"python -m loro_jax.bench {name}", description=doc)
@@ -116,32 +82,3 @@ def parse_options(
         if model not in known:
             parser.error(f"--models: unknown model {model!r}; expected {', '.join(known)}")
     return options
-
-
-def report(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
-    """Prints the rows, and writes them with the environment and the command that made them.
-
-    ``options.more`` may hold further tables by name.
-    """
-    print(environment())
-    print_table(rows)
-    more = getattr(options, "more", {})
-    for table in more.values():
-        print_table(table)
-    if options.json:
-        result = {"command": options.command, "environment": environment(), "rows": rows, **more}
-        text = json.dumps(_strict(result), indent=2, allow_nan=False)
-        pathlib.Path(options.json).write_text(text + "\n", encoding="utf-8")
-
-
-def _strict(value: Any) -> Any:
-    """The same without numbers that JSON has no word for: null where nothing was measured."""
-    if isinstance(value, dict):
-        return {name: _strict(part) for name, part in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_strict(part) for part in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _format(value: Any) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -14,8 +14,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from loro_jax.bench.timing import make_parser, parse_options, report, time_in_turns
+from loro_jax.bench.timing import make_parser, parse_options, time_in_turns
 from loro_jax.layers.projections import apply_together, make_projection
+from loro_jax.tables import report
 from models.llama import PRESETS, LlamaConfig, preset
 
 # Group and names of the projections that share an input.

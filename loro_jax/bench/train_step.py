@@ -21,12 +21,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from loro_jax.bench.timing import make_parser, parse_options, report, time_in_turns
+from loro_jax.bench.timing import make_parser, parse_options, time_in_turns
+from loro_jax.errors import TrainingError
 from loro_jax.planning.accelerators import accelerator_of
 from loro_jax.planning.flops import flops_per_token
+from loro_jax.tables import report
 from loro_jax.training import mesh as meshes
 from loro_jax.training.config import METHODS, Config
-from loro_jax.training.errors import TrainingError
 from loro_jax.training.fields import apply_changes
 from loro_jax.training.step import compile_program, make_program
 from loro_jax.training.threads import lapack_by_one_thread

@@ -25,11 +25,11 @@ import jax
 import numpy as np
 
 from loro_jax.commands.source_options import add_source_options, failing_in_one_line, source_config
+from loro_jax.errors import TrainingError
 from loro_jax.text.documents import PartReader
 from loro_jax.text.encoding import encode_chunks
 from loro_jax.text.sources import shares_text, source_parts
 from loro_jax.text.tokenizers.tokenizer import Tokenizer
-from loro_jax.training.errors import TrainingError
 from loro_jax.training.trained import load_config, load_model, run_config
 from models.huggingface import CheckpointError
 from models.windows import score

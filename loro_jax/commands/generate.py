@@ -15,8 +15,8 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import TextIO
 
+from loro_jax.errors import TrainingError
 from loro_jax.text.tokenizers.tokenizer import Tokenizer
-from loro_jax.training.errors import TrainingError
 from loro_jax.training.trained import load_model
 from models.cache import CACHES
 from models.decoding import check_prompts, check_seed, generate

@@ -13,10 +13,10 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
 from loro_jax.commands.source_options import add_source_options, failing_in_one_line, source_config
+from loro_jax.errors import TrainingError
 from loro_jax.text import prepare as preparation
 from loro_jax.text.prepared import verify
 from loro_jax.text.tokenizers.tokenizer import load_tokenizer
-from loro_jax.training.errors import TrainingError
 
 # Seconds between lines where there is no terminal.
 _LINE_EVERY = 30.0

@@ -6,8 +6,8 @@ import argparse
 import sys
 from collections.abc import Callable
 
-from loro_jax.training.config import DataConfig
-from loro_jax.training.errors import TrainingError
+from loro_jax.errors import TrainingError
+from loro_jax.text.config import DataConfig
 
 # Options by the names of the config's fields.
 _FIELDS = ("validation", "text_field", "text_files", "bad_documents", "data_dir")

@@ -15,8 +15,8 @@ import re
 import sys
 from collections.abc import Iterator, Sequence
 
+from loro_jax.errors import TrainingError
 from loro_jax.text.tokenizers.tokenizer import Tokenizer
-from loro_jax.training.errors import TrainingError
 from loro_jax.training.trained import load_run
 from models.huggingface import CheckpointError, LayerError, read_model, write_model
 from models.huggingface.companions import read_companions, read_token_ids

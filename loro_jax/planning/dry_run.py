@@ -12,12 +12,12 @@ from collections.abc import Iterator
 
 import jax
 
-from loro_jax.bench.timing import print_table
+from loro_jax.errors import TrainingError
 from loro_jax.planning.accelerators import ACCELERATORS
 from loro_jax.planning.plan import Plan, make_plan
+from loro_jax.tables import print_table
 from loro_jax.text.tokenizers.tokenizer import load_tokenizer
 from loro_jax.training.config import Config, MeshConfig
-from loro_jax.training.errors import TrainingError
 from loro_jax.training.vocabulary import resolve_vocabulary
 
 

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 
 import jax
 
+from loro_jax.errors import TrainingError
 from loro_jax.memory import count_bytes, count_parameters
 from loro_jax.training.config import METHODS, Config
-from loro_jax.training.errors import TrainingError
 from loro_jax.training.step import make_program
 from models.llama import PRESETS, preset
 
@@ -151,7 +151,7 @@ def main(arguments: list[str]) -> int:
     if options.json:
         print(json.dumps(rows, indent=1))
         return 0
-    from loro_jax.bench.timing import print_table
+    from loro_jax.tables import print_table
 
     print_table(
         [{name: "" if value is None else value for name, value in row.items()} for row in rows]

@@ -23,6 +23,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 
+from loro_jax.errors import DivergedError, InUseError, TrainingError
 from loro_jax.study.report import (
     Arm,
     Result,
@@ -31,7 +32,6 @@ from loro_jax.study.report import (
     write_report,
 )
 from loro_jax.training.config import METHODS, Config, differences
-from loro_jax.training.errors import DivergedError, InUseError, TrainingError
 from loro_jax.training.fields import apply_changes, parse_change, set_field
 from loro_jax.training.loop import train
 from loro_jax.training.metrics import read_rows

@@ -12,9 +12,9 @@ from typing import Any, NamedTuple
 import matplotlib
 from matplotlib.figure import Figure
 
-from loro_jax.bench.timing import environment
 from loro_jax.planning.flops import flops_per_token
 from loro_jax.planning.memory_table import held_by
+from loro_jax.tables import environment
 from loro_jax.training.config import Config
 from loro_jax.training.fields import set_field
 

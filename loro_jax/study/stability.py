@@ -22,10 +22,10 @@ import jax
 import numpy as np
 from flax import nnx
 
-from loro_jax.bench.timing import report
+from loro_jax.errors import TrainingError
 from loro_jax.pairs import find_pairs
+from loro_jax.tables import report
 from loro_jax.training.config import Config
-from loro_jax.training.errors import TrainingError
 from loro_jax.training.metrics import read_rows
 from loro_jax.training.trained import load_run
 from models.llama import Llama

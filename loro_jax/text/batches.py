@@ -12,13 +12,13 @@ from collections.abc import Sequence
 import grain
 import numpy as np
 
+from loro_jax.errors import TrainingError
 from loro_jax.text.encoding import available_cores, check_ids
 from loro_jax.text.mixture import Corpus, TrainingSource
 from loro_jax.text.packing import PackedRows, PaddedRows, Rows
 from loro_jax.text.shards import TokenShards
 from loro_jax.text.streams import PackedStreams
 from loro_jax.training.config import Config
-from loro_jax.training.errors import TrainingError
 from loro_jax.training.processes import largest
 from models.loss import Batch
 

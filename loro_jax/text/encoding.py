@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from loro_jax.errors import TrainingError
 from loro_jax.text.documents import Chunk
 from loro_jax.text.tokenizers.tokenizer import Tokenizer
-from loro_jax.training.errors import TrainingError
 
 
 def available_cores() -> int:

@@ -9,6 +9,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from loro_jax.errors import TrainingError
+from loro_jax.text.config import DataConfig
 from loro_jax.text.documents import Part, PartReader
 from loro_jax.text.encoding import check_ids, encode_chunks, token_dtype
 from loro_jax.text.packing import EncodedTexts, Row, consecutive_rows, padded_row
@@ -23,8 +25,7 @@ from loro_jax.text.sources import (
 )
 from loro_jax.text.tfds_source import tfds_texts
 from loro_jax.text.tokenizers.tokenizer import Tokenizer
-from loro_jax.training.config import Config, DataConfig
-from loro_jax.training.errors import TrainingError
+from loro_jax.training.config import Config
 
 # Documents of a source's validation split that are used: enough for ten million tokens.
 MAX_VALIDATION_DOCUMENTS = 50_000

@@ -21,6 +21,8 @@ from typing import Any
 
 import numpy as np
 
+from loro_jax.errors import TrainingError
+from loro_jax.text.config import DataConfig
 from loro_jax.text.documents import Part, PartReader, Position
 from loro_jax.text.encoding import encode_chunks, token_dtype
 from loro_jax.text.prepared import (
@@ -34,8 +36,6 @@ from loro_jax.text.prepared import (
 from loro_jax.text.shards import make_shard
 from loro_jax.text.sources import no_document, source_parts
 from loro_jax.text.tokenizers.tokenizer import Tokenizer
-from loro_jax.training.config import DataConfig
-from loro_jax.training.errors import TrainingError
 
 # Tokens of a shard, over both splits: 256 MB at two bytes each.
 SHARD_TOKENS = 1 << 27

@@ -13,9 +13,9 @@ import pathlib
 import resource
 from typing import Any, NamedTuple
 
+from loro_jax.errors import TrainingError
 from loro_jax.text.shards import Shard, TokenShards, map_shard
 from loro_jax.text.tokenizers.tokenizer import Tokenizer
-from loro_jax.training.errors import TrainingError
 
 FORMAT = 1
 MANIFEST = "manifest.json"

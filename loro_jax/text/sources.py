@@ -15,12 +15,12 @@ import pathlib
 from collections.abc import Iterator
 from typing import NamedTuple
 
+from loro_jax.errors import TrainingError
+from loro_jax.text.config import DataConfig
 from loro_jax.text.documents import Part, digest
 from loro_jax.text.prepared import is_prepared, read_manifest
 from loro_jax.text.readers import Tally, read_documents
 from loro_jax.text.tfds_source import tfds_parts
-from loro_jax.training.config import DataConfig
-from loro_jax.training.errors import TrainingError
 
 
 class Weighted(NamedTuple):

@@ -8,10 +8,10 @@ from typing import Any
 import pyarrow
 import pyarrow.parquet
 
+from loro_jax.errors import TrainingError
 from loro_jax.text.archives import UTF8_MARK
 from loro_jax.text.content import NotTextError, decoded
 from loro_jax.text.tally import Tally
-from loro_jax.training.errors import TrainingError
 
 # Rows that are read at a time; however long they are, they are in memory together.
 _ROWS = 256

@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 from typing import Any
 
-from loro_jax.training.errors import TrainingError
+from loro_jax.errors import TrainingError
 
 # Share of bad documents beyond which reading stops, unless told to go on.
 MOST_BAD = 0.001

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from loro_jax.errors import TrainingError
+from loro_jax.text.config import DataConfig
 from loro_jax.text.documents import VALIDATION_SHARE, Part
 from loro_jax.text.readers import Tally
-from loro_jax.training.config import DataConfig
-from loro_jax.training.errors import TrainingError
 
 # Records of a split that are read as one part.
 _PART_RECORDS = 100_000

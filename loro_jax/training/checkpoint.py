@@ -20,7 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 from orbax.checkpoint import v1 as ocp
 
-from loro_jax.training.errors import TrainingError, cannot_write
+from loro_jax.errors import TrainingError, cannot_write
 from loro_jax.training.processes import is_first, together
 
 Array = jax.Array

@@ -7,8 +7,8 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from loro_jax.errors import TrainingError
 from loro_jax.training.config import Config
-from loro_jax.training.errors import TrainingError
 
 
 def set_field(config: Config, name: str, value: Any) -> None:

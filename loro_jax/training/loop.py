@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import jax
 import numpy as np
 
+from loro_jax.errors import DivergedError, LostProcessError
 from loro_jax.text import (
     Corpus,
     describe,
@@ -26,7 +27,6 @@ from loro_jax.text.tokenizers.tokenizer import load_tokenizer
 from loro_jax.training import mesh as meshes
 from loro_jax.training.checkpoint import Checkpoints
 from loro_jax.training.config import Config
-from loro_jax.training.errors import DivergedError, LostProcessError
 from loro_jax.training.metrics import MetricsWriter, read_rows
 from loro_jax.training.plots import plot_run
 from loro_jax.training.processes import is_first, largest, others_alive, together

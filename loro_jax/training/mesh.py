@@ -17,8 +17,8 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from loro_jax.errors import TrainingError
 from loro_jax.training.config import Config, MeshConfig
-from loro_jax.training.errors import TrainingError
 from models.loss import Batch
 
 # Projections whose input axis is split over `tensor`; the others' output axis is.

@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from loro_jax.training.errors import cannot_write
+from loro_jax.errors import cannot_write
 
 
 def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:

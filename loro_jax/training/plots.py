@@ -10,8 +10,8 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
+from loro_jax.errors import cannot_write
 from loro_jax.text.ngram import NgramPerplexity
-from loro_jax.training.errors import cannot_write
 
 # Readable in print and by the colour-blind (Okabe and Ito's palette).
 _BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#777777"

@@ -16,7 +16,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from loro_jax.training.errors import LostProcessError, TrainingError
+from loro_jax.errors import LostProcessError, TrainingError
 
 T = TypeVar("T")
 

@@ -9,9 +9,9 @@ from typing import Any
 import jax
 from flax import nnx
 
+from loro_jax.errors import TrainingError
 from loro_jax.text.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from loro_jax.training.config import Config
-from loro_jax.training.errors import TrainingError
 from loro_jax.training.step import TrainState, joined
 from models.huggingface import CheckpointError, check_parameters, read_config, read_parameters
 from models.llama import Llama

@@ -8,10 +8,10 @@ import pathlib
 import typing
 from typing import Any, NamedTuple
 
+from loro_jax.errors import TrainingError
 from loro_jax.text.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from loro_jax.training.checkpoint import read_checkpoint
 from loro_jax.training.config import Config
-from loro_jax.training.errors import TrainingError
 from loro_jax.training.mesh import make_mesh
 from loro_jax.training.step import abstract_state, make_program, merge_model
 from models.huggingface import read_model

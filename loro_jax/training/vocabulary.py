@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 
+from loro_jax.errors import TrainingError
 from loro_jax.text.tokenizers.tokenizer import Tokenizer
 from loro_jax.training.config import Config
-from loro_jax.training.errors import TrainingError
 
 
 def resolve_vocabulary(config: Config, tokenizer: Tokenizer) -> tuple[Config, str]:

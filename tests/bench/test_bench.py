@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from loro_jax import exact_update
+from loro_jax import exact_update, tables
 from loro_jax.bench import __main__ as bench
 from loro_jax.bench import (
     accelerator,
@@ -250,7 +250,7 @@ def test_levers_compute_the_same_step(monkeypatch, tmp_path, capsys):
 def test_results_are_json_that_strict_readers_take(tmp_path, capsys):
     path = tmp_path / "result.json"
     rows = [{"peak": float("nan"), "rate": float("inf"), "batch": 2, "share": 0.5}]
-    timing.report(rows, argparse.Namespace(json=str(path), command="command", more={}))
+    tables.report(rows, argparse.Namespace(json=str(path), command="command", more={}))
 
     def refuse(constant):
         raise AssertionError(constant)
@@ -263,7 +263,7 @@ def test_results_are_json_that_strict_readers_take(tmp_path, capsys):
 def test_results_say_what_the_environment_asks_of_libraries(monkeypatch):
     monkeypatch.setenv("OPENBLAS_NUM_THREADS", "1")
     monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
-    found = timing.environment()
+    found = tables.environment()
     assert found["OPENBLAS_NUM_THREADS"] == "1"
     assert "GLIBC_TUNABLES" not in found
 

@@ -6,14 +6,15 @@ import re
 
 import pytest
 
+from loro_jax.errors import TrainingError
 from loro_jax.study import comparison
 from loro_jax.study.comparison import load_config, main
 from loro_jax.training.config import Config
-from loro_jax.training.errors import TrainingError
 from tests.training import runs
 
 CONFIG = """
-from loro_jax.training.config import Config, DataConfig
+from loro_jax.text.config import DataConfig
+from loro_jax.training.config import Config
 from models import LlamaConfig
 
 

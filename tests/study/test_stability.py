@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from loro_jax.bench import __main__ as bench
-from loro_jax.training.config import Config, DataConfig
+from loro_jax.text.config import DataConfig
+from loro_jax.training.config import Config
 from loro_jax.training.loop import train
 from loro_jax.training.trained import load_run
 from models import LlamaConfig

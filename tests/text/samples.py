@@ -6,9 +6,10 @@ import json
 import numpy as np
 
 from loro_jax.text import load_corpus
+from loro_jax.text.config import DataConfig
 from loro_jax.text.readers import Tally, read_documents
 from loro_jax.text.tokenizers.tokenizer import load_tokenizer
-from loro_jax.training.config import Config, DataConfig
+from loro_jax.training.config import Config
 from models import LlamaConfig
 
 BYTES = load_tokenizer("bytes")

@@ -8,8 +8,8 @@ import tracemalloc
 import pytest
 from backports import zstd
 
+from loro_jax.errors import TrainingError
 from loro_jax.text.readers import Tally, read_documents
-from loro_jax.training.errors import TrainingError
 from tests.text.samples import read_content, read_file
 
 MARK = b"\xef\xbb\xbf"

@@ -17,12 +17,12 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 
+from loro_jax.errors import TrainingError
 from loro_jax.text import load_corpus, train_iterator
+from loro_jax.text.config import DataConfig
 from loro_jax.text.prepare import prepare
 from loro_jax.text.prepared import open_prepared, verify
 from loro_jax.text.tokenizers.tokenizer import load_tokenizer
-from loro_jax.training.config import DataConfig
-from loro_jax.training.errors import TrainingError
 from tests.text.samples import (
     BYTES,
     assert_equal_batches,

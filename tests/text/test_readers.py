@@ -9,9 +9,10 @@ import pyarrow.parquet
 import pytest
 from backports import zstd
 
+from loro_jax.errors import TrainingError
 from loro_jax.text import load_corpus
-from loro_jax.training.config import Config, DataConfig
-from loro_jax.training.errors import TrainingError
+from loro_jax.text.config import DataConfig
+from loro_jax.training.config import Config
 from tests.text.samples import BYTES, config
 from tests.text.samples import read_file as read
 

@@ -1,9 +1,9 @@
 import numpy as np
 import pytest
 
+from loro_jax.errors import TrainingError
 from loro_jax.text.encoding import check_ids, token_dtype
 from loro_jax.text.shards import TokenShards, make_shard, map_shard
-from loro_jax.training.errors import TrainingError
 
 
 def documents():

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from loro_jax.training.errors import TrainingError
+from loro_jax.errors import TrainingError
 from tests.text.samples import random_text, read_file
 
 TEXTS = ["first", "with \u2028", "café", None, "", "x" * 300]

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
+from loro_jax.errors import TrainingError
 from loro_jax.text import load_corpus
-from loro_jax.training.errors import TrainingError
 from tests.text.samples import BYTES, config, read_content, read_file
 
 MARK = b"\xef\xbb\xbf"

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from loro_jax.bench.data import prepare_tfds
+from loro_jax.errors import TrainingError
 from loro_jax.text import describe, load_corpus, train_iterator
+from loro_jax.text.config import DataConfig
 from loro_jax.text.prepare import prepare
 from loro_jax.text.prepared import open_prepared
-from loro_jax.training.config import DataConfig
-from loro_jax.training.errors import TrainingError
 from tests.text.samples import (
     BYTES,
     assert_equal_batches,

@@ -7,8 +7,8 @@ import shutil
 
 import pytest
 
+from loro_jax.errors import TrainingError
 from loro_jax.training.config import Config, DataConfig, MeshConfig
-from loro_jax.training.errors import TrainingError
 from loro_jax.training.loop import train
 from models import LlamaConfig
 from tests.training import runs

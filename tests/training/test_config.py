@@ -7,9 +7,9 @@ import jax
 import numpy as np
 import pytest
 
+from loro_jax.errors import TrainingError
 from loro_jax.memory import count_parameters
 from loro_jax.training.config import PERIODIC_METHODS, Config, differences, field_names
-from loro_jax.training.errors import TrainingError
 from loro_jax.training.mesh import make_mesh
 from loro_jax.training.step import compile_program, make_program
 from models import Batch, LlamaConfig

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from loro_jax.errors import TrainingError
 from loro_jax.training.checkpoint import Checkpoints
 from loro_jax.training.config import Config
-from loro_jax.training.errors import TrainingError
 from loro_jax.training.metrics import MetricsWriter, read_rows
 from loro_jax.training.plots import plot_run
 from loro_jax.training.run_directory import RunDirectory

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 from jax.sharding import AbstractMesh, PartitionSpec
 
+from loro_jax.errors import TrainingError
 from loro_jax.training.config import Config, MeshConfig
-from loro_jax.training.errors import TrainingError
 from loro_jax.training.mesh import check_batch, make_mesh, tree_shardings
 
 

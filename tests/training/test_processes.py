@@ -9,7 +9,7 @@ import time
 import numpy as np
 import pytest
 
-from loro_jax.training.errors import TrainingError
+from loro_jax.errors import TrainingError
 from loro_jax.training.processes import Cluster, connect, together
 from tests.training import runs
 

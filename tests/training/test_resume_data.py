@@ -7,9 +7,9 @@ import time
 import pytest
 
 from loro_jax.bench.data import prepare_tfds
+from loro_jax.text.config import DataConfig
 from loro_jax.text.prepare import prepare
 from loro_jax.text.tokenizers.tokenizer import load_tokenizer
-from loro_jax.training.config import DataConfig
 from tests.training import runs
 
 # Documents longer than a few sequences: whenever the run is killed, it is within most of them.

@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import pytest
 
 from loro_jax import LowRank, initialise
+from loro_jax.errors import TrainingError
 from loro_jax.study.comparison import load_config
 from loro_jax.training.config import METHODS, PERIODIC_METHODS, Config, differences
-from loro_jax.training.errors import TrainingError
 from loro_jax.training.loop import train
 from loro_jax.training.methods import make_optimizer
 from loro_jax.training.settings import SETTINGS

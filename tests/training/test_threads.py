@@ -3,9 +3,9 @@
 import pytest
 from threadpoolctl import threadpool_info, threadpool_limits
 
+from loro_jax.errors import TrainingError
 from loro_jax.training import loop
 from loro_jax.training.config import Config
-from loro_jax.training.errors import TrainingError
 
 
 def blas_threads():

@@ -12,10 +12,11 @@ import pytest
 
 from loro_jax.commands.evaluate import main as evaluate
 from loro_jax.commands.weights import main
+from loro_jax.errors import TrainingError
+from loro_jax.text.config import DataConfig
 from loro_jax.text.prepare import prepare
 from loro_jax.text.sources import shares_text
-from loro_jax.training.config import Config, DataConfig
-from loro_jax.training.errors import TrainingError
+from loro_jax.training.config import Config
 from loro_jax.training.loop import train
 from loro_jax.training.trained import load_config, load_model, load_run
 from models import LlamaConfig

@@ -18,6 +18,7 @@ from tokenizers import (
     processors,
 )
 
+from loro_jax.errors import TrainingError
 from loro_jax.text.tokenizers.sentencepiece_probes import check_conversion
 from loro_jax.text.tokenizers.sentencepiece_rules import (
     SOME_TEXT,
@@ -26,7 +27,6 @@ from loro_jax.text.tokenizers.sentencepiece_rules import (
     space_steps,
     table_steps,
 )
-from loro_jax.training.errors import TrainingError
 
 _SPACE = "\u2581"  # SentencePiece's mark of a space
 _BYTES = [f"<0x{byte:02X}>" for byte in range(256)]

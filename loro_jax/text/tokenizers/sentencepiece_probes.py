@@ -9,7 +9,7 @@ from typing import Any
 import sentencepiece
 import tokenizers
 
-from loro_jax.training.errors import TrainingError
+from loro_jax.errors import TrainingError
 
 _SPACE = "\u2581"
 # How far the scores of two cuts of a probe may be apart to be equal but for rounding.

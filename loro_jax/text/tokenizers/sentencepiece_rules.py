@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from tokenizers import Regex, normalizers
 
-from loro_jax.training.errors import TrainingError
+from loro_jax.errors import TrainingError
 
 # Noncharacters, which no text may hold: between characters that stay apart, between those that may
 # be joined, and before the number of a string to put in at the end.

@@ -8,7 +8,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from loro_jax.training.errors import TrainingError
+from loro_jax.errors import TrainingError
 
 _ROLES = ("bos", "eos", "pad", "unk", "sep", "cls", "mask")
 

@@ -14,6 +14,7 @@ from typing import Protocol
 
 import sentencepiece
 
+from loro_jax.errors import TrainingError
 from loro_jax.text.tokenizers.conversion import (
     from_bytes,
     from_sentencepiece,
@@ -22,7 +23,6 @@ from loro_jax.text.tokenizers.conversion import (
 )
 from loro_jax.text.tokenizers.special_ids import Beside, SpecialIds, written_out
 from loro_jax.text.tokenizers.tokenizer_json import HuggingFaceTokenizer
-from loro_jax.training.errors import TrainingError
 
 
 class Tokenizer(Protocol):

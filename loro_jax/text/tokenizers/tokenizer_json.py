@@ -20,9 +20,9 @@ from typing import Any
 
 import tokenizers
 
+from loro_jax.errors import TrainingError
 from loro_jax.text.tokenizers.conversion import tokenizer_files
 from loro_jax.text.tokenizers.special_ids import Beside, SpecialIds
-from loro_jax.training.errors import TrainingError
 
 # In the order in which they are looked for.
 _USUAL_EOS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "[SEP]")

@@ -18,11 +18,11 @@ import sentencepiece
 import tokenizers
 
 from loro_jax.commands.source_options import add_source_options, failing_in_one_line, source_config
+from loro_jax.errors import TrainingError
+from loro_jax.text.config import DataConfig
 from loro_jax.text.documents import PartReader
 from loro_jax.text.sources import source_parts
 from loro_jax.text.tokenizers.tokenizer import load_tokenizer
-from loro_jax.training.config import DataConfig
-from loro_jax.training.errors import TrainingError
 
 PAD, EOS, UNK = "<pad>", "</s>", "<unk>"
 

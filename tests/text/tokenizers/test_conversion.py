@@ -10,13 +10,13 @@ import sentencepiece
 from sentencepiece import sentencepiece_model_pb2
 from tokenizers import normalizers
 
+from loro_jax.errors import TrainingError
+from loro_jax.text.config import DataConfig
 from loro_jax.text.readers import Tally
 from loro_jax.text.sources import source_parts
 from loro_jax.text.tokenizers.conversion import from_sentencepiece
 from loro_jax.text.tokenizers.sentencepiece_rules import read_rules, table_steps
 from loro_jax.text.tokenizers.tokenizer import load_tokenizer
-from loro_jax.training.config import DataConfig
-from loro_jax.training.errors import TrainingError
 
 MARKUP = [
     "<b>html</b> </p> <0x0A> [SEP] </s> <unk> <pad> a/s b",

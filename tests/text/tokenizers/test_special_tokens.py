@@ -8,10 +8,10 @@ import sentencepiece
 import tokenizers
 from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers, processors
 
+from loro_jax.errors import TrainingError
 from loro_jax.text.documents import Chunk, Position
 from loro_jax.text.encoding import encode_chunks, encode_document
 from loro_jax.text.tokenizers.tokenizer import load_tokenizer
-from loro_jax.training.errors import TrainingError
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<pad>", "[SEP]"]
 LETTERS = sorted(set("<>/[]|spadunkSEPhelowrtxy .!\u2581\u0120"))

@@ -7,11 +7,12 @@ import pytest
 import tokenizers
 
 from configs.default import get_config
+from loro_jax.errors import TrainingError
+from loro_jax.text.config import DataConfig
 from loro_jax.text.sources import source_parts
 from loro_jax.text.tokenizers.tokenizer import load_tokenizer
 from loro_jax.text.tokenizers.training import train_byte_level, train_sentencepiece
-from loro_jax.training.config import Config, DataConfig
-from loro_jax.training.errors import TrainingError
+from loro_jax.training.config import Config
 from loro_jax.training.vocabulary import resolve_vocabulary
 from models import LlamaConfig
 
