@@ -132,7 +132,9 @@ def count_of_none(arrays: Any) -> jax.Array:
     """
     found = [x for x in jax.tree.leaves(arrays) if isinstance(x, jax.Array)]
     meshes = [jax.typeof(x).sharding.mesh for x in found]
-    explicit = [mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types]
+    # Outside of any program there are no branches, and a scalar would need devices.
+    traced = any(isinstance(x, jax.core.Tracer) for x in found)
+    explicit = [mesh for mesh in meshes if traced and AxisType.Explicit in mesh.axis_types]
     device = NamedSharding(explicit[0], PartitionSpec()) if explicit else None
     zero: jax.Array = varying_alike([jax.numpy.zeros([], jax.numpy.int32, device=device), *found])[
         0
