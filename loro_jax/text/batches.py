@@ -8,6 +8,7 @@ processes sees the same batches.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import grain
 import numpy as np
@@ -18,9 +19,11 @@ from loro_jax.text.mixture import Corpus, TrainingSource
 from loro_jax.text.packing import PackedRows, PaddedRows, Rows
 from loro_jax.text.shards import TokenShards
 from loro_jax.text.streams import PackedStreams
-from loro_jax.training.config import Config
 from loro_jax.training.processes import largest
 from models.loss import Batch
+
+if TYPE_CHECKING:
+    from loro_jax.training.config import Config
 
 # Seeds of the sources that are mixed lie this far apart.
 _SEED_STEP = 1_000_003

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -25,7 +25,9 @@ from loro_jax.text.sources import (
 )
 from loro_jax.text.tfds_source import tfds_texts
 from loro_jax.text.tokenizers.tokenizer import Tokenizer
-from loro_jax.training.config import Config
+
+if TYPE_CHECKING:
+    from loro_jax.training.config import Config
 
 # Documents of a source's validation split that are used: enough for ten million tokens.
 MAX_VALIDATION_DOCUMENTS = 50_000
