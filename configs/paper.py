@@ -7,8 +7,8 @@ tokens. Sources: the paper's Section 5 and the launch scripts in the authors' re
 compute in bfloat16: a retraction through bfloat16 costs the factors their balance. For the
 authors' own precision: --config.model.param_dtype=bfloat16.
 
-What small models say is better than the paper's settings (README, "Which settings") goes by a name
-behind the file's colon, --config=configs/llama_60m.py:recommended. It has not run at these sizes.
+Settings that are better than the paper's on small models (loro_jax/study/README.md) are chosen by a
+name after the file's colon, --config=configs/llama_60m.py:recommended.
 """
 
 from loro_jax.text.config import DataConfig

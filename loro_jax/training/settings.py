@@ -1,4 +1,4 @@
-"""What a run trains with: the settings that the study in the README recommends, or the paper's.
+"""What a run trains with: the settings that the study (loro_jax/study) recommends, or the paper's.
 
 The files of ``configs/`` take their name behind a colon::
 

@@ -19,6 +19,7 @@ from models.llama import LlamaConfig
 from models.loss import Batch
 from tests.conftest import ROOT
 
+CORPUS = ROOT / "loro_jax" / "text" / "corpus" / "valid.txt"
 MESHES = ((1, 1, 1), (8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2))
 STEPS = 30
 
@@ -50,8 +51,8 @@ def config_of(method, mesh):
 
 
 def batches(config):
-    """Text of the readme, byte by byte."""
-    text = np.frombuffer((ROOT / "README.md").read_bytes(), np.uint8).astype(np.int32)
+    """Text of the embedded corpus, byte by byte."""
+    text = np.frombuffer(CORPUS.read_bytes(), np.uint8).astype(np.int32)
     size = config.batch_size * (config.sequence_length + 1)
     for step in range(STEPS):
         rows = text[np.arange(step * 97, step * 97 + size) % len(text)]
