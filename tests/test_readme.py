@@ -132,6 +132,29 @@ def test_named_commands_exist(name):
             assert words[1] in benchmarks, f"{name}: python -m loro_jax bench {words[1]}"
 
 
+def flags_of_commands():
+    """The words of every ``python -m loro_jax`` command, and the flags that READMEs give it."""
+    flags = {}
+    for line in itertools.chain.from_iterable(map(in_code, TEXTS.values())):
+        for rest in re.findall(r"python -m loro_jax (\w.*)", line):
+            words = rest.split()
+            command = tuple(words[: 2 if words[0] == "bench" else 1])
+            flags.setdefault(command, set()).update(re.findall(r"(?<!\S)--[\w-]+", rest))
+    return flags
+
+
+@pytest.mark.parametrize("command", flags_of_commands(), ids=" ".join)
+def test_named_flags_exist(command, capsys):
+    if importlib.util.find_spec("loro_jax.__main__") is None:
+        pytest.skip("python -m loro_jax is not there")
+    main = importlib.import_module("loro_jax.__main__").main
+    with pytest.raises(SystemExit) as ended:
+        main([*command, "--help"])
+    assert ended.value.code == 0
+    known = re.findall(r"--[\w-]+", capsys.readouterr().out)
+    assert flags_of_commands()[command] <= set(known)
+
+
 @pytest.mark.parametrize("name", TEXTS)
 def test_named_fields_exist(name):
     fields = importlib.import_module("loro_jax.training.config").field_names()
