@@ -63,7 +63,8 @@ def commands(text):
     """The words after ``python -m`` of every command."""
     for line in in_code(text):
         for rest in re.findall(r"python -m ([\w. -]*)", line):
-            yield rest.split()
+            if rest.split() != ["loro_jax", "NAME"]:
+                yield rest.split()
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -138,6 +139,8 @@ def flags_of_commands():
     for line in itertools.chain.from_iterable(map(in_code, TEXTS.values())):
         for rest in re.findall(r"python -m loro_jax (\w.*)", line):
             words = rest.split()
+            if words[0] == "NAME":
+                continue
             command = tuple(words[: 2 if words[0] == "bench" else 1])
             flags.setdefault(command, set()).update(re.findall(r"(?<!\S)--[\w-]+", rest))
     return flags
