@@ -40,7 +40,7 @@ _RESTARTED = ("loro", "lowrank_restarts", "svd_projection", "preconditioned_exac
 
 # Of LORO's factors by orthogonalised momentum, on the learning rate of the rest: a step of 0.024
 # in the product's spectral norm where that is 0.01, the best of those tried at three ranks and two
-# widths (loro_jax/study/README.md, "Findings at this scale").
+# widths (README, "What the study says so far").
 _ORTHOGONAL_SCALE = 2.4
 # Of dense projections by Muon: the better of 0.012 and 0.024 at 2.56M tokens.
 _MUON_SCALE = 1.2
