@@ -2,16 +2,18 @@ import numpy as np
 import pytest
 
 from loro_jax.errors import TrainingError
-from loro_jax.text import describe, load_corpus, to_batch, train_iterator
-from loro_jax.text.batches import validation_batches
 from loro_jax.text.packing import PackedRows
 from loro_jax.text.shards import TokenShards, make_shard
+from loro_jax.training.batch import to_batch, validation_batches
 from tests.text.samples import (
     BYTES,
     assert_equal_batches,
     config,
+    describe,
+    load_corpus,
     random_text,
     take,
+    train_iterator,
     with_corpus,
     write_lines,
 )

@@ -18,7 +18,6 @@ import pyarrow.parquet
 import pytest
 
 from loro_jax.errors import TrainingError
-from loro_jax.text import load_corpus, train_iterator
 from loro_jax.text.config import DataConfig
 from loro_jax.text.prepare import prepare
 from loro_jax.text.prepared import open_prepared, verify
@@ -27,8 +26,10 @@ from tests.text.samples import (
     BYTES,
     assert_equal_batches,
     config,
+    load_corpus,
     take,
     texts_of,
+    train_iterator,
     write_lines,
 )
 
