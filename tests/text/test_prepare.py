@@ -167,7 +167,7 @@ def test_threads_change_nothing(tmp_path, source):
 def test_killed_it_goes_on(tmp_path):
     """SIGKILL, at moments nobody chose, of the command itself."""
     source = write_source(tmp_path / "texts", files=6, documents=4000)
-    command = [sys.executable, "-m", "loro_jax.text", "prepare", source]
+    command = [sys.executable, "-m", "loro_jax", "prepare", source]
     command += ["--tokenizer=bytes", "--shard_tokens=200000"]
     reference, out = tmp_path / "reference", tmp_path / "out"
     subprocess.run([*command, f"--out={reference}"], check=True, cwd=ROOT, capture_output=True)
@@ -316,7 +316,7 @@ class TestOpening:
 
 def command(*arguments):
     done = subprocess.run(
-        [sys.executable, "-m", "loro_jax.text", *map(str, arguments)],
+        [sys.executable, "-m", "loro_jax", *map(str, arguments)],
         cwd=ROOT,
         capture_output=True,
         text=True,
