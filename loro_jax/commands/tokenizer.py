@@ -14,17 +14,16 @@ import argparse
 import itertools
 import pathlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from loro_jax.command_line import Parser, failing_in_one_line
 from loro_jax.commands.source_options import add_source_options, naming_options, source_config
 from loro_jax.errors import TrainingError
+from loro_jax.text.config import DataConfig
+from loro_jax.text.documents import PartReader
+from loro_jax.text.sources import source_parts
 from loro_jax.text.tokenizers.tokenizer import load_tokenizer
-from loro_jax.text.tokenizers.training import (
-    train_byte_level,
-    train_sentencepiece,
-    training_texts,
-)
+from loro_jax.text.tokenizers.training import train_byte_level, train_sentencepiece
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -78,3 +77,17 @@ def _train(options: argparse.Namespace) -> int:
             file=sys.stderr,
         )
     return 0
+
+
+def training_texts(config: DataConfig, limit: int | None = None) -> Iterator[str]:
+    """Returns the first documents of a source's training split, all of them by default."""
+    parts, held_out = source_parts(config.source, config)
+    training = [part for part in parts if part.split != "validation"]
+    chunks = PartReader(training, config.bad_documents == "skip", held_out).chunks()
+    texts = (
+        text
+        for chunk in chunks
+        for split, text in zip(chunk.splits, chunk.texts, strict=True)
+        if split == "train"
+    )
+    return itertools.islice(texts, limit)

@@ -8,32 +8,14 @@ it is, split numbers into digits, and have padding 0 and end of text 1.
 from __future__ import annotations
 
 import io
-import itertools
 from collections.abc import Iterator
 
 import sentencepiece
 import tokenizers
 
 from loro_jax.errors import TrainingError
-from loro_jax.text.config import DataConfig
-from loro_jax.text.documents import PartReader
-from loro_jax.text.sources import source_parts
 
 PAD, EOS, UNK = "<pad>", "</s>", "<unk>"
-
-
-def training_texts(config: DataConfig, limit: int | None = None) -> Iterator[str]:
-    """The first documents of a source's training split (all of them by default)."""
-    parts, held_out = source_parts(config.source, config)
-    training = [part for part in parts if part.split != "validation"]
-    chunks = PartReader(training, config.bad_documents == "skip", held_out).chunks()
-    texts = (
-        text
-        for chunk in chunks
-        for split, text in zip(chunk.splits, chunk.texts, strict=True)
-        if split == "train"
-    )
-    return itertools.islice(texts, limit)
 
 
 def train_byte_level(texts: Iterator[str], vocab_size: int) -> str:
