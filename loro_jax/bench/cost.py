@@ -24,7 +24,7 @@ from loro_jax.bench.timing import time_in_turns
 from loro_jax.bench.train_step import prepare
 from loro_jax.planning.flops import flops_per_token
 from loro_jax.planning.memory_table import held_by
-from loro_jax.tables import report
+from loro_jax.tables import replacing, report
 from loro_jax.training.config import Config
 from models.llama import PRESETS, LlamaConfig, preset
 
@@ -150,4 +150,5 @@ def _plot(name: str, measured: list[dict[str, Any]], path: pathlib.Path) -> None
     axes.set(xlabel="rank", ylabel="tokens a second", title=f"Training {name}", xscale="log")
     axes.set_xticks(ranks, [str(rank) for rank in ranks], minor=False)
     axes.legend()
-    figure.savefig(path, dpi=120)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format=path.suffix[1:] or "png", dpi=120)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import pathlib
 from collections.abc import Collection, Sequence
 from typing import Any
 
@@ -97,6 +98,9 @@ def parse_options(
     """Returns the options, with ``models`` as a list of known names."""
     options = parser.parse_args(arguments)
     options.command = " ".join([parser.prog, *arguments])
+    folder = pathlib.Path(options.json or ".").absolute().parent
+    if not folder.is_dir():
+        parser.error(f"--json={options.json}: there is no directory {folder}")
     options.models = options.models.split(",")
     for model in options.models:
         if model not in known:

@@ -24,6 +24,7 @@ from loro_jax.study.report import (
     config_of,
     write_report,
 )
+from loro_jax.tables import replacing
 from loro_jax.training.config import Config, differences
 from loro_jax.training.loop import train
 from loro_jax.training.metrics import read_rows
@@ -107,7 +108,8 @@ def _finish(base: Config, run: Run, directory: pathlib.Path) -> Result | None:
         return None
     except DivergedError as error:
         note = str(error).split(";")[0]
-        note_path.write_text(note, encoding="utf-8")
+        with replacing(note_path) as temporary:
+            temporary.write_text(note, encoding="utf-8")
         print(f"{run.name}: diverged ({note})", flush=True)
         return _result(run, workdir, None, note)
     if outcome.exit_status:

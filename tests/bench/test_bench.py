@@ -257,6 +257,26 @@ def test_results_are_json_that_strict_readers_take(tmp_path, capsys):
     assert "| nan " in capsys.readouterr().out
 
 
+def test_a_result_is_written_whole_or_not_at_all(tmp_path, capsys):
+    path = tmp_path / "result.json"
+    path.write_text("before")
+    with pytest.raises(TypeError):
+        tables.report([{"rate": object()}], argparse.Namespace(json=str(path), command="", more={}))
+
+    def fill_the_disk():
+        with tables.replacing(path) as temporary:
+            temporary.write_text("half")
+            raise OSError("full")
+
+    with pytest.raises(OSError, match="full"):
+        fill_the_disk()
+    assert path.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [path]
+    with pytest.raises(SystemExit):
+        bench.main(["exact_step", f"--json={tmp_path / 'none' / 'result.json'}"])
+    assert "there is no directory" in capsys.readouterr().err
+
+
 def test_results_say_what_the_environment_asks_of_libraries(monkeypatch):
     monkeypatch.setenv("OPENBLAS_NUM_THREADS", "1")
     monkeypatch.delenv("GLIBC_TUNABLES", raising=False)

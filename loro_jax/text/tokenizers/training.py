@@ -15,7 +15,7 @@ import tokenizers
 
 from loro_jax.errors import TrainingError
 
-PAD, EOS, UNK = "<pad>", "</s>", "<unk>"
+PAD, EOS = "<pad>", "</s>"
 
 
 def train_byte_level(texts: Iterator[str], vocab_size: int) -> str:
