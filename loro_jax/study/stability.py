@@ -43,14 +43,14 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--json", help="write the results to this file, too")
     options = parser.parse_args(arguments)
     options.command = " ".join([parser.prog, *arguments])
-    runs = sorted(path.parent for path in options.directory.rglob("metrics.jsonl"))
+    return failing_in_one_line(lambda: report(_rows(options.directory), options))
+
+
+def _rows(directory: pathlib.Path) -> list[dict[str, Any]]:
+    runs = sorted(path.parent for path in directory.rglob("metrics.jsonl"))
     if not runs:
-        parser.error(f"{options.directory}: expected run directories below it, but found none")
-    return failing_in_one_line(
-        lambda: report(
-            [_row(run, str(run.relative_to(options.directory))) for run in runs], options
-        )
-    )
+        raise TrainingError(f"{directory}: expected run directories below it, but found none.")
+    return [_row(run, str(run.relative_to(directory))) for run in runs]
 
 
 def _row(run: pathlib.Path, name: str) -> dict[str, Any]:
