@@ -3,8 +3,10 @@
 import ast
 import io
 import pathlib
+import re
 import subprocess
 import tokenize
+import tomllib
 
 import pytest
 
@@ -142,3 +144,17 @@ def test_nothing_else_stands_at_the_top():
         pytest.skip("not a git checkout")
     top = {name.split("/")[0] for name in done.stdout.splitlines()}
     assert {name for name in top if not name.startswith(".")} == TOP
+
+
+def test_every_module_has_its_place_in_the_order_of_imports():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    (layers,) = (
+        contract["layers"]
+        for contract in settings["tool"]["importlinter"]["contracts"]
+        if contract["type"] == "layers"
+    )
+    placed = set(re.findall(r"loro_jax\.\w+", " ".join(layers)))
+    files = (ROOT / "loro_jax").glob("*.py")
+    packages = (ROOT / "loro_jax").glob("*/__init__.py")
+    modules = {path.stem for path in files} | {path.parent.name for path in packages}
+    assert {f"loro_jax.{name}" for name in modules - {"__init__", "_version"}} - placed == set()
