@@ -1,10 +1,8 @@
-"""The command ``python -m loro_jax.compare``; see :mod:`loro_jax.study.comparison`."""
-
-from __future__ import annotations
+"""``python -m loro_jax.compare``, another name of ``python -m loro_jax compare``."""
 
 import sys
 
-if __name__ == "__main__":
-    from loro_jax.study.comparison import main
+from loro_jax.__main__ import main
 
-    sys.exit(main(sys.argv[1:]))
+if __name__ == "__main__":
+    sys.exit(main(["compare", *sys.argv[1:]]))

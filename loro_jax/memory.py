@@ -75,6 +75,6 @@ def footprint(params: Any, opt_state: Any) -> Footprint:
 if __name__ == "__main__":
     import sys
 
-    from loro_jax.planning.memory_table import main
+    from loro_jax.__main__ import moved
 
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(moved("memory", sys.argv[1:]))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import math
 import os
 import pathlib
 import platform
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -55,7 +57,34 @@ def report(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
     if options.json:
         result = {"command": options.command, "environment": environment(), "rows": rows, **more}
         text = json.dumps(_strict(result), indent=2, allow_nan=False)
-        pathlib.Path(options.json).write_text(text + "\n", encoding="utf-8")
+        with replacing(pathlib.Path(options.json)) as temporary:
+            temporary.write_text(text + "\n", encoding="utf-8")
+
+
+@contextlib.contextmanager
+def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
+    """Yields a temporary name beside a file's; the file is replaced if nothing is raised.
+
+    Args:
+        path: the file that is to be written, whole or not at all.
+
+    Yields:
+        Where to write it.
+
+    Example:
+        >>> import tempfile
+        >>> path = pathlib.Path(tempfile.mkdtemp()) / "a.txt"
+        >>> with replacing(path) as temporary:
+        ...     _ = temporary.write_text("whole")
+        >>> path.read_text()
+        'whole'
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
 
 
 def _strict(value: Any) -> Any:

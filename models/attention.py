@@ -15,7 +15,7 @@ from typing import Literal
 import jax
 import jax.numpy as jnp
 
-from models.loss import reduction_dtype
+from models.precision import reduction_dtype
 
 Array = jax.Array
 

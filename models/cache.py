@@ -24,7 +24,7 @@ import jax.numpy as jnp
 
 from loro_jax.layers.projections import KINDS, as_low_rank
 from models.llama import Attention, LlamaConfig
-from models.loss import reduction_dtype
+from models.precision import reduction_dtype
 
 Array = jax.Array
 

@@ -21,7 +21,7 @@ from flax import nnx
 from loro_jax.layers.projections import Shared, can_share
 from models.cache import Cache, attend, empty_cache, remember
 from models.llama import Llama
-from models.loss import reduction_dtype
+from models.precision import reduction_dtype
 from models.sampling import GREEDY, Sampling, next_tokens
 
 Array = jax.Array

@@ -1,8 +1,8 @@
-"""Forwards ``python -m models.evaluate`` to :mod:`loro_jax.commands.evaluate`."""
+"""The former place of ``python -m loro_jax evaluate``."""
 
 import sys
 
-from loro_jax.commands.evaluate import main
+from loro_jax.__main__ import moved
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(moved("evaluate", sys.argv[1:]))

@@ -1,8 +1,8 @@
-"""Forwards ``python -m models.generate`` to :mod:`loro_jax.commands.generate`."""
+"""The former place of ``python -m loro_jax generate``."""
 
 import sys
 
-from loro_jax.commands.generate import main
+from loro_jax.__main__ import moved
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(moved("generate", sys.argv[1:]))

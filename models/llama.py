@@ -29,7 +29,7 @@ from loro_jax.layers.projections import (
 )
 from models.attention import ATTENTION, causal_attention
 from models.layout import by_sequence
-from models.loss import reduction_dtype
+from models.precision import reduction_dtype
 from models.rope import RopeScaling, frequencies, rotary_embedding
 
 Array = jax.Array

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import functools
 import math
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 
 from models.layout import batch_ways, by_sequence
-
-if TYPE_CHECKING:
-    from models.llama import Llama
+from models.precision import reduction_dtype
 
 Array = jax.Array
 
@@ -148,12 +146,23 @@ def _log_partition_and_loss(logits_NxV: Array, targets_N: Array) -> tuple[Array,
     return log_partition_N, log_partition_N - target_logits_N
 
 
-def reduction_dtype(dtype: Any) -> Any:
-    """The dtype to sum in: float32, or float64 for float64."""
-    return jnp.promote_types(dtype, jnp.float32)
+class LanguageModel(Protocol):
+    """What the loss needs of a model, :class:`models.llama.Llama` for one.
+
+    Attributes:
+        config: its ``loss_chunk_size`` is the number of tokens whose logits exist at a time.
+    """
+
+    config: Any
+
+    def hidden_states(self, ids: Array) -> Array:
+        """Returns the final hidden states of token ids (B, L), (B, L, D)."""
+
+    def head_VxD(self) -> Array:
+        """Returns the output projection, (V, D)."""
 
 
-def next_token_loss(model: Llama, batch: Batch) -> Array:
+def next_token_loss(model: LanguageModel, batch: Batch) -> Array:
     """Sum of a batch's masked cross-entropies in nats; divide by ``batch.mask.sum()`` for the mean.
 
     The sum, so that micro-batches with different numbers of tokens add up to the right mean.

@@ -12,7 +12,7 @@ import math
 import jax
 import jax.numpy as jnp
 
-from models.loss import reduction_dtype
+from models.precision import reduction_dtype
 
 Array = jax.Array
 

@@ -1,5 +1,6 @@
 """What an installation holds and needs."""
 
+import os
 import pathlib
 import subprocess
 import sys
@@ -67,14 +68,56 @@ except ImportError as error:
 """
 
 
-def test_the_core_needs_neither_flax_nor_the_checkout(wheel, tmp_path):
-    zipfile.ZipFile(wheel).extractall(tmp_path)
-    done = subprocess.run(
-        [sys.executable, "-c", CORE, str(tmp_path)],
+@pytest.fixture(scope="module")
+def installed(wheel, tmp_path_factory):
+    """A folder with nothing but what the wheel installs."""
+    folder = tmp_path_factory.mktemp("installed")
+    zipfile.ZipFile(wheel).extractall(folder)
+    return folder
+
+
+def run(folder, *arguments):
+    """Runs Python in the folder, without the checkout on its path."""
+    return subprocess.run(
+        [sys.executable, *arguments],
         capture_output=True,
         text=True,
         check=False,
-        cwd=tmp_path,
+        cwd=folder,
+        env={name: value for name, value in os.environ.items() if name != "PYTHONPATH"},
     )
+
+
+def test_the_core_needs_neither_flax_nor_the_checkout(installed):
+    done = run(installed, "-c", CORE, str(installed))
     assert done.returncode == 0, done.stderr
     assert "run it from a checkout" in done.stdout
+
+
+COMMANDS = """
+import sys
+sys.path.insert(0, sys.argv[1])
+
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name == "sentencepiece":
+            raise ModuleNotFoundError(name, name=name)
+
+sys.meta_path.insert(0, Block())
+from loro_jax.__main__ import main
+for arguments in (["memory"], ["evaluate", "x", "y"], ["prepare", "--help"]):
+    print(main(arguments))
+del sys.meta_path[0]
+main(["verify", "--help"])
+"""
+
+
+def test_commands_of_an_installation_say_what_they_need(installed):
+    done = run(installed, "-c", COMMANDS, str(installed))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("1\n1\n1\nusage: python -m loro_jax verify")
+    memory, evaluate, prepare = done.stderr.splitlines()
+    for line, name in ((memory, "memory"), (evaluate, "evaluate")):
+        assert line.startswith(f"error: python -m loro_jax {name} needs the networks in models/")
+        assert "run it from a checkout" in line
+    assert "needs sentencepiece, which is not installed" in prepare

@@ -13,13 +13,15 @@ the memory, or half of it where PyTorch needs some.
 
 from __future__ import annotations
 
-import argparse
 import os
 import pathlib
 import subprocess
 import sys
 import time
 from collections.abc import Sequence
+
+from loro_jax.command_line import Parser
+from loro_jax.errors import TrainingError
 
 # Steps of 131k tokens: what is kept of the forward pass is what is fastest for each.
 _STEP = (
@@ -77,11 +79,7 @@ _VARIABLES_OF = {
 
 def main(arguments: Sequence[str]) -> None:
     """Runs the measurements; see ``--help``."""
-    parser = argparse.ArgumentParser(
-        prog="python -m loro_jax.bench accelerator",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = Parser("python -m loro_jax.bench accelerator", __doc__)
     parser.add_argument("--out", type=pathlib.Path, required=True, help="directory of the results")
     parser.add_argument(
         "--only", default=",".join(MEASUREMENTS), help="names, separated by commas; default: all"
@@ -98,7 +96,7 @@ def main(arguments: Sequence[str]) -> None:
     end = time.monotonic() + options.seconds
     failed = [name for name in names if not _measured(name, options.out, end)]
     if failed:
-        sys.exit(f"error: not measured: {', '.join(failed)}; see their logs in {options.out}")
+        raise TrainingError(f"not measured: {', '.join(failed)}; see their logs in {options.out}")
 
 
 def _measured(name: str, out: pathlib.Path, end: float) -> bool:

@@ -19,12 +19,12 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
-from loro_jax.bench.timing import make_parser, parse_options, time_in_turns
+from loro_jax.bench.options import make_parser, parse_options, whole_numbers
+from loro_jax.bench.timing import time_in_turns
 from loro_jax.bench.train_step import prepare
-from loro_jax.errors import TrainingError
 from loro_jax.planning.flops import flops_per_token
 from loro_jax.planning.memory_table import held_by
-from loro_jax.tables import report
+from loro_jax.tables import replacing, report
 from loro_jax.training.config import Config
 from models.llama import PRESETS, LlamaConfig, preset
 
@@ -54,7 +54,6 @@ def exact_step_flops(model: LlamaConfig) -> float:
 def main(arguments: Sequence[str]) -> None:
     """Runs the benchmark; see ``--help``."""
     parser = make_parser("cost", __doc__, "60m,130m,350m,1b,7b", rounds=3)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--ranks", default="16,8,4,2", help="as divisors of the hidden size")
     parser.add_argument("--sequence_lengths", default="256,1024")
     parser.add_argument("--exact_every", default="50,200,500", help="values of K")
@@ -63,31 +62,22 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--measure_batch", type=int, default=8, help="sequences of these steps")
     parser.add_argument("--plot", type=pathlib.Path, help="file for a picture of what was measured")
     options = parse_options(parser, arguments, PRESETS)
-    try:
-        divisors, lengths, periods = (
-            [int(number) for number in text.split(",")]
-            for text in (options.ranks, options.sequence_lengths, options.exact_every)
-        )
-    except ValueError:
-        parser.error("--ranks, --sequence_lengths, --exact_every: expected whole numbers")
-    if min(*divisors, *lengths, *periods) < 1:
-        parser.error("--ranks, --sequence_lengths, --exact_every: expected numbers above 0")
+    divisors, lengths, periods = whole_numbers(
+        parser, options, "ranks", "sequence_lengths", "exact_every"
+    )
     if options.plot and not options.measure:
         parser.error("--plot: needs --measure=MODEL")
-    try:
-        rows = [
-            _counted(name, divisor, length, periods, options.tokens)
-            for name in options.models
-            for divisor in divisors
-            for length in lengths
-        ]
-        if options.measure:
-            measured = _measured(options.measure, divisors, lengths[0], options)
-            if options.plot:
-                _plot(options.measure, measured, options.plot)
-            options.more = {"measured": measured}
-    except TrainingError as error:
-        parser.error(str(error))
+    rows = [
+        _counted(name, divisor, length, periods, options.tokens)
+        for name in options.models
+        for divisor in divisors
+        for length in lengths
+    ]
+    if options.measure:
+        measured = _measured(options.measure, divisors, lengths[0], options)
+        if options.plot:
+            _plot(options.measure, measured, options.plot)
+        options.more = {"measured": measured}
     report(rows, options)
 
 
@@ -160,4 +150,5 @@ def _plot(name: str, measured: list[dict[str, Any]], path: pathlib.Path) -> None
     axes.set(xlabel="rank", ylabel="tokens a second", title=f"Training {name}", xscale="log")
     axes.set_xticks(ranks, [str(rank) for rank in ranks], minor=False)
     axes.legend()
-    figure.savefig(path, dpi=120)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, format=path.suffix[1:] or "png", dpi=120)

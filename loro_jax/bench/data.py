@@ -7,6 +7,8 @@ run does; then batches of training are drawn; then a model is trained from prepa
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import gzip
 import itertools
 import json
@@ -23,9 +25,11 @@ import pyarrow
 import pyarrow.parquet
 from backports import zstd
 
-from loro_jax.bench.timing import make_parser, parse_options, time_in_turns
+from loro_jax.bench.options import make_parser, parse_options
+from loro_jax.bench.timing import time_in_turns
 from loro_jax.tables import report
-from loro_jax.text import load_corpus, to_batch, train_iterator
+from loro_jax.text import Corpus, load_corpus, train_iterator
+from loro_jax.text.batches import TrainBatches
 from loro_jax.text.config import DataConfig
 from loro_jax.text.documents import PartReader
 from loro_jax.text.encoding import encode_chunks
@@ -33,6 +37,7 @@ from loro_jax.text.prepare import prepare
 from loro_jax.text.sources import source_parts
 from loro_jax.text.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from loro_jax.training import mesh as meshes
+from loro_jax.training.batch import to_batch
 from loro_jax.training.config import Config
 from loro_jax.training.step import compile_program, make_program
 from models.llama import PRESETS, preset
@@ -122,6 +127,16 @@ def read_all(data: DataConfig, tokenizer: Tokenizer) -> int:
     return sum(len(document) for _, documents in encoded for document in documents)
 
 
+def _batches_of(config: Config, corpus: Corpus) -> TrainBatches:
+    return train_iterator(
+        config.data,
+        corpus,
+        batch_size=config.batch_size,
+        sequence_length=config.sequence_length,
+        seed=config.seed,
+    )
+
+
 def waiting_share(config: Config, tokenizer: Tokenizer, steps: int) -> tuple[float, float]:
     """Trains, and takes the time.
 
@@ -137,7 +152,7 @@ def waiting_share(config: Config, tokenizer: Tokenizer, steps: int) -> tuple[flo
     program, _ = compile_program(make_program(config, devices), devices)
     state = program.init()
     sharding = meshes.batch_sharding(devices)
-    iterator = train_iterator(config, load_corpus(config, tokenizer))
+    iterator = _batches_of(config, load_corpus(config.data, config.sequence_length, tokenizer))
     waited = started = 0.0
     for step in range(_WARM_UP + steps):
         if step == _WARM_UP:
@@ -170,45 +185,68 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _measure(options: Any, tokenizer: Tokenizer, folder: pathlib.Path) -> list[dict[str, Any]]:
+    sources = write_sources(folder, _texts(options))
+    shards = DataConfig(source=str(folder / "shards"))
+    prepare(sources[".jsonl"], tokenizer, shards.source)
+    return [
+        *_reading(sources, tokenizer, options.rounds),
+        *_drawing(shards, sources["tfds"], tokenizer, options),
+        *(_training(model, shards, tokenizer, options) for model in options.models),
+    ]
+
+
+def _texts(options: Any) -> list[str]:
+    """The documents of ``--source``, about as long as those of C4."""
     parts, _ = source_parts(options.source, DataConfig(source=options.source))
     documents = (text for chunk in PartReader(parts, skip=True).chunks() for text in chunk.texts)
     texts = list(itertools.islice(documents, options.documents))
     if options.source == "embedded":
         # Paragraphs of novels are short; ten of them are about as long as a document of C4.
         texts = ["\n".join(texts[i : i + 10]) for i in range(0, len(texts), 10)]
-    sources = write_sources(folder, texts)
-    out = str(folder / "shards")
-    prepare(sources[".jsonl"], tokenizer, out)
+    return texts
 
+
+def _reading(
+    sources: dict[str, DataConfig], tokenizer: Tokenizer, rounds: int
+) -> list[dict[str, Any]]:
+    """Rows of reading and encoding every source once."""
     tokens = {name: read_all(data, tokenizer) for name, data in sources.items()}
-    readers = {name: _calling(read_all, data, tokenizer) for name, data in sources.items()}
-    seconds = time_in_turns(readers, options.rounds)
-    rows = [
+    readers: dict[str, Callable[[], Any]] = {
+        name: functools.partial(read_all, data, tokenizer) for name, data in sources.items()
+    }
+    seconds = time_in_turns(readers, rounds)
+    return [
         {"source": name, "what": "read and encode", "tokens/s": tokens[name] / seconds[name]}
         for name in sources
     ]
+
+
+def _drawing(
+    shards: DataConfig, tfds: DataConfig, tokenizer: Tokenizer, options: Any
+) -> list[dict[str, Any]]:
+    """Rows of drawing batches, packed and padded."""
 
     def drawing(data: DataConfig, shape: str) -> Callable[[], float]:
         config = Config(
             batch_size=options.batch_size,
             sequence_length=options.sequence_length,
-            data=_with(data, shape=shape),
+            data=dataclasses.replace(data, shape=shape),
         )
-        corpus = load_corpus(config, tokenizer)
+        corpus = load_corpus(config.data, config.sequence_length, tokenizer)
 
         def draw() -> float:
             # A fresh iterator: an older one would have batches ready, made while others were timed.
-            iterator = train_iterator(config, corpus)
+            iterator = _batches_of(config, corpus)
             drawn = sum(float(next(iterator)["mask"].sum()) for _ in range(_BATCHES))
             iterator.close()
             return drawn
 
         return draw
 
-    shards = DataConfig(source=out)
-    mixed = DataConfig(source=f"{out},3;{out},1")
-    # What is encoded on the way goes by itself: its threads work on for a moment.
-    for group in ({"shards": shards, "mixed shards": mixed}, {"tfds": sources["tfds"]}):
+    mixed = DataConfig(source=f"{shards.source},3;{shards.source},1")
+    rows = []
+    # What is encoded on the way is timed alone: its threads work on for a moment.
+    for group in ({"shards": shards, "mixed shards": mixed}, {"tfds": tfds}):
         cases = {
             f"{name}, {shape} batches": drawing(data, shape)
             for name, data in group.items()
@@ -219,29 +257,22 @@ def _measure(options: Any, tokenizer: Tokenizer, folder: pathlib.Path) -> list[d
         for case in cases:
             source, what = case.split(", ")
             rows.append({"source": source, "what": what, "tokens/s": drawn[case] / seconds[case]})
-    for model in options.models:
-        config = Config(
-            batch_size=options.train_batch_size,
-            sequence_length=options.sequence_length,
-            steps=100,
-            warmup_steps=10,
-            model=preset(model),
-            data=shards,
-        )
-        share, step = waiting_share(config, tokenizer, options.steps)
-        rows.append(
-            {
-                "source": "shards",
-                "what": f"{model}: {step:.2f} s a step, {share:.3%} of it waiting for data",
-                "tokens/s": options.train_batch_size * options.sequence_length / step,
-            }
-        )
     return rows
 
 
-def _calling(function: Callable[..., Any], *arguments: Any) -> Callable[[], Any]:
-    return lambda: function(*arguments)
-
-
-def _with(data: DataConfig, **changes: Any) -> DataConfig:
-    return DataConfig(**{**vars(data), **changes})
+def _training(model: str, shards: DataConfig, tokenizer: Tokenizer, options: Any) -> dict[str, Any]:
+    """The row of a model that is trained from shards."""
+    config = Config(
+        batch_size=options.train_batch_size,
+        sequence_length=options.sequence_length,
+        steps=100,
+        warmup_steps=10,
+        model=preset(model),
+        data=shards,
+    )
+    share, step = waiting_share(config, tokenizer, options.steps)
+    return {
+        "source": "shards",
+        "what": f"{model}: {step:.2f} s a step, {share:.3%} of it waiting for data",
+        "tokens/s": options.train_batch_size * options.sequence_length / step,
+    }

@@ -9,7 +9,6 @@ weights, tokens, results and temporaries.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -19,7 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from loro_jax.bench.timing import make_parser, parse_options, time_in_turns
+from loro_jax.bench.options import make_parser, parse_options, whole_numbers
+from loro_jax.bench.timing import time_in_turns
 from loro_jax.planning.flops import flops_per_token
 from loro_jax.tables import report
 from loro_jax.training.config import Config
@@ -39,21 +39,12 @@ class _Case(NamedTuple):
 def main(arguments: Sequence[str]) -> None:
     """Runs the benchmark; see ``--help``."""
     parser = make_parser("forward", __doc__, "60m", rounds=5)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--batch_sizes", default="1,8,32", help="default 1,8,32")
     parser.add_argument("--lengths", default="256", help="of the sequences, default 256")
     parser.add_argument("--rank", type=int, help="default: the model's")
     parser.add_argument("--dtype", default="float32", help="of weights and products")
     options = parse_options(parser, arguments, PRESETS)
-    try:
-        batch_sizes, lengths = (
-            [int(number) for number in text.split(",")]
-            for text in (options.batch_sizes, options.lengths)
-        )
-    except ValueError:
-        parser.error("--batch_sizes, --lengths: expected whole numbers")
-    if min(*batch_sizes, *lengths) < 1:
-        parser.error("--batch_sizes, --lengths: expected numbers above 0")
+    batch_sizes, lengths = whole_numbers(parser, options, "batch_sizes", "lengths")
     rows = []
     for name in options.models:
         config = preset(name, dtype=options.dtype, param_dtype=options.dtype)

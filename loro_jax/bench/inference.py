@@ -19,7 +19,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from loro_jax.bench.timing import make_parser, parse_options, time_in_turns
+from loro_jax.bench.options import make_parser, parse_options, whole_numbers
+from loro_jax.bench.timing import time_in_turns
 from loro_jax.memory import count_bytes
 from loro_jax.tables import report
 from models.cache import CACHES, empty_cache
@@ -40,7 +41,6 @@ class _Case(NamedTuple):
 def main(arguments: Sequence[str]) -> None:
     """Runs the benchmark; see ``--help``."""
     parser = make_parser("inference", __doc__, "60m", rounds=5)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--batch_sizes", default="1,8,64", help="default 1,8,64")
     parser.add_argument("--prompt", type=int, default=128, help="tokens of a prompt")
     parser.add_argument("--rank", type=int, help="default: the model's")
@@ -53,12 +53,7 @@ def main(arguments: Sequence[str]) -> None:
     for cache in options.caches:
         if cache not in CACHES:
             parser.error(f"--caches: expected some of {', '.join(CACHES)}, not {cache!r}")
-    try:
-        batch_sizes = [int(size) for size in options.batch_sizes.split(",")]
-    except ValueError:
-        batch_sizes = [0]
-    if min(batch_sizes) < 1:
-        parser.error(f"--batch_sizes: expected whole numbers above 0, not {options.batch_sizes!r}")
+    (batch_sizes,) = whole_numbers(parser, options, "batch_sizes")
     rows = []
     for name in options.models:
         changes = {"dtype": options.dtype, "param_dtype": options.dtype}

@@ -14,9 +14,9 @@ import unittest.mock
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from loro_jax.bench.timing import make_parser, parse_options, rounds_in_turns
-from loro_jax.bench.train_step import Case, prepare
-from loro_jax.errors import TrainingError
+from loro_jax.bench.options import add_set_option, make_parser, parse_options
+from loro_jax.bench.timing import rounds_in_turns
+from loro_jax.bench.train_step import Case, prepare, step_config
 from loro_jax.layers import projections
 from loro_jax.tables import report
 from loro_jax.training.config import Config
@@ -55,30 +55,23 @@ def levers(config: Config) -> dict[str, _Lever]:
 def main(arguments: Sequence[str]) -> None:
     """Runs the benchmark; see ``--help``."""
     parser = make_parser("levers", __doc__, "60m", rounds=5)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
     parser.add_argument("--method", default="loro", help="default loro")
     parser.add_argument("--batch_size", type=int, default=8, help="sequences of a step")
     parser.add_argument("--sequence_length", type=int, default=256)
     parser.add_argument("--only", help="names of levers, separated by commas; default: all")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="FIELD=VALUE", help="of the base's config"
-    )
+    add_set_option(parser)
     options = parse_options(parser, arguments, PRESETS)
     rows = []
     for name in options.models:
-        try:
-            base = _config(name, options, ())
-            known = levers(base)
-            chosen = ["base", *options.only.split(",")] if options.only else list(known)
-            for lever in chosen:
-                if lever not in known:
-                    parser.error(f"--only: unknown {lever!r}; expected some of {', '.join(known)}")
-            cases = {
-                lever: _prepare(_config(name, options, known[lever].changes), known[lever])
-                for lever in chosen
-            }
-        except TrainingError as error:
-            parser.error(str(error))
+        known = levers(_config(name, options, ()))
+        chosen = ["base", *options.only.split(",")] if options.only else list(known)
+        for lever in chosen:
+            if lever not in known:
+                parser.error(f"--only: unknown {lever!r}; expected some of {', '.join(known)}")
+        cases = {
+            lever: _prepare(_config(name, options, known[lever].changes), known[lever])
+            for lever in chosen
+        }
         rows += _rows(name, cases, options.rounds)
     report(rows, options)
 
@@ -104,14 +97,14 @@ def _rows(name: str, cases: dict[str, Case], rounds: int) -> list[dict[str, Any]
 
 
 def _config(name: str, options: argparse.Namespace, changes: Sequence[str]) -> Config:
-    config = Config(
-        method=options.method,
+    config = step_config(
+        preset(name),
+        options.method,
+        options,
         exact_every=10_000,
         batch_size=options.batch_size,
-        sequence_length=options.sequence_length,
-        model=preset(name),
     )
-    apply_changes(config, [*options.set, *changes])
+    apply_changes(config, changes)
     config.validate()
     return config
 

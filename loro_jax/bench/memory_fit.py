@@ -13,12 +13,10 @@ import argparse
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from loro_jax.bench.timing import make_parser, parse_options
-from loro_jax.errors import TrainingError
+from loro_jax.bench.options import add_step_options, make_parser, model_changes, parse_options
+from loro_jax.bench.train_step import step_config
 from loro_jax.planning.plan import make_plan
 from loro_jax.tables import report
-from loro_jax.training.config import METHODS, Config
-from loro_jax.training.fields import apply_changes
 from models.llama import PRESETS, preset
 
 # The first two batches, the largest that is tried, and by how much temporaries have to grow from
@@ -60,37 +58,24 @@ def need_of(low: tuple[int, int, int], high: tuple[int, int, int]) -> Need:
 def main(arguments: Sequence[str]) -> None:
     """Runs the benchmark; see ``--help``."""
     parser = make_parser("memory_fit", __doc__, "60m,130m,350m,1b,7b", rounds=1)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--methods", default="full,loro")
     parser.add_argument("--memory", default="16,24,40,80,141", help="of devices, GB (1e9)")
-    parser.add_argument("--sequence_length", type=int, default=256)
-    parser.add_argument("--dtype", default="bfloat16", help="of activations and products")
-    parser.add_argument("--param_dtype", default="bfloat16", help="of weights and states")
-    parser.add_argument("--remat", default="full", help="none, rank, dots or full")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="FIELD=VALUE", help="more of the config"
-    )
+    add_step_options(parser, remat="full")
     options = parse_options(parser, arguments, PRESETS)
     try:
         memories = [float(size) for size in options.memory.split(",")]
     except ValueError:
         parser.error(f"--memory: expected numbers of GB, not {options.memory!r}")
-    try:
-        rows = [
-            _row(model, method, memories, options)
-            for model in options.models
-            for method in options.methods.split(",")
-        ]
-    except TrainingError as error:
-        parser.error(str(error))
+    rows = [
+        _row(model, method, memories, options)
+        for model in options.models
+        for method in options.methods.split(",")
+    ]
     report(rows, options)
 
 
 def _row(
     model: str, method: str, memories: Sequence[float], options: argparse.Namespace
 ) -> dict[str, Any]:
-    if method not in METHODS:
-        raise TrainingError(f"--methods: unknown {method!r}; expected {', '.join(METHODS)}.")
     low, high = (_compiled(model, method, batch, options) for batch in _BATCHES)
     while high[2] - low[2] < _LEAST_GROWTH * low[2] and high[0] < _LARGEST:
         low, high = high, _compiled(model, method, 4 * high[0], options)
@@ -109,15 +94,7 @@ def _row(
 def _compiled(
     model: str, method: str, batch: int, options: argparse.Namespace
 ) -> tuple[int, int, int]:
-    config = Config(
-        method=method,
-        batch_size=batch,
-        sequence_length=options.sequence_length,
-        model=preset(
-            model, dtype=options.dtype, param_dtype=options.param_dtype, remat=options.remat
-        ),
-    )
-    apply_changes(config, options.set)
-    config.validate()
+    llama = preset(model, **model_changes(options))
+    config = step_config(llama, method, options, batch_size=batch)
     plan = make_plan(config, 1)
     return batch, plan.state_bytes, plan.temporary_bytes

@@ -12,47 +12,36 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from loro_jax.bench.timing import make_parser, parse_options
+from loro_jax.bench.options import add_step_options, make_parser, model_changes, parse_options
+from loro_jax.bench.train_step import step_config
 from loro_jax.errors import TrainingError
 from loro_jax.planning.accelerators import ACCELERATORS
 from loro_jax.planning.dry_run import quiet_partitioner, simulate_devices
 from loro_jax.planning.plan import make_plan
 from loro_jax.tables import report
-from loro_jax.training.config import METHODS, Config, MeshConfig
-from loro_jax.training.fields import apply_changes
+from loro_jax.training.config import MeshConfig
 from models.llama import PRESETS, preset
 
 
 def main(arguments: Sequence[str]) -> None:
     """Runs the benchmark; see ``--help``."""
     parser = make_parser("plan", __doc__, "60m", rounds=1)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--methods", default="full,loro")
     parser.add_argument("--meshes", default="8x1x1,1x8x1,1x1x8,2x2x2", help="data x fsdp x tensor")
     parser.add_argument("--accelerator", default="h100", choices=ACCELERATORS)
     parser.add_argument("--batch_size", type=int, default=512)
-    parser.add_argument("--sequence_length", type=int, default=256)
     parser.add_argument(
         "--micro_batch", type=int, default=8, help="sequences of a device at a time, at most"
     )
-    parser.add_argument("--dtype", default="bfloat16", help="of activations and products")
-    parser.add_argument("--param_dtype", default="float32", help="of weights and states")
-    parser.add_argument("--remat", default="dots", help="none, rank, dots or full")
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="FIELD=VALUE", help="more of the config"
-    )
+    add_step_options(parser, param_dtype="float32")
     options = parse_options(parser, arguments, PRESETS)
-    try:
-        meshes = [_mesh(text) for text in options.meshes.split(",")]
-        simulate_devices(max(map(_size, meshes)))
-        rows = [
-            _row(model, method, mesh, options)
-            for model in options.models
-            for mesh in meshes
-            for method in options.methods.split(",")
-        ]
-    except TrainingError as error:
-        parser.error(str(error))
+    meshes = [_mesh(text) for text in options.meshes.split(",")]
+    simulate_devices(max(map(_size, meshes)))
+    rows = [
+        _row(model, method, mesh, options)
+        for model in options.models
+        for mesh in meshes
+        for method in options.methods.split(",")
+    ]
     report(rows, options)
 
 
@@ -68,24 +57,15 @@ def _size(mesh: MeshConfig) -> int:
 
 
 def _row(model: str, method: str, mesh: MeshConfig, options: argparse.Namespace) -> dict[str, Any]:
-    if method not in METHODS:
-        raise TrainingError(f"--methods: unknown {method!r}; expected {', '.join(METHODS)}.")
     ways = mesh.data * mesh.fsdp
-    config = Config(
-        method=method,
+    config = step_config(
+        preset(model, **model_changes(options)),
+        method,
+        options,
         batch_size=options.batch_size,
-        sequence_length=options.sequence_length,
         gradient_accumulation=max(options.batch_size // (ways * options.micro_batch), 1),
-        model=preset(
-            model,
-            dtype=options.dtype,
-            param_dtype=options.param_dtype,
-            remat=options.remat,
-        ),
         mesh=mesh,
     )
-    apply_changes(config, options.set)
-    config.validate()
     with quiet_partitioner():
         plan = make_plan(config, _size(mesh))
     accelerator = ACCELERATORS[options.accelerator]

@@ -23,7 +23,6 @@ import jax
 
 from loro_jax.bench.timing import rounds_in_turns
 from loro_jax.bench.train_step import Case, config_of_step, options_of_steps, prepare
-from loro_jax.errors import TrainingError
 from loro_jax.tables import report
 
 PARTS = ("attention", "mlp", "loss", "optimizer", "rest")
@@ -47,15 +46,11 @@ def main(arguments: Sequence[str]) -> None:
     """Runs the benchmark; see ``--help``."""
     options = options_of_steps("profile", __doc__, arguments)
     rows = []
-    try:
-        for model in options.models:
-            cases = {
-                method: prepare(config_of_step(model, method, options))
-                for method in options.methods
-            }
-            rows += _rows(model, cases, options.rounds)
-    except TrainingError as error:
-        options.error(str(error))
+    for model in options.models:
+        cases = {
+            method: prepare(config_of_step(model, method, options)) for method in options.methods
+        }
+        rows += _rows(model, cases, options.rounds)
     report(rows, options)
 
 

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -60,25 +59,3 @@ def rounds_in_turns(
             jax.block_until_ready(candidate())
             seconds[name].append(time.perf_counter() - started)
     return seconds
-
-
-def make_parser(name: str, doc: str | None, models: str, rounds: int) -> argparse.ArgumentParser:
-    """The options that all benchmarks of models have."""
-    parser = argparse.ArgumentParser(prog=f"python -m loro_jax.bench {name}", description=doc)
-    parser.add_argument("--models", default=models, help=f"comma-separated, default {models}")
-    parser.add_argument("--rounds", type=int, default=rounds)
-    parser.add_argument("--json", help="write the results to this file, too")
-    return parser
-
-
-def parse_options(
-    parser: argparse.ArgumentParser, arguments: Sequence[str], known: Collection[str]
-) -> argparse.Namespace:
-    """The options, with ``models`` as a list of known names."""
-    options = parser.parse_args(arguments)
-    options.command = " ".join([parser.prog, *arguments])
-    options.models = options.models.split(",")
-    for model in options.models:
-        if model not in known:
-            parser.error(f"--models: unknown model {model!r}; expected {', '.join(known)}")
-    return options

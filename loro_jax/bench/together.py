@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from loro_jax.bench.timing import make_parser, parse_options, time_in_turns
+from loro_jax.bench.options import make_parser, parse_options
+from loro_jax.bench.timing import time_in_turns
 from loro_jax.layers.projections import apply_together, make_projection
 from loro_jax.tables import report
 from models.llama import PRESETS, LlamaConfig, preset

@@ -21,7 +21,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from loro_jax.bench.timing import make_parser, parse_options, time_in_turns
+from loro_jax.bench.options import add_step_options, make_parser, model_changes, parse_options
+from loro_jax.bench.timing import time_in_turns
 from loro_jax.errors import TrainingError
 from loro_jax.planning.accelerators import accelerator_of
 from loro_jax.planning.flops import flops_per_token
@@ -31,7 +32,7 @@ from loro_jax.training.config import METHODS, Config
 from loro_jax.training.fields import apply_changes
 from loro_jax.training.step import compile_program, make_program
 from loro_jax.training.threads import lapack_by_one_thread
-from models.llama import PRESETS, preset
+from models.llama import PRESETS, LlamaConfig, preset
 from models.loss import Batch
 
 # Side of the square matrices whose products measure the peak, and how many follow each other: on an
@@ -60,10 +61,7 @@ def main(arguments: Sequence[str]) -> None:
     options = options_of_steps("train_step", __doc__, arguments)
     rows: list[dict[str, Any]] = []
     for model in options.models:
-        try:
-            rows += _measure(model, options)
-        except TrainingError as error:
-            options.error(str(error))
+        rows += _measure(model, options)
         report(rows, options)  # after each model: a later one may be cut short
 
 
@@ -76,32 +74,20 @@ def options_of_steps(name: str, doc: str | None, arguments: Sequence[str]) -> ar
         arguments: of its command line.
 
     Returns:
-        The options, with ``models`` and ``methods`` as lists, and ``error``, which ends the program
-        with a message.
+        The options, with ``models`` and ``methods`` as lists.
     """
     parser = make_parser(name, doc, "60m", rounds=5)
-    parser.formatter_class = argparse.RawDescriptionHelpFormatter
-    parser.add_argument("--methods", default=f"full,lowrank,loro,{_EXACT}")
     parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--sequence_length", type=int, default=256)
     parser.add_argument("--gradient_accumulation", type=int, default=1)
     parser.add_argument("--rank", type=int, help="default: the model's")
-    parser.add_argument("--dtype", default="float32", help="of activations and products")
-    parser.add_argument("--param_dtype", help="of weights and states; default: the same")
-    parser.add_argument(
-        "--remat",
-        default="dots",
-        help="dots, none, rank or full, for all methods or by method: full=dots,loro=rank",
-    )
-    parser.add_argument(
-        "--set", action="append", default=[], metavar="FIELD=VALUE", help="more of the config"
+    add_step_options(
+        parser, methods=f"full,lowrank,loro,{_EXACT}", dtype="float32", param_dtype=None
     )
     options = parse_options(parser, arguments, PRESETS)
     options.methods = options.methods.split(",")
     for method in options.methods:
         if method not in (*METHODS, _EXACT):
             parser.error(f"--methods: unknown method {method!r}; expected {', '.join(METHODS)}")
-    options.error = parser.error
     return options
 
 
@@ -153,21 +139,39 @@ def config_of_step(model: str, method: str, options: argparse.Namespace) -> Conf
     Raises:
         TrainingError: for a field or value of ``--set`` that no config has.
     """
-    changes = {
-        "dtype": options.dtype,
-        "param_dtype": options.param_dtype or options.dtype,
-        "remat": _remat_of(method, options.remat),
-    }
+    changes = model_changes(options) | {"remat": _remat_of(method, options.remat)}
     if options.rank is not None:
         changes["rank"] = options.rank
-    config = Config(
-        method="loro" if method == _EXACT else method,
+    return step_config(
+        preset(model, **changes),
+        "loro" if method == _EXACT else method,
+        options,
         exact_every=1 if method == _EXACT else 10_000,
         batch_size=options.batch_size,
-        sequence_length=options.sequence_length,
         gradient_accumulation=options.gradient_accumulation,
-        model=preset(model, **changes),
     )
+
+
+def step_config(
+    model: LlamaConfig, method: str, options: argparse.Namespace, **changes: Any
+) -> Config:
+    """Returns the config of a benchmark's step.
+
+    Args:
+        model: what is trained.
+        method: a name from :data:`loro_jax.training.config.METHODS`.
+        options: with ``sequence_length``, and ``set`` for more fields.
+        changes: fields of the run.
+
+    Returns:
+        The config, checked.
+
+    Raises:
+        TrainingError: for an unknown method, or a field or value of ``--set`` that no config has.
+    """
+    if method not in METHODS:
+        raise TrainingError(f"--methods: unknown {method!r}; expected {', '.join(METHODS)}.")
+    config = Config(method=method, sequence_length=options.sequence_length, model=model, **changes)
     apply_changes(config, options.set)
     config.validate()
     return config

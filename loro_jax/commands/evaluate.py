@@ -1,14 +1,17 @@
-"""``python -m models.evaluate DIR SOURCE``: perplexity of a model on a text.
+"""Perplexity of a model on a text.
 
 DIR is a run directory, or one of Hugging Face's format; SOURCE is what a run may read. All of its
 documents are taken, joined by end-of-text tokens; only those that validate of the run's own source,
-of one with a validation split, and with ``--split=validation``. Where the tokenizer of a directory
-of Hugging Face's format says so, each begins with the beginning-of-text token, which is seen and
-not scored.
+of one with a validation split, and with --split=validation. Where the tokenizer of a directory of
+Hugging Face's format says so, each begins with the beginning-of-text token, which is seen and not
+scored.
 
 Windows are by default as long as the sequences that the run was trained on, or of 2,048 tokens of a
 model of Hugging Face's format (fewer where it takes fewer), and a batch of them holds no more
 tokens than one of training: longer ones are for models that were trained on such.
+
+Example:
+  python -m loro_jax evaluate runs/default embedded --window=256 --stride=128
 """
 
 from __future__ import annotations
@@ -17,22 +20,21 @@ import argparse
 import json
 import math
 import pathlib
-import sys
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
 import numpy as np
 
-from loro_jax.commands.source_options import add_source_options, failing_in_one_line, source_config
+from loro_jax.command_line import Parser, Switch, failing_in_one_line
+from loro_jax.commands.source_options import add_source_options, naming_options, source_config
 from loro_jax.errors import TrainingError
 from loro_jax.text.documents import PartReader
 from loro_jax.text.encoding import encode_chunks
 from loro_jax.text.sources import shares_text, source_parts
 from loro_jax.text.tokenizers.tokenizer import Tokenizer
 from loro_jax.training.trained import load_config, load_model, run_config
-from models.huggingface import CheckpointError
-from models.windows import score
+from models.windows import Score, score
 
 # Tokens of a window, and of all windows of a batch, where no run says what its batches were.
 _USUAL_WINDOW = 2048
@@ -107,26 +109,12 @@ def _default_split(directory: str, source: str, has_split: bool) -> str:
 def main(arguments: Sequence[str]) -> int:
     """Runs the command; the exit status."""
     options = _parser().parse_args(arguments)
-    return failing_in_one_line(lambda: _evaluate(options))
+    return failing_in_one_line(lambda: _evaluate(options), naming_options)
 
 
-def _evaluate(options: argparse.Namespace) -> int:
-    for option, value, least in (
-        ("--window", options.window, 1),
-        ("--stride", options.stride, 1),
-        ("--batch-size", options.batch_size, 1),
-        ("--max-tokens", options.max_tokens, 0),
-    ):
-        if value is not None and value < least:
-            raise TrainingError(f"{option}={value}: expected at least {least}.")
-    if options.max_tokens == 1:
-        raise TrainingError(
-            "--max-tokens=1: expected 0 (all) or at least 2, the first of which is not scored."
-        )
-    try:
-        model, tokenizer = load_model(options.directory)
-    except CheckpointError as error:
-        raise TrainingError(str(error)) from None
+def _evaluate(options: argparse.Namespace) -> None:
+    _check(options)
+    model, tokenizer = load_model(options.directory)
     if options.bos and not tokenizer.bos_ids:
         raise TrainingError("--bos: the tokenizer has no beginning-of-text token.")
     tokenizer.adds_bos = tokenizer.adds_bos if options.bos is None else options.bos
@@ -149,28 +137,48 @@ def _evaluate(options: argparse.Namespace) -> int:
         if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise TrainingError(
-            f"--window={length}, --batch-size={batch_size}: there is not enough memory; try less."
+            f"--window={length}, --batch_size={batch_size}: there is not enough memory; try less."
         ) from None
     if math.isnan(found.nats):
         raise TrainingError(f"{options.directory}: the model's loss on the text is not a number.")
+    _print(options, found, length, stride)
+
+
+def _check(options: argparse.Namespace) -> None:
+    """Raises TrainingError for numbers that make no sense, whatever the model is."""
+    for option, value, least in (
+        ("--window", options.window, 1),
+        ("--stride", options.stride, 1),
+        ("--batch_size", options.batch_size, 1),
+        ("--max_tokens", options.max_tokens, 0),
+    ):
+        if value is not None and value < least:
+            raise TrainingError(f"{option}={value}: expected at least {least}.")
+    if options.max_tokens == 1:
+        raise TrainingError(
+            "--max_tokens=1: expected 0 (all) or at least 2, the first of which is not scored."
+        )
+
+
+def _print(options: argparse.Namespace, found: Score, length: int, stride: int) -> None:
+    loss = found.nats / found.tokens
+    if not options.json:
+        print(
+            f"perplexity {found.perplexity:.4f} (loss {loss:.6f}) of {found.tokens:,} tokens, "
+            f"windows of {length} every {stride}"
+        )
+        return
     row = {
         "directory": str(options.directory),
         "source": options.source,
         "tokens": found.tokens,
         "window": length,
         "stride": stride,
-        "loss": found.nats / found.tokens,
+        "loss": loss,
         # Strict readers of JSON know no infinity.
         "perplexity": found.perplexity if math.isfinite(found.perplexity) else None,
     }
-    if options.json:
-        print(json.dumps(row))
-    else:
-        print(
-            f"perplexity {found.perplexity:.4f} (loss {row['loss']:.6f}) of {found.tokens:,} "
-            f"tokens, windows of {length} every {stride}"
-        )
-    return 0
+    print(json.dumps(row))
 
 
 def _sizes(options: argparse.Namespace, longest: int) -> tuple[int, int, int]:
@@ -187,12 +195,8 @@ def _sizes(options: argparse.Namespace, longest: int) -> tuple[int, int, int]:
     return length, stride, windows if options.batch_size is None else options.batch_size
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m models.evaluate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def _parser() -> Parser:
+    parser = Parser("python -m loro_jax evaluate", __doc__)
     parser.add_argument("directory", metavar="DIR")
     add_source_options(parser)
     parser.add_argument(
@@ -202,17 +206,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--window", type=int, help="tokens; default: see above")
     parser.add_argument("--stride", type=int, help="tokens; default: the window, blocks")
-    parser.add_argument("--max-tokens", type=int, default=0, metavar="N", help="0: all")
-    parser.add_argument("--batch-size", type=int, metavar="N", help="windows; default: see above")
+    parser.add_argument("--max_tokens", type=int, default=0, metavar="N", help="0: all")
+    parser.add_argument("--batch_size", type=int, metavar="N", help="windows; default: see above")
     parser.add_argument(
         "--bos",
-        action=argparse.BooleanOptionalAction,
+        action=Switch,
         help="whether documents begin with the beginning-of-text token; default: as the tokenizer "
         "says",
     )
     parser.add_argument("--json", action="store_true")
     return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

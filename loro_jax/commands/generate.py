@@ -1,34 +1,33 @@
-"""``python -m models.generate DIR --prompt="Once upon a time"``: text from a model.
+"""Continues texts with a model.
 
 DIR is a run directory, or one of Hugging Face's format. One prompt's text is written as it grows;
 several are continued together and written when they have ended. Prompts begin with the
 beginning-of-text token where the tokenizer of a directory of Hugging Face's format says so.
+
+Example:
+  python -m loro_jax generate runs/default --prompt="Once upon a time" --top_p=0.9
 """
 
 from __future__ import annotations
 
 import argparse
 import io
-import os
 import pathlib
 import sys
 from collections.abc import Iterator, Sequence
 from typing import TextIO
 
+from loro_jax.command_line import NO_READER, Parser, Switch, drop_output, failing_in_one_line
 from loro_jax.errors import TrainingError
 from loro_jax.text.tokenizers.tokenizer import Tokenizer
 from loro_jax.training.trained import load_model
 from models.cache import CACHES
 from models.decoding import check_prompts, check_seed, generate
-from models.huggingface import CheckpointError
 from models.llama import Llama
 from models.sampling import Sampling
 
 # Tokens to add where nothing says how many and the model has room for them.
 _USUAL_TOKENS = 100
-
-# 128 and the number of SIGPIPE: what a program ends with when nobody reads its output any more.
-_NO_READER = 141
 
 
 def continuations(
@@ -125,27 +124,31 @@ def _check_unicode(prompt: str) -> None:
 
 
 def main(arguments: Sequence[str], out: TextIO | None = None) -> int:
-    """Runs the command; the exit status."""
+    """Runs ``python -m loro_jax generate``; returns the exit status.
+
+    Args:
+        arguments: of the command line.
+        out: where the texts go; None: standard output.
+    """
     options = _parser().parse_args(arguments)
     out = sys.stdout if out is None else out
+    return failing_in_one_line(lambda: _generate(options, out), _with_options)
+
+
+def _generate(options: argparse.Namespace, out: TextIO | None) -> int:
+    if out is None:
+        raise TrainingError("standard output is closed; there is nowhere to write to.")
     try:
-        if out is None:
-            raise TrainingError("standard output is closed; there is nowhere to write to.")
         _write(options, out)
         out.flush()
     except BrokenPipeError:
-        _drop_output(out)
-        return _NO_READER
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
-    except (CheckpointError, TrainingError, ValueError) as error:
-        print(f"error: {_with_options(str(error))}", file=sys.stderr)
-        return 1
+        drop_output(out)
+        return NO_READER
+    except ValueError as error:
+        raise TrainingError(str(error)) from None
     except OSError as error:
-        print(f"error: the text can't be written ({error.strerror}).", file=sys.stderr)
-        _drop_output(out)
-        return 1
+        drop_output(out)
+        raise TrainingError(f"the text can't be written ({error.strerror}).") from None
     return 0
 
 
@@ -184,43 +187,33 @@ def _write(options: argparse.Namespace, out: TextIO) -> None:
 def _with_options(message: str) -> str:
     """A message of the library that names this command's options."""
     for name in ("max_new_tokens", "temperature", "top_k", "top_p", "seed"):
-        message = message.replace(f"{name} must", f"--{name.replace('_', '-')} must")
+        message = message.replace(f"{name} must", f"--{name} must")
     return message.removeprefix("generate: ")
 
 
-def _drop_output(out: TextIO | None) -> None:
-    """Sends what is still to be written nowhere: Python would try again when it ends."""
-    if out is sys.__stdout__ and sys.__stdout__ is not None:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m models.generate",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def _parser() -> Parser:
+    parser = Parser("python -m loro_jax generate", __doc__)
     parser.add_argument("source", metavar="DIR", type=pathlib.Path)
     parser.add_argument("--prompt", action="append", required=True, help="may be repeated")
     parser.add_argument(
-        "--max-new-tokens",
+        "--max_new_tokens",
         type=int,
         metavar="N",
         help=f"default: {_USUAL_TOKENS}, or as many as the model has room for",
     )
     parser.add_argument("--temperature", type=float, default=1.0, help="0: the likeliest token")
-    parser.add_argument("--top-k", type=int, default=0, metavar="K")
-    parser.add_argument("--top-p", type=float, default=1.0, metavar="P")
+    parser.add_argument("--top_k", type=int, default=0, metavar="K")
+    parser.add_argument("--top_p", type=float, default=1.0, metavar="P")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument(
         "--bos",
-        action=argparse.BooleanOptionalAction,
+        action=Switch,
         help="whether prompts begin with the beginning-of-text token; default: as the tokenizer "
         "says",
     )
     parser.add_argument(
-        "--parse-special",
-        action=argparse.BooleanOptionalAction,
+        "--parse_special",
+        action=Switch,
         default=True,
         help="whether special tokens that are written out in a prompt, as <|user|>, are read as "
         "such, or letter by letter; default: as such",
@@ -232,7 +225,3 @@ def _parser() -> argparse.ArgumentParser:
         help="what is kept of the past; with a rank, values or both may be kept as latents",
     )
     return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -1,4 +1,11 @@
-"""The command: ``prepare SOURCE --tokenizer=T --out=DIR`` and ``verify DIR``."""
+"""Encodes a text once, into shards of tokens that runs read; verify checks them.
+
+Give DIR as config.data.source of a run. Interrupted, the same command resumes.
+
+Example:
+  python -m loro_jax prepare embedded --tokenizer=embedded --out=shards
+  python -m loro_jax verify shards
+"""
 
 from __future__ import annotations
 
@@ -6,13 +13,14 @@ import argparse
 import pathlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn
 
-from loro_jax.commands.source_options import add_source_options, failing_in_one_line, source_config
+from loro_jax.command_line import Parser, failing_in_one_line
+from loro_jax.commands.source_options import add_source_options, naming_options, source_config
 from loro_jax.errors import TrainingError
 from loro_jax.text import prepare as preparation
 from loro_jax.text.prepared import verify
@@ -22,25 +30,25 @@ from loro_jax.text.tokenizers.tokenizer import load_tokenizer
 _LINE_EVERY = 30.0
 
 
-def main(arguments: list[str]) -> int:
-    """Runs the command."""
-    parser = argparse.ArgumentParser(prog="python -m loro_jax.training.data")
-    commands = parser.add_subparsers(dest="command", required=True)
-    prepare = commands.add_parser(
-        "prepare", help="tokenise a source once; interrupted, the same command goes on"
-    )
-    add_source_options(prepare)
-    prepare.add_argument("--tokenizer", required=True)
-    prepare.add_argument("--eos_id", type=int, help="the tokenizer's by default")
-    prepare.add_argument("--out", required=True, help="directory to write")
-    prepare.add_argument("--shard_tokens", type=int, default=preparation.SHARD_TOKENS)
-    prepare.add_argument("--threads", type=int, default=0, help="0: one a core")
-    check = commands.add_parser("verify", help="compare every byte with the manifest")
-    check.add_argument("directory", metavar="DIR")
+def main(arguments: Sequence[str]) -> int:
+    """Runs ``python -m loro_jax prepare``; returns the exit status."""
+    parser = Parser("python -m loro_jax prepare", __doc__)
+    add_source_options(parser)
+    parser.add_argument("--tokenizer", required=True, help="as config.data.tokenizer")
+    parser.add_argument("--eos_id", type=int, help="the tokenizer's by default")
+    parser.add_argument("--out", required=True, metavar="DIR", help="directory to write")
+    parser.add_argument("--shard_tokens", type=int, default=preparation.SHARD_TOKENS)
+    parser.add_argument("--threads", type=int, default=0, help="0: one per core")
     options = parser.parse_args(arguments)
-    if options.command == "verify":
-        return failing_in_one_line(lambda: _verify(pathlib.Path(options.directory)))
-    return failing_in_one_line(lambda: _prepare(options))
+    return failing_in_one_line(lambda: _prepare(options), naming_options)
+
+
+def verify_main(arguments: Sequence[str]) -> int:
+    """Runs ``python -m loro_jax verify``; returns the exit status."""
+    parser = Parser("python -m loro_jax verify", __doc__)
+    parser.add_argument("directory", metavar="DIR", help="as prepare has written it")
+    options = parser.parse_args(arguments)
+    return failing_in_one_line(lambda: _verify(pathlib.Path(options.directory)))
 
 
 def _prepare(options: argparse.Namespace) -> int:
@@ -118,7 +126,3 @@ class _Display:
 def _status(done: preparation.Progress) -> str:
     rate = done.new_tokens / max(done.seconds, 1e-9)
     return f"{done.documents:,} documents, {done.tokens:,} tokens, {rate:,.0f} tokens/s"
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

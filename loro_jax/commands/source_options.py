@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import sys
-from collections.abc import Callable
 
-from loro_jax.errors import TrainingError
 from loro_jax.text.config import DataConfig
 
 # Options by the names of the config's fields.
@@ -31,20 +28,17 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
 
 
 def source_config(options: argparse.Namespace) -> DataConfig:
-    """The options as the config of a run has them."""
+    """Returns the options as the config of a run has them."""
     return DataConfig(
         source=options.source, **{field: getattr(options, field) for field in _FIELDS}
     )
 
 
-def failing_in_one_line(command: Callable[[], int]) -> int:
-    """Runs a command; its errors become one line, which names options instead of fields."""
-    try:
-        return command()
-    except TrainingError as error:
-        line = str(error).replace("config.data.source", "SOURCE").replace("config.data.", "--")
-        print(f"error: {line}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
+def naming_options(message: str) -> str:
+    """Returns a message that names options instead of the config's fields.
+
+    Example:
+        >>> naming_options("config.data.source = 'a' and config.data.tokenizer = 'b'")
+        "SOURCE = 'a' and --tokenizer = 'b'"
+    """
+    return message.replace("config.data.source", "SOURCE").replace("config.data.", "--")

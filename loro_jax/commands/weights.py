@@ -1,39 +1,76 @@
-"""``python -m models.huggingface``: a run as a directory of Hugging Face's format, and back.
-
-    python -m models.huggingface export runs/60m out            # for any program that serves LLaMA
-    python -m models.huggingface export runs/60m out --keep-factors    # for this one
-    python -m models.huggingface import llama-dir out --rank=128       # a truncated SVD
-
-A run starts from a directory of either kind with ``train.py --config.init_from=out``.
-"""
+"""A run as a directory of Hugging Face's format, and back."""
 
 from __future__ import annotations
 
 import argparse
 import pathlib
 import re
-import sys
 from collections.abc import Iterator, Sequence
 
-from loro_jax.errors import TrainingError
+from loro_jax.command_line import Parser, failing_in_one_line
 from loro_jax.text.tokenizers.tokenizer import Tokenizer
 from loro_jax.training.trained import load_run
-from models.huggingface import CheckpointError, LayerError, read_model, write_model
+from models.huggingface import LayerError, read_model, write_model
 from models.huggingface.companions import read_companions, read_token_ids
 from models.huggingface.files import DTYPES, read_json
 from models.huggingface.writing import SHARD_BYTES, zero_matrices
 from models.llama import Llama
 
+_EXPORT = """Writes a run as a directory of Hugging Face's format.
 
-def main(arguments: Sequence[str]) -> int:
-    """Runs the command; the exit status."""
-    options = _parser().parse_args(arguments)
-    try:
-        {"export": _export, "import": _import}[options.command](options)
-    except (CheckpointError, TrainingError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+Merged, its projections are dense and any program that serves LLaMA reads it; with --keep_factors,
+B and A are stored as they are, for this library. A run starts from either with
+train.py --config.init_from=OUT.
+
+Example:
+  python -m loro_jax export runs/60m out
+  python -m loro_jax export runs/60m out --keep_factors
+"""
+
+_IMPORT = """Reads a LLaMA of Hugging Face's format and writes it with low-rank factors.
+
+With --rank, each projection becomes its truncated SVD; the relative error of each is printed. A run
+starts from OUT with train.py --config.init_from=OUT.
+
+Example:
+  python -m loro_jax import llama-dir out --rank=128
+"""
+
+
+def export_main(arguments: Sequence[str]) -> int:
+    """Runs ``python -m loro_jax export``; returns the exit status."""
+    parser = Parser("python -m loro_jax export", _EXPORT)
+    parser.add_argument("source", metavar="RUN_DIR")
+    _add_writing(parser)
+    parser.add_argument("--keep_factors", action="store_true", help="store B and A, not B A")
+    parser.add_argument("--step", type=int, help="of the checkpoint; default: the last")
+    options = parser.parse_args(arguments)
+    return failing_in_one_line(lambda: _export(options))
+
+
+def import_main(arguments: Sequence[str]) -> int:
+    """Runs ``python -m loro_jax import``; returns the exit status."""
+    parser = Parser("python -m loro_jax import", _IMPORT)
+    parser.add_argument("source", metavar="HF_DIR")
+    _add_writing(parser)
+    parser.add_argument("--rank", type=int, help="factor by truncated SVD")
+    for name, layers in (("attn", "q, k, v and o"), ("mlp", "gate, up and down")):
+        parser.add_argument(f"--{name}_rank", type=int, help=f"of {layers}; default: --rank")
+    options = parser.parse_args(arguments)
+    return failing_in_one_line(lambda: _import(options))
+
+
+def _add_writing(parser: Parser) -> None:
+    """Adds OUT and how it is written."""
+    parser.add_argument("out", metavar="OUT", help="directory to write")
+    parser.add_argument("--dtype", choices=list(DTYPES), help="default: as stored")
+    parser.add_argument(
+        "--shard_bytes",
+        type=_size,
+        default=SHARD_BYTES,
+        metavar="SIZE",
+        help="largest size of a file of weights; default: 5GB",
+    )
 
 
 def _export(options: argparse.Namespace) -> None:
@@ -91,7 +128,7 @@ def _notes(
     if errors and options.attn_rank is None and given not in (None, asked):
         yield (
             f"attention is factored at rank {given}, not {asked}: keys and values have {given} "
-            "rows (--attn-rank asks for another)."
+            "rows (--attn_rank asks for another)."
         )
     for error in errors:
         if error.zero:
@@ -122,32 +159,3 @@ def _size(text: str) -> int:
     if match is None or float(match[1]) <= 0:
         raise argparse.ArgumentTypeError(f"{text!r} is no size such as 5GB")
     return int(float(match[1]) * {"": 1, "K": 1e3, "M": 1e6, "G": 1e9}[match[2]])
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="python -m models.huggingface",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
-    commands = parser.add_subparsers(dest="command", required=True)
-    export = commands.add_parser("export", help="a run directory as a Hugging Face one")
-    export.add_argument("source", metavar="RUN_DIR")
-    export.add_argument("--keep-factors", action="store_true", help="store B and A, not B A")
-    export.add_argument("--step", type=int, help="of the checkpoint; default: the last")
-    importing = commands.add_parser("import", help="a Hugging Face LLaMA, factored on the way")
-    importing.add_argument("source", metavar="HF_DIR")
-    importing.add_argument("--rank", type=int, help="factorise by truncated SVD")
-    for name, layers in (("attn", "q, k, v and o"), ("mlp", "gate, up and down")):
-        importing.add_argument(f"--{name}-rank", type=int, help=f"of {layers}; default: --rank")
-    for command in (export, importing):
-        command.add_argument("out", metavar="OUT")
-        command.add_argument("--dtype", choices=list(DTYPES), help="default: as stored")
-        command.add_argument(
-            "--shard-bytes", type=_size, default=SHARD_BYTES, metavar="SIZE", help="default: 5GB"
-        )
-    return parser
-
-
-if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))

@@ -9,10 +9,7 @@ what stands beside the paper's figures is counted as the paper counts.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
-import json
-import sys
 from typing import Any, NamedTuple
 
 import jax
@@ -134,26 +131,3 @@ def _beside_the_paper(row: dict[str, Any], method: str, model: str, rank: int) -
     ours = row["bf16 weights GB"] + row["f32 optimizer GB"] / 2
     differences = (parameters, row["total M"] - parameters, memory, ours - memory)
     return dict(zip(names, differences, strict=True))
-
-
-def main(arguments: list[str]) -> int:
-    """``python -m loro_jax.memory``."""
-    parser = argparse.ArgumentParser(prog="python -m loro_jax.memory", description=__doc__)
-    parser.add_argument("--model", default="60m", help=f"one of {', '.join(PRESETS)}")
-    parser.add_argument("--rank", type=int, help="default: the model's in the paper")
-    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
-    options = parser.parse_args(arguments)
-    try:
-        rows = memory_rows(options.model, options.rank)
-    except TrainingError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    if options.json:
-        print(json.dumps(rows, indent=1))
-        return 0
-    from loro_jax.tables import print_table
-
-    print_table(
-        [{name: "" if value is None else value for name, value in row.items()} for row in rows]
-    )
-    return 0

@@ -14,7 +14,7 @@ from matplotlib.figure import Figure
 
 from loro_jax.planning.flops import flops_per_token
 from loro_jax.planning.memory_table import held_by
-from loro_jax.tables import environment
+from loro_jax.tables import environment, replacing
 from loro_jax.training.config import Config
 from loro_jax.training.fields import set_field
 
@@ -95,7 +95,8 @@ def write_report(
         command: what made them.
     """
     rows = summary(base, results)
-    (directory / "table.md").write_text(_markdown(rows), encoding="utf-8")
+    with replacing(directory / "table.md") as path:
+        path.write_text(_markdown(rows), encoding="utf-8")
     content = {
         "command": command,
         "environment": environment(),
@@ -103,8 +104,10 @@ def write_report(
         "rows": rows,
         "runs": [_as_json(result) for result in results],
     }
-    (directory / "table.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    _plot(base, results, rows, directory / "curves.png")
+    with replacing(directory / "table.json") as path:
+        path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    with replacing(directory / "curves.png") as path:
+        _plot(base, results, rows, path)
 
 
 def summary(base: Config, results: list[Result]) -> list[dict[str, Any]]:
@@ -220,7 +223,7 @@ def _plot(
     axes[2].set(xlabel="weights, gradients, optimizer (MB)", ylabel="validation perplexity")
     if axes[0].lines:
         figure.legend(loc="outside right upper", fontsize="small")
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, format="png", dpi=120)
 
 
 def _running_mean(values: tuple[float, ...], width: int = 10) -> list[float]:

@@ -1,18 +1,20 @@
 """How smoothly runs went, and how well conditioned their products ended: read from run directories.
 
-For every run below a directory (one of ``python -m loro_jax.compare``, say):
+For every run below a directory (one of python -m loro_jax compare, say):
 
-* the spike behind its exact steps: the largest training loss of the five steps behind one, less the
+* the spike after its exact steps: the largest training loss of the five steps after one, less the
   mean of the ten before it, in nats; the median and the largest over all exact steps. It needs rows
-  of every step (``--set log_every=1``). Steps whose ten predecessors hold another exact step (K
-  below ten) are compared with the ten steps before all the same;
+  of every step (--set log_every=1). Steps whose ten predecessors hold another exact step (K below
+  ten) are compared with the ten steps before all the same;
 * the condition number of each product, its largest singular value over its r-th: the median and the
   largest over all projections and layers of the last checkpoint; likewise of the factors B and A.
+
+Example:
+  python -m loro_jax stability runs/comparison
 """
 
 from __future__ import annotations
 
-import argparse
 import pathlib
 import statistics
 from collections.abc import Sequence
@@ -22,6 +24,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from loro_jax.command_line import Parser, failing_in_one_line
 from loro_jax.errors import TrainingError
 from loro_jax.pairs import find_pairs
 from loro_jax.tables import report
@@ -33,25 +36,21 @@ from models.llama import Llama
 _BEFORE, _BEHIND = 10, 5
 
 
-def main(arguments: Sequence[str]) -> None:
-    """Runs the reading; see ``--help``."""
-    parser = argparse.ArgumentParser(
-        prog="python -m loro_jax.bench stability",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+def main(arguments: Sequence[str]) -> int:
+    """Runs ``python -m loro_jax stability``; returns the exit status."""
+    parser = Parser("python -m loro_jax stability", __doc__)
     parser.add_argument("directory", type=pathlib.Path, help="with runs somewhere below it")
     parser.add_argument("--json", help="write the results to this file, too")
     options = parser.parse_args(arguments)
     options.command = " ".join([parser.prog, *arguments])
-    runs = sorted(path.parent for path in options.directory.rglob("metrics.jsonl"))
+    return failing_in_one_line(lambda: report(_rows(options.directory), options))
+
+
+def _rows(directory: pathlib.Path) -> list[dict[str, Any]]:
+    runs = sorted(path.parent for path in directory.rglob("metrics.jsonl"))
     if not runs:
-        parser.error(f"{options.directory}: expected run directories below it, but found none")
-    try:
-        rows = [_row(run, str(run.relative_to(options.directory))) for run in runs]
-    except TrainingError as error:
-        parser.error(str(error))
-    report(rows, options)
+        raise TrainingError(f"{directory}: expected run directories below it, but found none.")
+    return [_row(run, str(run.relative_to(directory))) for run in runs]
 
 
 def _row(run: pathlib.Path, name: str) -> dict[str, Any]:

@@ -7,29 +7,28 @@ processes sees the same batches.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import grain
 import numpy as np
 
 from loro_jax.errors import TrainingError
+from loro_jax.text.config import DataConfig
 from loro_jax.text.encoding import available_cores, check_ids
 from loro_jax.text.mixture import Corpus, TrainingSource
 from loro_jax.text.packing import PackedRows, PaddedRows, Rows
 from loro_jax.text.shards import TokenShards
 from loro_jax.text.streams import PackedStreams
-from loro_jax.training.processes import largest
-from models.loss import Batch
-
-if TYPE_CHECKING:
-    from loro_jax.training.config import Config
 
 # Seeds of the sources that are mixed lie this far apart.
 _SEED_STEP = 1_000_003
 
 # Sequences in an endless dataset. (Grain's own endless repetition overflows in batches of one.)
 _ENDLESS = 1 << 48
+
+# Of the arrays that the processes of a run hold, the largest value of each entry, in all of them.
+Agree = Callable[[np.ndarray], np.ndarray]
 
 
 class TrainBatches:
@@ -42,12 +41,21 @@ class TrainBatches:
         iterator: Grain's.
         mine: the numbers of these rows in the global batch.
         batch_size: rows of the global batch.
+        agree: returns the largest value of each entry over all processes; None: there is one
+            process.
     """
 
-    def __init__(self, iterator: grain.DatasetIterator, mine: Sequence[int], batch_size: int):
+    def __init__(
+        self,
+        iterator: grain.DatasetIterator,
+        mine: Sequence[int],
+        batch_size: int,
+        agree: Agree | None = None,
+    ):
         self._iterator = iterator
         self._mine = list(mine)
         self._batch_size = batch_size
+        self._agree = agree
 
     def __iter__(self) -> TrainBatches:
         return self
@@ -63,7 +71,7 @@ class TrainBatches:
             if np.ndim(value):  # one of each row
                 rows = np.full(self._batch_size, -1, np.int64)
                 rows[self._mine] = value
-                position[name] = largest(rows)
+                position[name] = rows if self._agree is None else self._agree(rows)
             else:
                 position[name] = np.asarray(value, np.int64)
         return position
@@ -82,15 +90,42 @@ class TrainBatches:
         self._iterator.close()
 
 
+class _Order(NamedTuple):
+    """What the batches of a run follow from."""
+
+    data: DataConfig
+    corpus: Corpus
+    batch_size: int
+    sequence_length: int
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """What errors call the source."""
+        return f"config.data.source = {self.data.source!r}"
+
+
 def train_iterator(
-    config: Config, corpus: Corpus, mine: Sequence[int] | None = None
+    data: DataConfig,
+    corpus: Corpus,
+    *,
+    batch_size: int,
+    sequence_length: int,
+    seed: int,
+    rows: Sequence[int] | None = None,
+    agree: Agree | None = None,
 ) -> TrainBatches:
-    """An iterator over training batches, endless, whose position can be saved and restored.
+    """Returns an iterator over training batches, endless, whose position can be saved and restored.
 
     Args:
-        config: the run's config (``data``, ``sequence_length``, ``batch_size``, ``seed``).
+        data: how the corpus is read.
         corpus: its tokens.
-        mine: this process's rows of the global batch; None: all of them.
+        batch_size: sequences of the global batch.
+        sequence_length: tokens of a sequence, L.
+        seed: of the order.
+        rows: this process's rows of the global batch; None: all of them.
+        agree: returns the largest value of each entry over all processes, for positions; None:
+            there is one process.
 
     Returns:
         An iterator over these rows.
@@ -99,38 +134,39 @@ def train_iterator(
         TrainingError: if a source is too small for one sequence; while iterating, if an id is
             outside the vocabulary.
     """
-    mine = range(config.batch_size) if mine is None else mine
-    made = _streamed if is_streamed(config, corpus) else _numbered
-    return TrainBatches(made(config, corpus, mine), mine, config.batch_size)
+    rows = range(batch_size) if rows is None else rows
+    order = _Order(data, corpus, batch_size, sequence_length, seed)
+    made = _streamed if is_streamed(data, corpus) else _numbered
+    return TrainBatches(made(order, rows), rows, batch_size, agree)
 
 
-def _numbered(config: Config, corpus: Corpus, mine: Sequence[int]) -> grain.DatasetIterator:
+def _numbered(order: _Order, mine: Sequence[int]) -> grain.DatasetIterator:
     """Sequences that have numbers, each assembled when its turn comes."""
-    rows = [_rows(config, corpus, source) for source in corpus.train]
-    order = _mixed(config, [len(source) for source in rows], corpus)
-    length = config.sequence_length
+    corpus, length = order.corpus, order.sequence_length
+    rows = [_rows(order.data, corpus, source, length, order.seed) for source in corpus.train]
+    places = _mixed(order, [len(source) for source in rows])
 
     def assemble(places: np.ndarray) -> dict[str, np.ndarray]:
         tokens = np.empty((len(mine), length + 1), np.int32)
         mask = np.empty((len(mine), length), np.float32)
         for i, (source, epoch, place) in enumerate(places[list(mine)].tolist()):
             tokens[i], mask[i] = rows[source].row(epoch, place)
-        check_ids(tokens, corpus.vocab_size, f"config.data.source = {config.data.source!r}")
+        check_ids(tokens, corpus.vocab_size, order.name)
         return {"tokens": tokens, "mask": mask}
 
-    batches = order.batch(config.batch_size).map(assemble)
+    batches = places.batch(order.batch_size).map(assemble)
     # What is encoded on the way takes all cores; shards are read by one thread.
-    threads = config.data.threads or (1 if _counted(corpus) else available_cores())
-    ahead = config.data.prefetch
+    threads = order.data.threads or (1 if _counted(corpus) else available_cores())
+    ahead = order.data.prefetch
     options = grain.ReadOptions(
         num_threads=threads if ahead else 0, prefetch_buffer_size=max(ahead, 1)
     )
     return iter(batches.to_iter_dataset(options))
 
 
-def is_streamed(config: Config, corpus: Corpus) -> bool:
+def is_streamed(data: DataConfig, corpus: Corpus) -> bool:
     """Whether sequences are packed on the way, because the tokens of a source are not counted."""
-    return config.data.shape == "packed" and not _counted(corpus)
+    return data.shape == "packed" and not _counted(corpus)
 
 
 def _counted(corpus: Corpus) -> bool:
@@ -138,19 +174,20 @@ def _counted(corpus: Corpus) -> bool:
     return all(isinstance(source.documents, TokenShards) for source in corpus.train)
 
 
-def describe(config: Config, corpus: Corpus) -> str:
+def describe(data: DataConfig, corpus: Corpus, sequence_length: int) -> str:
     """How much there is to train on, in words."""
-    if is_streamed(config, corpus):
+    if is_streamed(data, corpus):
         count = sum(len(source.documents) for source in corpus.train)
         return f"{count:,} training documents, packed on the way"
-    count = sum(len(_rows(config, corpus, source)) for source in corpus.train)
+    count = sum(len(_rows(data, corpus, source, sequence_length)) for source in corpus.train)
     return f"{count:,} training sequences"
 
 
-def _rows(config: Config, corpus: Corpus, source: TrainingSource) -> Rows:
-    length = config.sequence_length
+def _rows(
+    data: DataConfig, corpus: Corpus, source: TrainingSource, length: int, seed: int = 0
+) -> Rows:
     documents = source.documents
-    if config.data.shape == "padded":
+    if data.shape == "padded":
         return PaddedRows(documents, length, corpus.pad_id)
     assert isinstance(documents, TokenShards)  # otherwise is_streamed
     if documents.tokens <= length:
@@ -158,20 +195,20 @@ def _rows(config: Config, corpus: Corpus, source: TrainingSource) -> Rows:
             f"config.data.source = {source.name!r} has {documents.tokens} training tokens, fewer "
             f"than one sequence of config.sequence_length = {length} needs."
         )
-    return PackedRows(documents, length, config.seed)
+    return PackedRows(documents, length, seed)
 
 
-def _mixed(config: Config, counts: list[int], corpus: Corpus) -> grain.MapDataset:
+def _mixed(order: _Order, counts: list[int]) -> grain.MapDataset:
     """An endless dataset of (source, epoch, place), each epoch of a source in an order of its own.
 
     Numbers instead of sequences: a process looks at all of them, and reads its own.
     """
     orders = []
     for number, count in enumerate(counts):
-        seed = config.seed + number * _SEED_STEP
-        order = grain.MapDataset.range(count).seed(seed).shuffle().repeat(_ENDLESS // count + 1)
+        seed = order.seed + number * _SEED_STEP
+        places = grain.MapDataset.range(count).seed(seed).shuffle().repeat(_ENDLESS // count + 1)
         orders.append(
-            order.map_with_index(
+            places.map_with_index(
                 lambda index, place, number=number, count=count: np.array(
                     [number, index // count, place]
                 )
@@ -179,42 +216,24 @@ def _mixed(config: Config, counts: list[int], corpus: Corpus) -> grain.MapDatase
         )
     if len(orders) == 1:
         return orders[0]
-    return grain.MapDataset.mix(orders, [source.weight for source in corpus.train])
+    return grain.MapDataset.mix(orders, [source.weight for source in order.corpus.train])
 
 
-def _streamed(config: Config, corpus: Corpus, mine: Sequence[int]) -> grain.DatasetIterator:
+def _streamed(order: _Order, mine: Sequence[int]) -> grain.DatasetIterator:
     """Sequences packed on the way; weights count documents here."""
-    documents = [source.documents for source in corpus.train]
+    data, vocab_size = order.data, order.corpus.vocab_size
+    documents = [source.documents for source in order.corpus.train]
 
     def ids(place: np.ndarray) -> np.ndarray:
         found = documents[place[0]][int(place[2])]
-        check_ids(found, corpus.vocab_size, f"config.data.source = {config.data.source!r}")
+        check_ids(found, vocab_size, order.name)
         return found
 
-    order = _mixed(config, [len(source) for source in documents], corpus).map(ids)
-    threads = config.data.threads or available_cores()
-    batches = PackedStreams(order, mine, config.batch_size, config.sequence_length, threads)
-    if config.data.prefetch == 0:
+    texts = _mixed(order, [len(source) for source in documents]).map(ids)
+    threads = data.threads or available_cores()
+    batches = PackedStreams(texts, mine, order.batch_size, order.sequence_length, threads)
+    if data.prefetch == 0:
         return iter(batches)
     return iter(
-        grain.experimental.ThreadPrefetchIterDataset(
-            batches, prefetch_buffer_size=config.data.prefetch
-        )
+        grain.experimental.ThreadPrefetchIterDataset(batches, prefetch_buffer_size=data.prefetch)
     )
-
-
-def to_batch(tokens: np.ndarray, mask: np.ndarray) -> Batch:
-    """Inputs and targets of rows of L + 1 tokens."""
-    return Batch(inputs=tokens[:, :-1], targets=tokens[:, 1:], mask=mask)
-
-
-def validation_batches(corpus: Corpus, batch_size: int) -> list[Batch]:
-    """The validation set in batches of one shape; the last is filled up with masked rows."""
-    tokens, mask = corpus.validation_tokens, corpus.validation_mask
-    filler = -len(tokens) % batch_size
-    tokens = np.concatenate([tokens, np.repeat(tokens[:1], filler, axis=0)])
-    mask = np.concatenate([mask, np.zeros((filler, mask.shape[1]), np.float32)])
-    return [
-        to_batch(tokens[i : i + batch_size], mask[i : i + batch_size])
-        for i in range(0, len(tokens), batch_size)
-    ]

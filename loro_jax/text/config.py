@@ -13,7 +13,7 @@ class DataConfig:
         source: "embedded" (four novels, part of the package), a glob of .txt, .jsonl or .parquet
             files (the first two also packed: .gz, .xz, .zst, .bz2), "tfds:NAME" (a prepared
             tensorflow-datasets text dataset, ``tfds:c4/en`` say), a directory that
-            ``python -m loro_jax.training.data prepare`` has written, or several of these with
+            ``python -m loro_jax prepare`` has written, or several of these with
             weights: "SOURCE,WEIGHT;SOURCE,WEIGHT". Weights are shares of the sequences (of the
             documents, where sequences are packed on the way).
         validation: a glob like ``source`` for the validation text, instead of what the source has:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -25,9 +25,6 @@ from loro_jax.text.sources import (
 )
 from loro_jax.text.tfds_source import tfds_texts
 from loro_jax.text.tokenizers.tokenizer import Tokenizer
-
-if TYPE_CHECKING:
-    from loro_jax.training.config import Config
 
 # Documents of a source's validation split that are used: enough for ten million tokens.
 MAX_VALIDATION_DOCUMENTS = 50_000
@@ -83,12 +80,13 @@ class _Source(NamedTuple):
     in_memory: bool = False
 
 
-def load_corpus(config: Config, tokenizer: Tokenizer) -> Corpus:
-    """Opens, and where need be reads and encodes, what ``config.data`` names.
+def load_corpus(data: DataConfig, sequence_length: int, tokenizer: Tokenizer) -> Corpus:
+    """Opens, and where need be reads and encodes, what ``data`` names.
 
     Args:
-        config: the run's config (``data``, ``sequence_length``).
-        tokenizer: its tokenizer.
+        data: where the text comes from; errors call it ``config.data``.
+        sequence_length: tokens of a sequence of the validation set, L.
+        tokenizer: the run's.
 
     Returns:
         The corpus. No training document is in its validation set, unless ``config.data.validation``
@@ -98,19 +96,19 @@ def load_corpus(config: Config, tokenizer: Tokenizer) -> Corpus:
         TrainingError: if files are missing, unreadable or hold no text, or a prepared directory is
             of another tokenizer.
     """
-    weighted = weighted_sources(config.data.source)
-    opened = [_open(entry.source, config.data, tokenizer) for entry in weighted]
+    weighted = weighted_sources(data.source)
+    opened = [_open(entry.source, data, tokenizer) for entry in weighted]
     notes = [note for source in opened for note in source.notes]
     validation = [source.validation for source in opened if source.validation is not None]
-    if config.data.validation is not None:
-        parts = validation_parts(config.data.validation, config.data)
-        reader = PartReader(parts, config.data.bad_documents == "skip")
-        validation = [_encoded(reader, config.data, tokenizer)["validation"]]
+    if data.validation is not None:
+        parts = validation_parts(data.validation, data)
+        reader = PartReader(parts, data.bad_documents == "skip")
+        validation = [_encoded(reader, data, tokenizer)["validation"]]
         notes += reader.notes()
     for entry, source in zip(weighted, opened, strict=True):
         if not len(source.train):
             raise TrainingError(f"config.data.source = {entry.source!r} {no_document('train')}")
-    tokens, mask = _validation_set(config, validation, tokenizer)
+    tokens, mask = _validation_set(data, sequence_length, validation, tokenizer)
     train = tuple(
         TrainingSource(entry.source, source.train, entry.weight)
         for entry, source in zip(weighted, opened, strict=True)
@@ -182,34 +180,31 @@ def _encoded(
 
 
 def _validation_set(
-    config: Config, sources: list[Sequence[np.ndarray]], tokenizer: Tokenizer
+    data: DataConfig, length: int, sources: list[Sequence[np.ndarray]], tokenizer: Tokenizer
 ) -> tuple[np.ndarray, np.ndarray]:
     """The fixed set: equal parts of each source's where its size is limited."""
-    limit = -(-config.data.max_eval_sequences // len(sources))
+    limit = -(-data.max_eval_sequences // len(sources))
     rows: list[Row] = []
     for documents in sources:
         if not len(documents):
-            raise TrainingError(
-                f"config.data.source = {config.data.source!r} {no_document('validation')}"
-            )
-        rows += _validation_rows(config, documents, limit, tokenizer.pad_id)
-    rows = rows[: config.data.max_eval_sequences or len(rows)]
+            raise TrainingError(f"config.data.source = {data.source!r} {no_document('validation')}")
+        rows += _validation_rows(data, length, documents, limit, tokenizer.pad_id)
+    rows = rows[: data.max_eval_sequences or len(rows)]
     tokens = np.stack([row.tokens for row in rows])
     check_ids(tokens, tokenizer.vocab_size, "the validation set")
     mask = np.stack([row.mask for row in rows])
     if not mask.any():
         raise TrainingError(
-            f"config.data.source = {config.data.source!r}: the validation set has no token to "
+            f"config.data.source = {data.source!r}: the validation set has no token to "
             "predict (its documents are empty)."
         )
     return tokens, mask
 
 
 def _validation_rows(
-    config: Config, documents: Sequence[np.ndarray], limit: int, pad_id: int
+    data: DataConfig, length: int, documents: Sequence[np.ndarray], limit: int, pad_id: int
 ) -> list[Row]:
-    length = config.sequence_length
-    if config.data.shape == "padded":
+    if data.shape == "padded":
         count = min(len(documents), limit or MAX_VALIDATION_DOCUMENTS)
         return [padded_row(documents[i], length, pad_id) for i in range(count)]
     stream = np.concatenate(list(_enough(documents, limit * length + 1 if limit else None)))

@@ -54,10 +54,10 @@ def read_manifest(directory: pathlib.Path) -> dict[str, Any]:
     if not path.exists():
         raise TrainingError(
             f"config.data.source = {str(directory)!r} holds an unfinished preparation; run the "
-            "same `python -m loro_jax.training.data prepare` again to finish it."
+            "same `python -m loro_jax prepare` again to finish it."
             if (directory / PROGRESS).exists()
             else f"config.data.source = {str(directory)!r} is a directory without {MANIFEST}; "
-            "expected one that `python -m loro_jax.training.data prepare` has written."
+            "expected one that `python -m loro_jax prepare` has written."
         )
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))

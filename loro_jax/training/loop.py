@@ -14,17 +14,11 @@ import jax
 import numpy as np
 
 from loro_jax.errors import DivergedError, LostProcessError
-from loro_jax.text import (
-    Corpus,
-    describe,
-    load_corpus,
-    to_batch,
-    train_iterator,
-    validation_batches,
-)
+from loro_jax.text import Corpus, describe, load_corpus, train_iterator
 from loro_jax.text.ngram import NgramPerplexity
 from loro_jax.text.tokenizers.tokenizer import load_tokenizer
 from loro_jax.training import mesh as meshes
+from loro_jax.training.batch import to_batch, validation_batches
 from loro_jax.training.checkpoint import Checkpoints
 from loro_jax.training.config import Config
 from loro_jax.training.metrics import MetricsWriter, read_rows
@@ -114,9 +108,8 @@ def _read_inputs(config: Config) -> _Inputs:
     tokenizer = load_tokenizer(config.data.tokenizer, config.data.eos_id, config.data.pad_id)
     check_start(config, tokenizer)
     config, vocabulary = resolve_vocabulary(config, tokenizer)
-    return _Inputs(
-        config, devices, load_corpus(config, tokenizer), tokenizer.vocab_size, vocabulary
-    )
+    corpus = load_corpus(config.data, config.sequence_length, tokenizer)
+    return _Inputs(config, devices, corpus, tokenizer.vocab_size, vocabulary)
 
 
 class _Dispatched(NamedTuple):
@@ -146,7 +139,15 @@ class _Run:
             self._path / "checkpoints", config.keep_checkpoints, notes.append
         )
         restored = self._checkpoints.restore(abstract_state)
-        self._iterator = train_iterator(config, corpus, self._rows)
+        self._iterator = train_iterator(
+            config.data,
+            corpus,
+            batch_size=config.batch_size,
+            sequence_length=config.sequence_length,
+            seed=config.seed,
+            rows=self._rows,
+            agree=largest,
+        )
         if restored is None:
             self._start, self._tokens = 0, 0
             self._state: TrainState = self._program.init()
@@ -167,8 +168,9 @@ class _Run:
         if restored is None:
             self._display.say(
                 f"{config.method} on {jax.device_count()} {jax.devices()[0].platform} device(s), "
-                f"{describe(config, corpus)} and {len(corpus.validation_tokens):,} validation "
-                f"sequences of {config.sequence_length} tokens, in {self._path}"
+                f"{describe(config.data, corpus, config.sequence_length)} and "
+                f"{len(corpus.validation_tokens):,} validation sequences of "
+                f"{config.sequence_length} tokens, in {self._path}"
             )
             self._display.say(inputs.vocabulary)
         self._clock = _Clock(self._tokens)

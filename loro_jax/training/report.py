@@ -7,8 +7,9 @@ import dataclasses
 import jax
 
 from loro_jax.memory import Footprint, footprint
-from loro_jax.text import Corpus, to_batch
+from loro_jax.text import Corpus
 from loro_jax.text.ngram import NgramPerplexity, ngram_perplexity
+from loro_jax.training.batch import to_batch
 from loro_jax.training.config import Config
 from loro_jax.training.step import make_program
 

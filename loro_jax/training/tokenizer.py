@@ -1,8 +1,8 @@
-"""Forwards ``python -m loro_jax.training.tokenizer`` to :mod:`loro_jax.text.tokenizers`."""
+"""The former place of ``python -m loro_jax tokenizer``."""
 
 import sys
 
-from loro_jax.text.tokenizers.training import main
+from loro_jax.__main__ import moved
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    sys.exit(moved("tokenizer", sys.argv[1:]))

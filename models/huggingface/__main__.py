@@ -1,8 +1,11 @@
-"""Forwards ``python -m models.huggingface`` to :mod:`loro_jax.commands.weights`."""
+"""The former place of ``python -m loro_jax export`` and ``python -m loro_jax import``."""
 
 import sys
 
-from loro_jax.commands.weights import main
+from loro_jax.__main__ import moved
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    if sys.argv[1:2] not in (["export"], ["import"]):
+        print("moved: python -m loro_jax export, python -m loro_jax import", file=sys.stderr)
+        sys.exit(2)
+    sys.exit(moved(sys.argv[1], sys.argv[2:]))

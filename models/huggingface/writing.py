@@ -75,7 +75,7 @@ def write_model(
     if not keep_factors and config.scope != "none" and config.projection == "cola":
         raise CheckpointError(
             'projections of kind "cola" are no single matrix (an activation stands between their '
-            'factors); expected --keep-factors, or a model of projection "low_rank".'
+            'factors); expected --keep_factors, or a model of projection "low_rank".'
         )
     ids = complete_ids(token_ids)
     content = to_huggingface(config, dtype, keep_factors) | ids

@@ -22,9 +22,9 @@ from loro_jax.bench import (
     inference,
     levers,
     memory_fit,
+    options,
     plan,
     profile,
-    timing,
     together,
     train_step,
 )
@@ -120,8 +120,7 @@ def test_the_benchmark_of_training_steps(monkeypatch, tmp_path, capsys):
     assert rows[0]["FLOP ratio"] < rows[1]["FLOP ratio"]
     assert rows[0]["state MB"] > rows[1]["state MB"]
     assert all(row["held MB"] >= row["state MB"] + row["temporaries MB"] for row in rows)
-    with pytest.raises(SystemExit):
-        bench.main(["train_step", *arguments, "--remat=full=none"])
+    assert bench.main(["train_step", *arguments, "--remat=full=none"]) == 1
     assert "--remat=full=none says nothing of 'loro'" in capsys.readouterr().err
 
 
@@ -129,9 +128,8 @@ def test_the_benchmark_of_training_steps_names_what_it_does_not_know(capsys):
     with pytest.raises(SystemExit):
         bench.main(["train_step", "--methods=lorro"])
     assert "unknown method 'lorro'" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        bench.main(["train_step", "--set=lr_scael=0.5"])
-    assert "--set lr_scael=0.5: expected FIELD=VALUE" in capsys.readouterr().err
+    assert bench.main(["train_step", "--set=lr_scael=0.5"]) == 1
+    assert "error: --set lr_scael=0.5: expected FIELD=VALUE" in capsys.readouterr().err
 
 
 TINY_LLAMA = dataclasses.replace(
@@ -160,8 +158,7 @@ def test_plans_of_both_models_stand_side_by_side(monkeypatch, tmp_path, capsys):
     for name in ("parameters M", "state GB", "TFLOP"):
         assert low_rank[name] < dense[name]
     assert dense["sent GB"] == low_rank["sent GB"] == 0
-    with pytest.raises(SystemExit):
-        bench.main(["plan", "--models=tiny", "--meshes=2x2"])
+    assert bench.main(["plan", "--models=tiny", "--meshes=2x2"]) == 1
     assert "--meshes: expected sizes like 2x4x1, but '2x2' is none" in capsys.readouterr().err
 
 
@@ -260,6 +257,26 @@ def test_results_are_json_that_strict_readers_take(tmp_path, capsys):
     assert "| nan " in capsys.readouterr().out
 
 
+def test_a_result_is_written_whole_or_not_at_all(tmp_path, capsys):
+    path = tmp_path / "result.json"
+    path.write_text("before")
+    with pytest.raises(TypeError):
+        tables.report([{"rate": object()}], argparse.Namespace(json=str(path), command="", more={}))
+
+    def fill_the_disk():
+        with tables.replacing(path) as temporary:
+            temporary.write_text("half")
+            raise OSError("full")
+
+    with pytest.raises(OSError, match="full"):
+        fill_the_disk()
+    assert path.read_text() == "before"
+    assert list(tmp_path.iterdir()) == [path]
+    with pytest.raises(SystemExit):
+        bench.main(["exact_step", f"--json={tmp_path / 'none' / 'result.json'}"])
+    assert "there is no directory" in capsys.readouterr().err
+
+
 def test_results_say_what_the_environment_asks_of_libraries(monkeypatch):
     monkeypatch.setenv("OPENBLAS_NUM_THREADS", "1")
     monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
@@ -276,10 +293,10 @@ def test_what_fits_is_what_a_compiled_step_says(monkeypatch, tmp_path):
     assert 0 <= few < many
     # The batch it names, compiled, fits; one of a sequence more does not. (How much is left over is
     # up to the compiler: versions differ in what a sequence takes.)
-    options = argparse.Namespace(
+    given = argparse.Namespace(
         sequence_length=16, dtype="float32", param_dtype="float32", remat="none", set=[]
     )
-    held = [sum(memory_fit._compiled("tiny", "full", n, options)[1:]) for n in (many, many + 1)]
+    held = [sum(memory_fit._compiled("tiny", "full", n, given)[1:]) for n in (many, many + 1)]
     assert held[0] <= 1.02e7
     assert held[1] > 0.98e7
 
@@ -331,9 +348,14 @@ def test_the_transcription_computes_what_ours_does():
 
 
 @pytest.mark.parametrize("arguments", [[], ["nothing"]])
-def test_unknown_benchmarks_are_named(arguments):
-    with pytest.raises(SystemExit, match="approximate_step,cost,data,exact_step"):
-        bench.main(arguments)
+def test_unknown_benchmarks_are_named(arguments, capsys):
+    assert bench.main(arguments) == 2
+    assert "approximate_step,cost,data,exact_step" in capsys.readouterr().err
+
+
+def test_the_nearest_benchmark_is_suggested(capsys):
+    assert bench.main(["exactstep"]) == 2
+    assert "did you mean 'exact_step'?" in capsys.readouterr().err
 
 
 def test_unknown_models_are_named(tiny, capsys):
@@ -348,14 +370,13 @@ def test_all_measurements_of_an_accelerator_go_on_where_they_stopped(monkeypatch
     monkeypatch.setattr(accelerator, "MEASUREMENTS", {"good": good, "bad": ["no_such_benchmark"]})
     (tmp_path / "good.partial").write_text("{}")
     for seen in ("good: done", "good: is there"):
-        with pytest.raises(SystemExit, match=f"not measured: bad; see their logs in {tmp_path}"):
-            bench.main(["accelerator", f"--out={tmp_path}"])
-        out = capsys.readouterr().out
+        assert bench.main(["accelerator", f"--out={tmp_path}"]) == 1
+        out, error = capsys.readouterr()
+        assert error == f"error: not measured: bad; see their logs in {tmp_path}\n"
         assert seen in out
         assert "bad: failed with status" in out
     assert (tmp_path / "bad.log").read_text().startswith("usage: python -m loro_jax.bench")
-    with pytest.raises(SystemExit, match="not measured: bad"):
-        bench.main(["accelerator", f"--out={tmp_path}", "--only=bad", "--seconds=0"])
+    assert bench.main(["accelerator", f"--out={tmp_path}", "--only=bad", "--seconds=0"]) == 1
     assert "bad: no time left" in capsys.readouterr().out
     with pytest.raises(SystemExit):
         bench.main(["accelerator", f"--out={tmp_path}", "--only=other"])
@@ -371,7 +392,7 @@ def test_measurements_of_an_accelerator_are_benchmarks_with_known_options(name, 
         pass
 
     def parse(*given):
-        timing.parse_options(*given)
+        options.parse_options(*given)
         raise ParsedError
 
     parser_of = "train_step" if module == "profile" else module

@@ -36,7 +36,7 @@ def test_the_default_window_takes_no_more_than_a_batch_of_training(directory, tm
     assert sizes(directory) == (2048, 2048, 4)
     assert sizes(directory, longest=64) == (64, 64, 8)
     assert sizes(directory, "--window=32768") == (32768, 32768, 1)
-    assert sizes(directory, "--window=32", "--stride=8", "--batch-size=3") == (32, 8, 3)
+    assert sizes(directory, "--window=32", "--stride=8", "--batch_size=3") == (32, 8, 3)
     config = Config(batch_size=16, gradient_accumulation=4, sequence_length=128)
     (tmp_path / "config.json").write_text(config.to_json())
     assert sizes(tmp_path) == (128, 128, 4)
@@ -59,7 +59,7 @@ def test_documents_begin_with_what_the_tokenizer_says_and_it_is_not_scored(direc
         row = json.loads(capsys.readouterr().out)
         assert row["tokens"] == expected.tokens == sum(len(ids) + 1 for ids in documents)
         assert row["perplexity"] == pytest.approx(expected.perplexity, rel=1e-5)
-        assert main([str(directory), text, "--split=all", "--json", "--no-bos"]) == 0
+        assert main([str(directory), text, "--split=all", "--json", "--no_bos"]) == 0
         assert json.loads(capsys.readouterr().out)["tokens"] == expected.tokens - 1
     finally:
         path.write_text(before)
@@ -73,7 +73,7 @@ def test_documents_begin_with_what_the_tokenizer_says_and_it_is_not_scored(direc
         (["--window=-5"], "--window=-5: expected at least 1"),
         (["--window=40000"], "--window=40000, --stride=40000: expected 1 <= stride <= window <="),
         (["--window=8", "--stride=9"], "--window=8, --stride=9"),
-        (["--max-tokens=1"], "--max-tokens=1: expected 0 (all) or at least 2"),
+        (["--max_tokens=1"], "--max_tokens=1: expected 0 (all) or at least 2"),
     ],
 )
 def test_what_can_not_be_scored_is_named(directory, capsys, arguments, message):

@@ -96,13 +96,13 @@ def test_prompts_begin_and_are_read_as_the_tokenizer_says(directory, monkeypatch
     letters = load_model(directory)[1].encode(["<|user|>"])[0]
     for arguments, expected in (
         (["--prompt=x"], [[1, x]]),
-        (["--prompt=x", "--no-bos"], [[x]]),
+        (["--prompt=x", "--no_bos"], [[x]]),
         (["--prompt="], [[1]]),
-        (["--prompt=", "--no-bos"], [[2]]),
+        (["--prompt=", "--no_bos"], [[2]]),
         (["--prompt=<|user|>x"], [[1, 3, x]]),
         (["--prompt=<s>x"], [[1, x]]),
-        (["--prompt=<|user|>", "--no-parse-special"], [[1, *letters]]),
-        (["--prompt=x", "--prompt=<|user|>", "--no-bos"], [[x], [3]]),
+        (["--prompt=<|user|>", "--no_parse_special"], [[1, *letters]]),
+        (["--prompt=x", "--prompt=<|user|>", "--no_bos"], [[x], [3]]),
     ):
         assert run([directory, *arguments])[0] == 0
         prompts, limits, ends, vocab_size = seen.pop()
@@ -148,8 +148,8 @@ def test_a_text_stops_before_a_character_that_is_not_whole():
     ("arguments", "message"),
     [
         (["--prompt=" + "x" * 200], "the prompt has 201 tokens; expected at most 95"),
-        (["--prompt=x", "--max-new-tokens=95"], "--max-new-tokens must be between 1 and 94"),
-        (["--prompt=x", "--max-new-tokens=0"], "--max-new-tokens must be at least 1, but is 0"),
+        (["--prompt=x", "--max_new_tokens=95"], "--max_new_tokens must be between 1 and 94"),
+        (["--prompt=x", "--max_new_tokens=0"], "--max_new_tokens must be at least 1, but is 0"),
         (["--prompt=x", "--seed=-1"], "--seed must be between 0 and 4294967295, but is -1"),
         (["--prompt=x", f"--seed={2**70}"], "--seed must be between 0 and 4294967295"),
         (["--prompt=x", "--temperature=nan"], "--temperature must be at least 0 and finite"),
@@ -175,7 +175,7 @@ class _Broken(io.StringIO):
 
 
 def test_output_that_nobody_takes(directory, capsys):
-    arguments = [str(directory), "--prompt=x", "--max-new-tokens=2"]
+    arguments = [str(directory), "--prompt=x", "--max_new_tokens=2"]
     assert main(arguments, _Broken(BrokenPipeError())) == 141
     assert capsys.readouterr().err == ""
     assert main(arguments, _Broken(OSError(28, "No space left on device"))) == 1
@@ -187,9 +187,9 @@ def test_output_that_nobody_takes(directory, capsys):
 def test_a_pipe_without_a_reader_leaves_no_traceback(directory):
     read, write = os.pipe()
     os.close(read)
-    command = [sys.executable, "-m", "loro_jax.commands.generate", str(directory), "--prompt=x"]
+    command = [sys.executable, "-m", "loro_jax", "generate", str(directory), "--prompt=x"]
     done = subprocess.run(
-        [*command, "--max-new-tokens=2"],
+        [*command, "--max_new_tokens=2"],
         stdout=write,
         stderr=subprocess.PIPE,
         text=True,

@@ -261,7 +261,7 @@ def test_the_command(tmp_path, capsys):
             token_ids=ids,
             keep_factors=factors,
         )
-    arguments = [str(tmp_path / "out"), "--max-new-tokens=9", "--temperature=0"]
+    arguments = [str(tmp_path / "out"), "--max_new_tokens=9", "--temperature=0"]
     one, both = io.StringIO(), io.StringIO()
     assert main([*arguments, "--prompt=The end"], one) == 0
     assert main([*arguments, "--prompt=The end", "--prompt=A"], both) == 0
@@ -271,7 +271,7 @@ def test_the_command(tmp_path, capsys):
     latent = [str(tmp_path / "factors"), *arguments[1:], "--cache=latent", "--prompt=The end"]
     assert main(latent, latents) == 0
     assert latents.getvalue() == one.getvalue()
-    for bad in (["--top-p=2"], ["--max-new-tokens=500"], ["--cache=values"]):
+    for bad in (["--top_p=2"], ["--max_new_tokens=500"], ["--cache=values"]):
         assert main([*arguments, "--prompt=A", *bad]) == 1
     assert main([str(tmp_path), "--prompt=A"]) == 1
     errors = capsys.readouterr().err

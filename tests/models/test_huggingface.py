@@ -94,7 +94,7 @@ def test_merged_projections_compute_the_same(changes, tmp_path):
 
 
 def test_projections_with_an_activation_can_not_be_merged(tmp_path):
-    with pytest.raises(CheckpointError, match="--keep-factors"):
+    with pytest.raises(CheckpointError, match="--keep_factors"):
         write_model(make(projection="cola"), tmp_path / "out")
     assert not list(tmp_path.iterdir())
 

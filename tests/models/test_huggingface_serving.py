@@ -9,7 +9,8 @@ import pytest
 import tokenizers
 from flax import nnx
 
-from loro_jax.commands.weights import _token_ids, main
+from loro_jax.__main__ import main
+from loro_jax.commands.weights import _token_ids
 from loro_jax.text.tokenizers.tokenizer import load_tokenizer
 from models import Llama, LlamaConfig
 from models.huggingface import CheckpointError, read_model, write_model
@@ -222,7 +223,7 @@ def test_ranks_of_grouped_queries(tmp_path, capsys):
     assert found["model.layers.0.self_attn.q_proj"] == pytest.approx(wanted, rel=1e-4)
     assert found["model.layers.0.self_attn.k_proj"] < 1e-5  # all of it
     # Asked for.
-    assert imported(path, tmp_path / "asked", "--rank=16", "--attn-rank=4") == 0
+    assert imported(path, tmp_path / "asked", "--rank=16", "--attn_rank=4") == 0
     assert "note" not in capsys.readouterr().out
     config = read_model(tmp_path / "asked")[0].config
     assert (config.group_rank("attn"), config.group_rank("mlp")) == (4, 16)

@@ -57,7 +57,7 @@ def test_what_is_fixed_has_no_gradient():
 
 def command(*arguments):
     done = subprocess.run(
-        [sys.executable, "-m", "loro_jax.memory", *arguments],
+        [sys.executable, "-m", "loro_jax", "memory", *arguments],
         cwd=ROOT,
         capture_output=True,
         text=True,

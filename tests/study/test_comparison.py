@@ -6,9 +6,9 @@ import re
 
 import pytest
 
+from loro_jax.commands.compare import load_config, main
 from loro_jax.errors import TrainingError
 from loro_jax.study import comparison
-from loro_jax.study.comparison import load_config, main
 from loro_jax.training.config import Config
 from tests.training import runs
 
@@ -109,10 +109,11 @@ def test_again_it_trains_nothing(compared, monkeypatch, capsys):
         (["--set=steps=0"], "config.steps must be at least 1"),
     ],
 )
-def test_bad_input_is_one_line(config, tmp_path, arguments, message):
-    with pytest.raises(SystemExit) as error:
-        main([config, f"--out={tmp_path / 'out'}", *arguments])
-    assert message in str(error.value.code)
+def test_bad_input_is_one_line(config, tmp_path, capsys, arguments, message):
+    assert main([config, f"--out={tmp_path / 'out'}", *arguments]) == 1
+    error = capsys.readouterr().err
+    assert message in error
+    assert (error.count("\n"), error[:7]) == (1, "error: ")
     assert not (tmp_path / "out").exists()
 
 

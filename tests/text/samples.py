@@ -5,7 +5,7 @@ import json
 
 import numpy as np
 
-from loro_jax.text import load_corpus
+from loro_jax import text
 from loro_jax.text.config import DataConfig
 from loro_jax.text.readers import Tally, read_documents
 from loro_jax.text.tokenizers.tokenizer import load_tokenizer
@@ -58,6 +58,28 @@ def with_corpus(folder, train, validation=("abc",), data=None, **changes):
     }
     run = config(data=files | (data or {}), **changes)
     return run, load_corpus(run, BYTES)
+
+
+def load_corpus(run, tokenizer):
+    """What a run with this config reads."""
+    return text.load_corpus(run.data, run.sequence_length, tokenizer)
+
+
+def train_iterator(run, corpus, rows=None):
+    """The batches of a run with this config."""
+    return text.train_iterator(
+        run.data,
+        corpus,
+        batch_size=run.batch_size,
+        sequence_length=run.sequence_length,
+        seed=run.seed,
+        rows=rows,
+    )
+
+
+def describe(run, corpus):
+    """What a run with this config says of its corpus."""
+    return text.describe(run.data, corpus, run.sequence_length)
 
 
 def random_text(rng, length):

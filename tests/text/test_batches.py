@@ -2,16 +2,19 @@ import numpy as np
 import pytest
 
 from loro_jax.errors import TrainingError
-from loro_jax.text import describe, load_corpus, to_batch, train_iterator
-from loro_jax.text.batches import validation_batches
+from loro_jax.text.batches import TrainBatches
 from loro_jax.text.packing import PackedRows
 from loro_jax.text.shards import TokenShards, make_shard
+from loro_jax.training.batch import to_batch, validation_batches
 from tests.text.samples import (
     BYTES,
     assert_equal_batches,
     config,
+    describe,
+    load_corpus,
     random_text,
     take,
+    train_iterator,
     with_corpus,
     write_lines,
 )
@@ -211,3 +214,25 @@ def test_threads_and_prefetch_change_nothing(tmp_path):
 def test_unknown_sources_say_what_there_is(tmp_path):
     with pytest.raises(TrainingError, match=r"matches no file; expected .embedded., .tfds:NAME."):
         load_corpus(config(str(tmp_path / "*.txt")), BYTES)
+
+
+def test_processes_agree_on_the_positions_of_all_rows():
+    class Iterator:
+        def __init__(self):
+            self.state = {"row": [5], "step": 3}
+
+        def get_state(self):
+            return self.state
+
+        def set_state(self, state):
+            self.state = state
+
+    iterator = Iterator()
+    others = np.array([7, 8, -1, 9])
+    batches = TrainBatches(iterator, [2], 4, agree=lambda rows: np.maximum(rows, others))
+    position = batches.position()
+    assert position["row"].tolist() == [7, 8, 5, 9]
+    assert position["step"] == 3
+    iterator.state = None
+    batches.seek(position)
+    assert iterator.state == {"row": [5], "step": 3}

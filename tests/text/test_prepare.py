@@ -18,7 +18,6 @@ import pyarrow.parquet
 import pytest
 
 from loro_jax.errors import TrainingError
-from loro_jax.text import load_corpus, train_iterator
 from loro_jax.text.config import DataConfig
 from loro_jax.text.prepare import prepare
 from loro_jax.text.prepared import open_prepared, verify
@@ -27,8 +26,10 @@ from tests.text.samples import (
     BYTES,
     assert_equal_batches,
     config,
+    load_corpus,
     take,
     texts_of,
+    train_iterator,
     write_lines,
 )
 
@@ -166,7 +167,7 @@ def test_threads_change_nothing(tmp_path, source):
 def test_killed_it_goes_on(tmp_path):
     """SIGKILL, at moments nobody chose, of the command itself."""
     source = write_source(tmp_path / "texts", files=6, documents=4000)
-    command = [sys.executable, "-m", "loro_jax.text", "prepare", source]
+    command = [sys.executable, "-m", "loro_jax", "prepare", source]
     command += ["--tokenizer=bytes", "--shard_tokens=200000"]
     reference, out = tmp_path / "reference", tmp_path / "out"
     subprocess.run([*command, f"--out={reference}"], check=True, cwd=ROOT, capture_output=True)
@@ -315,7 +316,7 @@ class TestOpening:
 
 def command(*arguments):
     done = subprocess.run(
-        [sys.executable, "-m", "loro_jax.text", *map(str, arguments)],
+        [sys.executable, "-m", "loro_jax", *map(str, arguments)],
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -10,10 +10,9 @@ import pytest
 from backports import zstd
 
 from loro_jax.errors import TrainingError
-from loro_jax.text import load_corpus
 from loro_jax.text.config import DataConfig
 from loro_jax.training.config import Config
-from tests.text.samples import BYTES, config
+from tests.text.samples import BYTES, config, load_corpus
 from tests.text.samples import read_file as read
 
 TEXTS = ["first", "with \u2028 a separator of lines", "café\nwith two lines", "x" * 3_000_000]

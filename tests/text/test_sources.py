@@ -5,11 +5,10 @@ import json
 import pytest
 
 from loro_jax.errors import TrainingError
-from loro_jax.text import load_corpus
 from loro_jax.text.config import DataConfig
 from loro_jax.text.documents import PartReader, Position
 from loro_jax.text.sources import source_parts
-from tests.text.samples import BYTES, config, texts_of, write_lines
+from tests.text.samples import BYTES, config, load_corpus, texts_of, write_lines
 
 
 def read(data):

@@ -5,8 +5,7 @@ import json
 import pytest
 
 from loro_jax.errors import TrainingError
-from loro_jax.text import load_corpus
-from tests.text.samples import BYTES, config, read_content, read_file
+from tests.text.samples import BYTES, config, load_corpus, read_content, read_file
 
 MARK = b"\xef\xbb\xbf"
 TEXT = "one\n\ntwo\nlines \n\n\n \t\n\nthree\n"

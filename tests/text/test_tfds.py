@@ -8,7 +8,6 @@ import pytest
 
 from loro_jax.bench.data import prepare_tfds
 from loro_jax.errors import TrainingError
-from loro_jax.text import describe, load_corpus, train_iterator
 from loro_jax.text.config import DataConfig
 from loro_jax.text.prepare import prepare
 from loro_jax.text.prepared import open_prepared
@@ -16,8 +15,11 @@ from tests.text.samples import (
     BYTES,
     assert_equal_batches,
     config,
+    describe,
+    load_corpus,
     take,
     texts_of,
+    train_iterator,
     write_lines,
 )
 

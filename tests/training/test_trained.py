@@ -10,8 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from loro_jax.__main__ import main
 from loro_jax.commands.evaluate import main as evaluate
-from loro_jax.commands.weights import main
 from loro_jax.errors import TrainingError
 from loro_jax.text.config import DataConfig
 from loro_jax.text.prepare import prepare
@@ -71,7 +71,7 @@ def exported(run, tmp_path_factory):
     """The run's model, merged and with its factors."""
     folder = tmp_path_factory.mktemp("exported")
     assert main(["export", str(run[0]), str(folder / "merged")]) == 0
-    assert main(["export", str(run[0]), str(folder / "factored"), "--keep-factors"]) == 0
+    assert main(["export", str(run[0]), str(folder / "factored"), "--keep_factors"]) == 0
     return folder
 
 
@@ -163,7 +163,7 @@ def test_the_command_evaluates_as_the_run_did(run, exported, make_config, tmp_pa
     directory = run[0] if form == "run" else exported / form
     source = make_config().data.source
     tokens = 4 * 32 + 1  # of the run's validation set
-    arguments = [str(directory), source, "--window=32", f"--max-tokens={tokens}"]
+    arguments = [str(directory), source, "--window=32", f"--max_tokens={tokens}"]
     # A run knows its own source; of other files all is taken.
     split = [] if form == "run" else ["--split=validation"]
     assert evaluate([*arguments, *split, "--json"]) == 0
@@ -172,7 +172,7 @@ def test_the_command_evaluates_as_the_run_did(run, exported, make_config, tmp_pa
     assert found["perplexity"] == pytest.approx(run[1], rel=1e-5)
     assert evaluate([*arguments, "--split=all", "--stride=8"]) == 0
     assert "windows of 32 every 8" in capsys.readouterr().out
-    for bad in (["--window=65"], ["--stride=33"], ["--batch-size=0"], ["--max-tokens=-1"]):
+    for bad in (["--window=65"], ["--stride=33"], ["--batch_size=0"], ["--max_tokens=-1"]):
         assert evaluate([*arguments, *bad]) == 1
     (tmp_path / "empty.txt").write_text("")
     assert evaluate([str(directory), str(tmp_path / "empty.txt")]) == 1
@@ -271,4 +271,4 @@ def test_sizes_of_files(exported, tmp_path, text, size):
 
     assert _size(text) == size
     with pytest.raises(SystemExit):
-        main(["import", str(exported), str(tmp_path / "out"), "--shard-bytes=large"])
+        main(["import", str(exported), str(tmp_path / "out"), "--shard_bytes=large"])

@@ -1,6 +1,6 @@
 """Tokenizers: text to ids and back.
 
-``python -m loro_jax.training.tokenizer train SOURCE --out=FILE`` trains one.
+``python -m loro_jax tokenizer SOURCE --out=FILE`` trains one.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import hashlib
 import importlib.resources
 import pathlib
-import sys
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -253,9 +252,3 @@ def _file_in(directory: pathlib.Path) -> pathlib.Path:
     found = [directory / name for name in usual if (directory / name).is_file()]
     found = found or sorted(directory.glob("*.model"))
     return found[0] if found else directory / "tokenizer.json"
-
-
-if __name__ == "__main__":
-    from loro_jax.text.tokenizers.training import main
-
-    sys.exit(main(sys.argv[1:]))

@@ -1,1 +1,1 @@
-"""``python -m loro_jax.training.data prepare`` of earlier versions; see :mod:`loro_jax.text`."""
+"""``python -m loro_jax.training.data``, another name of two commands."""

@@ -221,7 +221,7 @@ def test_the_default_config_takes_the_vocabulary_of_any_tokenizer(trained):
 
 def train(*arguments):
     done = subprocess.run(
-        [sys.executable, "-m", "loro_jax.text.tokenizers.tokenizer", "train", *map(str, arguments)],
+        [sys.executable, "-m", "loro_jax", "tokenizer", *map(str, arguments)],
         cwd=ROOT,
         capture_output=True,
         text=True,

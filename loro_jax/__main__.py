@@ -1,0 +1,147 @@
+"""``python -m loro_jax NAME [options]``: all commands but ``python train.py``."""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import importlib.util
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import NamedTuple
+
+PROGRAM = "python -m loro_jax"
+
+
+class Command(NamedTuple):
+    """A command.
+
+    Attributes:
+        summary: what it does, in a line.
+        module: where it is; imported when it is called.
+        function: of the module, (arguments) -> exit status.
+        networks: whether it needs the networks in ``models/``.
+    """
+
+    summary: str
+    module: str
+    function: str = "main"
+    networks: bool = True
+
+
+COMMANDS = {
+    "generate": Command("continue a text with a model", "loro_jax.commands.generate"),
+    "evaluate": Command("perplexity of a model on a text", "loro_jax.commands.evaluate"),
+    "export": Command(
+        "write a run as a directory of Hugging Face's format",
+        "loro_jax.commands.weights",
+        "export_main",
+    ),
+    "import": Command(
+        "read a LLaMA of Hugging Face's format, and factor it",
+        "loro_jax.commands.weights",
+        "import_main",
+    ),
+    "tokenizer": Command(
+        "train a tokenizer on your own text", "loro_jax.commands.tokenizer", networks=False
+    ),
+    "prepare": Command(
+        "encode a text once, into shards that runs read",
+        "loro_jax.commands.prepare",
+        networks=False,
+    ),
+    "verify": Command(
+        "compare every byte of prepared shards with their manifest",
+        "loro_jax.commands.prepare",
+        "verify_main",
+        networks=False,
+    ),
+    "memory": Command("parameters and memory of every method", "loro_jax.commands.memory"),
+    "compare": Command(
+        "train methods side by side, with learning rates and seeds", "loro_jax.commands.compare"
+    ),
+    "stability": Command(
+        "spikes of the loss and condition numbers of finished runs", "loro_jax.study.stability"
+    ),
+    "bench": Command("benchmarks for this machine", "loro_jax.bench.__main__"),
+}
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs the command that the first argument names; without one, lists them.
+
+    Args:
+        arguments: of the command line.
+
+    Returns:
+        The exit status.
+    """
+    name, *rest = arguments or ["--help"]
+    if name in ("-h", "--help", "help"):
+        print(_overview())
+        return 0
+    command = COMMANDS.get(name)
+    if command is None:
+        likely = difflib.get_close_matches(name, COMMANDS, n=1)
+        hint = f"; did you mean {likely[0]!r}?" if likely else ""
+        print(f"error: there is no command {name!r}{hint} ({PROGRAM} lists them)", file=sys.stderr)
+        return 2
+    if command.networks and not _networks_are_here():
+        print(
+            f"error: {PROGRAM} {name} needs the networks in models/, which are part of the "
+            "repository and not of the installed package; run it from a checkout.",
+            file=sys.stderr,
+        )
+        return 1
+    try:
+        module = importlib.import_module(command.module)
+    except ModuleNotFoundError as error:
+        missing = (error.name or "").partition(".")[0]
+        if missing in ("loro_jax", "models", ""):
+            raise
+        print(
+            f"error: {PROGRAM} {name} needs {missing}, which is not installed; "
+            "pip install 'loro-jax[train]'.",
+            file=sys.stderr,
+        )
+        return 1
+    return getattr(module, command.function)(rest) or 0
+
+
+def moved(name: str, arguments: Sequence[str]) -> int:
+    """Runs a command by an old spelling, and says on standard error where it is now.
+
+    Args:
+        name: the command.
+        arguments: its own.
+
+    Returns:
+        The exit status.
+    """
+    print(f"moved: {PROGRAM} {name}", file=sys.stderr)
+    return main([name, *arguments])
+
+
+def _networks_are_here() -> bool:
+    """Whether ``models`` is the checkout's, and not just any package of that name."""
+    found = importlib.util.find_spec("models")
+    folders = (found and found.submodule_search_locations) or []
+    return any((pathlib.Path(folder) / "llama.py").is_file() for folder in folders)
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS)) + 2
+    lines = [f"  {name:{width}}{command.summary}" for name, command in COMMANDS.items()]
+    return "\n".join(
+        [
+            f"usage: {PROGRAM} NAME [options]",
+            "",
+            *lines,
+            "",
+            f"{PROGRAM} NAME --help describes a command; python train.py trains.",
+        ]
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

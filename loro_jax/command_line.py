@@ -1,0 +1,129 @@
+"""Flags and errors, the same in all commands.
+
+Flags are written with underscores (``--top_p``); hyphens are read as such. A usage that makes no
+sense ends with status 2, whatever else goes wrong with 1, both with one line.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn, TextIO
+
+from loro_jax.errors import TrainingError
+
+# 128 and the number of SIGPIPE: what a program ends with when nobody reads its output any more.
+NO_READER = 141
+
+
+class Parser(argparse.ArgumentParser):
+    """Reads options with underscores or hyphens in their names; a wrong one ends in one line.
+
+    Args:
+        prog: the command as it is typed.
+        description: what it does, kept as it is set.
+        settings: more of ``argparse.ArgumentParser``.
+
+    Example:
+        >>> parser = Parser("python -m loro_jax generate")
+        >>> _ = parser.add_argument("--top_p", type=float)
+        >>> parser.parse_args(["--top-p=0.9"]).top_p
+        0.9
+    """
+
+    def __init__(self, prog: str, description: str | None = None, **settings: Any):
+        settings.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
+        super().__init__(prog=prog, description=description, **settings)
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Parses arguments; of names of options, hyphens become underscores first."""
+        args = sys.argv[1:] if args is None else list(args)
+        return super().parse_known_args(_with_underscores(args), namespace)
+
+    def error(self, message: str) -> NoReturn:
+        """Ends the program with one line and status 2."""
+        print(f"error: {message} ({self.prog} --help lists the options)", file=sys.stderr)
+        sys.exit(2)
+
+
+def _with_underscores(arguments: Sequence[str]) -> list[str]:
+    """The arguments up to ``--`` with underscores in the names of options."""
+    end = arguments.index("--") if "--" in arguments else len(arguments)
+    named = [
+        re.sub(r"^--[A-Za-z][\w-]*", lambda name: "--" + name[0][2:].replace("-", "_"), argument)
+        for argument in arguments[:end]
+    ]
+    return [*named, *arguments[end:]]
+
+
+class Switch(argparse.Action):
+    """An option with its opposite: ``--bos`` and ``--no_bos``.
+
+    Example:
+        >>> parser = Parser("command")
+        >>> _ = parser.add_argument("--bos", action=Switch)
+        >>> [parser.parse_args(given).bos for given in ([], ["--bos"], ["--no_bos"])]
+        [None, True, False]
+    """
+
+    def __init__(
+        self,
+        option_strings: Sequence[str],
+        dest: str,
+        default: bool | None = None,
+        help: str | None = None,
+    ):
+        both = [*option_strings, *(f"--no_{name[2:]}" for name in option_strings)]
+        super().__init__(both, dest, nargs=0, default=default, help=help)
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        """Stores whether the option was given without ``no_``."""
+        setattr(namespace, self.dest, not (option_string or "").startswith("--no_"))
+
+
+def failing_in_one_line(
+    command: Callable[[], int | None], in_its_words: Callable[[str], str] = str
+) -> int:
+    """Runs a command; its errors become one line on standard error.
+
+    Args:
+        command: does the work, and returns an exit status; None: 0.
+        in_its_words: turns a message into one that names the command's own options.
+
+    Returns:
+        The exit status: 1 for a bad input or a file that can't be read or written, 130 when
+        interrupted, 141 when nobody reads the output any more.
+    """
+    try:
+        status = command() or 0
+        if sys.stdout is not None:
+            sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        drop_output(sys.stdout)
+        return NO_READER
+    except (TrainingError, OSError) as error:
+        print(f"error: {in_its_words(str(error))}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+
+
+def drop_output(out: TextIO | None) -> None:
+    """Sends what is still to be written nowhere: Python would try again when it ends.
+
+    Args:
+        out: where it was to be written to; nothing is done unless it is the program's own output.
+    """
+    if out is sys.__stdout__ and sys.__stdout__ is not None:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())

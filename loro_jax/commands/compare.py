@@ -1,0 +1,146 @@
+r"""Trains methods side by side: the same text in the same order, a learning-rate grid each, seeds.
+
+The grid is run with the first seed; the best learning rate of each method then with all others.
+--arm slow=lowrank,lr_scale=0.25 adds an arm: a method with fields of the config set its own way.
+Every run has its own directory and resumes where it was stopped: the same command again finishes an
+interrupted comparison; started twice, both share the work. A run whose loss is no longer finite is
+a row that says so.
+
+Example:
+  python -m loro_jax compare configs/default.py:paper --methods=full,lowrank,loro \
+      --lrs=0.003,0.01 --seeds=0,1,2 --out=runs/comparison
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import importlib.util
+import math
+import pathlib
+import sys
+from collections.abc import Sequence
+
+from loro_jax.command_line import Parser, failing_in_one_line
+from loro_jax.errors import TrainingError
+from loro_jax.study.comparison import StoppedError, compare
+from loro_jax.study.report import Arm, Run, config_of
+from loro_jax.training.config import METHODS, Config
+from loro_jax.training.fields import apply_changes, parse_change, set_field
+
+
+def load_config(path: str, changes: Sequence[str]) -> Config:
+    """Loads a config file and sets fields of it.
+
+    Args:
+        path: a Python file with ``get_config()``; what follows a colon is its argument.
+        changes: ``field=value`` each, the field dotted, the value as JSON or a plain string.
+
+    Returns:
+        The config.
+
+    Raises:
+        TrainingError: if the file has none, or a field does not exist.
+    """
+    file, *settings = path.split(":", 1)
+    spec = importlib.util.spec_from_file_location("comparison_config", file)
+    if spec is None or spec.loader is None or not pathlib.Path(file).is_file():
+        raise TrainingError(
+            f"CONFIG = {path!r}: expected a config file, such as configs/default.py."
+        )
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    try:
+        config = module.get_config(*settings)
+    except (TypeError, ValueError) as error:  # an argument that it does not take
+        raise TrainingError(f"CONFIG = {path!r}: {error}") from None
+    if not isinstance(config, Config):
+        raise TrainingError(f"CONFIG = {path!r}: get_config() must return a training Config.")
+    apply_changes(config, changes)
+    return config
+
+
+def _arms(methods: str, options: Sequence[str], base: Config) -> list[Arm]:
+    """An arm for each method, and ``NAME=METHOD,FIELD=VALUE,...`` for each option."""
+    arms = [Arm(method, method) for method in methods.split(",") if method]
+    for option in options:
+        name, separator, rest = option.partition("=")
+        method, *changes = rest.split(",")
+        try:
+            arm = Arm(name, method, tuple(parse_change(change) for change in changes))
+            for field, value in arm.changes:
+                set_field(copy.deepcopy(base), field, value)
+        except (AttributeError, ValueError):
+            separator = ""
+        if not separator or not name or "/" in name:
+            raise TrainingError(
+                f"--arm {option}: expected NAME=METHOD,FIELD=VALUE,... with fields of the config."
+            )
+        arms.append(arm)
+    for arm in arms:
+        if arm.method not in METHODS:
+            raise TrainingError(f"--methods: {arm.method!r}; expected {', '.join(METHODS)}.")
+        if sum(arm.name == other.name for other in arms) > 1:
+            raise TrainingError(f"--methods, --arm: {arm.name!r} occurs more than once.")
+    return arms
+
+
+def _grids(options: Sequence[str], names: Sequence[str]) -> dict[str, list[float]]:
+    """Learning rates by arm: ``0.003,0.01`` for all, ``loro=0.01,0.02`` for one."""
+    grids: dict[str, list[float]] = {}
+    for option in options:
+        name, separator, text = option.rpartition("=")
+        try:
+            rates = [float(rate) for rate in text.split(",")]
+        except ValueError:
+            raise TrainingError(f"--lrs {option}: expected numbers, separated by commas.") from None
+        if not all(0 < rate < math.inf for rate in rates):
+            raise TrainingError(f"--lrs {option}: learning rates must be above 0.")
+        if separator and name not in names:
+            raise TrainingError(f"--lrs {option}: {name!r} is not among --methods and --arm.")
+        for known in [name] if separator else names:
+            grids[known] = rates
+    return grids
+
+
+def main(arguments: Sequence[str]) -> int:
+    """Runs ``python -m loro_jax compare``; returns the exit status."""
+    parser = Parser("python -m loro_jax compare", __doc__)
+    parser.add_argument("config", metavar="CONFIG", help="a config file, as of train.py")
+    parser.add_argument("--methods", default="full,lowrank,loro")
+    parser.add_argument(
+        "--arm",
+        action="append",
+        default=[],
+        metavar="NAME=METHOD,FIELD=VALUE,...",
+        help="one more arm: a method with its own values of fields; may be repeated",
+    )
+    parser.add_argument("--seeds", default="0")
+    parser.add_argument(
+        "--lrs", action="append", help="RATES for all or NAME=RATES; may be repeated"
+    )
+    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")
+    parser.add_argument("--out", default="runs/comparison")
+    options = parser.parse_args(arguments)
+    command = " ".join(["python -m loro_jax.compare", *arguments])
+    return failing_in_one_line(lambda: _compare(options, command))
+
+
+def _compare(options: argparse.Namespace, command: str) -> int:
+    try:
+        seeds = [int(seed) for seed in options.seeds.split(",")]
+    except ValueError:
+        raise TrainingError(f"--seeds={options.seeds}: expected whole numbers.") from None
+    base = load_config(options.config, options.set)
+    arms = _arms(options.methods, options.arm, base)
+    names = [arm.name for arm in arms]
+    grids = _grids([str(base.learning_rate), *(options.lrs or [])], names)
+    for arm in arms:
+        config_of(base, Run(arm, grids[arm.name][0], seeds[0])).validate()
+    try:
+        compare(base, arms, seeds, grids, options.out, command)
+    except StoppedError as stopped:
+        print("stopped; run the same command again to resume", file=sys.stderr)
+        return stopped.status
+    print((pathlib.Path(options.out) / "table.md").read_text(encoding="utf-8"))
+    return 0
