@@ -69,9 +69,6 @@ class LlamaConfig:
         density: share of the entries that the sparse matrices of "sltrain" have.
         initialiser: how factors are drawn; see :func:`loro_jax.initialise`.
         initializer_range: standard deviation of embedding, head and dense projections.
-        depth_scaled: whether o and down, which add to the residual stream, start smaller by
-            ``sqrt(2 num_layers)`` (where ``initializer_range`` says how large: dense projections,
-            factors by "auto" and "spectral").
         rms_norm_eps: epsilon of the norms.
         rope_theta: base of the rotary frequencies.
         rope_scaling: what slows them down; nothing, unless a checkpoint says so.
@@ -108,7 +105,6 @@ class LlamaConfig:
     density: float = 0.03
     initialiser: str = "xavier"
     initializer_range: float = 0.02
-    depth_scaled: bool = False
     rms_norm_eps: float = 1e-6
     rope_theta: float = 10000.0
     rope_scaling: RopeScaling = dataclasses.field(default_factory=RopeScaling)
@@ -359,11 +355,7 @@ def _make_projection(
     config: LlamaConfig, group: str, rngs: nnx.Rngs, name: str
 ) -> Dense | LowRankLinear:
     out_features, in_features = config.shapes(group)[name]
-    spec = config.projection_spec(group)
-    if config.depth_scaled and name in ("o", "down"):
-        smaller = spec.initializer_range / (2 * config.num_layers) ** 0.5
-        spec = dataclasses.replace(spec, initializer_range=smaller)
-    return make_projection(in_features, out_features, spec, rngs)
+    return make_projection(in_features, out_features, config.projection_spec(group), rngs)
 
 
 class Block(nnx.Module):

@@ -47,7 +47,7 @@ PERIODIC_METHODS = (
 )
 
 # Directions of LORO's factors.
-DIRECTIONS = ("adam", "orthogonal", "tangent")
+DIRECTIONS = ("adam", "orthogonal")
 
 # Kinds that "loro" trains where model.projection asks for them.
 LORO_PROJECTIONS = ("low_rank", "cola", "sltrain")
@@ -104,12 +104,10 @@ class Config:
         restart_warmup_steps: re-warm-up after each exact step; 0: none.
         exact_every: K; step t, from 0, is exact when ``(t + 1) % K == 0``; 0: never ("loro").
             Other methods restart, or renew their projectors, as often.
-        exact_until: exact steps are taken among the first so many ("loro"); 0: among all.
-        direction: of LORO's factors, "adam", "orthogonal" (:func:`loro_jax.orthogonal`, whose
-            learning rate is of another size: see ``lr_scale``), or "tangent", the same with its
-            momentum kept as a tangent vector of the product. Of the projections of "full", "adam"
-            or "orthogonal", which is Muon (:func:`loro_jax.peers.muon.muon`).
-        momentum: decay of the averaged gradients, with ``direction`` "orthogonal" or "tangent".
+        direction: of LORO's factors, "adam" or "orthogonal" (:func:`loro_jax.orthogonal`, whose
+            learning rate is of another size: see ``lr_scale``). Of the projections of "full",
+            "orthogonal" is Muon (:func:`loro_jax.peers.muon.muon`).
+        momentum: decay of the averaged gradients, with ``direction`` "orthogonal".
         projection_scale: alpha, on the steps of projected gradients ("galore" and its kin).
         refresh: whose Adam state an exact step zeroes: "all", "factors" or "none"; "transport"
             carries the factors' moments into their new basis instead.
@@ -153,7 +151,6 @@ class Config:
     final_lr_ratio: float = 0.1
     restart_warmup_steps: int = 5
     exact_every: int = 500
-    exact_until: int = 0
     direction: str = "adam"
     momentum: float = 0.95
     projection_scale: float = 0.25
@@ -195,7 +192,6 @@ class Config:
         for name in (
             "warmup_steps",
             "restart_warmup_steps",
-            "exact_until",
             "weight_decay",
             "clip_norm",
             "max_move",
@@ -219,16 +215,6 @@ class Config:
         if self.direction not in DIRECTIONS:
             expected = f"one of {', '.join(DIRECTIONS)}"
             raise TrainingError(_expected("direction", expected, self.direction))
-        if self.direction == "tangent" and self.refresh == "transport":
-            raise TrainingError(
-                'config.refresh = "transport": config.direction = "tangent" carries its momentum '
-                'by itself; expected "none", "all" or "factors".'
-            )
-        if self.direction == "tangent" and self.method == "full":
-            raise TrainingError(
-                'config.direction = "tangent": dense projections have no tangent space; expected '
-                '"adam" or "orthogonal" with config.method = "full".'
-            )
         for name in ("b1", "b2", "momentum"):
             self._require(name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
         for name in ("initial_lr_ratio", "final_lr_ratio"):

@@ -11,7 +11,6 @@ from collections.abc import Callable
 from typing import Any, TypeAlias
 
 import jax
-import jax.numpy as jnp
 import optax
 
 from loro_jax.descent import riemannian_descent
@@ -59,8 +58,7 @@ def make_schedule(config: Config) -> optax.Schedule:
         return jagged_schedule(schedule, config.exact_every, config.restart_warmup_steps)
     if config.method not in _RESTARTED or not config.exact_every:
         return schedule
-    until = config.exact_until if config.method == "loro" and config.exact_until else None
-    return with_restarts(schedule, config.exact_every, config.restart_warmup_steps, until)
+    return with_restarts(schedule, config.exact_every, config.restart_warmup_steps)
 
 
 def make_optimizer(config: Config, mesh: Any | None = None) -> Optimizer:
@@ -125,12 +123,12 @@ def _no_exact_step(*_: Any) -> Any:
 def _loro(config: Config, mesh: Any) -> Optimizer:
     direction, scale = None, config.lr_scale
     if config.direction != "adam":
-        direction = orthogonal(config.momentum, transported=config.direction == "tangent")
+        direction = orthogonal(config.momentum)
         scale = _ORTHOGONAL_SCALE if scale is None else scale
     return loro(
         make_schedule(config),
         direction=direction,
-        exact_every=_exact_every(config),
+        exact_every=config.exact_every or None,
         refresh=config.refresh_choice,
         lr_scale=scale,
         b1=config.b1,
@@ -143,13 +141,6 @@ def _loro(config: Config, mesh: Any) -> Optimizer:
         basis=config.basis,
         mesh=mesh,
     )
-
-
-def _exact_every(config: Config) -> int | optax.Schedule | None:
-    every, until = config.exact_every, config.exact_until
-    if every and until:
-        return lambda step: jnp.where(step < until, every, 0)
-    return every or None
 
 
 def _lowrank_restarts(config: Config, mesh: Any) -> Optimizer:

@@ -106,11 +106,10 @@ def test_every_config_takes_a_step_on_a_small_batch(name):
             ({"exact_every": 0, "method": method}, f'at least 1 with config.method = "{method}"')
             for method in PERIODIC_METHODS
         ),
-        ({"direction": "muon"}, "config.direction must be one of adam, orthogonal, tangent"),
-        ({"direction": "tangent", "refresh": "transport"}, 'config.refresh = "transport"'),
+        ({"direction": "muon"}, "config.direction must be one of adam, orthogonal, but is"),
+        ({"direction": "tangent"}, "config.direction must be one of adam, orthogonal, but is"),
         ({"momentum": 1.0}, "config.momentum must be at least 0 and below 1"),
         ({"exact_every": -1}, "config.exact_every must be at least 0"),
-        ({"exact_until": -1}, "config.exact_until must be at least 0"),
         ({"learning_rate": -0.1}, "config.learning_rate must be above 0"),
         ({"learning_rate": float("nan")}, "config.learning_rate"),
         ({"b2": 1.0}, "config.b2 must be at least 0 and below 1"),

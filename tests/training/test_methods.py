@@ -209,8 +209,3 @@ def test_the_dense_twin_learns_by_muon():
         state, metrics = step(state, batch())
         losses.append(float(metrics["loss"]))
     assert losses[-1] < losses[0] - 0.5
-
-
-def test_dense_projections_have_no_tangent_space():
-    with pytest.raises(TrainingError, match='direction = "tangent"'):
-        config("full", direction="tangent").validate()
