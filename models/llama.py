@@ -17,16 +17,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from loro_jax.layers.projections import (
-    KINDS,
-    LATENT,
-    Dense,
-    LowRankLinear,
-    ProjectionSpec,
-    Shared,
-    apply_together,
-    make_projection,
-)
+from loro_jax.layers.common import LATENT, ProjectionSpec
+from loro_jax.layers.dense import Dense
+from loro_jax.layers.low_rank import LowRankLinear
+from loro_jax.layers.packing import Shared, apply_together
+from loro_jax.layers.projections import PROJECTIONS, make_projection
 from models.attention import ATTENTION, causal_attention
 from models.layout import by_sequence
 from models.loss import reduction_dtype
@@ -136,7 +131,7 @@ class LlamaConfig:
             ("attention", ATTENTION),
             ("dtype", DTYPES),
             ("param_dtype", DTYPES),
-            ("projection", tuple(KINDS)),
+            ("projection", tuple(PROJECTIONS)),
         ):
             if getattr(self, name) not in choices:
                 raise ValueError(

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from loro_jax.bench.timing import make_parser, parse_options, rounds_in_turns
 from loro_jax.bench.train_step import Case, prepare
 from loro_jax.errors import TrainingError
-from loro_jax.layers import projections
+from loro_jax.layers import packing
 from loro_jax.tables import report
 from loro_jax.training.config import Config
 from loro_jax.training.fields import apply_changes
@@ -118,6 +118,6 @@ def _config(name: str, options: argparse.Namespace, changes: Sequence[str]) -> C
 
 def _prepare(config: Config, lever: _Lever) -> Case:
     # More rows than any step has: nothing is put together.
-    fewest = projections.ROWS_WORTH_PACKING if lever.pack else sys.maxsize
-    with unittest.mock.patch.object(projections, "ROWS_WORTH_PACKING", fewest):
+    fewest = packing.ROWS_WORTH_PACKING if lever.pack else sys.maxsize
+    with unittest.mock.patch.object(packing, "ROWS_WORTH_PACKING", fewest):
         return prepare(config, donate=lever.donate)

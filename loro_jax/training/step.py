@@ -12,7 +12,7 @@ import optax
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from loro_jax.layers.projections import Fixed
+from loro_jax.layers.common import Fixed
 from loro_jax.training.config import Config
 from loro_jax.training.mesh import batch_sharding, replicated, tree_shardings
 from loro_jax.training.methods import make_maintenance, make_optimizer, make_schedule
