@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 
 from loro_jax.peers.relora import merge_and_restart
-from loro_jax.peers.switchlora import Candidates, hold, switch, thaw
+from loro_jax.peers.switchlora import Candidates, SwitchState, hold, switch, thaw
 from loro_jax.training.config import Config
 
 
@@ -77,15 +77,18 @@ def switchlora_maintenance(config: Config) -> Maintenance:
         for number, path in enumerate(_adapters(params)):
             own, rest, grad = _at(params, path), _at(fixed, path), _at(grads, path)
             moments = tuple((_at(m, path)["B"], _at(m, path)["A"]) for m in (mu, nu))
-            W, B, A, spare, moments, frozen = switch(
-                jax.random.fold_in(key, number),
-                step,
+            state = SwitchState(
                 rest["W"],
                 own["B"],
                 own["A"],
                 Candidates(rest["spare_B"], rest["spare_A"], rest["switched"]),
                 moments,
                 (rest["frozen_B"], rest["frozen_A"]),
+            )
+            W, B, A, spare, moments, frozen = switch(
+                jax.random.fold_in(key, number),
+                step,
+                state,
                 scale=1 / own["A"].shape[-2],
                 total_steps=config.steps,
             )
