@@ -12,6 +12,8 @@ Array = jax.Array
 class ColaLinear(LowRankLinear):
     """``y = silu(x A^T) B^T``: an auto-encoder in a projection's place."""
 
+    linear = False
+
     def activated(self, latent: Array) -> Array:
         """What the second factor sees of ``x A^T``."""
         return jax.nn.silu(latent)

@@ -33,6 +33,11 @@ class LoraLinear(LowRankLinear):
         B, A = self.factors()
         return x @ self.W[...].astype(self.dtype).T + self.scale * ((x @ A.T) @ B.T)
 
+    @staticmethod
+    def flops(m: int, n: int, rank: int, tokens: float) -> float:
+        """Returns the operations per token: no gradient of the fixed weight is taken."""
+        return 4.0 * m * n + 6.0 * rank * (m + n)
+
     def weight(self) -> Array:
         """The matrix that it multiplies by, (out, in), in float32 or wider."""
         return self.W[...] + self.scale * self.product()

@@ -18,6 +18,8 @@ class LowRankLinear(nnx.Module):
 
     # Whether all of y goes through the rank, y = up(down(x)); a kind that adds more says no.
     through_rank = True
+    # Whether it multiplies by a matrix, and factors of the same product do the same.
+    linear = True
 
     def __init__(self, in_features: int, out_features: int, spec: ProjectionSpec, rngs: nnx.Rngs):
         assert spec.rank is not None  # make_projection chose this class by it
@@ -72,6 +74,18 @@ class LowRankLinear(nnx.Module):
         dtype = at_least_float32(self.B[...].dtype)
         B, A = self.B[...].astype(dtype), self.A[...].astype(dtype)
         return jnp.matmul(B, A, precision=jax.lax.Precision.HIGHEST)
+
+    @staticmethod
+    def flops(m: int, n: int, rank: int, tokens: float) -> float:
+        """Returns the operations per token, forward and backward.
+
+        Args:
+            m: outputs.
+            n: inputs.
+            rank: r.
+            tokens: tokens of a pass, which share what is done once.
+        """
+        return 6.0 * rank * (m + n)
 
     def weight(self) -> Array:
         """The matrix that it multiplies by, (out, in), in float32 or wider."""

@@ -3,7 +3,8 @@
 A projection maps ``x (..., in)`` to ``y (..., out)`` without a bias. A kind is a class in a file of
 this folder and an entry of :data:`PROJECTIONS`. The class is a :class:`LowRankLinear` made from
 ``(in_features, out_features, spec, rngs)``: its trained arrays are ``nnx.Param``, the others
-:class:`~loro_jax.layers.common.Fixed`.
+:class:`~loro_jax.layers.common.Fixed`. It says whether it is ``linear``, whether all goes
+``through_rank``, and how many ``flops`` it takes.
 """
 
 from __future__ import annotations

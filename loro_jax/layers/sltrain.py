@@ -178,6 +178,11 @@ class SparseLowRankLinear(LowRankLinear):
             x.astype(self.dtype), B, A, values, self.columns[...], self.scale
         )
 
+    @staticmethod
+    def flops(m: int, n: int, rank: int, tokens: float) -> float:
+        """Returns the operations per token: W is formed twice, and its gradient once."""
+        return 6.0 * m * n + 8.0 * m * n * rank / tokens
+
     def weight(self) -> jax.Array:
         """The matrix that it multiplies by, (out, in), in float32 or wider."""
         S = sparse_matrix(self.values[...], self.columns[...], self.A.shape[-1])

@@ -124,7 +124,7 @@ def switch(
     if most == 0:  # no spare vectors (or a single row, whose counterpart could never rest)
         return state
     one = functools.partial(_switch_one, rate, most, scale, freeze_steps)
-    keys = jax.random.split(key, layers) if layers else key
+    keys = jax.random.split(key, tuple(layers)) if layers else key
     for _ in layers:
         one = jax.vmap(one)
     return one(keys, state)

@@ -125,8 +125,8 @@ def make_program(config: Config, mesh: jax.sharding.Mesh | None = None) -> Progr
             updates, opt_state = optimizer.update(grads, opt_state, params)
             params = optax.apply_updates(params, updates)
         step = optax.safe_increment(state.step)
-        if maintenance.behind is not None:
-            params, fixed, opt_state = maintenance.behind(step, params, fixed, opt_state)
+        if maintenance.after is not None:
+            params, fixed, opt_state = maintenance.after(step, params, fixed, opt_state)
         metrics = {
             "loss": loss,
             "tokens": jnp.sum(batch.mask),
