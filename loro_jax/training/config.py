@@ -307,11 +307,14 @@ def differences(stored: dict[str, Any], config: Config) -> list[str]:
     new = _flatten(json.loads(config.to_json()))
     for fields in (old, new):
         fields["moments"] = _resolved_moments(fields["moments"], fields["basis"])
+    passed_over: tuple[str, ...] = RESUMABLE_FIELDS
+    if any(old[name] != new[name] for name in ("method", "direction")):
+        passed_over += ("method_options",)  # of others: the line about the method says it all
     return [
         f"{name}: {old[name]!r} there, {new.get(name, '(absent)')!r} now"
         for name in sorted(old)
         if old[name] != new.get(name, "(absent)")
-        and not any(name == free or name.startswith(f"{free}.") for free in RESUMABLE_FIELDS)
+        and not any(name == free or name.startswith(f"{free}.") for free in passed_over)
     ]
 
 
