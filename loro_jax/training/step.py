@@ -85,28 +85,7 @@ def make_program(config: Config, mesh: jax.sharding.Mesh | None = None) -> Progr
     def loss_sum(params: Any, fixed: Any, batch: Batch) -> Array:
         return next_token_loss(nnx.merge(graphdef, joined(params, fixed)), batch)
 
-    def loss_and_gradient(params: Any, fixed: Any, batch: Batch) -> tuple[Array, Any]:
-        tokens = jnp.maximum(jnp.sum(batch.mask), 1.0)
-
-        def of_part(batch: Batch, groups: str | None = None) -> tuple[Array, Any]:
-            with laid_out_on(mesh, without=groups):
-                return _loss_and_gradient(
-                    lambda p, b: loss_sum(p, fixed, b) / tokens,
-                    params,
-                    batch,
-                    config.gradient_accumulation,
-                )
-
-        if mesh is None or mesh.shape["data"] == 1:
-            return of_part(batch)
-        # Each group of devices along ``data`` adds up its own micro-batches: their gradients are
-        # leading entries of the sums, which travel once, behind the last of them.
-        parts = jax.tree.map(lambda x: x.reshape(mesh.shape["data"], -1, *x.shape[1:]), batch)
-        parts = jax.lax.with_sharding_constraint(
-            parts, NamedSharding(mesh, PartitionSpec("data", "fsdp"))
-        )
-        sums = jax.vmap(lambda part: of_part(part, "data"), spmd_axis_name="data")(parts)
-        return jax.tree.map(lambda x: jnp.sum(x, axis=0), sums)
+    loss_and_gradient = _make_loss_and_gradient(loss_sum, config, mesh)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         loss, grads = loss_and_gradient(state.params, state.fixed, batch)
@@ -143,6 +122,39 @@ def make_program(config: Config, mesh: jax.sharding.Mesh | None = None) -> Progr
             return loss_sum(params, fixed, batch), jnp.sum(batch.mask)
 
     return Program(init, train_step, eval_step, loss_and_gradient)
+
+
+def _make_loss_and_gradient(
+    loss_sum: Callable[[Any, Any, Batch], Array],
+    config: Config,
+    mesh: jax.sharding.Mesh | None,
+) -> Callable[[Any, Any, Batch], tuple[Array, Any]]:
+    """Returns (params, fixed, batch) -> the mean of a loss per token, and its gradient."""
+
+    def loss_and_gradient(params: Any, fixed: Any, batch: Batch) -> tuple[Array, Any]:
+        tokens = jnp.maximum(jnp.sum(batch.mask), 1.0)
+
+        def of_part(batch: Batch, groups: str | None = None) -> tuple[Array, Any]:
+            with laid_out_on(mesh, without=groups):
+                return _loss_and_gradient(
+                    lambda p, b: loss_sum(p, fixed, b) / tokens,
+                    params,
+                    batch,
+                    config.gradient_accumulation,
+                )
+
+        if mesh is None or mesh.shape["data"] == 1:
+            return of_part(batch)
+        # Each group of devices along ``data`` adds up its own micro-batches: their gradients are
+        # leading entries of the sums, which travel once, behind the last of them.
+        parts = jax.tree.map(lambda x: x.reshape(mesh.shape["data"], -1, *x.shape[1:]), batch)
+        parts = jax.lax.with_sharding_constraint(
+            parts, NamedSharding(mesh, PartitionSpec("data", "fsdp"))
+        )
+        sums = jax.vmap(lambda part: of_part(part, "data"), spmd_axis_name="data")(parts)
+        return jax.tree.map(lambda x: jnp.sum(x, axis=0), sums)
+
+    return loss_and_gradient
 
 
 def joined(one: Any, other: Any) -> Any:
