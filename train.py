@@ -41,7 +41,11 @@ def _or_exit(parse: Callable[..., Any], *arguments: Any) -> Any:
 
 def _unknown_field(name: str) -> str:
     from loro_jax.training.config import field_names
+    from loro_jax.training.renamed import told
 
+    renamed = told(name)
+    if renamed is not None:
+        return renamed
     known = field_names()
     likely = difflib.get_close_matches(name, known, n=1) + [
         k for k in known if k.endswith(f".{name}")
@@ -85,6 +89,17 @@ _DEVICES = flags.DEFINE_integer(
     "devices", None, "Devices of a dry run; default: as config.mesh says.", lower_bound=1
 )
 
+
+def _parse_or_help(argv: list[str]) -> list[str]:
+    """Parses the flags; prints all flags and all fields of the config, and ends, if asked to."""
+    if {"--help", "-help", "-h"} & set(argv[1:]):
+        from loro_jax.training.help import config_help
+
+        print(__doc__ + flags.FLAGS.main_module_help(), "", *config_help(), sep="\n")
+        sys.exit(0)
+    return _or_exit(flags.FLAGS, argv)
+
+
 # Flags that say which of several processes this one is.
 _CLUSTER = ("distributed", "coordinator", "processes", "process", "heartbeat_seconds")
 
@@ -107,6 +122,7 @@ def main(argv: list[str]) -> int:
     from loro_jax.planning.dry_run import dry_run
     from loro_jax.training.config import Config
     from loro_jax.training.loop import train
+    from loro_jax.training.methods import settled
     from loro_jax.training.processes import Cluster, connect, leave
 
     try:
@@ -135,6 +151,7 @@ def main(argv: list[str]) -> int:
                 f"--config={config_file}: get_config() must return a training Config."
             )
         asked = config_flags.get_override_values(flags.FLAGS["config"])
+        config = settled(config, asked)
         if config.warmup_steps > config.steps and "warmup_steps" not in asked:
             # The file's warm-up is for the file's steps; a look at fewer must not fail for it.
             print(
@@ -157,4 +174,4 @@ def main(argv: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    app.run(main, flags_parser=lambda argv: _or_exit(flags.FLAGS, argv))
+    app.run(main, flags_parser=_parse_or_help)

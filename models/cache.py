@@ -22,7 +22,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from loro_jax.layers.projections import KINDS, as_low_rank
+from loro_jax.layers.packing import as_low_rank
+from loro_jax.layers.projections import PROJECTIONS
 from models.llama import Attention, LlamaConfig
 from models.precision import reduction_dtype
 
@@ -78,7 +79,7 @@ def empty_cache(config: LlamaConfig, batch_size: int, length: int, kind: str = "
     if kind not in CACHES:
         raise ValueError(f"cache must be one of {', '.join(CACHES)}, but is {kind!r}.")
     rank = config.group_rank("attn")
-    if kind != "full" and (rank is None or not KINDS[config.projection].through_rank):
+    if kind != "full" and (rank is None or not PROJECTIONS[config.projection].through_rank):
         found = "are dense" if rank is None else f"are of kind {config.projection!r}"
         raise ValueError(
             f"cache={kind} keeps what passes through the rank of the projections of keys and "

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from loro_jax.layers.projections import Shared, can_share
+from loro_jax.layers.packing import Shared, can_share
 from models.cache import Cache, attend, empty_cache, remember
 from models.llama import Llama
 from models.precision import reduction_dtype

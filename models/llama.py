@@ -11,22 +11,19 @@ intermediate, V vocabulary, N tokens.
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from loro_jax.layers.projections import (
-    KINDS,
-    LATENT,
-    Dense,
-    LowRankLinear,
-    ProjectionSpec,
-    Shared,
-    apply_together,
-    make_projection,
-)
+from loro_jax.fields import Range, above, at_least, check, field, nested, one_of
+from loro_jax.layers.common import LATENT, ProjectionSpec
+from loro_jax.layers.dense import Dense
+from loro_jax.layers.low_rank import LowRankLinear
+from loro_jax.layers.packing import Shared, apply_together
+from loro_jax.layers.projections import PROJECTIONS, make_projection
 from models.attention import ATTENTION, causal_attention
 from models.layout import by_sequence
 from models.precision import reduction_dtype
@@ -39,121 +36,102 @@ SCOPES = ("all", "attn", "mlp", "none")
 REMAT_POLICIES = ("none", "full", "dots", "rank")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
+_DENSITY = above(0, most=1)
+_INITIALISERS = Range(
+    lambda: "one of xavier, kaiming, auto, orth, xavorth, lora, randn_X, const_X with a number X",
+    lambda name: bool(re.fullmatch("xavier|kaiming|auto|orth|xavorth|lora|(randn|const)_.+", name)),
+    listed=True,
+)
+
 
 # Hashable, because NNX keeps it in a module's static structure, which jit hashes; mutable,
 # because command-line overrides set its fields. A model takes a private copy.
 @dataclasses.dataclass(unsafe_hash=True)
 class LlamaConfig:
-    """Architecture and precision of a LLaMA.
+    """Architecture and precision of a LLaMA."""
 
-    Attributes:
-        vocab_size: rows of the embedding and of the head.
-        hidden_size: D.
-        intermediate_size: F, width of the MLP.
-        num_layers: number of blocks.
-        num_heads: H, heads of queries.
-        num_kv_heads: heads of keys and values, each shared by H / num_kv_heads of queries (grouped
-            queries); None: as many as of queries.
-        head_dim: K, entries of a head, an even number (rotary pairs); None: D / H.
-        max_sequence_length: longest sequence that the model accepts.
-        scope: which projections are low-rank: "all", "attn" (q, k, v, o), "mlp" (gate, up, down)
-            or "none".
-        rank: rank of the low-rank projections.
-        attn_rank: rank of q, k, v, o; None: ``rank``.
-        mlp_rank: rank of gate, up, down; None: ``rank``.
-        projection: kind of the projections that have a rank, "low_rank" unless a method of training
-            asks for another; see :mod:`loro_jax.layers.projections`. Method "loro" also trains
-            "sltrain" (the factors; the sparse entries as all other leaves) and, without exact
-            steps, "cola".
-        alpha: the product of factors is scaled by ``alpha / rank`` (kinds "lora", "sltrain").
-        density: share of the entries that the sparse matrices of "sltrain" have.
-        initialiser: how factors are drawn; see :func:`loro_jax.initialise`.
-        initializer_range: standard deviation of embedding, head and dense projections.
-        depth_scaled: whether o and down, which add to the residual stream, start smaller by
-            ``sqrt(2 num_layers)`` (where ``initializer_range`` says how large: dense projections,
-            factors by "auto" and "spectral").
-        rms_norm_eps: epsilon of the norms.
-        rope_theta: base of the rotary frequencies.
-        rope_scaling: what slows them down; nothing, unless a checkpoint says so.
-        tie_embeddings: the head is the embedding, not a matrix of its own.
-        dtype: dtype of activations and products (norms, attention weights and loss reduce in
-            float32).
-        param_dtype: dtype of the stored parameters.
-        remat: what the backward pass computes again: "dots" (all but the products with weights:
-            writing down what lies between them costs more than computing it again), "none", "full"
-            (each block from its input) or "rank" (all but what passes through the rank: the r
-            entries a token between two factors are kept, and what they are mapped to is computed
-            again).
-        attention: how it is computed: "auto" ("cudnn" where it runs, else "blocks"), "blocks" (of
-            queries, with the keys that they see), "whole" (one square) or "cudnn" (an NVIDIA GPU's
-            kernel, 16-bit activations); see :mod:`models.attention`.
-        unroll: layers in the body of the compiled loop over layers.
-        loss_chunk_size: tokens whose logits exist at a time.
-    """
-
-    vocab_size: int = 32000
-    hidden_size: int = 512
-    intermediate_size: int = 1376
-    num_layers: int = 8
-    num_heads: int = 8
-    num_kv_heads: int | None = None
-    head_dim: int | None = None
-    max_sequence_length: int = 1024
-    scope: str = "all"
-    rank: int = 128
-    attn_rank: int | None = None
-    mlp_rank: int | None = None
-    projection: str = "low_rank"
-    alpha: float = 32.0
-    density: float = 0.03
-    initialiser: str = "xavier"
-    initializer_range: float = 0.02
-    depth_scaled: bool = False
-    rms_norm_eps: float = 1e-6
-    rope_theta: float = 10000.0
-    rope_scaling: RopeScaling = dataclasses.field(default_factory=RopeScaling)
-    tie_embeddings: bool = False
-    dtype: str = "float32"
-    param_dtype: str = "float32"
-    remat: str = "dots"
-    attention: str = "auto"
-    unroll: int = 1
-    loss_chunk_size: int = 4096
+    vocab_size: int = field(32000, at_least(1), "rows of the embedding and of the head")
+    hidden_size: int = field(512, at_least(1), "D")
+    intermediate_size: int = field(1376, at_least(1), "F, width of the MLP")
+    num_layers: int = field(8, at_least(1), "number of blocks")
+    num_heads: int = field(8, at_least(1), "H, heads of queries")
+    num_kv_heads: int | None = field(
+        None,
+        None,
+        "heads of keys and values, each shared by H / num_kv_heads query heads (grouped-query "
+        "attention); none: num_heads",
+    )
+    head_dim: int | None = field(
+        None, None, "K, size of a head, even because of rotary pairs; none: D / H"
+    )
+    max_sequence_length: int = field(1024, at_least(1), "longest sequence that the model accepts")
+    scope: str = field(
+        "all",
+        one_of(SCOPES),
+        "which projections are low-rank: all, attn (q, k, v, o), mlp (gate, up, down) or none",
+    )
+    rank: int = field(128, None, "rank of the low-rank projections")
+    attn_rank: int | None = field(None, None, "rank of q, k, v, o; none: rank")
+    mlp_rank: int | None = field(None, None, "rank of gate, up, down; none: rank")
+    projection: str = field(
+        "low_rank",
+        one_of(PROJECTIONS),
+        "kind of the low-rank projections, unless the method of training has another; loro also "
+        "trains sltrain (sparse entries as all other leaves) and, without exact steps, cola",
+    )
+    alpha: float = field(
+        32.0, None, "the product of the factors is scaled by alpha / rank (lora, sltrain)"
+    )
+    density: float = field(
+        0.03, _DENSITY, "share of nonzero entries in the sparse matrices of sltrain"
+    )
+    initialiser: str = field("xavier", _INITIALISERS, "how factors are drawn")
+    initializer_range: float = field(
+        0.02, None, "standard deviation of embedding, head and dense projections"
+    )
+    rms_norm_eps: float = field(1e-6, None, "epsilon of the norms")
+    rope_theta: float = field(10000.0, None, "base of the rotary frequencies")
+    rope_scaling: RopeScaling = nested(
+        RopeScaling, "scaling of the rotary frequencies; none, unless a checkpoint has one"
+    )
+    tie_embeddings: bool = field(False, None, "share the embedding matrix with the head")
+    dtype: str = field(
+        "float32",
+        one_of(DTYPES),
+        "of activations and products (norms, attention weights and loss reduce in float32)",
+    )
+    param_dtype: str = field("float32", one_of(DTYPES), "of the stored parameters")
+    remat: str = field(
+        "dots",
+        one_of(REMAT_POLICIES),
+        "rematerialisation in the backward pass: dots (recompute everything but products with "
+        "weights: storing elementwise results costs more than recomputing them), none, full "
+        "(recompute each block from its input) or rank (keep the r entries per token between two "
+        "factors, recompute everything else)",
+    )
+    attention: str = field(
+        "auto",
+        one_of(ATTENTION),
+        "auto (cudnn where it runs, else blocks), blocks (of queries, with the keys they attend "
+        "to), whole (one score matrix) or cudnn (kernel for NVIDIA GPUs, 16-bit activations)",
+    )
+    unroll: int = field(1, at_least(1), "layers per iteration of the compiled loop over layers")
+    loss_chunk_size: int = field(
+        4096, at_least(1), "tokens of the loss whose logits exist at a time"
+    )
 
     def validate(self) -> None:
         """Raises ValueError, naming field, value and what was expected, if the model can't be."""
-        for name in (
-            "vocab_size",
-            "hidden_size",
-            "intermediate_size",
-            "num_layers",
-            "num_heads",
-            "max_sequence_length",
-            "unroll",
-            "loss_chunk_size",
-        ):
-            if getattr(self, name) < 1:
-                raise ValueError(f"model.{name} must be at least 1, but is {getattr(self, name)}.")
-        for name, choices in (
-            ("scope", SCOPES),
-            ("remat", REMAT_POLICIES),
-            ("attention", ATTENTION),
-            ("dtype", DTYPES),
-            ("param_dtype", DTYPES),
-            ("projection", tuple(KINDS)),
-        ):
-            if getattr(self, name) not in choices:
-                raise ValueError(
-                    f"model.{name} must be one of {', '.join(choices)}, "
-                    f"but is {getattr(self, name)!r}."
-                )
+        check(self, "model.")
+        self._check_heads()
+        self._check_ranks()
+
+    def _check_heads(self) -> None:
         if self.attention == "cudnn" and self.dtype not in ("bfloat16", "float16"):
             raise ValueError(
                 "model.attention = 'cudnn' needs model.dtype bfloat16 or float16, but it is "
                 f"{self.dtype!r}."
             )
-        if not 0 < self.density <= 1:
-            raise ValueError(f"model.density must be above 0 and at most 1, but is {self.density}.")
         if self.head_dim is None and (self.hidden_size % self.num_heads or self.head_size % 2):
             raise ValueError(
                 f"model.num_heads = {self.num_heads} must divide model.hidden_size = "
@@ -170,6 +148,8 @@ class LlamaConfig:
                 f"{self.num_heads}."
             )
         self.rope_scaling.validate()
+
+    def _check_ranks(self) -> None:
         smallest = {group: min(map(min, self.shapes(group).values())) for group in GROUPS}
         for group, limit in smallest.items():
             rank = self.group_rank(group)
@@ -359,11 +339,7 @@ def _make_projection(
     config: LlamaConfig, group: str, rngs: nnx.Rngs, name: str
 ) -> Dense | LowRankLinear:
     out_features, in_features = config.shapes(group)[name]
-    spec = config.projection_spec(group)
-    if config.depth_scaled and name in ("o", "down"):
-        smaller = spec.initializer_range / (2 * config.num_layers) ** 0.5
-        spec = dataclasses.replace(spec, initializer_range=smaller)
-    return make_projection(in_features, out_features, spec, rngs)
+    return make_projection(in_features, out_features, config.projection_spec(group), rngs)
 
 
 class Block(nnx.Module):

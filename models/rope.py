@@ -4,7 +4,7 @@ A model trained on short sequences can be asked for longer ones by turning its s
 still; checkpoints that were made so say how (``rope_scaling``).
 """
 
-from __future__ import annotations
+# No `from __future__ import annotations` here: the command line reads the fields' types.
 
 import dataclasses
 import math
@@ -12,6 +12,7 @@ import math
 import jax
 import jax.numpy as jnp
 
+from loro_jax.fields import at_least, check, field, one_of
 from models.precision import reduction_dtype
 
 Array = jax.Array
@@ -21,41 +22,32 @@ KINDS = ("none", "linear", "llama3")
 
 @dataclasses.dataclass(unsafe_hash=True)
 class RopeScaling:
-    """How rotary frequencies are slowed down for sequences longer than those of pretraining.
+    """How rotary frequencies are slowed down for sequences longer than those of pretraining."""
 
-    Attributes:
-        kind: "none", "linear" (all by ``factor``), or "llama3" (slow ones by ``factor``, fast ones
-            not at all, those between by a part of it).
-        factor: how many times slower.
-        low_frequency: "llama3": pairs that turn less often than this in ``original_length`` are
-            slow.
-        high_frequency: "llama3": pairs that turn more often than this are fast.
-        original_length: "llama3": the sequence length of pretraining.
-    """
-
-    kind: str = "none"
-    factor: float = 1.0
-    low_frequency: float = 1.0
-    high_frequency: float = 4.0
-    original_length: int = 8192
+    kind: str = field(
+        "none",
+        one_of(KINDS),
+        "none, linear (all divided by factor), or llama3 (low ones divided by factor, high ones "
+        "kept, interpolated between)",
+    )
+    factor: float = field(1.0, at_least(1), "divisor of the frequencies")
+    low_frequency: float = field(
+        1.0,
+        None,
+        "llama3: frequencies with fewer rotations than this per original_length are low",
+    )
+    high_frequency: float = field(
+        4.0, None, "llama3: frequencies with more rotations than this are high"
+    )
+    original_length: int = field(8192, at_least(1), "llama3: sequence length of pretraining")
 
     def validate(self) -> None:
         """Raises ValueError, naming field, value and what was expected."""
-        if self.kind not in KINDS:
-            raise ValueError(
-                f"model.rope_scaling.kind must be one of {', '.join(KINDS)}, but is {self.kind!r}."
-            )
-        if self.factor < 1:
-            raise ValueError(f"model.rope_scaling.factor must be at least 1, but is {self.factor}.")
+        check(self, "model.rope_scaling.")
         if not 0 < self.low_frequency < self.high_frequency:
             raise ValueError(
                 "model.rope_scaling.low_frequency must be above 0 and below high_frequency = "
                 f"{self.high_frequency}, but is {self.low_frequency}."
-            )
-        if self.original_length < 1:
-            raise ValueError(
-                "model.rope_scaling.original_length must be at least 1, but is "
-                f"{self.original_length}."
             )
 
 

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 from loro_jax.bench.options import add_set_option, make_parser, parse_options
 from loro_jax.bench.timing import rounds_in_turns
 from loro_jax.bench.train_step import Case, prepare, step_config
-from loro_jax.layers import projections
+from loro_jax.layers import packing
 from loro_jax.tables import report
 from loro_jax.training.config import Config
 from loro_jax.training.fields import apply_changes
@@ -111,6 +111,6 @@ def _config(name: str, options: argparse.Namespace, changes: Sequence[str]) -> C
 
 def _prepare(config: Config, lever: _Lever) -> Case:
     # More rows than any step has: nothing is put together.
-    fewest = projections.ROWS_WORTH_PACKING if lever.pack else sys.maxsize
-    with unittest.mock.patch.object(projections, "ROWS_WORTH_PACKING", fewest):
+    fewest = packing.ROWS_WORTH_PACKING if lever.pack else sys.maxsize
+    with unittest.mock.patch.object(packing, "ROWS_WORTH_PACKING", fewest):
         return prepare(config, donate=lever.donate)

@@ -1,7 +1,7 @@
 """Projections of one input: their A's in one product with it, against each on its own.
 
 Times the output and all gradients of q, k and v, and of gate and up, of one layer: what
-:func:`loro_jax.layers.projections.apply_together` is for. ``each / together`` above one is what it
+:func:`loro_jax.layers.packing.apply_together` is for. ``each / together`` above one is what it
 gains.
 """
 
@@ -16,7 +16,8 @@ from flax import nnx
 
 from loro_jax.bench.options import make_parser, parse_options
 from loro_jax.bench.timing import time_in_turns
-from loro_jax.layers.projections import apply_together, make_projection
+from loro_jax.layers.packing import apply_together
+from loro_jax.layers.projections import make_projection
 from loro_jax.tables import report
 from models.llama import PRESETS, LlamaConfig, preset
 

@@ -1,1 +1,1 @@
-"""Projections for anyone's model, one kind a file."""
+"""Projections for anyone's model, one kind in each file."""

@@ -15,12 +15,17 @@ share a stretch is excluded.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
+
+from loro_jax.layers.common import Fixed, ProjectionSpec, by_rows
+from loro_jax.layers.low_rank import LowRankLinear
 
 
 def entries_per_row(n: int, density: float) -> int:
@@ -146,3 +151,39 @@ def _backward(
 
 
 sparse_low_rank_product.defvjp(_forward, _backward)
+
+
+class SparseLowRankLinear(LowRankLinear):
+    """``y = x ((alpha / r) B A + S)^T``; S is sparse, B starts at zero."""
+
+    through_rank = False
+
+    def __init__(self, in_features: int, out_features: int, spec: ProjectionSpec, rngs: nnx.Rngs):
+        factors = dataclasses.replace(spec, initialiser="lora")
+        super().__init__(in_features, out_features, factors, rngs)
+        # As in the authors' code: uniform like a linear layer's default.
+        shape = (out_features, entries_per_row(in_features, spec.density))
+        bound = in_features**-0.5
+        values = jax.random.uniform(rngs.params(), shape, jnp.float32, -bound, bound)
+        self.values = nnx.Param(values.astype(spec.param_dtype))
+        self.columns = Fixed(draw_support(rngs.params(), out_features, in_features, spec.density))
+        self.scale = spec.alpha / self.A.shape[-2]
+
+    @by_rows
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps (..., in) to (..., out); W exists for the moment of the product."""
+        B, A = self.factors()
+        values = self.values[...].astype(self.dtype)
+        return sparse_low_rank_product(
+            x.astype(self.dtype), B, A, values, self.columns[...], self.scale
+        )
+
+    @staticmethod
+    def flops(m: int, n: int, rank: int, tokens: float) -> float:
+        """Returns the operations per token: W is formed twice, and its gradient once."""
+        return 6.0 * m * n + 8.0 * m * n * rank / tokens
+
+    def weight(self) -> jax.Array:
+        """The matrix that it multiplies by, (out, in), in float32 or wider."""
+        S = sparse_matrix(self.values[...], self.columns[...], self.A.shape[-1])
+        return self.scale * self.product() + S

@@ -1,1 +1,27 @@
-"""Peer methods that LORO is compared with, on the same trees of (B, A) pairs."""
+"""The methods that LORO is compared with; each file says what its method does and by whom it is."""
+
+from loro_jax.peers.adarankgrad import adarankgrad
+from loro_jax.peers.fira import fira
+from loro_jax.peers.galore import galore
+from loro_jax.peers.muon import muon, scale_by_muon
+from loro_jax.peers.preconditioned import preconditioned, scale_by_preconditioner
+from loro_jax.peers.relora import jagged_schedule, merge_and_restart
+from loro_jax.peers.restarts import lowrank_restarts, svd_projection
+from loro_jax.peers.spectron import spectron
+from loro_jax.peers.switchlora import switch
+
+__all__ = [
+    "adarankgrad",
+    "fira",
+    "galore",
+    "jagged_schedule",
+    "lowrank_restarts",
+    "merge_and_restart",
+    "muon",
+    "preconditioned",
+    "scale_by_muon",
+    "scale_by_preconditioner",
+    "spectron",
+    "svd_projection",
+    "switch",
+]

@@ -29,12 +29,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from loro_jax.peers.projected_descent import (
-    Projected,
-    Slots,
-    check_settings,
-    projected_descent,
-)
+from loro_jax.peers.projected import Projected, ProjectedSettings, Slots, projected_descent
 from loro_jax.peers.projection import AdamConstants, adam, lift, project
 from loro_jax.peers.subspace import adaptive_projector, moved_moments
 from loro_jax.schedules import countable
@@ -70,11 +65,7 @@ def adarankgrad(
     update_every: int = 200,
     scale: float = 0.25,
     eta: float = 0.04,
-    min_rank: int = 1,
     tolerance: float = 0.1,
-    oversample: int = 8,
-    iterations: int = 2,
-    seed: int = 0,
     b1: float = 0.9,
     b2: float = 0.999,
     eps: float = 1e-8,
@@ -85,31 +76,26 @@ def adarankgrad(
     State is float32 or wider, whatever the parameters' dtype, and has the size of the largest rank.
 
     Args:
-        learning_rate: a number or a schedule.
+        learning_rate: as all arguments but ``eta`` and ``tolerance``, see
+            :func:`loro_jax.peers.galore.galore`.
         rank: the largest rank of a projector.
-        projected: which leaves to project, as in :func:`loro_jax.peers.galore.galore`.
-        update_every: the period. Steps 0, T, 2T, ... renew all subspaces.
+        projected: which leaves to project.
+        update_every: T. Steps 0, T, 2T, ... renew all subspaces.
         scale: alpha, on the projected leaves' updates.
         eta: share of the gradient's squared norm that the subspace may lose, if the largest rank
             can reach it.
-        min_rank: the smallest rank.
         tolerance: a subspace is renewed early when the projected gradient's norm is below this
             share of what it was when the subspace was made. 0: by the period alone.
-        oversample: columns of the random sketch beyond the largest rank.
-        iterations: subspace iterations of the randomised SVD.
-        seed: of the sketches; with the step it fixes them, so there is no key in the state.
-        b1: decay of the first moment.
-        b2: decay of the second moment.
-        eps: added to the root of the corrected second moment, as in ``optax.scale_by_adam``.
-        weight_decay: decoupled decay of all leaves, ``lr * weight_decay`` a step.
+        b1: decay of Adam's first moment.
+        b2: decay of Adam's second moment.
+        eps: Adam's epsilon.
+        weight_decay: decoupled decay.
 
     Returns:
         An ``optax.GradientTransformationExtraArgs``, learning rate included.
 
     Raises:
-        ValueError: for settings out of range; from ``init``, if ``projected`` does not fit the
-            parameters or the rank exceeds the smaller side of a leaf; from ``update``, without
-            ``params`` if there is a weight decay.
+        ValueError: as GaLore; for an ``eta`` or a ``tolerance`` outside [0, 1).
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -124,32 +110,21 @@ def adarankgrad(
         Training and Fine-Tuning <https://arxiv.org/abs/2410.17881>`_, ICLR 2025.
     """
     constants = AdamConstants(b1, b2, eps)
-    check_settings("adarankgrad", rank, update_every, constants, weight_decay)
-    if not 1 <= min_rank <= rank:
-        raise ValueError(
-            f"adarankgrad: min_rank must be between 1 and rank = {rank}, is {min_rank!r}."
-        )
+    settings = ProjectedSettings(
+        learning_rate, rank, projected, update_every, scale, constants, weight_decay
+    ).checked("adarankgrad")
     for name, value in (("eta", eta), ("tolerance", tolerance)):
         if not 0 <= value < 1:
             raise ValueError(f"adarankgrad: {name} must be at least 0 and below 1, is {value!r}.")
-    for name, value in (("oversample", oversample), ("iterations", iterations)):
-        if value < 0:
-            raise ValueError(f"adarankgrad: {name} must not be negative, is {value!r}.")
-    find = functools.partial(
-        adaptive_projector,
-        rank=rank,
-        min_rank=min_rank,
-        eta=eta,
-        oversample=oversample,
-        iterations=iterations,
-        seed=seed,
-    )
+    find = functools.partial(adaptive_projector, rank=rank, eta=eta)
 
     def begin(shape: tuple[int, ...], dtype: Any) -> Slots:
-        *batch, k, l = shape  # noqa: E741
-        shapes = (*batch, k, rank), (*batch, rank, l), (*batch, rank, l)
-        held = (jnp.zeros(shape, dtype) for shape in shapes)
-        return (*held, jnp.zeros(batch, jnp.int32), jnp.zeros(batch, dtype))
+        layers = shape[:-2]
+        return (
+            *settings.begin(shape, dtype),
+            jnp.zeros(layers, jnp.int32),
+            jnp.zeros(layers, dtype),
+        )
 
     def step(G: Array, held: Slots, count: Array) -> tuple[Array, Slots]:
         P, mu, nu, ranks, norm = held
@@ -163,17 +138,7 @@ def adarankgrad(
         N, mu, nu = adam(project(P, G), mu, nu, count + 1, constants)
         return scale * lift(P, N), (P, mu, nu, ranks, norm)
 
-    return projected_descent(
-        learning_rate,
-        rank,
-        projected=projected,
-        state_type=AdaRankGradState,
-        begin=begin,
-        step=step,
-        constants=constants,
-        weight_decay=weight_decay,
-        where="adarankgrad",
-    )
+    return projected_descent("adarankgrad", settings, AdaRankGradState, begin, step)
 
 
 def _norm(X: Array) -> Array:

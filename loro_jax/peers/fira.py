@@ -4,7 +4,7 @@ Source: Chen et al., NeurIPS 2025 (arXiv 2410.01623). With ``R = P^T G`` and Ada
 R, the part of the gradient that GaLore drops is ``S = G - P R``. Adam has no moments for it, so
 each column is multiplied by what Adam did to the norm of the same column of R (the paper's
 norm-based scaling): ``phi_j = |N_j| / |R_j|``. Columns run along the larger side, whichever that
-is. The paper also studies one factor a matrix; the columns are its method. Then the norm-growth
+is. Then the norm-growth
 limiter: where ``|S_t| > gamma |S_(t-1)|`` (Frobenius, a norm for each matrix, after its own
 limiting), S_t is shortened to ``gamma |S_(t-1)|``. The update is ``alpha P N + S``.
 
@@ -22,12 +22,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from loro_jax.peers.projected_descent import (
-    Projected,
-    Slots,
-    check_settings,
-    projected_descent,
-)
+from loro_jax.peers.projected import Projected, ProjectedSettings, Slots, projected_descent
 from loro_jax.peers.projection import AdamConstants, adam, lift, project, renewed_projector
 
 Array = jax.Array
@@ -53,16 +48,15 @@ class FiraState(NamedTuple):
     norm: Any
 
 
-def norm_scaling(N: Array, R: Array, by: str = "column") -> Array:
-    """How much Adam changed the norm of a projected gradient.
+def norm_scaling(N: Array, R: Array) -> Array:
+    """Returns how much Adam changed the norm of each column of a projected gradient.
 
     Args:
         N: Adam's direction, (..., r, l).
         R: the projected gradient, (..., r, l).
-        by: "column" or "matrix".
 
     Returns:
-        Factors, (..., 1, l) by column or (..., 1, 1) by matrix.
+        Factors, (..., 1, l).
 
     Example:
         >>> import jax.numpy as jnp
@@ -70,8 +64,7 @@ def norm_scaling(N: Array, R: Array, by: str = "column") -> Array:
         >>> [round(float(x), 3) for x in norm_scaling(N, R)[0]]
         [5.0, 0.5]
     """
-    axes = -2 if by == "column" else (-2, -1)
-    top, bottom = (jnp.linalg.vector_norm(x, axis=axes, keepdims=True) for x in (N, R))
+    top, bottom = (jnp.linalg.vector_norm(x, axis=-2, keepdims=True) for x in (N, R))
     return top / (bottom + _NORM_EPS)
 
 
@@ -106,8 +99,6 @@ def fira(
     update_every: int = 200,
     scale: float = 0.25,
     gamma: float = 1.01,
-    scaling: str = "column",
-    as_released: bool = False,
     b1: float = 0.9,
     b2: float = 0.999,
     eps: float = 1e-8,
@@ -118,27 +109,22 @@ def fira(
     State is float32 or wider, whatever the parameters' dtype: GaLore's and a number a matrix.
 
     Args:
-        learning_rate: a number or a schedule.
+        learning_rate: as all arguments but ``gamma``, see :func:`loro_jax.peers.galore.galore`.
         rank: r of every projector.
-        projected: which leaves to project, as in :func:`loro_jax.peers.galore.galore`.
-        update_every: T. Steps 0, T, 2T, ... compute new projectors.
+        projected: which leaves to project.
+        update_every: T.
         scale: alpha, on the update within the subspace.
         gamma: the remainder's norm grows at most by this factor in a step.
-        scaling: "column" for one factor a column, "matrix" for one a matrix.
-        as_released: subtract ``alpha P R`` from the gradient, as the authors' code does, in place
-            of the paper's ``P R``; then ``1 - alpha`` of the projected part stays in S.
-        b1: decay of the first moment.
-        b2: decay of the second moment.
-        eps: added to the root of the corrected second moment, as in ``optax.scale_by_adam``.
-        weight_decay: decoupled decay of all leaves, ``lr * weight_decay`` a step.
+        b1: decay of Adam's first moment.
+        b2: decay of Adam's second moment.
+        eps: Adam's epsilon.
+        weight_decay: decoupled decay.
 
     Returns:
         An ``optax.GradientTransformationExtraArgs``, learning rate included.
 
     Raises:
-        ValueError: for settings out of range; from ``init``, if ``projected`` does not fit the
-            parameters or the rank exceeds the smaller side of a leaf; from ``update``, without
-            ``params`` if there is a weight decay.
+        ValueError: as GaLore; for a ``gamma`` below 1.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -154,34 +140,21 @@ def fira(
         <https://arxiv.org/abs/2410.01623>`_, NeurIPS 2025.
     """
     constants = AdamConstants(b1, b2, eps)
-    check_settings("fira", rank, update_every, constants, weight_decay)
+    settings = ProjectedSettings(
+        learning_rate, rank, projected, update_every, scale, constants, weight_decay
+    ).checked("fira")
     if gamma < 1:
         raise ValueError(f"fira: gamma must be at least 1, is {gamma!r}.")
-    if scaling not in ("column", "matrix"):
-        raise ValueError(f'fira: scaling must be "column" or "matrix", is {scaling!r}.')
 
     def begin(shape: tuple[int, ...], dtype: Any) -> Slots:
-        *batch, k, l = shape  # noqa: E741
-        shapes = (*batch, k, rank), (*batch, rank, l), (*batch, rank, l), tuple(batch)
-        return tuple(jnp.zeros(shape, dtype) for shape in shapes)
+        return (*settings.begin(shape, dtype), jnp.zeros(shape[:-2], dtype))
 
     def step(G: Array, held: Slots, count: Array) -> tuple[Array, Slots]:
         P, mu, nu, last = held
         P = renewed_projector(P, G, count, update_every)
         R = project(P, G)
         N, mu, nu = adam(R, mu, nu, count + 1, constants)
-        S = G - (scale if as_released else 1.0) * lift(P, R)
-        S, norm = limit_growth(norm_scaling(N, R, scaling) * S, last, gamma)
+        S, norm = limit_growth(norm_scaling(N, R) * (G - lift(P, R)), last, gamma)
         return scale * lift(P, N) + S, (P, mu, nu, norm)
 
-    return projected_descent(
-        learning_rate,
-        rank,
-        projected=projected,
-        state_type=FiraState,
-        begin=begin,
-        step=step,
-        constants=constants,
-        weight_decay=weight_decay,
-        where="fira",
-    )
+    return projected_descent("fira", settings, FiraState, begin, step)

@@ -25,15 +25,9 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import optax
 
-from loro_jax.peers.projected_descent import (
-    Projected,
-    Slots,
-    check_settings,
-    projected_descent,
-)
+from loro_jax.peers.projected import Projected, ProjectedSettings, Slots, projected_descent
 from loro_jax.peers.projection import AdamConstants, adam, lift, project, renewed_projector
 
 Array = jax.Array
@@ -109,15 +103,9 @@ def galore(
         <https://arxiv.org/abs/2403.03507>`_, ICML 2024.
     """
     constants = AdamConstants(b1, b2, eps)
-    check_settings("galore", rank, update_every, constants, weight_decay)
-
-    def begin(shape: tuple[int, ...], dtype: Any) -> Slots:
-        *batch, k, l = shape  # noqa: E741  # k and l are the module's names for the sides
-        return (
-            jnp.zeros((*batch, k, rank), dtype),
-            jnp.zeros((*batch, rank, l), dtype),
-            jnp.zeros((*batch, rank, l), dtype),
-        )
+    settings = ProjectedSettings(
+        learning_rate, rank, projected, update_every, scale, constants, weight_decay
+    ).checked("galore")
 
     def step(G: Array, held: Slots, count: Array) -> tuple[Array, Slots]:
         P, mu, nu = held
@@ -125,14 +113,4 @@ def galore(
         N, mu, nu = adam(project(P, G), mu, nu, count + 1, constants)
         return scale * lift(P, N), (P, mu, nu)
 
-    return projected_descent(
-        learning_rate,
-        rank,
-        projected=projected,
-        state_type=GaLoreState,
-        begin=begin,
-        step=step,
-        constants=constants,
-        weight_decay=weight_decay,
-        where="galore",
-    )
+    return projected_descent("galore", settings, GaLoreState, settings.begin, step)

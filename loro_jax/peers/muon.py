@@ -28,7 +28,7 @@ import optax
 from loro_jax.checks import check_orthogonalised_momentum
 from loro_jax.linalg.newton_schulz import orthogonalise
 from loro_jax.linalg.precision import at_least_float32
-from loro_jax.peers.projected_descent import Projected
+from loro_jax.peers.projected import Projected
 
 Array = jax.Array
 

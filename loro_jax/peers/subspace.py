@@ -10,6 +10,10 @@ from loro_jax.linalg.precision import matmul
 
 Array = jax.Array
 
+# Columns of the sketch beyond the rank, and subspace iterations: usual values, with which the
+# subspace is that of the SVD up to rounding where singular values fall off.
+_OVERSAMPLE, _ITERATIONS = 8, 2
+
 
 def randomised_vectors(
     G: Array, key: Array, rank: int, oversample: int, iterations: int
@@ -48,51 +52,36 @@ def randomised_vectors(
     return matmul(Q, U[:, :rank]), s[:rank]
 
 
-def adaptive_rank(s: Array, total: Array, eta: float, min_rank: int) -> Array:
-    """The smallest rank whose approximation loses at most ``eta`` of the squared norm.
+def adaptive_rank(s: Array, total: Array, eta: float) -> Array:
+    """Returns the smallest rank whose approximation loses at most ``eta`` of the squared norm.
 
     Args:
         s: leading singular values, (..., r) in descending order.
         total: squared Frobenius norm of the matrix, (...,).
         eta: the information threshold.
-        min_rank: never less than this.
 
     Returns:
-        int32 (...,), at most r, whether or not the threshold is reached.
+        int32 (...,), from 1 to r, whether or not the threshold is reached.
 
     Example:
         >>> import jax.numpy as jnp
         >>> s = jnp.array([3.0, 2.0, 1.0])
-        >>> [int(adaptive_rank(s, jnp.sum(s**2), eta, 1)) for eta in (0.5, 0.1, 0.05)]
+        >>> [int(adaptive_rank(s, jnp.sum(s**2), eta)) for eta in (0.5, 0.1, 0.05)]
         [1, 2, 3]
     """
     lost = total[..., None] - jnp.cumsum(s**2, axis=-1)
     too_little = jnp.sum(lost > eta * total[..., None], axis=-1, dtype=jnp.int32)
-    return jnp.clip(too_little + 1, min_rank, s.shape[-1])
+    return jnp.clip(too_little + 1, 1, s.shape[-1])
 
 
-def adaptive_projector(
-    G: Array,
-    count: Array,
-    *,
-    rank: int,
-    min_rank: int,
-    eta: float,
-    oversample: int,
-    iterations: int,
-    seed: int,
-) -> tuple[Array, Array]:
-    """The projector of a gradient, with zero columns beyond its adaptive rank.
+def adaptive_projector(G: Array, count: Array, *, rank: int, eta: float) -> tuple[Array, Array]:
+    """Returns the projector of a gradient, with zero columns beyond its adaptive rank.
 
     Args:
         G: (..., k, l) with k <= l.
-        count: the step, which with the seed fixes the sketch.
+        count: the step, which fixes the sketch: a state needs no random key.
         rank: r, the largest rank.
-        min_rank: the smallest.
         eta: see :func:`adaptive_rank`.
-        oversample: see :func:`randomised_vectors`.
-        iterations: see :func:`randomised_vectors`.
-        seed: of the sketch.
 
     Returns:
         (..., k, r) and the ranks, int32 (...,).
@@ -100,20 +89,19 @@ def adaptive_projector(
     Example:
         >>> import jax.numpy as jnp
         >>> G = jnp.diag(jnp.array([1.0, 3.0, 0.1]))
-        >>> P, r = adaptive_projector(G, jnp.int32(0), rank=3, min_rank=1, eta=0.05, oversample=2,
-        ...     iterations=2, seed=0)
+        >>> P, r = adaptive_projector(G, jnp.int32(0), rank=3, eta=0.05)
         >>> int(r), [round(float(x), 3) for x in jnp.linalg.norm(P, axis=0)]
         (2, [1.0, 1.0, 0.0])
     """
 
     def of_one(G: Array, count: Array) -> tuple[Array, Array]:
-        key = jax.random.fold_in(jax.random.key(seed), count)
-        return randomised_vectors(G, key, rank, oversample, iterations)
+        key = jax.random.fold_in(jax.random.key(0), count)
+        return randomised_vectors(G, key, rank, _OVERSAMPLE, _ITERATIONS)
 
     # The count goes along for each layer: the mapped function may close over no traced value.
     counts = jnp.broadcast_to(count, G.shape[:-2])
     U, s = one_by_one(of_one, G.ndim - 2)(G, counts)
-    ranks = adaptive_rank(s, jnp.sum(G**2, axis=(-2, -1)), eta, min_rank)
+    ranks = adaptive_rank(s, jnp.sum(G**2, axis=(-2, -1)), eta)
     return U * (jnp.arange(rank) < ranks[..., None])[..., None, :], ranks
 
 

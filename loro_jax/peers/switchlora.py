@@ -12,56 +12,73 @@ the function and on its counterpart alone, and both are as before.
 
 Source: Zhou, Wang, Xu, "SwitchLoRA: Switched Low-Rank Adaptation Can Learn Full-Rank
 Information", arXiv 2406.06564, and the authors' code (github.com/asfsdsf/SwitchLoRA), which
-settles details: vectors and candidates take turns, and B runs half a round ahead of A.
+settles details: vectors and candidates take turns, and B runs half a round ahead of A. Rows of A
+take turns in a circle of r, spare vectors in a circle of q. A vector that leaves takes the place of
+the one that replaces it and so waits for q switches until it is back: the same order as in the
+authors' code, which keeps all r + q vectors in one circle.
 """
 
 from __future__ import annotations
 
 import functools
 import math
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 
+from loro_jax.linalg.precision import at_least_float32
 from loro_jax.lowrank import check_factors
-from loro_jax.peers.switchlora_start import (
-    Candidates,
-    initialise_candidates,
-    initialise_switchlora,
-)
-from loro_jax.peers.switchlora_swap import most_switches, switch_one, zero_vectors
-
-__all__ = [
-    "Candidates",
-    "hold",
-    "initialise_candidates",
-    "initialise_switchlora",
-    "nothing_frozen",
-    "switch",
-    "switch_frequency",
-    "thaw",
-]
 
 Array = jax.Array
 Pair = tuple[Array, Array]
 
 
+class Candidates(NamedTuple):
+    """The spare vectors of one weight, q = min(m, n) - r a side, and how many were used.
+
+    Attributes:
+        B: spare columns, shape (..., m, q).
+        A: spare rows, shape (..., q, n).
+        switched: switches a side so far, int32 of shape (...); it says whose turn is next.
+    """
+
+    B: Array
+    A: Array
+    switched: Array
+
+
+class SwitchState(NamedTuple):
+    """All of one weight that a switch changes.
+
+    Attributes:
+        W0: frozen weight (..., m, n); leading axes are layers.
+        B: (..., m, r).
+        A: (..., r, n).
+        candidates: the spare vectors; they take in what is switched out.
+        moments: pairs (for_B, for_A), as ``((mu_B, mu_A), (nu_B, nu_A))``.
+        frozen: remaining steps of each column of B and row of A, :func:`nothing_frozen` at first.
+    """
+
+    W0: Array
+    B: Array
+    A: Array
+    candidates: Candidates
+    moments: tuple[Pair, ...]
+    frozen: Pair
+
+
 def switch(
     key: Array,
     step: jax.typing.ArrayLike,
-    W0: Array,
-    B: Array,
-    A: Array,
-    candidates: Candidates,
-    moments: tuple[Pair, ...],
-    frozen: Pair,
+    state: SwitchState,
     *,
     scale: float,
     total_steps: int,
     interval: float = 40.0,
     ratio: float = 0.1,
     freeze_steps: int = 5,
-) -> tuple[Array, Array, Array, Candidates, tuple[Pair, ...], Pair]:
+) -> SwitchState:
     """Switches a few rows of A and as many columns of B, and keeps W0 + s B A.
 
     At a step ``r / interval * switch_frequency(step)`` vectors a side are switched on average,
@@ -72,12 +89,7 @@ def switch(
     Args:
         key: a JAX random key, a new one for every step and weight.
         step: the step, from 0; may be traced.
-        W0: frozen weight (..., m, n); leading axes are layers.
-        B: (..., m, r).
-        A: (..., r, n).
-        candidates: the spare vectors; they take in what is switched out.
-        moments: pairs (for_B, for_A), as ``((mu_B, mu_A), (nu_B, nu_A))``.
-        frozen: remaining steps of each column of B and row of A, :func:`nothing_frozen` at first.
+        state: of the weight.
         scale: s; the authors' is 1 / r.
         total_steps: length of the run.
         interval: steps at the start in which every vector has its turn once.
@@ -85,7 +97,7 @@ def switch(
         freeze_steps: N, the updates for which a counterpart is held.
 
     Returns:
-        W0, B, A, candidates, moments and frozen, in the shapes and dtypes of the input.
+        The state after the switches, in the shapes and dtypes of the input.
 
     Raises:
         ValueError: if shapes do not fit or ``interval < 2 * freeze_steps``.
@@ -94,27 +106,28 @@ def switch(
         >>> keys = jax.random.split(jax.random.key(0), 3)
         >>> B, A = initialise_switchlora(keys[0], 16, 8, 4)
         >>> spare, W0 = initialise_candidates(keys[1], 16, 8, 4), jnp.zeros((16, 8))
-        >>> W1, B1, A1, spare, _, frozen = switch(
-        ...     keys[2], 0, W0, B, A, spare, (), nothing_frozen(B), scale=0.25,
-        ...     total_steps=1_000, interval=2.0, freeze_steps=1)
-        >>> bool(jnp.allclose(W1 + 0.25 * B1 @ A1, W0 + 0.25 * B @ A, atol=1e-6))
+        >>> before = SwitchState(W0, B, A, spare, (), nothing_frozen(B))
+        >>> after = switch(
+        ...     keys[2], 0, before, scale=0.25, total_steps=1_000, interval=2.0, freeze_steps=1)
+        >>> bool(jnp.allclose(after.W0 + 0.25 * after.B @ after.A, W0 + 0.25 * B @ A, atol=1e-6))
         True
-        >>> [held.tolist() for held in frozen]
+        >>> [held.tolist() for held in after.frozen]
         [[1, 1, 0, 0], [0, 0, 1, 1]]
 
     Source: arXiv 2406.06564, the algorithms of switching and of training.
     """
-    check_factors(B, A, "switch")
-    _check_rest(W0, B, A, candidates, interval, freeze_steps)
-    rate = B.shape[-1] / interval * switch_frequency(step, total_steps, ratio)
-    most = most_switches(B.shape[-1], candidates.A.shape[-2], interval)
+    _check_state(state)
+    _check_rest(interval, freeze_steps)
+    *layers, r, _ = state.A.shape
+    rate = r / interval * switch_frequency(step, total_steps, ratio)
+    most = _most_switches(r, state.candidates.A.shape[-2], interval)
     if most == 0:  # no spare vectors (or a single row, whose counterpart could never rest)
-        return W0, B, A, candidates, moments, frozen
-    one = functools.partial(switch_one, rate, most, scale, freeze_steps)
-    keys = jax.random.split(key, B.shape[:-2]) if B.ndim > 2 else key
-    for _ in range(B.ndim - 2):
+        return state
+    one = functools.partial(_switch_one, rate, most, scale, freeze_steps)
+    keys = jax.random.split(key, tuple(layers)) if layers else key
+    for _ in layers:
         one = jax.vmap(one)
-    return one(keys, W0, B, A, candidates, moments, frozen)
+    return one(keys, state)
 
 
 def switch_frequency(step: jax.typing.ArrayLike, total_steps: int, ratio: float = 0.1) -> Array:
@@ -154,7 +167,7 @@ def hold(for_B: Array, for_A: Array, frozen: Pair) -> Pair:
         >>> hold(jnp.ones((1, 2)), jnp.ones((2, 1)), (jnp.array([0, 2]), jnp.zeros(2)))[0].tolist()
         [[1.0, 0.0]]
     """
-    return zero_vectors((for_B, for_A), frozen[0] > 0, frozen[1] > 0)
+    return _zero_vectors((for_B, for_A), frozen[0] > 0, frozen[1] > 0)
 
 
 def thaw(frozen: Pair) -> Pair:
@@ -167,10 +180,10 @@ def thaw(frozen: Pair) -> Pair:
     return jnp.maximum(frozen[0] - 1, 0), jnp.maximum(frozen[1] - 1, 0)
 
 
-def _check_rest(
-    W0: Array, B: Array, A: Array, candidates: Candidates, interval: float, freeze_steps: int
-) -> None:
-    """Raises ValueError unless W0 and the candidates fit the factors and vectors can rest."""
+def _check_state(state: SwitchState) -> None:
+    """Raises ValueError unless W0 and the candidates fit the factors."""
+    W0, B, A, candidates, *_ = state
+    check_factors(B, A, "switch")
     m, n = B.shape[-2], A.shape[-1]
     if W0.shape != (*B.shape[:-1], n):
         raise ValueError(
@@ -184,9 +197,174 @@ def _check_rest(
             f"switch: expected candidates.B (..., {m}, q) and candidates.A (..., q, {n}) with the "
             f"leading axes {B.shape[:-2]}, but they have the shapes {spare_B} and {spare_A}."
         )
+
+
+def _check_rest(interval: float, freeze_steps: int) -> None:
+    """Raises ValueError unless vectors can rest."""
     if freeze_steps < 0 or interval <= 0 or interval < 2 * freeze_steps:
         raise ValueError(
             f"switch: expected 0 <= freeze_steps and interval >= 2 * freeze_steps, since only half "
             f"of the vectors can be frozen, but freeze_steps is {freeze_steps} and interval is "
             f"{interval}."
+        )
+
+
+def _most_switches(r: int, q: int, interval: float) -> int:
+    """The most vectors that one call can switch on a side; it sets the shapes under ``jit``."""
+    return min(int(r // interval) + 1, r // 2, q)
+
+
+def _switch_one(
+    rate: Array,
+    most: int,
+    scale: float,
+    freeze_steps: int,
+    key: Array,
+    state: SwitchState,
+) -> SwitchState:
+    """Switches ``rate`` vectors a side of a single weight, rounded at random, at most ``most``."""
+    W0, B, A, candidates, moments, frozen = state
+    r, q = A.shape[0], candidates.A.shape[0]
+    # B runs half a round ahead. It is followed by the frozen rows of A, as A is by the frozen
+    # columns of B, so a side may continue for half a round less the frozen vectors.
+    ahead = r // 2
+    busy = jnp.maximum((frozen[0] > 0).sum(), (frozen[1] > 0).sum())
+    number = jnp.floor(rate) + (jax.random.uniform(key) < rate % 1)
+    number = jnp.clip(number.astype(jnp.int32), 0, jnp.minimum(most, jnp.maximum(ahead - busy, 0)))
+
+    turns = candidates.switched + jnp.arange(most)
+    chosen = jnp.arange(most) < number
+    rows, columns, places = turns % r, (turns + ahead) % r, turns % q
+
+    # W0 is rounded to its dtype once, after both sides.
+    W = W0.astype(at_least_float32(jnp.result_type(W0, B, A)))
+    W, A, spare_A = _swap_rows(W, B, A, candidates.A, rows, places, chosen, scale)
+    Wt, Bt, spare_Bt = _swap_rows(W.T, A.T, B.T, candidates.B.T, columns, places, chosen, scale)
+
+    nobody = jnp.zeros(r, bool)
+    lost_B, lost_A = nobody.at[rows].set(chosen), nobody.at[columns].set(chosen)
+    return SwitchState(
+        Wt.T.astype(W0.dtype),
+        Bt.T,
+        A,
+        Candidates(spare_Bt.T, spare_A, candidates.switched + number),
+        tuple(_zero_vectors(pair, lost_B, lost_A) for pair in moments),
+        (
+            jnp.where(lost_B, freeze_steps, frozen[0]),
+            jnp.where(lost_A, freeze_steps, frozen[1]),
+        ),
+    )
+
+
+def _zero_vectors(pair: Pair, columns: Array, rows: Array) -> Pair:
+    """Zeroes the marked columns of the first array (..., m, r), rows of the second (..., r, n)."""
+    for_B, for_A = pair
+    return (
+        jnp.where(columns[..., None, :], jnp.zeros_like(for_B), for_B),
+        jnp.where(rows[..., :, None], jnp.zeros_like(for_A), for_A),
+    )
+
+
+def _swap_rows(
+    W: Array,
+    B: Array,
+    A: Array,
+    spare: Array,
+    rows: Array,
+    places: Array,
+    chosen: Array,
+    scale: float,
+) -> tuple[Array, Array, Array]:
+    """Exchanges the chosen rows of A and spare rows and keeps W + scale B A.
+
+    For columns of B, call it with everything transposed.
+    """
+    old, waiting = A[rows], spare[places]
+    new = jnp.where(chosen[:, None], waiting.astype(A.dtype), old)
+    change = old.astype(W.dtype) - new.astype(W.dtype)
+    W = W + scale * jnp.matmul(B[:, rows].astype(W.dtype), change, precision="highest")
+    waiting = jnp.where(chosen[:, None], old.astype(spare.dtype), waiting)
+    return W, A.at[rows].set(new), spare.at[places].set(waiting)
+
+
+def initialise_switchlora(key: Array, m: int, n: int, r: int) -> tuple[Array, Array]:
+    """Draws B (m, r) and A (r, n) with the standard deviations of SwitchLoRA.
+
+    Uniform entries around zero with ``std(B) = sqrt(g) (r / sqrt(m n))^(1/4)`` and
+    ``std(A) = sqrt(g) (r sqrt(m) / n^(3/2))^(1/4)``, where g = sqrt(1/3). With the scale s = 1/r
+    that the rule presumes, s B A has the standard deviation g / sqrt(n) of a fresh dense layer,
+    and a step in B moves the product as much as one in A. B is not zero: a run that shall start
+    from a given W starts with W0 = W - s B A.
+
+    Args:
+        key: a JAX random key.
+        m: output features.
+        n: input features.
+        r: the rank, between 1 and min(m, n).
+
+    Returns:
+        B and A in float32.
+
+    Raises:
+        ValueError: if the rank does not fit.
+
+    Example:
+        >>> B, A = initialise_switchlora(jax.random.key(0), 64, 32, 8)
+        >>> B.shape, A.shape
+        ((64, 8), (8, 32))
+
+    Source: arXiv 2406.06564, the section on initialisation; the gain g (that of a leaky ReLU with
+    slope sqrt(5)) and the uniform distribution are those of the authors' code.
+    """
+    _check_rank(m, n, r, "initialise_switchlora")
+    return _draw(key, m, n, r, r)
+
+
+def initialise_candidates(key: Array, m: int, n: int, r: int) -> Candidates:
+    """Draws the spare vectors, from the distributions of B and A.
+
+    With the r vectors in use there are min(m, n) a side, so that the products can span all of W.
+    For stacked layers, map it: ``jax.vmap(lambda k: initialise_candidates(k, m, n, r))(keys)``.
+
+    Args:
+        key: a JAX random key, another than that of B and A.
+        m: output features.
+        n: input features.
+        r: the rank, between 1 and min(m, n).
+
+    Returns:
+        Candidates in float32. In a narrower run, cast them to the dtypes of B and A.
+
+    Raises:
+        ValueError: if the rank does not fit.
+
+    Example:
+        >>> spare = initialise_candidates(jax.random.key(1), 64, 32, 8)
+        >>> spare.B.shape, spare.A.shape, int(spare.switched)
+        ((64, 24), (24, 32), 0)
+
+    Source: arXiv 2406.06564, the sections on switching and on initialisation.
+    """
+    _check_rank(m, n, r, "initialise_candidates")
+    B, A = _draw(key, m, n, r, min(m, n) - r)
+    return Candidates(B, A, jnp.zeros((), jnp.int32))
+
+
+def _draw(key: Array, m: int, n: int, r: int, count: int) -> tuple[Array, Array]:
+    """``count`` columns for B and rows for A; r sets how large they are."""
+    gain = math.sqrt(1 / 3)
+    std_B = math.sqrt(gain) * (r / math.sqrt(m * n)) ** 0.25
+    std_A = math.sqrt(gain) * (r * math.sqrt(m) / n**1.5) ** 0.25
+
+    def uniform(key: Array, shape: tuple[int, int], std: float) -> Array:
+        return math.sqrt(3) * std * jax.random.uniform(key, shape, minval=-1.0, maxval=1.0)
+
+    key_B, key_A = jax.random.split(key)
+    return uniform(key_B, (m, count), std_B), uniform(key_A, (count, n), std_A)
+
+
+def _check_rank(m: int, n: int, r: int, where: str) -> None:
+    if not 1 <= r <= min(m, n):
+        raise ValueError(
+            f"{where}: the rank must be between 1 and min(m, n) = {min(m, n)}, but is {r}."
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from loro_jax.layers.projections import PROJECTIONS
 from loro_jax.training.config import Config
 
 
@@ -32,18 +33,9 @@ def flops_per_token(config: Config) -> float:
     for group in ("attn", "mlp"):
         rank = model.group_rank(group)
         for m, n in model.shapes(group).values():
-            layer += _projection(model.projection, m, n, rank, tokens)
+            # Forward, and backward to the input and to what is trained.
+            if rank is None:
+                layer += 6.0 * m * n
+            else:
+                layer += PROJECTIONS[model.projection].flops(m, n, rank, tokens)
     return model.num_layers * layer + 6.0 * model.vocab_size * model.hidden_size
-
-
-def _projection(kind: str, m: int, n: int, rank: int | None, tokens: float) -> float:
-    """Forward, and backward to the input and to what is trained."""
-    if rank is None:
-        return 6.0 * m * n
-    thin = 6.0 * rank * (m + n)
-    if kind in ("lora", "switchlora"):
-        return 4.0 * m * n + thin  # no gradient of the fixed weight
-    if kind == "sltrain":
-        # W is formed twice from its factors, and their gradients are taken from that of W.
-        return 6.0 * m * n + 8.0 * m * n * rank / tokens
-    return thin

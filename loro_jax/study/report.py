@@ -17,6 +17,7 @@ from loro_jax.planning.memory_table import held_by
 from loro_jax.tables import environment, replacing
 from loro_jax.training.config import Config
 from loro_jax.training.fields import set_field
+from loro_jax.training.methods import settled
 
 # Names beside the points of a plot, while they can be read; the legend has them in any case.
 _NAMED_POINTS = 12
@@ -74,13 +75,17 @@ class Result(NamedTuple):
 
 
 def config_of(base: Config, run: Run) -> Config:
-    """The config of one run: the shared one with its arm's fields, learning rate and seed."""
+    """Returns the config of one run: the shared one with its arm's fields, rate and seed.
+
+    Raises:
+        TrainingError: if the arm sets a field that its method does not use.
+    """
     config = copy.deepcopy(base)
-    for name, value in run.arm.changes:
-        set_field(config, name, value)
-    return dataclasses.replace(
+    asked = [set_field(config, name, value) for name, value in run.arm.changes]
+    config = dataclasses.replace(
         config, method=run.arm.method, learning_rate=run.learning_rate, seed=run.seed
     )
+    return settled(config, asked)
 
 
 def write_report(

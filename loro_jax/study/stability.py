@@ -76,13 +76,12 @@ def exact_steps(config: Config) -> list[int]:
     """The exact steps of a run of LORO, counted from 1; none of other methods.
 
     Example:
-        >>> exact_steps(Config(steps=100, exact_every=30, exact_until=70))
-        [30, 60]
+        >>> exact_steps(Config(steps=100, exact_every=30))
+        [30, 60, 90]
     """
     if config.method != "loro" or not config.exact_every:
         return []
-    last = min(config.steps, config.exact_until or config.steps)
-    return list(range(config.exact_every, last + 1, config.exact_every))
+    return list(range(config.exact_every, config.steps + 1, config.exact_every))
 
 
 def spikes_behind(losses: dict[int, float], steps: Sequence[int]) -> list[float]:

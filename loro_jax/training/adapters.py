@@ -6,31 +6,46 @@ at the same place in ``fixed``, and Adam's moments likewise in the optimizer's s
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+import dataclasses
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
 import jax
 
+from loro_jax.fields import above, at_least, between, field, one_of
 from loro_jax.peers.relora import merge_and_restart
-from loro_jax.peers.switchlora import Candidates, hold, switch, thaw
-from loro_jax.training.config import Config
+from loro_jax.peers.switchlora import Candidates, SwitchState, hold, switch, thaw
+from loro_jax.training.registry import Maintenance
+
+if TYPE_CHECKING:
+    from loro_jax.training.config import Config
 
 
-class Maintenance(NamedTuple):
-    """What a method does around the optimizer's step.
+@dataclasses.dataclass
+class ReLoRAOptions:
+    """Options of ReLoRA."""
 
-    Attributes:
-        before: (step from 0, grads, params, fixed, opt_state) -> the same without the step, before
-            the optimizer sees the gradients; or None.
-        behind: (steps taken, params, fixed, opt_state) -> the same without the steps; or None.
-    """
-
-    before: Callable[..., tuple[Any, Any, Any, Any]] | None = None
-    behind: Callable[..., tuple[Any, Any, Any]] | None = None
+    keep: float = field(0.001, between(0, 1), "share of the moments that survives a merge")
+    pruning: str = field(
+        "random", one_of(("random", "magnitude")), "which moments survive: any, or the largest"
+    )
 
 
-def relora_maintenance(config: Config) -> Maintenance:
-    """Every ``exact_every`` steps the factors are merged into W, and start anew."""
+@dataclasses.dataclass
+class SwitchLoRAOptions:
+    """Options of SwitchLoRA."""
+
+    interval: float = field(
+        40.0, above(0), "steps at the start in which every vector has its turn once"
+    )
+    ratio: float = field(
+        0.1, above(0), "part of the run after which a third of the switches are left"
+    )
+    freeze_steps: int = field(5, at_least(0), "updates for which a counterpart is held")
+
+
+def relora_maintenance(config: Config, options: ReLoRAOptions) -> Maintenance:
+    """Merges the factors into W every ``exact_every`` steps, and lets them start anew."""
     scale = config.model.alpha
 
     def restart(step: jax.Array, params: Any, fixed: Any, opt_state: Any) -> tuple[Any, Any, Any]:
@@ -46,13 +61,15 @@ def relora_maintenance(config: Config) -> Maintenance:
                 own["A"],
                 moments,
                 scale=scale / own["A"].shape[-2],
+                keep=options.keep,
+                pruning=options.pruning,
             )
             params, fixed = _set(params, path, B=B, A=A), _set(fixed, path, W=W)
             mu = _set(mu, path, B=pruned[0][0], A=pruned[0][1])
             nu = _set(nu, path, B=pruned[1][0], A=pruned[1][1])
         return params, fixed, _with_moments(opt_state, mu, nu)
 
-    def behind(step: jax.Array, params: Any, fixed: Any, opt_state: Any) -> tuple[Any, Any, Any]:
+    def after(step: jax.Array, params: Any, fixed: Any, opt_state: Any) -> tuple[Any, Any, Any]:
         return jax.lax.cond(
             step % config.exact_every == 0,
             restart,
@@ -63,11 +80,11 @@ def relora_maintenance(config: Config) -> Maintenance:
             opt_state,
         )
 
-    return Maintenance(behind=behind)
+    return Maintenance(after=after)
 
 
-def switchlora_maintenance(config: Config) -> Maintenance:
-    """At every step a few vectors are switched, and some held."""
+def switchlora_maintenance(config: Config, options: SwitchLoRAOptions) -> Maintenance:
+    """Switches a few vectors at every step, and holds some."""
 
     def before(
         step: jax.Array, grads: Any, params: Any, fixed: Any, opt_state: Any
@@ -77,17 +94,21 @@ def switchlora_maintenance(config: Config) -> Maintenance:
         for number, path in enumerate(_adapters(params)):
             own, rest, grad = _at(params, path), _at(fixed, path), _at(grads, path)
             moments = tuple((_at(m, path)["B"], _at(m, path)["A"]) for m in (mu, nu))
-            W, B, A, spare, moments, frozen = switch(
-                jax.random.fold_in(key, number),
-                step,
+            state = SwitchState(
                 rest["W"],
                 own["B"],
                 own["A"],
                 Candidates(rest["spare_B"], rest["spare_A"], rest["switched"]),
                 moments,
                 (rest["frozen_B"], rest["frozen_A"]),
+            )
+            W, B, A, spare, moments, frozen = switch(
+                jax.random.fold_in(key, number),
+                step,
+                state,
                 scale=1 / own["A"].shape[-2],
                 total_steps=config.steps,
+                **dataclasses.asdict(options),
             )
             grad_B, grad_A = hold(grad["B"], grad["A"], frozen)
             frozen_B, frozen_A = thaw(frozen)

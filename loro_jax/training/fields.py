@@ -9,28 +9,44 @@ from typing import Any
 
 from loro_jax.errors import TrainingError
 from loro_jax.training.config import Config
+from loro_jax.training.methods import MethodOptions
+from loro_jax.training.renamed import present
 
 
-def set_field(config: Config, name: str, value: Any) -> None:
-    """Sets a field of a config by its dotted name.
+def set_field(config: Config, name: str, value: Any) -> str:
+    """Sets a field of a config by its dotted name, which may be an old one.
 
     Args:
         config: what is changed.
         name: as after ``--config.``.
         value: what the field becomes.
 
+    Returns:
+        The field's present name.
+
     Raises:
         AttributeError: if there is no such field.
+        TrainingError: if the field is gone, and the value would have changed something.
     """
+    try:
+        found = present(name, value)
+    except ValueError as error:
+        raise TrainingError(str(error)) from None
+    if found is None:
+        return name
+    name, value = found
     *groups, field = name.split(".")
     target: Any = config
     for group in groups:
         target = getattr(target, group)
-    if not dataclasses.is_dataclass(target) or field not in {
+    if isinstance(target, MethodOptions):
+        getattr(target, field)  # which raises if no method has it
+    elif not dataclasses.is_dataclass(target) or field not in {
         known.name for known in dataclasses.fields(target)
     }:
         raise AttributeError(name)
     setattr(target, field, value)
+    return name
 
 
 def parse_change(text: str) -> tuple[str, Any]:

@@ -1,53 +1,210 @@
-"""From a config to what trains it: the optimizer of each method, and what else it does to a model.
+"""The tables of methods and of directions: to add one is one file and one entry here.
 
-The projections that a method trains are named in :data:`loro_jax.training.config.METHODS`; all else
-about it is here. Adam is the textbook's, with bias correction, but for LORO's, which is the
-authors'.
+A method needs a file with its optimizer (:mod:`loro_jax.peers`) and an entry of :data:`METHODS`,
+which says what the method needs and which fields are its own. A direction that LORO's factors are
+moved along needs a file (:mod:`loro_jax.directions`) and an entry of :data:`DIRECTIONS`. A kind of
+projection needs a file and an entry of :data:`loro_jax.layers.projections.PROJECTIONS`. From there
+the trainer, its config, ``--help``, the comparison and the memory table know of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any, TypeAlias
+import dataclasses
+import difflib
+from collections.abc import Collection, Iterator
+from typing import TYPE_CHECKING, Any
 
-import jax
-import jax.numpy as jnp
 import optax
 
-from loro_jax.descent import riemannian_descent
-from loro_jax.directions.orthogonal import orthogonal
-from loro_jax.loro import loro
-from loro_jax.peers.adarankgrad import adarankgrad
-from loro_jax.peers.fira import fira
-from loro_jax.peers.galore import galore
-from loro_jax.peers.muon import muon
-from loro_jax.peers.preconditioned import preconditioned
+from loro_jax.errors import TrainingError
+from loro_jax.fields import check
 from loro_jax.peers.relora import jagged_schedule
-from loro_jax.peers.restarts import lowrank_restarts, svd_projection
-from loro_jax.peers.spectron import spectron
 from loro_jax.schedules import warmup_cosine, with_restarts
-from loro_jax.training.adapters import (
-    Maintenance,
-    relora_maintenance,
-    switchlora_maintenance,
-)
-from loro_jax.training.config import METHODS, Config
+from loro_jax.training import adapters, optimizers
+from loro_jax.training.registry import Direction, Maintenance, Making, Method, Optimizer
 
-Optimizer: TypeAlias = optax.GradientTransformationExtraArgs
+if TYPE_CHECKING:
+    from loro_jax.training.config import Config
 
-# Methods whose learning rate starts again behind every K-th step.
-_RESTARTED = ("loro", "lowrank_restarts", "svd_projection", "preconditioned_exact")
+DIRECTIONS: dict[str, Direction] = {
+    "adam": Direction(
+        "Adam of the factors; of dense projections AdamW",
+        optimizers.adam_of_loro,
+        dense=optimizers.dense_adamw,
+    ),
+    # 2.4: a step of 0.024 in the product's spectral norm where the learning rate of the other
+    # leaves is 0.01, the best of those tried at three ranks and two widths.
+    "orthogonal": Direction(
+        "orthogonalised momentum of the factors; of dense projections Muon",
+        optimizers.orthogonal_of_loro,
+        options=optimizers.OrthogonalOptions,
+        lr_scale=2.4,
+        dense=optimizers.dense_muon,
+    ),
+}
 
-# Of LORO's factors by orthogonalised momentum, on the learning rate of the rest: a step of 0.024
-# in the product's spectral norm where that is 0.01, the best of those tried at three ranks and two
-# widths (README, "What the study says so far").
-_ORTHOGONAL_SCALE = 2.4
-# Of dense projections by Muon: the better of 0.012 and 0.024 at 2.56M tokens.
-_MUON_SCALE = 1.2
+
+def _loro(making: Making) -> Optimizer:
+    return optimizers.make_loro(*_direction_of(making.config), making)
+
+
+def _full(making: Making) -> Optimizer:
+    direction, options = _direction_of(making.config)
+    if direction.dense is None:  # the config's validate() says so before
+        raise ValueError(f"direction {making.config.direction!r} has no optimizer of dense leaves")
+    return direction.dense(making, options)
+
+
+def _direction_of(config: Config) -> tuple[Direction, Any]:
+    direction = DIRECTIONS[config.direction]
+    return direction, _options(direction.options, config)
+
+
+def _restarted(config: Config, schedule: optax.Schedule) -> optax.Schedule:
+    """Returns the schedule that warms up again after every K-th step."""
+    if not config.exact_every:
+        return schedule
+    return with_restarts(schedule, config.exact_every, config.restart_warmup_steps)
+
+
+def _jagged(config: Config, schedule: optax.Schedule) -> optax.Schedule:
+    if config.restart_warmup_steps > config.exact_every:
+        raise ValueError(
+            f"restart_warmup_steps must be at most exact_every = {config.exact_every} with "
+            f'config.method = "{config.method}", but is {config.restart_warmup_steps}.'
+        )
+    return jagged_schedule(schedule, config.exact_every, config.restart_warmup_steps)
+
+
+_RESTARTED = ("exact_every", "restart_warmup_steps")
+
+METHODS: dict[str, Method] = {
+    "loro": Method(
+        "the paper's: Riemannian steps of the product every K-th step",
+        _loro,
+        projection="low_rank",
+        other_projections=("cola", "sltrain"),
+        uses=(
+            *_RESTARTED,
+            "lr_scale",
+            "direction",
+            "moments",
+            "basis",
+            "damping",
+            "max_move",
+            "exact_method",
+        ),
+        schedule=_restarted,
+    ),
+    "lowrank": Method(
+        "the factors by AdamW", optimizers.adamw, projection="low_rank", uses=("lr_scale",)
+    ),
+    "lowrank_restarts": Method(
+        "the factors by AdamW, balanced and without moments after every K-th step",
+        optimizers.make_lowrank_restarts,
+        projection="low_rank",
+        uses=(*_RESTARTED, "lr_scale"),
+        schedule=_restarted,
+        periodic=True,
+    ),
+    "svd_projection": Method(
+        "LORO's approximate steps, with its retraction alone every K-th step",
+        optimizers.make_svd_projection,
+        projection="low_rank",
+        uses=(*_RESTARTED, "lr_scale"),
+        schedule=_restarted,
+        periodic=True,
+    ),
+    "preconditioned": Method(
+        "scaled AdamW: gradients of the factors divided by the other factor's Gram matrix",
+        optimizers.make_preconditioned,
+        projection="low_rank",
+        uses=("lr_scale",),
+        options=optimizers.PreconditionedOptions,
+    ),
+    "preconditioned_exact": Method(
+        "scaled AdamW with LORO's exact steps",
+        optimizers.make_preconditioned_exact,
+        projection="low_rank",
+        uses=(*_RESTARTED, "lr_scale", "exact_method", "max_move"),
+        options=optimizers.PreconditionedOptions,
+        schedule=_restarted,
+        periodic=True,
+    ),
+    "spectron": Method(
+        "orthogonalised momentum of both factors, the product's step bounded",
+        optimizers.make_spectron,
+        projection="low_rank",
+        uses=("lr_scale",),
+        options=optimizers.SpectronOptions,
+    ),
+    "cola": Method(
+        "factors with an activation between them, by AdamW",
+        optimizers.adamw,
+        projection="cola",
+        uses=("lr_scale",),
+    ),
+    "sltrain": Method(
+        "factors plus a sparse matrix, by AdamW",
+        optimizers.adamw,
+        projection="sltrain",
+        uses=("lr_scale",),
+    ),
+    "lora": Method(
+        "factors beside a fixed weight, by AdamW",
+        optimizers.adamw,
+        projection="lora",
+        uses=("lr_scale",),
+    ),
+    "relora": Method(
+        "LoRA whose factors are merged into the weight every K-th step",
+        optimizers.adamw,
+        projection="lora",
+        uses=(*_RESTARTED, "lr_scale"),
+        options=adapters.ReLoRAOptions,
+        schedule=_jagged,
+        periodic=True,
+        maintenance=adapters.relora_maintenance,
+    ),
+    "switchlora": Method(
+        "LoRA some of whose vectors are switched at every step",
+        optimizers.adamw,
+        projection="switchlora",
+        uses=("lr_scale",),
+        options=adapters.SwitchLoRAOptions,
+        maintenance=adapters.switchlora_maintenance,
+    ),
+    "galore": Method(
+        "dense projections by Adam in a subspace of their gradients, renewed every K-th step",
+        optimizers.make_galore,
+        uses=("exact_every",),
+        options=optimizers.GaLoreOptions,
+        periodic=True,
+    ),
+    "fira": Method(
+        "GaLore plus the scaled rest of the gradient",
+        optimizers.make_fira,
+        uses=("exact_every",),
+        options=optimizers.FiraOptions,
+        periodic=True,
+    ),
+    "adarankgrad": Method(
+        "GaLore with a rank that follows the gradient",
+        optimizers.make_adarankgrad,
+        uses=("exact_every",),
+        options=optimizers.AdaRankGradOptions,
+        periodic=True,
+    ),
+    "full": Method(
+        "the dense twin, by AdamW or, with direction orthogonal, by Muon",
+        _full,
+        uses=("direction", "lr_scale"),
+    ),
+}
 
 
 def make_schedule(config: Config) -> optax.Schedule:
-    """The learning rate of a run: warm-up, cosine, and a re-warm-up where a method restarts."""
+    """Returns the learning rate of a run: warm-up, cosine, and a re-warm-up of some methods."""
     schedule = warmup_cosine(
         config.learning_rate,
         config.steps,
@@ -55,197 +212,170 @@ def make_schedule(config: Config) -> optax.Schedule:
         config.initial_lr_ratio,
         config.final_lr_ratio,
     )
-    if config.method == "relora":
-        return jagged_schedule(schedule, config.exact_every, config.restart_warmup_steps)
-    if config.method not in _RESTARTED or not config.exact_every:
-        return schedule
-    until = config.exact_until if config.method == "loro" and config.exact_until else None
-    return with_restarts(schedule, config.exact_every, config.restart_warmup_steps, until)
+    of_method = METHODS[config.method].schedule
+    return schedule if of_method is None else of_method(config, schedule)
 
 
 def make_optimizer(config: Config, mesh: Any | None = None) -> Optimizer:
-    """The optimizer of a run's method, its exact steps shared by the devices of a mesh.
-
-    ``mesh`` is that, or a tree of the parameters' shardings on it.
+    """Makes the optimizer of a run's method.
 
     Gradient clipping is not part of it: the step needs the gradient's norm for its metrics too.
+
+    Args:
+        config: of the run.
+        mesh: the devices that share the exact steps, a tree of the parameters' shardings on them,
+            or None.
     """
-    return _OPTIMIZERS.get(config.method, _adam)(config, mesh)
-
-
-def _adam(config: Config, mesh: Any) -> Optimizer:
-    """AdamW on all that is trained; the factors may have a learning rate of their own.
-
-    So may the projections of a dense model.
-    """
-    everything = riemannian_descent(
-        make_schedule(config),
-        _textbook_adam(config),
-        _no_exact_step,
-        exact_every=None,
-        refresh=None,
-        lr_scale=_scale_or_one(config),
-        weight_decay=config.weight_decay,
-        require_pairs=False,
-        mesh=mesh,
-    )
-    if config.lr_scale is None or METHODS[config.method] is not None:
-        return everything
-    return optax.chain(everything, optax.masked(optax.scale(config.lr_scale), _projections))
-
-
-def _full(config: Config, mesh: Any) -> Optimizer:
-    """The dense twin, by Adam or by Muon."""
-    if config.direction == "adam":
-        return _adam(config, mesh)
-    return muon(
-        make_schedule(config),
-        projected=_projections,
-        lr_scale=_MUON_SCALE if config.lr_scale is None else config.lr_scale,
-        momentum=config.momentum,
-        weight_decay=config.weight_decay,
-        b1=config.b1,
-        b2=config.b2,
-        eps=config.eps,
-    )
-
-
-def _textbook_adam(config: Config) -> optax.GradientTransformation:
-    return optax.scale_by_adam(config.b1, config.b2, config.eps)
-
-
-def _scale_or_one(config: Config) -> float:
-    return 1.0 if config.lr_scale is None else config.lr_scale
-
-
-def _no_exact_step(*_: Any) -> Any:
-    raise AssertionError("there are no exact steps")
-
-
-def _loro(config: Config, mesh: Any) -> Optimizer:
-    direction, scale = None, config.lr_scale
-    if config.direction != "adam":
-        direction = orthogonal(config.momentum, transported=config.direction == "tangent")
-        scale = _ORTHOGONAL_SCALE if scale is None else scale
-    return loro(
-        make_schedule(config),
-        direction=direction,
-        exact_every=_exact_every(config),
-        refresh=config.refresh_choice,
-        lr_scale=scale,
-        b1=config.b1,
-        b2=config.b2,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        max_move=config.max_move or None,
-        damping=config.damping or None,
-        exact_method=config.exact_method,
-        basis=config.basis,
-        mesh=mesh,
-    )
-
-
-def _exact_every(config: Config) -> int | optax.Schedule | None:
-    every, until = config.exact_every, config.exact_until
-    if every and until:
-        return lambda step: jnp.where(step < until, every, 0)
-    return every or None
-
-
-def _lowrank_restarts(config: Config, mesh: Any) -> Optimizer:
-    return _balanced(lowrank_restarts, config, mesh, _scale_or_one(config))
-
-
-def _svd_projection(config: Config, mesh: Any) -> Optimizer:
-    return _balanced(svd_projection, config, mesh, config.lr_scale)
-
-
-def _balanced(
-    method: Callable[..., Optimizer], config: Config, mesh: Any, lr_scale: float | None
-) -> Optimizer:
-    return method(
-        make_schedule(config),
-        every=config.exact_every,
-        direction=_textbook_adam(config),
-        lr_scale=lr_scale,
-        weight_decay=config.weight_decay,
-        mesh=mesh,
-    )
-
-
-def _preconditioned(config: Config, mesh: Any) -> Optimizer:
-    exact = config.method == "preconditioned_exact"
-    return preconditioned(
-        make_schedule(config),
-        exact_every=config.exact_every if exact else None,
-        lr_scale=_scale_or_one(config),
-        b1=config.b1,
-        b2=config.b2,
-        eps=config.eps,
-        weight_decay=config.weight_decay,
-        exact_method=config.exact_method,
-        max_move=config.max_move or None,
-        mesh=mesh,
-    )
-
-
-def _spectron(config: Config, mesh: Any) -> Optimizer:
-    del mesh
-    schedule = make_schedule(config)
-    scale = _scale_or_one(config)
-    return spectron(
-        lambda step: scale * schedule(step),
-        weight_decay=config.weight_decay,
-        regular_learning_rate=schedule,
-        b1=config.b1,
-        b2=config.b2,
-        eps=config.eps,
-    )
-
-
-def _projected_gradient(method: Callable[..., Optimizer]) -> Callable[[Config, Any], Optimizer]:
-    def make(config: Config, mesh: Any) -> Optimizer:
-        del mesh
-        return method(
-            make_schedule(config),
-            config.model.rank,
-            projected=_projections,
-            update_every=config.exact_every,
-            scale=config.projection_scale,
-            b1=config.b1,
-            b2=config.b2,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-        )
-
-    return make
-
-
-def _projections(params: Any) -> Any:
-    """Which leaves are projections of the blocks; embedding, head and norms are not."""
-    return jax.tree_util.tree_map_with_path(
-        lambda path, _: path[0].key == "blocks" and path[-1].key == "W", params
-    )
-
-
-_OPTIMIZERS: dict[str, Callable[[Config, Any], Optimizer]] = {
-    "loro": _loro,
-    "full": _full,
-    "lowrank_restarts": _lowrank_restarts,
-    "svd_projection": _svd_projection,
-    "preconditioned": _preconditioned,
-    "preconditioned_exact": _preconditioned,
-    "spectron": _spectron,
-    "galore": _projected_gradient(galore),
-    "fira": _projected_gradient(fira),
-    "adarankgrad": _projected_gradient(adarankgrad),
-}
+    method = METHODS[config.method]
+    options = _options(method.options, config)
+    return method.optimizer(Making(config, make_schedule(config), options, mesh))
 
 
 def make_maintenance(config: Config) -> Maintenance:
-    """What a method does to the model around the optimizer's step; nothing, mostly."""
-    if config.method == "relora":
-        return relora_maintenance(config)
-    if config.method == "switchlora":
-        return switchlora_maintenance(config)
-    return Maintenance()
+    """Returns what a method does to the model around the optimizer's step; nothing, mostly."""
+    method = METHODS[config.method]
+    if method.maintenance is None:
+        return Maintenance()
+    return method.maintenance(config, _options(method.options, config))
+
+
+class MethodOptions(dict[str, Any]):
+    """The options of a run's method, and of its direction, that were set.
+
+    Which there are depends on the method, so they are checked when it is known: see
+    :func:`check_options`. An option that was not set has the method's default. Until then an option
+    is any that an entry of the tables has, and reading it gives the first such default, from which
+    the command line knows its type.
+
+    Example:
+        >>> options = MethodOptions(momentum=0.9)
+        >>> options.momentum, options.eta
+        (0.9, 0.04)
+    """
+
+    def __missing__(self, name: str) -> Any:
+        """Returns the default of an option that was not set."""
+        known: dict[str, Any] = {}
+        for kind in kinds_of_options():
+            for one in dataclasses.fields(kind):
+                known.setdefault(one.name, one.default)
+        if name in known:
+            return known[name]
+        likely = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {likely[0]}?" if likely else f"expected one of {', '.join(known)}."
+        raise KeyError(f"config.method_options has no field {name!r}; {hint}")
+
+    def __getattr__(self, name: str) -> Any:
+        """Returns an option, or its default."""
+        if name.startswith("__"):
+            raise AttributeError(name)
+        try:
+            return self[name]
+        except KeyError as error:
+            raise AttributeError(error.args[0]) from None
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        """Sets an option."""
+        self[name] = value
+
+
+def kinds_of_options() -> Iterator[type]:
+    """Yields the options of all methods and directions."""
+    yield from (method.options for method in METHODS.values())
+    yield from (direction.options for direction in DIRECTIONS.values())
+
+
+def _kinds_of(config: Config) -> list[type]:
+    method = METHODS[config.method]
+    kinds = [method.options]
+    if "direction" in method.uses:
+        kinds.append(DIRECTIONS[config.direction].options)
+    return kinds
+
+
+def _options(kind: type, config: Config) -> Any:
+    """Returns options of a kind: those that were set, the others at their defaults."""
+    names = {one.name for one in dataclasses.fields(kind)}
+    return kind(**{name: value for name, value in config.method_options.items() if name in names})
+
+
+def resolved_options(config: Config) -> dict[str, Any]:
+    """Returns all options of a config's method and direction, with their values."""
+    options: dict[str, Any] = {}
+    for kind in _kinds_of(config):
+        options |= dataclasses.asdict(_options(kind, config))
+    return options
+
+
+def check_options(config: Config) -> None:
+    """Raises ValueError for an option that the method lacks, or a value out of its range."""
+    kinds = _kinds_of(config)
+    known = [one.name for kind in kinds for one in dataclasses.fields(kind)]
+    for name in config.method_options:
+        if name not in known:
+            of = f'config.method = "{config.method}"'
+            if "direction" in METHODS[config.method].uses:
+                of += f' with config.direction = "{config.direction}"'
+            has = f"it has {', '.join(known)}" if known else "it has none"
+            raise ValueError(f"method_options.{name}: {of} has no such option; {has}.")
+    for kind in kinds:
+        check(_options(kind, config), "method_options.")
+
+
+def uses_field(config: Config, name: str) -> bool:
+    """Returns whether a config's method uses a field, dotted, of the config."""
+    if name.startswith("method_options."):
+        options = {one.name for kind in _kinds_of(config) for one in dataclasses.fields(kind)}
+        return name.partition(".")[2] in options
+    if name == "direction" and not takes_direction(config):
+        return False
+    of_some = {field for method in METHODS.values() for field in method.uses}
+    return name not in of_some or name in METHODS[config.method].uses
+
+
+def takes_direction(config: Config) -> bool:
+    """Returns whether a config's method takes its direction: dense projections not any."""
+    method = METHODS[config.method]
+    if "direction" not in method.uses:
+        return False
+    return method.projection is not None or DIRECTIONS[config.direction].dense is not None
+
+
+def settled(config: Config, asked: Collection[str]) -> Config:
+    """Returns a config without what its method does not use, unless that was asked for.
+
+    A config file, and its settings, may set fields that the method chosen on top of them does not
+    use: those are passed over. A field that was set on the command line, or in an arm of a
+    comparison, to other than its default must be one that the method uses.
+
+    Args:
+        config: of a run.
+        asked: dotted names of the fields that were set on top of the config file.
+
+    Raises:
+        TrainingError: for a field that was asked for in vain.
+    """
+    if config.method not in METHODS or config.direction not in DIRECTIONS:
+        return config  # validate() says what was expected
+    default = type(config)()
+    for name in asked:
+        if uses_field(config, name):
+            continue
+        if name.startswith("method_options."):
+            try:
+                check_options(config)
+            except ValueError as error:
+                raise TrainingError(f"config.{error}") from None
+        elif getattr(config, name) != getattr(default, name):
+            takers = [other for other, method in METHODS.items() if name in method.uses]
+            raise TrainingError(
+                f'config.{name} = {getattr(config, name)!r}: config.method = "{config.method}" '
+                f"does not use it; expected its default, {getattr(default, name)!r}, or a method "
+                f"among {', '.join(takers)}."
+            )
+    options = {
+        name: value
+        for name, value in config.method_options.items()
+        if uses_field(config, f"method_options.{name}")
+    }
+    return dataclasses.replace(config, method_options=MethodOptions(options))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shlex
 
 import jax
 
@@ -11,6 +12,7 @@ from loro_jax.text import Corpus
 from loro_jax.text.ngram import NgramPerplexity, ngram_perplexity
 from loro_jax.training.batch import to_batch
 from loro_jax.training.config import Config
+from loro_jax.training.methods import takes_direction, uses_field
 from loro_jax.training.step import make_program
 
 
@@ -55,7 +57,10 @@ def final_report(
     own = run_footprint(config)
     lines.append(_footprint_line(f"this model ({config.method})", own))
     if config.method != "full":
-        dense = run_footprint(dataclasses.replace(config, method="full"))
+        twin = dataclasses.replace(config, method="full")
+        if not takes_direction(twin):
+            twin = dataclasses.replace(twin, direction=Config().direction)
+        dense = run_footprint(twin)
         lines.append(_footprint_line("its dense twin", dense))
         lines.append(
             f"  {own.parameters / dense.parameters:.2f} of the parameters, "
@@ -69,11 +74,29 @@ def final_report(
         "next:",
         *(f"  {line}" for line in dashboard),
         "  # the dense twin, and plain Adam on the same factors",
-        f"  {command} --config.method=full --workdir={workdir}_full",
-        f"  {command} --config.method=lowrank --workdir={workdir}_lowrank",
+        f"  {_by(config, 'full', command)} --workdir={workdir}_full",
+        f"  {_by(config, 'lowrank', command)} --workdir={workdir}_lowrank",
         "  # the paper's 60M on C4",
         "  python train.py --config=configs/llama_60m.py --workdir=runs/60m",
     ]
+
+
+def _by(config: Config, method: str, command: str) -> str:
+    """Returns the command of the same run by another method, without fields that it has not."""
+    other = dataclasses.replace(config, method=method)
+    kept: list[str] = []
+    drop_value = False
+    for argument in shlex.split(command):
+        if drop_value and not argument.startswith("-"):
+            drop_value = False
+            continue
+        flag, has_value, _ = argument.lstrip("-").partition("=")
+        drop_value = False
+        if flag.startswith("config.") and not uses_field(other, flag.removeprefix("config.")):
+            drop_value = not has_value
+            continue
+        kept.append(shlex.quote(argument))
+    return " ".join([*kept, f"--config.method={method}"])
 
 
 def _footprint_line(name: str, counted: Footprint) -> str:

@@ -17,7 +17,7 @@ from loro_jax.training.config import Config
 # Fields of the run and of its model. "mergeable" is "recommended" without the activation between
 # factors: its products B A are plain matrices, which exports to other programs need. As such they
 # have exact steps, with the paper's K, which leave factors and momentum in their basis.
-_EXACT: dict[str, Any] = {"basis": "nearest", "refresh": "none", "restart_warmup_steps": 0}
+_EXACT: dict[str, Any] = {"basis": "nearest", "restart_warmup_steps": 0}
 SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "recommended": (
         {"direction": "orthogonal", "exact_every": 0},

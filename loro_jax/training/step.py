@@ -12,7 +12,7 @@ import optax
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from loro_jax.layers.projections import Fixed
+from loro_jax.layers.common import Fixed
 from loro_jax.training.config import Config
 from loro_jax.training.mesh import batch_sharding, replicated, tree_shardings
 from loro_jax.training.methods import make_maintenance, make_optimizer, make_schedule
@@ -85,6 +85,52 @@ def make_program(config: Config, mesh: jax.sharding.Mesh | None = None) -> Progr
     def loss_sum(params: Any, fixed: Any, batch: Batch) -> Array:
         return next_token_loss(nnx.merge(graphdef, joined(params, fixed)), batch)
 
+    loss_and_gradient = _make_loss_and_gradient(loss_sum, config, mesh)
+
+    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+        loss, grads = loss_and_gradient(state.params, state.fixed, batch)
+        if shardings is not None:
+            grads = jax.lax.with_sharding_constraint(grads, shardings)
+        grad_norm = optax.tree.norm(grads)
+        if config.clip_norm > 0:
+            shrink = jnp.minimum(1.0, config.clip_norm / jnp.maximum(grad_norm, 1e-12))
+            grads = jax.tree.map(lambda g: g * shrink.astype(g.dtype), grads)
+        params, fixed, opt_state = state.params, state.fixed, state.opt_state
+        if maintenance.before is not None:
+            grads, params, fixed, opt_state = maintenance.before(
+                state.step, grads, params, fixed, opt_state
+            )
+        with jax.named_scope("optimizer"):
+            updates, opt_state = optimizer.update(grads, opt_state, params)
+            params = optax.apply_updates(params, updates)
+        step = optax.safe_increment(state.step)
+        if maintenance.after is not None:
+            params, fixed, opt_state = maintenance.after(step, params, fixed, opt_state)
+        metrics = {
+            "loss": loss,
+            "tokens": jnp.sum(batch.mask),
+            "lr": jnp.asarray(schedule(state.step), jnp.float32),
+            "grad_norm": grad_norm,
+            "update_norm": optax.tree.norm(updates),
+            # Exact steps of single matrices that were too ill-conditioned for the fast method.
+            "fallbacks": getattr(opt_state, "fallbacks", jnp.zeros([], jnp.int32)),
+        }
+        return TrainState(step, params, opt_state, fixed), metrics
+
+    def eval_step(params: Any, fixed: Any, batch: Batch) -> tuple[Array, Array]:
+        with laid_out_on(mesh):
+            return loss_sum(params, fixed, batch), jnp.sum(batch.mask)
+
+    return Program(init, train_step, eval_step, loss_and_gradient)
+
+
+def _make_loss_and_gradient(
+    loss_sum: Callable[[Any, Any, Batch], Array],
+    config: Config,
+    mesh: jax.sharding.Mesh | None,
+) -> Callable[[Any, Any, Batch], tuple[Array, Any]]:
+    """Returns (params, fixed, batch) -> the mean of a loss per token, and its gradient."""
+
     def loss_and_gradient(params: Any, fixed: Any, batch: Batch) -> tuple[Array, Any]:
         tokens = jnp.maximum(jnp.sum(batch.mask), 1.0)
 
@@ -108,41 +154,7 @@ def make_program(config: Config, mesh: jax.sharding.Mesh | None = None) -> Progr
         sums = jax.vmap(lambda part: of_part(part, "data"), spmd_axis_name="data")(parts)
         return jax.tree.map(lambda x: jnp.sum(x, axis=0), sums)
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
-        loss, grads = loss_and_gradient(state.params, state.fixed, batch)
-        if shardings is not None:
-            grads = jax.lax.with_sharding_constraint(grads, shardings)
-        grad_norm = optax.tree.norm(grads)
-        if config.clip_norm > 0:
-            shrink = jnp.minimum(1.0, config.clip_norm / jnp.maximum(grad_norm, 1e-12))
-            grads = jax.tree.map(lambda g: g * shrink.astype(g.dtype), grads)
-        params, fixed, opt_state = state.params, state.fixed, state.opt_state
-        if maintenance.before is not None:
-            grads, params, fixed, opt_state = maintenance.before(
-                state.step, grads, params, fixed, opt_state
-            )
-        with jax.named_scope("optimizer"):
-            updates, opt_state = optimizer.update(grads, opt_state, params)
-            params = optax.apply_updates(params, updates)
-        step = optax.safe_increment(state.step)
-        if maintenance.behind is not None:
-            params, fixed, opt_state = maintenance.behind(step, params, fixed, opt_state)
-        metrics = {
-            "loss": loss,
-            "tokens": jnp.sum(batch.mask),
-            "lr": jnp.asarray(schedule(state.step), jnp.float32),
-            "grad_norm": grad_norm,
-            "update_norm": optax.tree.norm(updates),
-            # Exact steps of single matrices that were too ill-conditioned for the fast method.
-            "fallbacks": getattr(opt_state, "fallbacks", jnp.zeros([], jnp.int32)),
-        }
-        return TrainState(step, params, opt_state, fixed), metrics
-
-    def eval_step(params: Any, fixed: Any, batch: Batch) -> tuple[Array, Array]:
-        with laid_out_on(mesh):
-            return loss_sum(params, fixed, batch), jnp.sum(batch.mask)
-
-    return Program(init, train_step, eval_step, loss_and_gradient)
+    return loss_and_gradient
 
 
 def joined(one: Any, other: Any) -> Any:

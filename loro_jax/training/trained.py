@@ -13,6 +13,7 @@ from loro_jax.text.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from loro_jax.training.checkpoint import read_checkpoint
 from loro_jax.training.config import Config
 from loro_jax.training.mesh import make_mesh
+from loro_jax.training.renamed import upgraded
 from loro_jax.training.step import abstract_state, make_program, merge_model
 from models.huggingface import read_model
 from models.llama import Llama
@@ -169,13 +170,15 @@ def load_config(path: pathlib.Path) -> Config:
         TrainingError: if the file is missing or no run's config.
     """
     try:
-        return _build(Config, json.loads(path.read_text(encoding="utf-8")))
+        config = _build(Config, upgraded(json.loads(path.read_text(encoding="utf-8"))))
+        config.validate()
     except FileNotFoundError:
         raise TrainingError(
             f"{path.parent} is no run directory: it holds no config.json."
         ) from None
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, TrainingError) as error:
         raise TrainingError(f"{path} can't be read as a run's config ({error}).") from None
+    return config
 
 
 def _build(kind: Any, content: dict[str, Any]) -> Any:

@@ -4,14 +4,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from loro_jax.layers.projections import (
-    Dense,
-    LowRankLinear,
-    ProjectionSpec,
-    Shared,
-    apply_together,
-    make_projection,
-)
+from loro_jax.layers.common import ProjectionSpec
+from loro_jax.layers.dense import Dense
+from loro_jax.layers.low_rank import LowRankLinear
+from loro_jax.layers.packing import Shared, apply_together
+from loro_jax.layers.projections import make_projection
 
 
 def test_the_rank_chooses_the_kind():

@@ -8,6 +8,7 @@ import pytest
 
 from loro_jax.peers.switchlora import (
     Candidates,
+    SwitchState,
     hold,
     initialise_candidates,
     initialise_switchlora,
@@ -39,7 +40,7 @@ def problem(layers=(), dtype=jnp.float32, m=M, n=N, r=R):
     B, A = draw(m, r), draw(r, n)
     spare = Candidates(draw(m, q), draw(q, n), jnp.array(np.zeros(layers, np.int32)))
     moments = ((draw(m, r), draw(r, n)), (draw(m, r), draw(r, n)))
-    return draw(m, n), B, A, spare, moments, nothing_frozen(B)
+    return SwitchState(draw(m, n), B, A, spare, moments, nothing_frozen(B))
 
 
 def function(W0, B, A, scale):
@@ -61,25 +62,25 @@ def test_switches_keep_the_function(x64, layers):
     wanted = function(*state[:3], 0.25)
     for step, key in enumerate(jax.random.split(KEY, 6)):
         before = state
-        state = switch_jit(key, 0 if step < 3 else 40, *state, **TWO)
+        state = switch_jit(key, 0 if step < 3 else 40, state, **TWO)
         np.testing.assert_allclose(function(*state[:3], 0.25), wanted, atol=1e-12)
         assert np.abs(state[0] - before[0]).max() > 0.1
-        state = (*state[:5], thaw(state[5]))
+        state = state._replace(frozen=thaw(state.frozen))
 
 
 def test_a_bf16_switch_keeps_the_function_but_for_one_rounding():
-    W0, B, A, *rest = problem((2,), jnp.bfloat16)
-    W1, B1, A1, *_ = switch_jit(KEY, 0, W0, B, A, *rest, **TWO)
+    state = problem((2,), jnp.bfloat16)
+    W0, B, A, *_ = state
+    W1, B1, A1, *_ = switch_jit(KEY, 0, state, **TWO)
     error = function(W1, B1, A1, 0.25) - function(W0, B, A, 0.25)
     # W1 alone was rounded, once, to the 8 bits of bfloat16.
     assert np.all(np.abs(error) <= 2.0**-8 * np.abs(np.asarray(W1, np.float64)) + 1e-5)
 
 
 def test_a_switch_touches_the_chosen_vectors_alone():
-    W0, B, A, spare, moments, frozen = problem()
-    _, B1, A1, spare1, moments1, frozen1 = switch_jit(
-        KEY, 0, W0, B, A, spare, moments, frozen, **TWO
-    )
+    state = problem()
+    _, B, A, spare, moments, _ = state
+    _, B1, A1, spare1, moments1, frozen1 = switch_jit(KEY, 0, state, **TWO)
     rows, columns = [0, 1], [3, 4]  # B runs r // 2 = 3 ahead
     # The vectors and their candidates trade places, exactly.
     np.testing.assert_array_equal(A1[:2], spare.A[:2])
@@ -105,8 +106,8 @@ def test_vectors_and_candidates_take_turns_in_circles():
     A, spare = np.asarray(state[2]), np.asarray(state[3].A)
     queue, rows, turn = list(spare), list(A), 0
     for key in jax.random.split(KEY, 9):
-        state = switch_jit(key, 0, *state, **TWO)
-        state = (*state[:5], thaw(state[5]))
+        state = switch_jit(key, 0, state, **TWO)
+        state = state._replace(frozen=thaw(state.frozen))
         for _ in range(2):  # first out of the queue, last into it
             queue.append(rows[turn % R])
             rows[turn % R] = queue.pop(0)
@@ -115,9 +116,8 @@ def test_vectors_and_candidates_take_turns_in_circles():
 
 
 def test_counts_of_single_vectors_start_anew_as_moments_do():
-    W0, B, A, spare, _, frozen = problem((2,))
     counts = ((jnp.array(np.full((2, 1, R), 7)), jnp.array(np.full((2, R, 1), 7))),)
-    ((for_B, for_A),) = switch_jit(KEY, 0, W0, B, A, spare, counts, frozen, **TWO)[4]
+    ((for_B, for_A),) = switch_jit(KEY, 0, problem((2,))._replace(moments=counts), **TWO).moments
     assert for_B.dtype == counts[0][0].dtype
     assert for_B[1, 0].tolist() == [0, 0, 7, 7, 7, 7]
     assert for_A[1, :, 0].tolist() == [7, 7, 7, 0, 0, 7]
@@ -139,7 +139,7 @@ def test_counterparts_stay_frozen_for_five_updates():
         grads = jax.grad(loss)((B, A), W0)
         moments = (opt[0].mu, opt[0].nu)
         W0, B, A, spare, (mu, nu), frozen = switch(
-            key, t, W0, B, A, spare, moments, frozen, **options
+            key, t, SwitchState(W0, B, A, spare, moments, frozen), **options
         )
         opt = (opt[0]._replace(mu=mu, nu=nu), *opt[1:])
         updates, opt = adam.update(hold(*grads, frozen), opt)
@@ -172,7 +172,7 @@ def test_frozen_vectors_are_not_switched():
     wanted = {0: 2, 1: 2, 2: 1, 3: 0}  # half a round is three vectors
     for count, switches in wanted.items():
         frozen = (jnp.arange(R) < count).astype(jnp.int32)
-        found = switch_jit(KEY, 0, *state[:5], (frozen, frozen), **TWO)
+        found = switch_jit(KEY, 0, state._replace(frozen=(frozen, frozen)), **TWO)
         assert int(found[3].switched) == switches
 
 
@@ -185,34 +185,32 @@ def test_the_frequency_falls_to_a_third_and_on():
 
 @pytest.mark.parametrize("step", [0, 100, 150])
 def test_as_many_switches_as_the_frequency_says(step):
-    W0, B, A, spare, _, frozen = problem(m=40, n=40, r=30)
+    state = problem(m=40, n=40, r=30)._replace(moments=())
     one = functools.partial(switch, scale=1.0, total_steps=1_000, interval=12.0)
     keys = jax.random.split(jax.random.key(5), 400)
-    counts = quick_jit(
-        lambda t: jax.vmap(lambda k: one(k, t, W0, B, A, spare, (), frozen)[3].switched)(keys)
-    )(step)
+    counts = quick_jit(lambda t: jax.vmap(lambda k: one(k, t, state).candidates.switched)(keys))(
+        step
+    )
     rate = 30 / 12 * 3.0 ** -(step / 100)
     assert set(counts.tolist()) == {int(rate), int(rate) + 1}
     np.testing.assert_allclose(counts.mean(), rate, atol=0.1)
 
 
 def test_the_authors_interval_and_five_steps_are_the_defaults():
-    W0, B, A, spare, _, frozen = problem(m=130, n=130, r=80)
-    _, _, _, spare, _, frozen = switch_jit(
-        KEY, 0, W0, B, A, spare, (), frozen, scale=1 / 80, total_steps=1_000
-    )
-    assert int(spare.switched) == 2  # 80 / 40
-    assert frozen[0].max() == frozen[1].max() == 5
+    state = problem(m=130, n=130, r=80)._replace(moments=())
+    found = switch_jit(KEY, 0, state, scale=1 / 80, total_steps=1_000)
+    assert int(found.candidates.switched) == 2  # 80 / 40
+    assert found.frozen[0].max() == found.frozen[1].max() == 5
 
 
 def test_stacked_layers_are_switched_one_by_one():
     state = problem((3,))
     options = TWO | {"interval": 4.0}  # 1.5 a side: layers differ
     key = jax.random.key(5)  # its draws are the same one by one
-    stacked = switch_jit(key, 0, *state, **options)
+    stacked = switch_jit(key, 0, state, **options)
     keys = jax.random.split(key, (3,))
     for i in range(3):
-        single = switch_jit(keys[i], 0, *jax.tree.map(lambda x, i=i: x[i], state), **options)
+        single = switch_jit(keys[i], 0, jax.tree.map(lambda x, i=i: x[i], state), **options)
         assert_same(jax.tree.map(lambda x, i=i: x[i], stacked), single, rtol=1e-5, atol=1e-6)
 
 
@@ -221,10 +219,10 @@ def test_under_jit_and_cond_nothing_changes():
 
     @quick_jit
     def step(now, t, state):
-        return jax.lax.cond(now, lambda s: switch(KEY, t, *s, **TWO), lambda s: s, state)
+        return jax.lax.cond(now, lambda s: switch(KEY, t, s, **TWO), lambda s: s, state)
 
     assert_same(step(False, 0, state), state, rtol=0)
-    plain = switch(KEY, 0, *state, **TWO)
+    plain = switch(KEY, 0, state, **TWO)
     assert_same(step(True, 0, state), plain, rtol=1e-5, atol=1e-5)
 
 
@@ -236,19 +234,20 @@ def test_dtypes_and_shapes_are_kept_also_where_they_are_mixed():
         (bf16(W0), bf16(B), bf16(A), spare, moments, frozen),
         (W0, bf16(B), A, spare, bf16(moments), frozen),
     ):
+        state = SwitchState(*state)
         wanted = jax.eval_shape(lambda: state)  # noqa: B023
-        assert jax.eval_shape(lambda s: switch(KEY, 0, *s, **TWO), state) == wanted
+        assert jax.eval_shape(lambda s: switch(KEY, 0, s, **TWO), state) == wanted
 
 
 @pytest.mark.parametrize(("m", "n", "r"), [(5, 7, 5), (5, 7, 1)])
 def test_where_nothing_can_be_switched_nothing_is(m, n, r):
     state = problem(m=m, n=n, r=r)
-    assert_same(switch_jit(KEY, 0, *state, **TWO), state, rtol=0)
+    assert_same(switch_jit(KEY, 0, state, **TWO), state, rtol=0)
 
 
 def test_one_spare_vector_is_enough():
     state = problem(m=7, n=9, r=6)
-    found = switch_jit(KEY, 0, *state, **TWO)
+    found = switch_jit(KEY, 0, state, **TWO)
     assert int(found[3].switched) == 1
     np.testing.assert_allclose(function(*found[:3], 0.25), function(*state[:3], 0.25), atol=1e-5)
 
@@ -292,10 +291,10 @@ def test_candidates_of_stacked_layers_by_vmap():
     ],
 )
 def test_bad_input_is_named(change, message):
-    names = ("W0", "B", "A", "candidates", "moments", "frozen")
-    arguments = dict(zip(names, problem(), strict=True)) | TWO | change
+    of_state = {name: value for name, value in change.items() if name in SwitchState._fields}
+    options = {name: value for name, value in change.items() if name not in of_state}
     with pytest.raises(ValueError, match=message):
-        switch_jit(KEY, 0, **arguments)
+        switch_jit(KEY, 0, problem()._replace(**of_state), **TWO | options)
 
 
 @pytest.mark.parametrize("initialise", [initialise_switchlora, initialise_candidates])

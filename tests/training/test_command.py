@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 from loro_jax.errors import TrainingError
-from loro_jax.training.config import Config, DataConfig, MeshConfig
+from loro_jax.training.config import Config, DataConfig, MeshConfig, field_names
 from loro_jax.training.loop import train
 from models import LlamaConfig
 from tests.training import runs
@@ -67,6 +67,14 @@ def test_a_run_leaves_what_it_promises(finished):
     assert all(0 <= row["data_wait"] < 1 for row in training)
 
 
+def test_help_prints_every_field():
+    status, output = runs.finish(runs.start("--help"))
+    assert status == 0
+    printed = {line.split("=")[0].strip() for line in output.splitlines() if "--config." in line}
+    assert {f"--config.{name}" for name in field_names()} <= printed
+    assert "--workdir" in output
+
+
 BAD_FLAGS = {
     "an unknown field": (["--config.stepz=3"], "no field 'stepz'; did you mean config.steps?"),
     "an unknown nested field": (["--config.model.rnk=3"], "no field 'rnk'"),
@@ -80,6 +88,27 @@ BAD_FLAGS = {
         "no settings 'papers'; expected one of recommended, mergeable, paper",
     ),
     "a rank too large": (["--config.model.rank=129"], "but is 129"),
+    "a field by its old name": (
+        ["--config.refresh=none"],
+        "config.refresh is now config.moments (all is now reset, factors is now reset_factors, "
+        "none is now keep)",
+    ),
+    "a field that the method does not use": (
+        ["--config.method=lowrank", "--config.basis=nearest"],
+        "config.basis = 'nearest': config.method = \"lowrank\" does not use it",
+    ),
+    "an option that no method has": (
+        ["--config.method_options.momentun=1"],
+        "config.method_options has no field 'momentun'; did you mean momentum?",
+    ),
+    "an option of another method": (
+        [
+            "--config.method=galore",
+            "--config.exact_every=9",
+            "--config.method_options.momentum=0.5",
+        ],
+        'method_options.momentum: config.method = "galore" has no such option; it has scale.',
+    ),
     "a missing corpus": (["--config.data.source=none/*.txt"], "matches no file"),
 }
 

@@ -9,8 +9,9 @@ import pytest
 
 from loro_jax.errors import TrainingError
 from loro_jax.memory import count_parameters
-from loro_jax.training.config import PERIODIC_METHODS, Config, differences, field_names
+from loro_jax.training.config import Config, differences, field_names
 from loro_jax.training.mesh import make_mesh
+from loro_jax.training.methods import METHODS
 from loro_jax.training.step import compile_program, make_program
 from models import Batch, LlamaConfig
 
@@ -104,13 +105,20 @@ def test_every_config_takes_a_step_on_a_small_batch(name):
         ({"steps": 0}, "config.steps must be at least 1, but is 0"),
         *(
             ({"exact_every": 0, "method": method}, f'at least 1 with config.method = "{method}"')
-            for method in PERIODIC_METHODS
+            for method, entry in METHODS.items()
+            if entry.periodic
         ),
-        ({"direction": "muon"}, "config.direction must be one of adam, orthogonal, tangent"),
-        ({"direction": "tangent", "refresh": "transport"}, 'config.refresh = "transport"'),
-        ({"momentum": 1.0}, "config.momentum must be at least 0 and below 1"),
+        (
+            {"method": "relora", "exact_every": 4},
+            'restart_warmup_steps must be at most exact_every = 4 with config.method = "relora"',
+        ),
+        ({"direction": "muon"}, "config.direction must be one of adam, orthogonal, but is"),
+        ({"direction": "tangent"}, "config.direction must be one of adam, orthogonal, but is"),
+        (
+            {"method": "spectron", "method_options": {"momentum": 1.0}},
+            "config.method_options.momentum must be at least 0 and below 1, but is 1.0",
+        ),
         ({"exact_every": -1}, "config.exact_every must be at least 0"),
-        ({"exact_until": -1}, "config.exact_until must be at least 0"),
         ({"learning_rate": -0.1}, "config.learning_rate must be above 0"),
         ({"learning_rate": float("nan")}, "config.learning_rate"),
         ({"b2": 1.0}, "config.b2 must be at least 0 and below 1"),
@@ -120,7 +128,9 @@ def test_every_config_takes_a_step_on_a_small_batch(name):
         ({"steps": 20}, "but is 1000; say --config.warmup_steps=2, a tenth of the steps"),
         ({"seed": -1}, "config.seed must be between 0 and 4294967295, but is -1"),
         ({"seed": 2**32}, "config.seed must be between 0 and 4294967295"),
-        ({"refresh": "some"}, "config.refresh must be one of"),
+        ({"moments": "some"}, "config.moments must be one of auto, reset, reset_factors"),
+        ({"steps": "many"}, "config.steps must be a whole number, at least 1, but is 'many'"),
+        ({"model": LlamaConfig(initialiser="spectral")}, "config.model.initialiser must be one of"),
         ({"basis": "svd"}, "config.basis must be one of singular, nearest, but is .svd."),
         ({"batch_size": 10, "gradient_accumulation": 3}, "multiple of"),
         ({"sequence_length": 2048}, r"config.sequence_length = 2048 .* = 1024"),

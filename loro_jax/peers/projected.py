@@ -7,7 +7,7 @@ Adam on the other leaves, and applies learning rate and weight decay.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,37 +22,80 @@ Projected = Any | Callable[[Any], Any]
 Slots = tuple[Array, ...]
 
 
+class ProjectedSettings(NamedTuple):
+    """The settings that all methods of projected gradients share.
+
+    Attributes:
+        learning_rate: a number or a schedule.
+        rank: r of every projector, or the largest r.
+        projected: which leaves to project: a tree of bools of the parameters' structure, or a
+            callable that makes it from the parameters. A projected leaf is (..., m, n); leading
+            axes are layers, each with its own projector.
+        update_every: T. Steps 0, T, 2T, ... compute new projectors.
+        scale: alpha, on the updates within the subspace.
+        constants: Adam's decays and epsilon, as in ``optax.scale_by_adam``.
+        weight_decay: decoupled decay of all leaves, ``lr * weight_decay`` a step.
+    """
+
+    learning_rate: optax.ScalarOrSchedule
+    rank: int
+    projected: Projected
+    update_every: int
+    scale: float
+    constants: AdamConstants
+    weight_decay: float
+
+    def checked(self, where: str) -> ProjectedSettings:
+        """Returns the settings; raises ValueError for those that no method can use."""
+        for name, value in (("rank", self.rank), ("update_every", self.update_every)):
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise ValueError(
+                    f"{where}: {name} must be a whole number of at least 1, is {value!r}."
+                )
+        for name, decay in (("b1", self.constants.b1), ("b2", self.constants.b2)):
+            if not 0 <= decay < 1:
+                raise ValueError(f"{where}: {name} must be at least 0 and below 1, is {decay!r}.")
+        for name, amount in (("eps", self.constants.eps), ("weight_decay", self.weight_decay)):
+            if amount < 0:
+                raise ValueError(f"{where}: {name} must not be negative, is {amount!r}.")
+        return self
+
+    def begin(self, shape: tuple[int, ...], dtype: Any) -> Slots:
+        """Returns zeros for the projector and the moments of a matrix (..., k, l), k <= l."""
+        *batch, k, l = shape  # noqa: E741  # the sides of a matrix, the smaller one first
+        shapes = (*batch, k, self.rank), (*batch, self.rank, l), (*batch, self.rank, l)
+        return tuple(jnp.zeros(shape, dtype) for shape in shapes)
+
+
 def projected_descent(
-    learning_rate: optax.ScalarOrSchedule,
-    rank: int,
-    *,
-    projected: Projected,
+    where: str,
+    settings: ProjectedSettings,
     state_type: Callable[..., Any],
     begin: Callable[[tuple[int, ...], Any], Slots],
     step: Callable[[Array, Slots, Array], tuple[Array, Slots]],
-    constants: AdamConstants,
-    weight_decay: float,
-    where: str,
 ) -> optax.GradientTransformationExtraArgs:
     """Makes the transformation of a method.
 
     Args:
-        learning_rate: a number or a schedule.
-        rank: of the projectors, for the check of shapes.
-        projected: tree of bools of the parameters' structure, or a callable that makes it.
+        where: name of the method, for messages.
+        settings: those that all methods share.
         state_type: NamedTuple of ``count``, ``projector``, ``mu``, ``nu`` and the method's own
             fields. All but the count are trees of the parameters' structure; a leaf that is not
             projected has a scalar zero in each tree except ``mu`` and ``nu``.
         begin: from the shape (..., k, l), k <= l, and the dtype of a matrix to its first slots.
         step: from a gradient (..., k, l), the slots and the count (from 0) to the direction and the
             new slots.
-        constants: Adam's.
-        weight_decay: decoupled decay.
-        where: name of the method, for messages.
 
     Returns:
         An ``optax.GradientTransformationExtraArgs``.
+
+    Raises:
+        ValueError: from ``init``, if ``projected`` does not fit the parameters or the rank exceeds
+            the smaller side of a leaf; from ``update``, without ``params`` if there is a weight
+            decay.
     """
+    learning_rate, weight_decay = settings.learning_rate, settings.weight_decay
+    constants = settings.constants
 
     def init(params: Any) -> Any:
         count = jnp.zeros([], jnp.int32)
@@ -61,7 +104,7 @@ def projected_descent(
         if not leaves:  # also Optax's placeholder for a whole tree of parameters
             fields = len(jax.eval_shape(lambda: begin((1, 1), jnp.float32)))
             return state_type(count, *[params] * fields)
-        flags = _flags(params, projected, rank, where)
+        flags = _flags(params, settings.projected, settings.rank, where)
         slots = [_begin(leaf, flag, begin) for leaf, flag in zip(leaves, flags, strict=True)]
         return state_type(count, *[treedef.unflatten(field) for field in zip(*slots, strict=True)])
 
@@ -86,21 +129,6 @@ def projected_descent(
         return treedef.unflatten(updates), type(state)(optax.safe_increment(count), *trees)
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-def check_settings(
-    where: str, rank: int, update_every: int, constants: AdamConstants, weight_decay: float
-) -> None:
-    """Raises ValueError for settings that no method can use."""
-    for name, value in (("rank", rank), ("update_every", update_every)):
-        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{where}: {name} must be a whole number of at least 1, is {value!r}.")
-    for name, decay in (("b1", constants.b1), ("b2", constants.b2)):
-        if not 0 <= decay < 1:
-            raise ValueError(f"{where}: {name} must be at least 0 and below 1, is {decay!r}.")
-    for name, amount in (("eps", constants.eps), ("weight_decay", weight_decay)):
-        if amount < 0:
-            raise ValueError(f"{where}: {name} must not be negative, is {amount!r}.")
 
 
 def _flags(params: Any, projected: Projected, rank: int, where: str) -> list[bool]:

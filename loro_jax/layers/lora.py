@@ -1,0 +1,43 @@
+"""LoRA: ``y = x W^T + (alpha / r) (x A^T) B^T``, W fixed (Hu et al. 2021, arXiv 2106.09685)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+from flax import nnx
+
+from loro_jax.layers.common import Fixed, ProjectionSpec, by_rows
+from loro_jax.layers.dense import Dense
+from loro_jax.layers.low_rank import LowRankLinear
+
+Array = jax.Array
+
+
+class LoraLinear(LowRankLinear):
+    """``y = x W^T + (alpha / r) (x A^T) B^T`` with a fixed W; B starts at zero."""
+
+    through_rank = False
+
+    def __init__(self, in_features: int, out_features: int, spec: ProjectionSpec, rngs: nnx.Rngs):
+        adapter = dataclasses.replace(spec, initialiser="lora")
+        super().__init__(in_features, out_features, adapter, rngs)
+        W = Dense(in_features, out_features, spec, rngs).W[...]
+        self.W = Fixed(W)
+        self.scale = spec.alpha / self.A.shape[-2]
+
+    @by_rows
+    def __call__(self, x: Array) -> Array:
+        """Maps (..., in) to (..., out)."""
+        x = x.astype(self.dtype)
+        B, A = self.factors()
+        return x @ self.W[...].astype(self.dtype).T + self.scale * ((x @ A.T) @ B.T)
+
+    @staticmethod
+    def flops(m: int, n: int, rank: int, tokens: float) -> float:
+        """Returns the operations per token: no gradient of the fixed weight is taken."""
+        return 4.0 * m * n + 6.0 * rank * (m + n)
+
+    def weight(self) -> Array:
+        """The matrix that it multiplies by, (out, in), in float32 or wider."""
+        return self.W[...] + self.scale * self.product()

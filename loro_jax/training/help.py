@@ -1,0 +1,34 @@
+"""What ``python train.py --help`` says of a config: its fields, the methods, and their options."""
+
+from __future__ import annotations
+
+from loro_jax.fields import describe, help_lines
+from loro_jax.training.config import Config
+from loro_jax.training.methods import DIRECTIONS, METHODS
+
+
+def config_help() -> list[str]:
+    """Returns lines about every field: its default, what it is, and its range.
+
+    Example:
+        >>> lines = config_help()
+        >>> lines[lines.index("  --config.steps=10000") + 1].strip()
+        'optimizer steps in the run (a whole number, at least 1)'
+    """
+    lines = [
+        "Fields of the config, with the defaults of those that a config file does not set:",
+        "",
+    ]
+    lines += help_lines(describe(Config()))
+    lines += ["", "Values of --config.method, each with its own fields:", ""]
+    for name, method in METHODS.items():
+        lines += _entry(name, method.meaning, method.options)
+    lines += ["", "Values of --config.direction, each with its own fields:", ""]
+    for name, direction in DIRECTIONS.items():
+        lines += _entry(name, direction.meaning, direction.options)
+    return lines
+
+
+def _entry(name: str, meaning: str, options: type) -> list[str]:
+    described = help_lines(describe(options(), "method_options."))
+    return [f"  {name}: {meaning}", *(f"  {line}" for line in described)]

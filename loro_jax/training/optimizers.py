@@ -1,0 +1,251 @@
+"""The optimizers of the methods: from a config to a call of each.
+
+Adam is the textbook's, with bias correction, but for LORO's, which is the authors'. The tables that
+these functions are entries of are in :mod:`loro_jax.training.methods`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import optax
+
+from loro_jax.descent import riemannian_descent
+from loro_jax.directions.orthogonal import orthogonal
+from loro_jax.fields import at_least, field
+from loro_jax.loro import loro
+from loro_jax.peers import (
+    adarankgrad,
+    fira,
+    galore,
+    lowrank_restarts,
+    muon,
+    preconditioned,
+    spectron,
+    svd_projection,
+)
+from loro_jax.training.registry import Direction, Making, Optimizer, projections_of_blocks
+
+if TYPE_CHECKING:
+    from loro_jax.training.config import Config
+
+# Of dense projections by Muon: the better of 0.012 and 0.024 at 2.56M tokens.
+_MUON_SCALE = 1.2
+
+# What ``config.moments`` says, as ``refresh`` of :func:`loro_jax.loro`.
+_REFRESH = {"reset": "all", "reset_factors": "factors", "transport": "transport", "keep": None}
+
+
+@dataclasses.dataclass
+class OrthogonalOptions:
+    """Options of the direction "orthogonal"."""
+
+    momentum: float = field(0.95, at_least(0, below=1), "decay of the averaged gradients")
+
+
+@dataclasses.dataclass
+class SpectronOptions:
+    """Options of Spectron."""
+
+    momentum: float = field(0.95, at_least(0, below=1), "decay of the averaged gradients")
+    newton_schulz_steps: int = field(5, at_least(1), "iterations of the orthogonalisation")
+
+
+@dataclasses.dataclass
+class PreconditionedOptions:
+    """Options of scaled AdamW."""
+
+    damping: float = field(1e-6, at_least(0), "on the diagonals of the Gram matrices")
+
+
+@dataclasses.dataclass
+class GaLoreOptions:
+    """Options of GaLore."""
+
+    scale: float = field(0.25, at_least(0), "alpha, on the steps of projected gradients")
+
+
+@dataclasses.dataclass
+class FiraOptions(GaLoreOptions):
+    """Options of Fira."""
+
+    gamma: float = field(1.01, at_least(1), "the remainder's norm grows at most by this in a step")
+
+
+@dataclasses.dataclass
+class AdaRankGradOptions(GaLoreOptions):
+    """Options of AdaRankGrad."""
+
+    eta: float = field(
+        0.04, at_least(0, below=1), "share of the gradient's squared norm that may be lost"
+    )
+    tolerance: float = field(
+        0.1, at_least(0, below=1), "a subspace is renewed when less of the gradient's norm is left"
+    )
+
+
+def make_loro(direction: Direction, of_direction: Any, making: Making) -> Optimizer:
+    """Makes LORO.
+
+    Args:
+        direction: the entry of the config's direction.
+        of_direction: that direction's options.
+        making: the rest.
+    """
+    config = making.config
+    return loro(
+        making.schedule,
+        direction=direction.make(config, of_direction),
+        exact_every=config.exact_every or None,
+        refresh=_REFRESH[config.resolved_moments],
+        lr_scale=direction.lr_scale if config.lr_scale is None else config.lr_scale,
+        **making.adam,
+        weight_decay=config.weight_decay,
+        max_move=config.max_move or None,
+        damping=config.damping or None,
+        exact_method=config.exact_method,
+        basis=config.basis,
+        mesh=making.mesh,
+    )
+
+
+def adam_of_loro(config: Config, options: Any) -> None:
+    """Makes LORO's default direction, which is None."""
+
+
+def orthogonal_of_loro(config: Config, options: OrthogonalOptions) -> Any:
+    """Makes orthogonalised momentum for LORO."""
+    return orthogonal(options.momentum)
+
+
+def adamw(making: Making) -> Optimizer:
+    """Makes AdamW for all that is trained; the factors may have their own learning rate."""
+    return riemannian_descent(
+        making.schedule,
+        optax.scale_by_adam(**making.adam),
+        _no_exact_step,
+        exact_every=None,
+        refresh=None,
+        lr_scale=making.lr_scale,
+        weight_decay=making.config.weight_decay,
+        require_pairs=False,
+        mesh=making.mesh,
+    )
+
+
+def dense_adamw(making: Making, of_direction: Any) -> Optimizer:
+    """Makes AdamW for a dense model, whose projections may have their own learning rate."""
+    everything = adamw(making)
+    if making.config.lr_scale is None:
+        return everything
+    scaled = optax.masked(optax.scale(making.config.lr_scale), projections_of_blocks)
+    return optax.chain(everything, scaled)
+
+
+def dense_muon(making: Making, of_direction: OrthogonalOptions) -> Optimizer:
+    """Makes Muon for a dense model."""
+    config = making.config
+    return muon(
+        making.schedule,
+        projected=projections_of_blocks,
+        lr_scale=_MUON_SCALE if config.lr_scale is None else config.lr_scale,
+        momentum=of_direction.momentum,
+        weight_decay=config.weight_decay,
+        **making.adam,
+    )
+
+
+def make_lowrank_restarts(making: Making) -> Optimizer:
+    """Makes low-rank AdamW with balanced restarts."""
+    return _balanced(lowrank_restarts, making, making.lr_scale)
+
+
+def make_svd_projection(making: Making) -> Optimizer:
+    """Makes LORO with its retraction alone."""
+    return _balanced(svd_projection, making, making.config.lr_scale)
+
+
+def _balanced(
+    method: Callable[..., Optimizer], making: Making, lr_scale: float | None
+) -> Optimizer:
+    return method(
+        making.schedule,
+        every=making.config.exact_every,
+        direction=optax.scale_by_adam(**making.adam),
+        lr_scale=lr_scale,
+        weight_decay=making.config.weight_decay,
+        mesh=making.mesh,
+    )
+
+
+def make_preconditioned(making: Making) -> Optimizer:
+    """Makes scaled AdamW."""
+    return preconditioned(making.schedule, exact_every=None, **_of_preconditioned(making))
+
+
+def make_preconditioned_exact(making: Making) -> Optimizer:
+    """Makes scaled AdamW with LORO's exact steps."""
+    config = making.config
+    return preconditioned(
+        making.schedule,
+        exact_every=config.exact_every,
+        exact_method=config.exact_method,
+        max_move=config.max_move or None,
+        **_of_preconditioned(making),
+    )
+
+
+def _of_preconditioned(making: Making) -> dict[str, Any]:
+    return {
+        "lr_scale": making.lr_scale,
+        "damping": making.options.damping,
+        "weight_decay": making.config.weight_decay,
+        "mesh": making.mesh,
+        **making.adam,
+    }
+
+
+def make_spectron(making: Making) -> Optimizer:
+    """Makes Spectron for the factors."""
+    scale = making.lr_scale
+    return spectron(
+        lambda step: scale * making.schedule(step),
+        momentum=making.options.momentum,
+        newton_schulz_steps=making.options.newton_schulz_steps,
+        weight_decay=making.config.weight_decay,
+        regular_learning_rate=making.schedule,
+        **making.adam,
+    )
+
+
+def make_galore(making: Making) -> Optimizer:
+    """Makes GaLore for the projections."""
+    return galore(making.schedule, **_of_projected(making))
+
+
+def make_fira(making: Making) -> Optimizer:
+    """Makes Fira for the projections."""
+    return fira(making.schedule, **_of_projected(making))
+
+
+def make_adarankgrad(making: Making) -> Optimizer:
+    """Makes AdaRankGrad for the projections."""
+    return adarankgrad(making.schedule, **_of_projected(making))
+
+
+def _of_projected(making: Making) -> dict[str, Any]:
+    """Returns the arguments of the methods that project gradients; options by their own names."""
+    return {
+        "rank": making.config.model.rank,
+        "projected": projections_of_blocks,
+        "update_every": making.config.exact_every,
+        "weight_decay": making.config.weight_decay,
+        **making.adam,
+        **dataclasses.asdict(making.options),
+    }
+
+
+def _no_exact_step(*_: Any) -> Any:
+    raise AssertionError("there are no exact steps")
