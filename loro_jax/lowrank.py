@@ -206,7 +206,6 @@ def initialise(
     xavier     sqrt(2 / (m + r))             sqrt(2 / (r + n))             the paper's runs
     kaiming    sqrt(2 / r)                   sqrt(2 / r)                   fan-in of torch
     auto       (s^2 / r)^(1/4)               (s^2 / r)^(1/4)               W's entries: std s
-    spectral   truncated SVD of a matrix     with entries of std s         balanced
     orth       orthonormal columns           orthonormal rows
     xavorth    orth times the std of xavier  orth times the std of xavier
     randn_X    X                             X                             X a number
@@ -214,8 +213,7 @@ def initialise(
     lora       zero                          uniform, 1 / sqrt(n) at most  rank zero: no LORO
     ========== ============================= ============================= ==================
 
-    s is ``initializer_range``. ``spectral`` is that of Khodak et al. 2021 (arXiv 2105.01029). The
-    authors' code discards the orthogonal matrices of ``orth`` and
+    s is ``initializer_range``. The authors' code discards the orthogonal matrices of ``orth`` and
     ``xavorth`` when its weights are bfloat16; here both do what their names say.
 
     Args:
@@ -257,11 +255,6 @@ def initialise(
         bound = n**-0.5  # torch's default for a linear layer of n inputs
         A = jax.random.uniform(key, (r, n), jnp.float32, -bound, bound)
         return jnp.zeros((m, r), jnp.float32), A
-    if method == "spectral":
-        # One at a time, also where a vmap draws the factors of all layers (see one_by_one).
-        draw_pair = one_by_one(lambda W: from_dense(W, r), 0)
-        W = initializer_range * jax.random.normal(key, (m, n), jnp.float32)
-        return draw_pair(W.astype(jnp.float32))
     name, _, number = method.partition("_")
     if name in ("randn", "const") and _is_number(number):
         scale_B = scale_A = float(number)
@@ -270,7 +263,7 @@ def initialise(
     else:
         raise ValueError(
             f"initialise: unknown method {method!r}; expected one of {', '.join(scales)}, "
-            "spectral, lora, randn_X or const_X with a number X."
+            "lora, randn_X or const_X with a number X."
         )
     if name == "const":
         return jnp.full((m, r), scale_B, jnp.float32), jnp.full((r, n), scale_A, jnp.float32)

@@ -81,7 +81,6 @@ def with_restarts(
     schedule: optax.ScalarOrSchedule,
     every: int,
     warmup_steps: int = 5,
-    until: int | None = None,
 ) -> optax.Schedule:
     """Re-warms any schedule after each exact step.
 
@@ -94,7 +93,6 @@ def with_restarts(
         schedule: a learning rate or a schedule.
         every: K, the distance between exact steps: step t is exact when ``(t + 1) % K == 0``.
         warmup_steps: length of the re-warm-up; 0 turns it off.
-        until: exact steps are taken among the first so many; None: among all.
 
     Returns:
         A schedule.
@@ -118,8 +116,6 @@ def with_restarts(
         if is_never(every):
             return jnp.asarray(base)
         exact_steps = jnp.asarray(step) // every
-        if until is not None and not is_never(until):
-            exact_steps = jnp.minimum(exact_steps, until // every)
         since_exact = jnp.asarray(step) - exact_steps * every
         factor = jnp.minimum(since_exact / float(max(warmup_steps, 1)), 1.0)
         warming = (exact_steps > 0) & (warmup_steps > 0)

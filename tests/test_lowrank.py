@@ -92,23 +92,13 @@ def test_auto_gives_the_product_the_dense_standard_deviation():
     np.testing.assert_allclose(np.std(B @ A), 0.05, rtol=0.05)
 
 
-def test_spectral_is_the_best_approximation_of_a_dense_matrix():
-    make = jax.vmap(lambda key: initialise(key, 48, 32, 8, "spectral", initializer_range=0.05))
-    B, A = make(jax.random.split(jax.random.key(0), 3))
-    np.testing.assert_allclose(B.mT @ B, A @ A.mT, atol=1e-5)
-    # The largest singular value of a Gaussian matrix, and no value far below the others.
-    values = np.linalg.svd(np.asarray(B @ A), compute_uv=False)[:, :8]
-    np.testing.assert_allclose(values[:, 0], 0.05 * (48**0.5 + 32**0.5), rtol=0.1)
-    assert np.all(values[:, 7] > 0.5 * values[:, 0])
-
-
 def test_constant_factors():
     B, A = initialise(jax.random.key(0), 4, 3, 2, "const_0.5")
     assert np.all(B == 0.5)
     assert np.all(A == 0.5)
 
 
-@pytest.mark.parametrize("method", ["zeros", "randn", "randn_x", "xavier_2", "const_"])
+@pytest.mark.parametrize("method", ["zeros", "spectral", "randn", "randn_x", "xavier_2", "const_"])
 def test_unknown_initialisers_are_named(method):
     with pytest.raises(ValueError, match=f"unknown method '{method}'"):
         initialise(jax.random.key(0), 4, 3, 2, method)
@@ -148,7 +138,7 @@ def test_complex_matrices_have_complex_factors():
     np.testing.assert_allclose(B2.conj().T @ B2, A2 @ A2.conj().T, atol=1e-4)
 
 
-METHODS_OF_INITIALISE = ["xavier", "orth", "spectral", "lora", "randn_0.1", "const_0.1"]
+METHODS_OF_INITIALISE = ["xavier", "orth", "lora", "randn_0.1", "const_0.1"]
 
 
 @pytest.mark.parametrize("method", METHODS_OF_INITIALISE)

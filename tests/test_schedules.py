@@ -31,12 +31,6 @@ def test_restarts_climb_back_to_the_schedule_after_each_exact_step():
         np.testing.assert_allclose(found, [0, 0.2, 0.4, 0.6, 0.8, 1, 1], atol=1e-6)
 
 
-def test_restarts_end_with_the_last_exact_step():
-    schedule = with_restarts(1.0, every=10, warmup_steps=5, until=25)  # exact: 9 and 19
-    found = [float(schedule(step)) for step in (9, 10, 20, 24, 25, 29, 30, 31)]
-    np.testing.assert_allclose(found, [1, 0, 0, 0.8, 1, 1, 1, 1], atol=1e-6)
-
-
 def test_no_restart_warmup():
     schedule = with_restarts(0.5, every=10, warmup_steps=0)
     assert [float(schedule(step)) for step in (9, 10, 11)] == [0.5, 0.5, 0.5]

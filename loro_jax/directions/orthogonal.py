@@ -32,7 +32,6 @@ import jax.numpy as jnp
 from loro_jax.checks import check_orthogonalised_momentum, checked_numbers
 from loro_jax.directions.adam import decay_is_lost
 from loro_jax.directions.protocol import Direction
-from loro_jax.exact.transport import transport_moments
 from loro_jax.linalg.newton_schulz import inverse_root, orthogonalise
 from loro_jax.linalg.precision import at_least_float32, matmul
 
@@ -49,26 +48,12 @@ class MomentumState(NamedTuple):
     mu: Any
 
 
-class TangentState(NamedTuple):
-    """State of :func:`orthogonal` with ``transported=True``.
-
-    Attributes:
-        tangent: the averaged gradient of the product as a tangent vector at ``factors``: ``T A^T``
-            and ``B^T T``, a tree like the factors.
-        factors: the factors that it belongs to.
-    """
-
-    tangent: Any
-    factors: Any
-
-
 def orthogonal(
     momentum: float = 0.95,
     *,
     nesterov: bool = True,
     newton_schulz_steps: int = 5,
     damping: float = 1e-3,
-    transported: bool = False,
 ) -> Direction:
     """Orthogonalised momentum as the direction of :func:`loro_jax.loro`.
 
@@ -77,10 +62,6 @@ def orthogonal(
         nesterov: look one gradient ahead of the average.
         newton_schulz_steps: iterations of the orthogonalisation.
         damping: of the inverse roots of ``B^T B`` and ``A A^T``, over their mean eigenvalue.
-        transported: average tangent vectors of the product in place of the factors' gradients: what
-            is kept is projected to the new tangent space before each step
-            (:func:`loro_jax.exact.transport.transport_moments`), exact steps included. The state is
-            then twice as large, and steps need factorisations.
 
     Returns:
         A direction whose results are moves of the factors.
@@ -118,8 +99,7 @@ def orthogonal(
         **extra_args: Any,
     ) -> tuple[Any, Any]:
         del extra_args
-        kept = _transported(state, params, places) if transported else state.mu
-        mu = jax.tree.map(average, kept, grads)
+        mu = jax.tree.map(average, state.mu, grads)
         ahead = jax.tree.map(average, mu, grads) if nesterov else mu
         factors, gradients = jax.tree.leaves(params), jax.tree.leaves(ahead)
         moves = [*gradients]
@@ -130,9 +110,8 @@ def orthogonal(
                 newton_schulz_steps,
                 damping,
             )
-        mu = jax.tree.map(lambda new, old: new.astype(old.dtype), mu, kept)
-        new_state: Any = TangentState(mu, params) if transported else MomentumState(mu)
-        return jax.tree.unflatten(jax.tree.structure(params), moves), new_state
+        mu = jax.tree.map(lambda new, old: new.astype(old.dtype), mu, state.mu)
+        return jax.tree.unflatten(jax.tree.structure(params), moves), MomentumState(mu)
 
     def init(params: Any) -> Any:
         # In bfloat16 an average with a momentum of 0.999 would never fall.
@@ -142,10 +121,7 @@ def orthogonal(
             ),
             params,
         )
-        if not transported:
-            return MomentumState(zeros)
-        # A copy: steps donate parameters and state, and no buffer can be given twice.
-        return TangentState(zeros, jax.tree.map(jnp.copy, params))
+        return MomentumState(zeros)
 
     return Direction(
         init=init,
@@ -154,17 +130,6 @@ def orthogonal(
         keep=lambda state, _: state,
         moves=True,
     )
-
-
-def _transported(state: TangentState, params: Any, places: Sequence[tuple[int, int]]) -> Any:
-    """The tangent vectors of a state, projected to the tangent spaces at new factors."""
-    old, new, tangent = (jax.tree.leaves(x) for x in (state.factors, params, state.tangent))
-    moved = [*tangent]
-    for b, a in places:
-        ((moved[b], moved[a]),) = transport_moments(
-            (old[b], old[a]), (new[b], new[a]), (tangent[b], tangent[a])
-        )
-    return jax.tree.unflatten(jax.tree.structure(state.tangent), moved)
 
 
 def _moves(

@@ -57,9 +57,7 @@ def spectron(
     learning_rate: optax.ScalarOrSchedule,
     *,
     momentum: float = 0.95,
-    nesterov: bool = False,
     newton_schulz_steps: int = 5,
-    power_steps: int = 1,
     weight_decay: jax.typing.ArrayLike = 0.0,
     pairs: PairsSpec | None = None,
     require_pairs: bool = True,
@@ -75,9 +73,7 @@ def spectron(
         learning_rate: a number or a schedule. For the factors it is eta, the bound on the spectral
             norm of the product's update, and so of another size than Adam's.
         momentum: beta, the decay of the averaged gradients.
-        nesterov: orthogonalise ``beta M + (1 - beta) G`` in place of M. Not in the paper.
         newton_schulz_steps: Newton-Schulz iterations on the momentum.
-        power_steps: power iterations on each factor, per step.
         weight_decay: decoupled decay; each step shrinks a leaf by its learning rate (for a factor
             eta, not rho) times this.
         pairs: None to find the pairs by themselves, or a spec: see :func:`loro_jax.find_pairs`.
@@ -94,8 +90,8 @@ def spectron(
         the parameters' dtypes. Factors narrower than float32 are stepped in float32.
 
     Raises:
-        ValueError: for a ``momentum`` outside [0, 1), fewer than one step of either iteration, a
-            negative ``weight_decay``, or both ``regular`` and ``regular_learning_rate``; from
+        ValueError: for a ``momentum`` outside [0, 1), fewer than one iteration, a negative
+            ``weight_decay``, or both ``regular`` and ``regular_learning_rate``; from
             ``init`` and ``update``, when no pair is found or a pair's shapes do not fit; from
             ``update``, without ``params``.
 
@@ -116,7 +112,7 @@ def spectron(
 
     Source: the paper named above, Algorithm 1.
     """
-    _check(momentum, newton_schulz_steps, power_steps, weight_decay)
+    _check(momentum, newton_schulz_steps, weight_decay)
     if regular is not None and regular_learning_rate is not None:
         raise ValueError(
             "spectron: pass regular= or regular_learning_rate=, not both: a transformation of "
@@ -159,16 +155,13 @@ def spectron(
         factors, others = split_factors(params, found)
 
         averaged = jax.tree.map(partial(_average, momentum), state.momentum, factor_grads)
-        ahead = jax.tree.map(partial(_average, momentum), averaged, factor_grads)
-        directions = jax.tree.map(
-            lambda M: orthogonalise(M, newton_schulz_steps), ahead if nesterov else averaged
-        )
+        directions = jax.tree.map(lambda M: orthogonalise(M, newton_schulz_steps), averaged)
         leaves, vectors, moves = (jax.tree.leaves(t) for t in (factors, state.vectors, directions))
         eta = _at(learning_rate, state.count)
         for b, a in places_of_factors(found):
             B, A = leaves[b], leaves[a]
-            sigma_B, vectors[b] = power_iteration(_widened(B), vectors[b], power_steps)
-            sigma_A, left_A = power_iteration(_widened(A).mT, vectors[a].mT, power_steps)
+            sigma_B, vectors[b] = power_iteration(_widened(B), vectors[b])
+            sigma_A, left_A = power_iteration(_widened(A).mT, vectors[a].mT)
             vectors[a] = left_A.mT
             rho = eta / (sigma_B + sigma_A + 1)
             moves[b] = (-rho * moves[b] - eta * weight_decay * B).astype(B.dtype)
@@ -207,10 +200,8 @@ def _at(rate: optax.ScalarOrSchedule, count: Array) -> Any:
     return rate(count) if callable(rate) else rate
 
 
-def _check(momentum: Any, newton_schulz_steps: int, power_steps: int, weight_decay: Any) -> None:
+def _check(momentum: Any, newton_schulz_steps: int, weight_decay: Any) -> None:
     # What is not a plain number may be traced (a hyperparameter in a state), and can't be read.
     check_orthogonalised_momentum("spectron", momentum, newton_schulz_steps)
-    if power_steps < 1:
-        raise ValueError(f"spectron: power_steps must be at least 1, but is {power_steps}.")
     if isinstance(weight_decay, float | int) and weight_decay < 0:
         raise ValueError(f"spectron: weight_decay must not be negative, but is {weight_decay}.")
