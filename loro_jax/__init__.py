@@ -6,9 +6,10 @@ This package's core needs jax and optax alone. The trainer (``loro_jax.training`
 
 from loro_jax._version import __version__
 from loro_jax.descent import LoroState, riemannian_descent
-from loro_jax.directions.adam import scale_by_uncorrected_adam
+from loro_jax.directions.adam import adam, scale_by_uncorrected_adam
 from loro_jax.directions.orthogonal import orthogonal
-from loro_jax.exact.tangent import exact_update, riemannian_gradient
+from loro_jax.exact.tangent import riemannian_gradient
+from loro_jax.exact.update import exact_update
 from loro_jax.loro import loro
 from loro_jax.lowrank import LowRank, balance, from_dense, initialise
 from loro_jax.pairs import find_pairs
@@ -18,6 +19,7 @@ __all__ = [
     "LoroState",
     "LowRank",
     "__version__",
+    "adam",
     "balance",
     "exact_update",
     "find_pairs",

@@ -73,3 +73,10 @@ def check_orthogonalised_momentum(where: str, momentum: Any, newton_schulz_steps
         raise ValueError(
             f"{where}: newton_schulz_steps must be at least 1, but is {newton_schulz_steps}."
         )
+
+
+def check_not_negative(where: str, **numbers: Any) -> None:
+    """Raises ValueError for a plain number below zero; what may be traced is passed over."""
+    for name, value in numbers.items():
+        if isinstance(value, float | int) and value < 0:
+            raise ValueError(f"{where}: {name} must not be negative, but is {value}.")

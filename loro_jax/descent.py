@@ -7,7 +7,7 @@ each pair W = B A:
   ``s = r / min(m, n)``: the factors' gradients are larger than the product's;
 * on every K-th step (exact, Proposition 4) the product moves along the manifold of rank-r
   matrices and is retracted to it, with ``lr`` itself. The new factors have a new basis, in which
-  the old moments mean nothing: they are refreshed, or carried over.
+  the old moments mean nothing: they are reset, or carried over.
 
 All other leaves step along their direction with ``lr`` on every step.
 
@@ -16,26 +16,36 @@ Source: Mo, Huang and Pan, ICLR 2025, Algorithm 1.
 
 from __future__ import annotations
 
-import functools
 import numbers
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import optax
 
+from loro_jax.carried import Carrier, carrier_of
+from loro_jax.directions.adam import adam
 from loro_jax.directions.protocol import Direction, as_direction
-from loro_jax.exact.transport import transport_moments
-from loro_jax.leaves import Mask, complete, decayed_leaves, in_arrays, with_holes_of
+from loro_jax.factor_steps import FactorStep, approximate_updates, exact_updates, transported
+from loro_jax.leaves import (
+    WeightDecay,
+    complete,
+    decayed_leaves,
+    in_arrays,
+    split_weight_decay,
+    with_holes_of,
+)
 from loro_jax.linalg.batching import count_of_none, varying_alike
-from loro_jax.pair_parallel import homes_on_mesh, map_pairs
-from loro_jax.pairs import Pair, PairsSpec, describe_leaves, find_pairs
+from loro_jax.pair_parallel import shardings_on_mesh
+from loro_jax.pairs import Both, Pairs, PairsSpec, check_spec, pairs_of
 from loro_jax.place_in_chain import warn_unless_last
 from loro_jax.refresh import refreshed
 from loro_jax.schedules import is_never
 
-REFRESH_CHOICES = ("all", "factors", "transport", None)
+Array = jax.Array
+
+MOMENTS = ("reset", "reset_factors", "transport", "keep")
 
 
 class LoroState(NamedTuple):
@@ -54,9 +64,9 @@ class LoroState(NamedTuple):
         regular: state for the other leaves, with ``optax.MaskedNode`` at the factors.
     """
 
-    count: jax.Array  # type: ignore[assignment]  # shadows tuple.count, as in Optax
-    stale: jax.Array
-    fallbacks: jax.Array
+    count: Array  # type: ignore[assignment]  # shadows tuple.count, as in Optax
+    stale: Array
+    fallbacks: Array
     factors: Any
     regular: Any
 
@@ -65,38 +75,34 @@ def riemannian_descent(
     learning_rate: optax.ScalarOrSchedule,
     direction: optax.GradientTransformation | Direction,
     exact_step: Callable[..., Any],
-    *,
     exact_every: int | optax.Schedule | None = 500,
-    refresh: str | None = "all",
-    lr_scale: float | None = None,
-    weight_decay: jax.typing.ArrayLike = 0.0,
-    mask: Mask = None,
+    *,
+    lr_scale: jax.typing.ArrayLike | None = None,
+    moments: str | None = None,
+    weight_decay: WeightDecay = 0.0,
+    regular: optax.GradientTransformation | Direction | None = None,
     pairs: PairsSpec | None = None,
-    require_pairs: bool = True,
-    regular: optax.GradientTransformation | None = None,
-    regular_direction: optax.GradientTransformation | Direction | None = None,
     mesh: Any | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """LORO with any direction and any exact step.
 
     Args:
         learning_rate: as for :func:`loro`, like all arguments that are not named here.
-        direction: what turns gradients into directions, such as ``optax.scale_by_adam()``,
-            ``optax.trace(0.9)`` or ``optax.identity()``; it must not scale by a learning rate.
+        direction: what turns gradients into directions: :func:`loro_jax.adam`,
+            :func:`loro_jax.orthogonal`, a :class:`loro_jax.directions.protocol.Direction`, or an
+            Optax transformation such as ``optax.trace(0.9)``, which must not scale by a learning
+            rate.
         exact_step: takes ``(B, A, dB, dA, learning_rate, step)`` for a batch of pairs of one shape,
             (N, m, r) and (N, r, n), with the number of the step from 0. It returns the new factors,
             and may return as a third value an int32 count to add to the state's ``fallbacks``.
         exact_every: K.
-        refresh: "transport" needs a direction whose state has a first moment ``mu``, and perhaps a
-            second one, ``nu``, as Adam's.
-        lr_scale: factor on the learning rate of approximate steps.
-        weight_decay: decoupled decay.
-        mask: which leaves it is for.
-        pairs: None, or a spec.
-        require_pairs: raise when the tree holds no pair.
-        regular: transformation for all leaves that are not factors.
-        regular_direction: direction for those leaves; None: the same as for the factors.
-        mesh: devices that share the exact steps, or where the parameters lie.
+        lr_scale: factor on the learning rate of approximate steps; None: the direction's.
+        moments: None is "reset". "transport" needs a direction whose state has a first moment
+            ``mu``, and perhaps a second one, ``nu``, as Adam's.
+        weight_decay: decoupled decay, a number or a pair ``(number, mask)``.
+        regular: for the leaves that are not factors.
+        pairs: None, "optional", or a spec.
+        mesh: devices that share the exact steps, or the parameters' shardings.
 
     Returns:
         An ``optax.GradientTransformationExtraArgs``.
@@ -116,48 +122,25 @@ def riemannian_descent(
         >>> params = {"w": LowRank(jnp.ones((6, 2)), jnp.eye(2, 4))}
         >>> updates, state = tx.update(params, tx.init(params), params)
     """
-    if isinstance(exact_every, numbers.Integral) and exact_every < 1:
-        raise ValueError(f"loro: exact_every must be at least 1 (or None), but is {exact_every}.")
-    if is_never(exact_every):
-        exact_every = None
-    if refresh not in REFRESH_CHOICES:
-        raise ValueError(f"loro: refresh must be one of {REFRESH_CHOICES}, but is {refresh!r}.")
-    directed = as_direction(direction)
-    of_others = directed if regular_direction is None else as_direction(regular_direction)
-    # Moments that the next step zeroes may be overwritten by the moves; others may not.
-    zeroed = refresh in ("all", "factors")
-    of_factors = directed if zeroed and exact_every is not None else directed.in_one_stage()
-    own_regular = optax.with_extra_args_support(regular) if regular is not None else None
-
-    def find(params: Any) -> list[Pair]:
-        found = find_pairs(params, pairs)
-        # An empty tree stands for "no parameters here" in optax.tree.map_params and partitions.
-        if require_pairs and not found and jax.tree.leaves(params):
-            raise ValueError(
-                "loro: no low-rank pair found. Looked for LowRank nodes and for sibling leaves "
-                "named 'B' (..., m, r) and 'A' (..., r, n); the tree holds "
-                f"{describe_leaves(params)}. Name the pairs with pairs=..., or pass "
-                "require_pairs=False for plain Adam."
-            )
-        return found
+    check_spec(pairs)
+    descent = _made(
+        learning_rate, direction, exact_step, exact_every, lr_scale, moments, weight_decay, regular
+    )
 
     def init(params: Any) -> LoroState:
-        if exact_every is not None:  # approximate steps can be scaled like any other
+        if descent.exact_every is not None:  # approximate steps can be scaled like any other
             warn_unless_last("loro")
         params = in_arrays(params)
-        factors, others = split_factors(params, find(params))
+        factors, others = pairs_of(params, pairs).split(params)
         state = LoroState(
             count=jnp.zeros([], jnp.int32),
             stale=jnp.zeros([], jnp.int32),
             fallbacks=count_of_none(factors),
-            factors=of_factors.init(factors),
-            regular=(own_regular or of_others).init(others),
+            factors=descent.direction.init(factors),
+            regular=descent.regular.init(others),
         )
-        if refresh == "transport" and not _moments_of(state.factors):
-            raise ValueError(
-                'loro: refresh="transport" carries moments; it needs a direction whose state has '
-                f"mu (and perhaps nu), but this one's is a {type(state.factors).__name__}."
-            )
+        if descent.moments == "transport":
+            _check_has_moments(state.factors)
         return state
 
     def update(
@@ -167,105 +150,209 @@ def riemannian_descent(
             raise ValueError("loro: update needs the parameters: tx.update(grads, state, params).")
         params, given_grads = in_arrays(params), grads
         grads = complete(in_arrays(grads), params)
-        found = find(params)
-        factor_grads, other_grads = split_factors(grads, found)
-        factors, others = split_factors(params, found)
+        found = pairs_of(params, pairs)
+        now = _now(descent, found, params, mesh, state.count)
 
-        rate = learning_rate(state.count) if callable(learning_rate) else learning_rate
-        count = optax.safe_increment(state.count)
-        exact = _is_exact(exact_every, state.count, count)
-        decays = decayed_leaves(mask, params)
-        settings = _StepSettings(
-            rate,
-            state.count,
-            lr_scale,
-            weight_decay,
-            [decays[i] for i in sorted(_indices(found))],
-            exact_step,
-            *homes_on_mesh(mesh, params, [(pair.B, pair.A) for pair in found]),
+        states = _refresh(descent, state, now)
+        factor_updates, factor_state, fallbacks = _step_factors(
+            descent, now, found.split(grads)[0], states[0], extra_args
+        )
+        other_updates, regular_state = _step_others(
+            descent, now, found.split(grads)[1], states[1], extra_args
         )
 
-        factor_state, regular_state = state.factors, state.regular
-        stale = state.stale > 0
-        if zeroed:
-            factor_state = refreshed(stale, of_factors.init(factors), factor_state, factors)
-        if refresh == "all" and own_regular is None:
-            regular_state = refreshed(stale, of_others.init(others), regular_state, others)
-
-        places = places_of_factors(found)
-        told = {**extra_args, "places": places} if of_factors.moves else extra_args
-        carried, factor_state = of_factors.advance(factor_grads, factor_state, factors, **told)
-        carried = jax.tree.map(lambda c, p: c.astype(p.dtype), carried, factors)
-        fallbacks = count_of_none(factors)
-        if found and exact_every is not None:
-            # One branch puts moves into what is carried, the other passes it through, in place. The
-            # approximate step is made outside, where it fuses with whatever applies the update.
-            if refresh == "transport":
-                moments = _moments_of(factor_state)
-                carried, *moved, fallbacks = _either(
-                    exact,
-                    lambda directions, *moments_and_count: _exact_step(
-                        settings, places, factors, directions, *moments_and_count
-                    ),
-                    lambda *unchanged: unchanged,
-                    *_alike(places, carried, *moments.values()),
-                    fallbacks,
-                )
-                factor_state = factor_state._replace(**dict(zip(moments, moved, strict=True)))
-            else:
-                carried, fallbacks = _either(
-                    exact,
-                    lambda carried, none: _exact_step(
-                        settings, places, factors, of_factors.finish(carried, factor_state), none
-                    ),
-                    lambda *unchanged: unchanged,
-                    *_alike(places, carried),
-                    fallbacks,
-                )
-        factor_updates = _factor_updates(
-            settings, places, factors, of_factors.finish(carried, factor_state), carried, exact
-        )
-        factor_state = of_factors.keep(factor_state, carried)
-
-        if own_regular is None:
-            other_directions, regular_state = of_others.update(
-                other_grads, regular_state, others, **extra_args
-            )
-            flags = iter(decays[i] for i in range(len(decays)) if i not in _indices(found))
-            other_updates = jax.tree.map(
-                lambda u, p: (-rate * (u + weight_decay * p if next(flags) else u)).astype(p.dtype),
-                other_directions,
-                others,
-            )
-        else:
-            other_updates, regular_state = own_regular.update(
-                other_grads, regular_state, others, **extra_args
-            )
-
-        joined = join_factors(grads, found, factor_updates, other_updates)
-        joined = with_holes_of(given_grads, joined)
+        updates = with_holes_of(given_grads, found.join(grads, factor_updates, other_updates))
         fallbacks = jnp.minimum(state.fallbacks, jnp.iinfo(jnp.int32).max - fallbacks) + fallbacks
-        return joined, LoroState(
-            count, exact.astype(jnp.int32), fallbacks, factor_state, regular_state
+        return updates, LoroState(
+            optax.safe_increment(state.count),
+            now.exact.astype(jnp.int32),
+            fallbacks,
+            factor_state,
+            regular_state,
         )
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _is_exact(every: Any, step: jax.Array, count: jax.Array) -> jax.Array:
-    """Whether the step with this number, after which there will be ``count``, is exact."""
+class _Descent(NamedTuple):
+    """The settings of a descent, checked."""
+
+    learning_rate: optax.ScalarOrSchedule
+    direction: Direction
+    carrier: Carrier
+    exact_step: Callable[..., Any]
+    exact_every: int | optax.Schedule | None
+    lr_scale: Any
+    moments: str
+    weight_decay: Any
+    mask: Any
+    regular: Any  # a Direction, or a transformation with a learning rate of its own
+
+
+class _Now(NamedTuple):
+    """What one step has to do with."""
+
+    pairs: Pairs
+    factors: Any  # trees of the parameters
+    others: Any
+    other_decays: list[bool]
+    step: FactorStep
+    exact: Array
+
+
+def _made(
+    learning_rate: Any,
+    direction: Any,
+    exact_step: Any,
+    exact_every: Any,
+    lr_scale: Any,
+    moments: str | None,
+    weight_decay: WeightDecay,
+    regular: Any,
+) -> _Descent:
+    if isinstance(exact_every, numbers.Integral) and exact_every < 1:
+        raise ValueError(f"loro: exact_every must be at least 1 (or None), but is {exact_every}.")
+    if is_never(exact_every):
+        exact_every = None
+    moments = "reset" if moments is None else moments
+    if moments not in MOMENTS:
+        raise ValueError(f"loro: moments must be one of {MOMENTS} or None, but is {moments!r}.")
+    direction = as_direction(direction)
+    if regular is None:
+        regular = adam() if direction.kind == "moves" else direction
+    elif not isinstance(regular, Direction):
+        regular = optax.with_extra_args_support(regular)
+    number, mask = split_weight_decay(weight_decay)
+    # Moments that the next step resets may be overwritten by the moves; others may not.
+    overwritten = moments in ("reset", "reset_factors") and exact_every is not None
+    return _Descent(
+        learning_rate,
+        direction,
+        carrier_of(direction, overwritten),
+        exact_step,
+        exact_every,
+        direction.lr_scale if lr_scale is None else lr_scale,
+        moments,
+        number,
+        mask,
+        regular,
+    )
+
+
+def _now(descent: _Descent, pairs: Pairs, params: Any, mesh: Any, count: Array) -> _Now:
+    rate = descent.learning_rate
+    factors, others = pairs.split(params)
+    decays, other_decays = pairs.choose(decayed_leaves(descent.mask, params))
+    step = FactorStep(
+        rate(count) if callable(rate) else rate,
+        count,
+        descent.lr_scale,
+        descent.weight_decay,
+        descent.exact_step,
+        pairs.take(factors),
+        decays,
+        *shardings_on_mesh(mesh, params, pairs),
+    )
+    return _Now(pairs, factors, others, other_decays, step, _is_exact(descent.exact_every, count))
+
+
+def _is_exact(every: Any, step: Array) -> Array:
+    """Whether the step with this number, from 0, is exact."""
     if every is None:
         return jnp.bool_(False)
+    taken = optax.safe_increment(step)
     if callable(every):
         period = every(step)
         if period is None or is_never(period):
             return jnp.bool_(False)
-        return (period > 0) & (count % jnp.maximum(period, 1) == 0)
-    return count % every == 0
+        return (period > 0) & (taken % jnp.maximum(period, 1) == 0)
+    return taken % every == 0
 
 
-def _either(exact: jax.Array, yes: Callable[..., Any], no: Callable[..., Any], *x: Any) -> Any:
-    """One of two branches; outside of any program the one that is wanted, operation by operation.
+def _refresh(descent: _Descent, state: LoroState, now: _Now) -> tuple[Any, Any]:
+    """Resets the moments that the last step has left stale."""
+    factor_state, regular_state = state.factors, state.regular
+    stale = state.stale > 0
+    if descent.moments in ("reset", "reset_factors"):
+        fresh = descent.direction.init(now.factors)
+        factor_state = refreshed(stale, fresh, factor_state, now.factors)
+    if descent.moments == "reset" and isinstance(descent.regular, Direction):
+        fresh = descent.regular.init(now.others)
+        regular_state = refreshed(stale, fresh, regular_state, now.others)
+    return factor_state, regular_state
+
+
+def _step_factors(
+    descent: _Descent, now: _Now, grads: Any, state: Any, extra_args: dict[str, Any]
+) -> tuple[Any, Any, Array]:
+    """Updates of the factors, exact or approximate, their state, and how many pairs fell back."""
+    pairs, carrier, factors = now.pairs, descent.carrier, now.factors
+    carried, state = carrier.advance(grads, state, factors, pairs, **extra_args)
+    carried = jax.tree.map(lambda c, p: c.astype(p.dtype), carried, factors)
+    fallbacks = count_of_none(factors)
+    if pairs and descent.exact_every is not None:
+        take = _exact_with_transport if descent.moments == "transport" else _exact
+        carried, state, fallbacks = take(descent, now, carried, state, fallbacks)
+
+    # The approximate step is made outside of the branch, where it fuses with what applies it.
+    directions = pairs.take(carrier.finish(carried, state))
+    updates = jax.tree.map(
+        lambda move, approximate: jnp.where(now.exact, move, approximate),
+        [*pairs.take(carried)],
+        approximate_updates(now.step, directions),
+    )
+    return pairs.put(factors, updates), carrier.keep(state, carried), fallbacks
+
+
+def _exact(
+    descent: _Descent, now: _Now, carried: Any, state: Any, fallbacks: Array
+) -> tuple[Any, Any, Array]:
+    """Puts moves in the place of what is carried if the step is exact; else it passes through.
+
+    The branch that passes through costs nothing: its results are its arguments, in place.
+    """
+
+    def moves(carried: list[Both], none: Array) -> tuple[list[Both], Array]:
+        tree = descent.carrier.finish(now.pairs.put(now.factors, carried), state)
+        updates, count = exact_updates(now.step, now.pairs.take(tree))
+        return updates, none + count
+
+    moved, fallbacks = _either(
+        now.exact,
+        moves,
+        lambda *unchanged: unchanged,
+        # What an exact step makes of a pair varies (over a shard_map) as both sides do.
+        [varying_alike(pair) for pair in now.pairs.take(carried)],
+        fallbacks,
+    )
+    return now.pairs.put(carried, moved), state, fallbacks
+
+
+def _exact_with_transport(
+    descent: _Descent, now: _Now, carried: Any, state: Any, fallbacks: Array
+) -> tuple[Any, Any, Array]:
+    """As :func:`_exact`, with the moments of a state carried along."""
+    names = _moments_of(state)
+    moments = [now.pairs.take(getattr(state, name)) for name in names]
+
+    def moves(directions: list[Both], moments: list[list[Both]], none: Array) -> Any:
+        updates, count = exact_updates(now.step, directions)
+        return updates, transported(now.step, directions, updates, moments), none + count
+
+    rows = [varying_alike(row) for row in zip(now.pairs.take(carried), *moments, strict=True)]
+    directions, *columns = ([*column] for column in zip(*rows, strict=True))
+    moved, moments, fallbacks = _either(
+        now.exact, moves, lambda *unchanged: unchanged, directions, columns, fallbacks
+    )
+    new = {
+        name: now.pairs.put(getattr(state, name), column)
+        for name, column in zip(names, moments, strict=True)
+    }
+    return now.pairs.put(carried, moved), state._replace(**new), fallbacks
+
+
+def _either(exact: Array, yes: Callable[..., Any], no: Callable[..., Any], *x: Any) -> Any:
+    """Takes one of two branches; outside of a program the one that is wanted, by operations.
 
     ``jax.lax.cond`` would compile both there, and again for each call.
     """
@@ -274,165 +361,32 @@ def _either(exact: jax.Array, yes: Callable[..., Any], no: Callable[..., Any], *
     return yes(*x) if exact else no(*x)
 
 
-class _StepSettings(NamedTuple):
-    """What both kinds of step of the factors depend on."""
-
-    rate: Any
-    step: jax.Array
-    lr_scale: float | None
-    weight_decay: Any
-    decays: Sequence[bool]  # which factors it is for
-    exact_step: Callable[..., Any]
-    mesh: Any
-    homes: Any
-
-    def scale(self, B: jax.Array, A: jax.Array) -> Any:
-        """The approximate step's factor: r / min(m, n) unless fixed by the user (equation 11)."""
-        fixed = self.lr_scale
-        return A.shape[-2] / min(B.shape[-2], A.shape[-1]) if fixed is None else fixed
-
-    def approximate(self, p: jax.Array, direction: jax.Array, scale: Any, decays: bool) -> Any:
-        """The update of a factor by equation 11."""
-        direction = direction + self.weight_decay * p if decays else direction
-        return (-self.rate * scale * direction).astype(p.dtype)
+def _step_others(
+    descent: _Descent, now: _Now, grads: Any, state: Any, extra_args: dict[str, Any]
+) -> tuple[Any, Any]:
+    """Updates of the leaves that are no factors, and their state."""
+    if not isinstance(descent.regular, Direction):
+        return descent.regular.update(grads, state, now.others, **extra_args)
+    directions, state = descent.regular.update(grads, state, now.others, Pairs(), **extra_args)
+    flags = iter(now.other_decays)
+    rate, weight_decay = now.step.rate, now.step.weight_decay
+    updates = jax.tree.map(
+        lambda u, p: (-rate * (u + weight_decay * p if next(flags) else u)).astype(p.dtype),
+        directions,
+        now.others,
+    )
+    return updates, state
 
 
-_Places = Sequence[tuple[int, int]]
-
-
-def places_of_factors(found: Sequence[Pair]) -> _Places:
-    """Where the factors of each pair stand among the leaves of a tree of factors alone."""
-    indices = sorted(index for pair in found for index in (pair.B, pair.A))
-    return [(indices.index(pair.B), indices.index(pair.A)) for pair in found]
-
-
-def _alike(places: _Places, *trees: Any) -> tuple[Any, ...]:
-    """Trees of factors; what an exact step makes of a pair, varies as both sides do."""
-    columns = [jax.tree.leaves(tree) for tree in trees]
-    for b, a in places:
-        pair = varying_alike([(column[b], column[a]) for column in columns])
-        for column, (side_B, side_A) in zip(columns, pair, strict=True):
-            column[b], column[a] = side_B, side_A
-    structures = [jax.tree.structure(tree) for tree in trees]
-    return tuple(map(jax.tree.unflatten, structures, columns))
-
-
-def _exact_step(
-    settings: _StepSettings, places: _Places, factors: Any, directions: Any, *others: Any
-) -> tuple[Any, ...]:
-    """Moves of all pairs, trees of moments carried along with them, fallbacks.
-
-    A pair of which one factor has no direction at all takes an approximate step: what is frozen (by
-    ``jax.lax.stop_gradient``, say) stays, and its partner moves as if it were alone.
-    """
-    *moments, fallbacks = others
-
-    def step(
-        decays: tuple[bool, bool], outs: tuple[jax.Array, ...], ins: tuple[jax.Array, ...]
-    ) -> Any:
-        (B, dB, *out_moments), (A, dA, *in_moments) = outs, ins
-        B_new, A_new, *count = settings.exact_step(B, A, dB, dA, settings.rate, settings.step)
-        scale = settings.scale(B, A)
-        keep = 1 - settings.rate * scale * settings.weight_decay
-        frozen = _is_zero(dB) | _is_zero(dA)
-        out, inp = (
-            [
-                jnp.where(
-                    frozen,
-                    settings.approximate(p, direction, scale, decay),
-                    ((keep * new if decay else new) - p).astype(p.dtype),
-                )
-            ]
-            for p, direction, new, decay in zip(
-                (B, A), (dB, dA), (B_new, A_new), decays, strict=True
-            )
+def _check_has_moments(state: Any) -> None:
+    if not _moments_of(state):
+        raise ValueError(
+            'loro: moments="transport" carries moments; it needs a direction whose state has '
+            f"mu (and perhaps nu), but this one's is a {type(state).__name__}."
         )
-        if moments:
-            both = [*zip(out_moments, in_moments, strict=True)]
-            moved = transport_moments((B, A), (B + out[0], A + inp[0]), *both)
-            for old, new in zip(both, moved, strict=True):
-                out.append(jnp.where(frozen, old[0], new[0]))
-                inp.append(jnp.where(frozen, old[1], new[1]))
-        return tuple(out), tuple(inp), *(count or (count_of_none(out),))
-
-    directions = jax.tree.map(lambda d, p: d.astype(p.dtype), directions, factors)
-    columns = [jax.tree.leaves(tree) for tree in (factors, directions, *moments)]
-    results = [[*jax.tree.leaves(like)] for like in (factors, *moments)]
-    # Pairs that decay in different ways are different functions.
-    for decays in dict.fromkeys((settings.decays[b], settings.decays[a]) for b, a in places):
-        members = [
-            i
-            for i, (b, a) in enumerate(places)
-            if (settings.decays[b], settings.decays[a]) == decays
-        ]
-        chosen = [places[i] for i in members]
-        moved, count = map_pairs(
-            functools.partial(step, decays),
-            [
-                (tuple(column[b] for column in columns), tuple(column[a] for column in columns))
-                for b, a in chosen
-            ],
-            settings.mesh,
-            settings.homes and [settings.homes[i] for i in members],
-        )
-        fallbacks = fallbacks + count
-        for (b, a), (outs, ins) in zip(chosen, moved, strict=True):
-            for leaves, out, inp in zip(results, outs, ins, strict=True):
-                leaves[b], leaves[a] = out, inp
-    structures = map(jax.tree.structure, (factors, *moments))
-    return (*map(jax.tree.unflatten, structures, results), fallbacks)
 
 
-def _is_zero(direction: jax.Array) -> jax.Array:
-    """Whether nothing of the direction of a factor is left, for each of a batch."""
-    return ~jnp.any(direction != 0, axis=(-2, -1), keepdims=True)
-
-
-def _factor_updates(
-    settings: _StepSettings,
-    places: _Places,
-    factors: Any,
-    directions: Any,
-    moves: Any,
-    exact: jax.Array,
-) -> list[jax.Array]:
-    """Updates of the factors: exact moves as they are, directions by equation 11."""
-    leaves = [jax.tree.leaves(tree) for tree in (factors, directions, moves)]
-    updates = [*leaves[0]]
-    for b, a in places:
-        scale = settings.scale(leaves[0][b], leaves[0][a])
-        for i in (b, a):
-            p, direction, move = (column[i] for column in leaves)
-            approximate = settings.approximate(p, direction, scale, settings.decays[i])
-            updates[i] = jnp.where(exact, move, approximate)
-    return updates
-
-
-def _moments_of(state: Any) -> dict[str, Any]:
-    """The moments that a state has of mu and nu; none without mu."""
-    found = {name: getattr(state, name) for name in ("mu", "nu") if hasattr(state, name)}
-    return found if "mu" in found else {}
-
-
-def split_factors(tree: Any, found: Sequence[Pair]) -> tuple[Any, Any]:
-    """The tree twice: with its factors alone, and with all other leaves alone."""
-    leaves, structure = jax.tree.flatten(tree)
-    of_pairs = _indices(found)
-    hole = optax.MaskedNode()
-    factors = [leaf if i in of_pairs else hole for i, leaf in enumerate(leaves)]
-    others = [hole if i in of_pairs else leaf for i, leaf in enumerate(leaves)]
-    return jax.tree.unflatten(structure, factors), jax.tree.unflatten(structure, others)
-
-
-def join_factors(
-    like: Any, found: Sequence[Pair], factors: Sequence[jax.Array], others: Any
-) -> Any:
-    """Puts the updates of the factors and of the other leaves together, each in their order."""
-    leaves, structure = jax.tree.flatten(like)
-    of_pairs = _indices(found)
-    sources = {True: iter(factors), False: iter(jax.tree.leaves(others))}
-    return jax.tree.unflatten(structure, [next(sources[i in of_pairs]) for i in range(len(leaves))])
-
-
-def _indices(found: Sequence[Pair]) -> set[int]:
-    return {index for pair in found for index in (pair.B, pair.A)}
+def _moments_of(state: Any) -> list[str]:
+    """The names of the moments that a state has of mu and nu; none without mu."""
+    names = [name for name in ("mu", "nu") if hasattr(state, name)]
+    return names if "mu" in names else []

@@ -12,6 +12,8 @@ import numpy as np
 # As in Optax: a tree of booleans like the parameters or a prefix of it, or a function that makes
 # one of the parameters.
 Mask = Any | Callable[[Any], Any] | None
+# Decoupled weight decay: a number for all leaves, or a pair (number, mask).
+WeightDecay = Any | tuple[Any, Mask]
 
 _NUMBERS = (bool, int, float, complex, np.ndarray, np.generic)
 
@@ -62,6 +64,26 @@ def _is_hole(leaf: Any) -> bool:
     return leaf is None
 
 
+def split_weight_decay(weight_decay: WeightDecay) -> tuple[Any, Mask]:
+    """Returns the number and the mask (or None) of a ``weight_decay``.
+
+    Raises:
+        ValueError: for a tuple that isn't a pair.
+
+    Example:
+        >>> split_weight_decay(0.1), split_weight_decay((0.1, {"w": True}))
+        ((0.1, None), (0.1, {'w': True}))
+    """
+    if not isinstance(weight_decay, tuple):
+        return weight_decay, None
+    if len(weight_decay) != 2:
+        raise ValueError(
+            "loro: weight_decay must be a number or a pair (number, mask), but is a tuple of "
+            f"{len(weight_decay)}."
+        )
+    return weight_decay
+
+
 def decayed_leaves(mask: Mask, params: Any) -> list[bool]:
     """Whether each leaf of the parameters decays.
 
@@ -84,8 +106,8 @@ def decayed_leaves(mask: Mask, params: Any) -> list[bool]:
         flags = _broadcast(mask, params) or _broadcast(mask(params), params)
     if flags is None:
         raise ValueError(
-            "loro: mask must be a tree of booleans like the parameters (or a prefix of it), or a "
-            f"function that makes one of them; the parameters are {structure}."
+            "loro: the mask of weight_decay must be a tree of booleans like the parameters (or a "
+            f"prefix of it), or a function that makes one; the parameters are {structure}."
         )
     return flags
 

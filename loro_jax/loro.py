@@ -14,35 +14,31 @@ import optax
 
 from loro_jax.checks import checked_numbers
 from loro_jax.descent import riemannian_descent
-from loro_jax.directions.orthogonal import as_gradients
-from loro_jax.directions.protocol import Direction, adam, as_direction
-from loro_jax.exact import StepSize, check_basis, check_method
-from loro_jax.exact.tangent import counted_exact_update
-from loro_jax.leaves import Mask
+from loro_jax.directions.adam import adam
+from loro_jax.directions.protocol import Direction, as_direction
+from loro_jax.exact.update import exact_step, of_moves
+from loro_jax.leaves import WeightDecay, split_weight_decay
 from loro_jax.pairs import PairsSpec
+
+# What becomes of the moments where the user does not say: see the argument `moments`.
+_MOMENTS_OF_BASIS = {"singular": "reset", "nearest": "keep"}
 
 
 def loro(
     learning_rate: optax.ScalarOrSchedule,
-    *,
     exact_every: int | optax.Schedule | None = 500,
-    refresh: str | None = "all",
-    lr_scale: float | None = None,
-    b1: jax.typing.ArrayLike | None = None,
-    b2: jax.typing.ArrayLike | None = None,
-    eps: jax.typing.ArrayLike | None = None,
-    weight_decay: float = 0.0,
-    mask: Mask = None,
-    mu_dtype: Any | None = None,
-    pairs: PairsSpec | None = None,
-    require_pairs: bool = True,
-    regular: optax.GradientTransformation | None = None,
+    *,
     direction: optax.GradientTransformation | Direction | None = None,
-    exact_method: str = "graph",
+    lr_scale: jax.typing.ArrayLike | None = None,
     basis: str = "singular",
-    max_move: jax.typing.ArrayLike | optax.Schedule | None = None,
+    moments: str | None = None,
     damping: jax.typing.ArrayLike | optax.Schedule | None = None,
+    max_move: jax.typing.ArrayLike | optax.Schedule | None = None,
+    weight_decay: WeightDecay = 0.0,
+    regular: optax.GradientTransformation | Direction | None = None,
+    pairs: PairsSpec | None = None,
     mesh: Any | None = None,
+    exact_method: str = "auto",
 ) -> optax.GradientTransformationExtraArgs:
     """Low-rank Riemannian optimizer for trees of (B, A) pairs and other parameters.
 
@@ -50,7 +46,7 @@ def loro(
     of a chain; ``init`` warns if it is not. It needs ``params`` and emits ``W_new - W_old`` for
     every leaf.
 
-    Frozen factors: a factor without a gradient (zero, as behind ``jax.lax.stop_gradient``, or None)
+    Frozen factors: a factor without a gradient (zero, as after ``jax.lax.stop_gradient``, or None)
     stays where it is, on exact steps too. Its partner then takes approximate steps alone, because
     an exact one gives both factors a new basis. A factor without a partner, where the tree has None
     or ``optax.masked`` hides the other, is a parameter like all others.
@@ -65,64 +61,65 @@ def loro(
             re-warm-up after exact steps.
         exact_every: K. Step t, counted from 0, is exact when ``(t + 1) % K == 0``. None, or a
             number beyond int32: never. Or a function of t that returns K, or 0 for never.
-        refresh: whose moments to zero after an exact step, when the next step begins: "all"
-            leaves', the "factors"', or None. Nothing but moments and their counts is zeroed:
-            hyperparameters, schedules and noise inside of a ``direction`` stay. A ``regular``
-            transformation of your own keeps its state in any case. "transport" keeps all state, and
-            carries the factors' moments into their new basis (:mod:`loro_jax.exact.transport`); it
-            needs a direction of this library.
-        lr_scale: factor on the learning rate of approximate steps; None: ``r / min(m, n)`` of each
-            pair. The authors' code uses ``r / hidden_size``, the same thing in a LLaMA. With
-            :func:`loro_jax.orthogonal` it is on all steps of the factors, and None is 1.
-        b1: decay of Adam's first moment; None: 0.9. Under ``optax.inject_hyperparams`` b1, b2, eps
-            and damping need ``hyperparam_dtype=jnp.float32`` if the parameters are narrower: 0.999
-            is 1 in bfloat16. (What is None is not injected.)
-        b2: decay of Adam's second moment; None: 0.999.
-        eps: added to the root of Adam's uncorrected second moment; None: 1e-6.
-        weight_decay: decoupled decay; each step shrinks a leaf by ``lr * weight_decay`` (factors:
-            ``lr * lr_scale * weight_decay``, on exact steps too).
-        mask: which leaves ``weight_decay`` is for, as in ``optax.adamw``: a tree of booleans like
-            the parameters (or a prefix of it), or a function that makes one of them; such as
-            ``lambda params: jax.tree.map(lambda x: x.ndim > 1, params)``, which leaves out norms
-            and biases. None: all.
-        mu_dtype: dtype of Adam's first moment; None: the parameters'.
-        pairs: None to find the pairs by themselves, or a spec: see :func:`loro_jax.find_pairs`.
-        require_pairs: raise when the tree holds no pair. False: such a tree gets plain Adam.
-        regular: transformation for all leaves that are not factors, learning rate included; None:
-            the same direction as for the factors.
-        direction: what turns gradients into directions, such as ``optax.scale_by_adam()``,
-            ``optax.trace(0.9)`` or ``optax.identity()``; it must not scale by a learning rate.
-            None: :func:`loro_jax.scale_by_uncorrected_adam` with b1, b2, eps and mu_dtype. Or
-            :func:`loro_jax.orthogonal`; all leaves but factors then have that Adam.
-        exact_method: how the exact step is computed: "graph", "gram" or "svd", from fast to always
-            right; see :mod:`loro_jax.exact`.
-        basis: of the factors that an exact step gives: "singular", the paper's, where moments of
-            the old ones mean nothing any more; or "nearest", as near to the old ones as balanced
-            factors can be, where moments may stay (``refresh=None``, and no re-warm-up). Averages
-            of parameters (EMA, lookahead, schedule-free) are averages of products only as far as
-            the factors change little: signs and order of singular factors are kept near the old
-            ones for their sake, and where singular values are close "nearest" does better.
+        direction: what turns gradients into directions: :func:`loro_jax.adam` (None is ``adam()``),
+            :func:`loro_jax.orthogonal`, a direction of your own
+            (:class:`loro_jax.directions.protocol.Direction`), or an Optax transformation that
+            doesn't scale by a learning rate, such as ``optax.scale_by_adam()`` or
+            ``optax.trace(0.9)``.
+        lr_scale: factor on the learning rate of the factors' approximate steps; None: the
+            direction's own, which is ``r / min(m, n)`` of each pair for Adam and any Optax
+            transformation. (The authors' code uses ``r / hidden_size``, the same in a LLaMA.)
+            Directions that are moves, as those of ``orthogonal``, take it on exact steps too.
+        basis: of the factors that an exact step gives: "singular", the paper's, or "nearest", as
+            near to the old ones as balanced factors can be. Averages of parameters (EMA, lookahead,
+            schedule-free) are averages of products only as far as the factors change little: signs
+            and order of singular factors are kept near the old ones for their sake, and where
+            singular values are close "nearest" does better.
+        moments: what becomes of the moments that the direction holds after an exact step. They
+            were averaged in the basis of the old factors, so None follows the basis: "reset" with
+            "singular", "keep" with "nearest". A choice of your own overrides that, and every one is
+            valid with either basis: "reset" zeroes the moments of all leaves when the next step
+            begins, "reset_factors" the factors' alone, "transport" carries the factors' into the
+            new basis (:mod:`loro_jax.exact.transport`; the direction's state needs a ``mu``), and
+            "keep" leaves them. Only moments and their counts are reset: hyperparameters, schedules
+            and noise inside a ``direction`` stay, and so does all state of a ``regular``
+            transformation of Optax.
+        damping: of the inverses in the exact step, see :func:`loro_jax.exact_update`. A number or a
+            schedule; None: none, as in the paper.
         max_move: trust region of the exact step: its size is cut so that the tangent step is at
             most ``max_move |W|`` (Frobenius). The undamped step of ill-conditioned factors can move
             a product by several times its norm. A number or a schedule; None: no bound, as in the
             paper.
-        damping: of the inverses in the exact step, see :func:`loro_jax.exact_update`. A number or a
-            schedule; None: none, as in the paper.
+        weight_decay: decoupled decay; each step shrinks a leaf by ``lr * weight_decay`` (factors:
+            ``lr * lr_scale * weight_decay``, on exact steps too). A number for all leaves, or a
+            pair ``(number, mask)`` with a mask as in ``optax.adamw``: a tree of booleans like the
+            parameters, a prefix of it, or a function of the parameters that returns one.
+        regular: for all leaves that are not factors. A direction, such as ``adam(b1=0.8)``, steps
+            with this learning rate and weight decay; an Optax transformation is used as it is,
+            learning rate included. None: the same direction as the factors', or ``adam()`` if that
+            gives moves of factors.
+        pairs: None: detect the pairs automatically, ValueError if there is none; "optional": the
+            same, but a tree without pairs takes plain steps of the direction; or a spec, see
+            :func:`loro_jax.find_pairs`.
         mesh: devices that share the exact steps, each taking some pairs whole
             (:mod:`loro_jax.pair_parallel`). None: those that the parameters' types name (explicit
             axes), or those of ``jax.set_mesh``; where there is neither, XLA decides. With automatic
             axes better a tree of the parameters' shardings (or a prefix of it, or PartitionSpecs of
-            the mesh of ``jax.set_mesh``): else XLA may lay the whole step out as suits its exact
+            the mesh of ``jax.set_mesh``): else XLA may shard the whole step as suits its exact
             branch. Pairs on one device are not divided.
+        exact_method: how the exact step is computed: "auto" (the fastest, "graph"), "graph",
+            "gram", or "svd", the reference. The fast ones fall back to the next where they can't be
+            trusted. See :mod:`loro_jax.exact`.
 
     Returns:
         An ``optax.GradientTransformationExtraArgs``.
 
     Raises:
-        ValueError: for an ``exact_every`` below 1, an unknown ``refresh``, ``exact_method`` or
+        ValueError: for an ``exact_every`` below 1, an unknown ``moments``, ``exact_method`` or
             ``basis``, a negative ``damping`` or ``max_move``, an array too narrow for its number;
-            from ``init``, when no pair is found or a pair's shapes or dtypes do not fit; from
-            ``update``, without ``params``.
+            from ``init``, when no pair is found, a pair's shapes or dtypes do not fit, or moments
+            are to be transported and there is none; from ``update``, without ``params``, or when
+            the mask of ``weight_decay`` does not fit.
 
     Example:
         In a chain, on a dict of one pair and a regular leaf:
@@ -149,6 +146,15 @@ def loro(
         >>> _, losses = jax.lax.scan(step, (params, tx.init(params)), length=100)
         >>> bool(losses[-1] < 0.01 * losses[0])
         True
+
+        Weight decay for matrices alone:
+
+        >>> matrices = lambda params: jax.tree.map(lambda x: x.ndim > 1, params)
+        >>> tx = loro(0.01, weight_decay=(0.1, matrices))
+        >>> zeros = jax.tree.map(jnp.zeros_like, params)
+        >>> updates, _ = tx.update(zeros, tx.init(params), {**params, "b": jnp.ones(6)})
+        >>> float(updates["w"].B[0, 0]) < 0, float(updates["b"][0])
+        (True, 0.0)
 
         Another optimizer for some leaves:
 
@@ -186,51 +192,25 @@ def loro(
         Mo, Huang and Pan, `LORO: Parameter and Memory Efficient Pretraining via Low-rank
         Riemannian Optimization <https://openreview.net/forum?id=i0zzO7Hslk>`_, ICLR 2025.
     """
-    check_method(exact_method, "loro")
-    check_basis(basis, "loro")
-    for name, value in (("max_move", max_move), ("damping", damping)):
-        if isinstance(value, float | int) and value < 0:
-            raise ValueError(f"loro: {name} must not be negative, but is {value}.")
-    learning_rate, lr_scale, weight_decay = checked_numbers(
-        "loro", learning_rate=learning_rate, lr_scale=lr_scale, weight_decay=weight_decay
+    learning_rate, lr_scale = checked_numbers(
+        "loro", learning_rate=learning_rate, lr_scale=lr_scale
     )
-    max_move, damping = checked_numbers("loro", max_move=max_move, damping=damping)
-    b1, b2, eps = checked_numbers(
-        "loro",
-        b1=0.9 if b1 is None else b1,
-        b2=0.999 if b2 is None else b2,
-        eps=1e-6 if eps is None else eps,
+    number, mask = split_weight_decay(weight_decay)
+    (number,) = checked_numbers("loro", weight_decay=number)
+    directed = adam() if direction is None else as_direction(direction)
+    lr_scale = directed.lr_scale if lr_scale is None else lr_scale
+    step = exact_step(
+        method=exact_method, basis=basis, max_move=max_move, damping=damping, where="loro"
     )
-    directed = adam(b1, b2, eps, mu_dtype) if direction is None else as_direction(direction)
-    if directed.moves and lr_scale is None:
-        lr_scale = 1.0
-
-    def at(value: Any, step: jax.Array) -> Any:
-        return value(step) if callable(value) else value
-
-    def exact_step(
-        B: jax.Array, A: jax.Array, dB: jax.Array, dA: jax.Array, rate: Any, step: jax.Array
-    ) -> tuple[jax.Array, jax.Array, jax.Array]:
-        if directed.moves:
-            rate = rate * lr_scale
-            dB, dA = as_gradients(B, A, dB, dA)
-        size = StepSize(rate, at(max_move, step), at(damping, step))
-        return counted_exact_update(
-            B, A, dB, dA, size, method=exact_method, basis=basis, where="loro"
-        )
-
     return riemannian_descent(
         learning_rate,
         directed,
-        exact_step,
-        exact_every=exact_every,
-        refresh=refresh,
+        of_moves(step, lr_scale) if directed.kind == "moves" else step,
+        exact_every,
         lr_scale=lr_scale,
-        weight_decay=weight_decay,
-        mask=mask,
-        pairs=pairs,
-        require_pairs=require_pairs,
+        moments=_MOMENTS_OF_BASIS[basis] if moments is None else moments,
+        weight_decay=(number, mask),
         regular=regular,
-        regular_direction=adam(b1, b2, eps, mu_dtype) if directed.moves else None,
+        pairs=pairs,
         mesh=mesh,
     )

@@ -113,6 +113,11 @@ def check_factors(B: Array, A: Array, where: str) -> None:
         )
 
 
+def rank_ratio(B: Array, A: Array) -> float:
+    """Returns ``r / min(m, n)`` of a pair: the factor of approximate steps (equation 11)."""
+    return A.shape[-2] / min(B.shape[-2], A.shape[-1])
+
+
 def check_real(B: Array, A: Array, where: str) -> None:
     """Raises ValueError unless both factors have a real floating-point dtype."""
     for name, factor in (("B", B), ("A", A)):

@@ -1,17 +1,18 @@
 """Work on all pairs of a tree: batched by shape, and divided among the devices of a mesh.
 
 An exact step needs each pair whole, and each costs the same; so several devices take some pairs
-each. Factors may lie on the mesh in any way. Those of one shape travel like this:
+each. Factors may have any sharding. Those of one shape travel like this:
 
-1. every factor is split along its long axis over all devices (from any sharding this is a slice or
-   an all-to-all), and they are stacked;
-2. one all-to-all turns "a strip of every pair" into "some whole pairs" on each device;
+1. every factor is resharded along its long axis over all devices (from any sharding this is a
+   slice or an all-to-all), and they are stacked;
+2. one all-to-all turns "a slice of every pair" into "some whole pairs" on each device;
 3. each device works on its own pairs;
-4. one all-to-all turns them into strips again, and each factor goes back to where it lay.
+4. one all-to-all turns them into slices again, and each factor is resharded to its original
+   sharding.
 
 While it works, no device holds more than its share of the pairs. Gathered are, leaf by leaf, only
 copies: at the end, factors that are replicated over some axis of the mesh, or (with automatic axes,
-where XLA chooses the way) laid out so that it finds no shorter way; at step 1, a shape neither of
+where XLA chooses the way) sharded so that it finds no shorter way; at step 1, a shape neither of
 whose axes the number of devices divides. Pairs that do not fill the last round are padded by
 trivial ones.
 """
@@ -27,13 +28,14 @@ import jax.numpy as jnp
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from loro_jax.linalg.batching import count_of_none
+from loro_jax.pairs import Pairs
 
 Array = jax.Array
 
 # (B, and what has its shape), (A, and what has its shape).
 PairArrays = tuple[tuple[Array, ...], tuple[Array, ...]]
-# Where the factors of a pair lie.
-Homes = tuple[NamedSharding, NamedSharding]
+# The shardings of B and A of a pair.
+Shardings = tuple[NamedSharding, NamedSharding]
 BatchStep = Callable[[tuple[Array, ...], tuple[Array, ...]], tuple[Any, Any, Array]]
 
 
@@ -41,7 +43,7 @@ def map_pairs(
     step: BatchStep,
     pairs: Sequence[PairArrays],
     mesh: Any | None = None,
-    homes: Sequence[Homes | None] | None = None,
+    shardings: Sequence[Shardings | None] | None = None,
 ) -> tuple[list[PairArrays], Array]:
     """Applies a function of a batch of pairs to many pairs, those of one shape together.
 
@@ -54,9 +56,10 @@ def map_pairs(
         pairs: for each pair, arrays (..., m, r) and (..., r, n), the same number of each for all.
         mesh: divides the work among its devices; None: the mesh that the arrays' types name, or
             that ``jax.set_mesh`` has set; no division where there is none.
-        homes: where the output and the input side of each pair lie, and the results shall. With
-            automatic axes nothing else says so, and XLA may lay out what is around as suits the
-            work best. None, for all or for one: as the arrays' types say, or as XLA decides.
+        shardings: of the output and the input side of each pair; results are returned with the
+            same shardings. With automatic axes nothing else fixes them, and XLA may shard the
+            surrounding program as suits the work best. None, for all or for one: as the arrays'
+            types say, or as XLA decides.
 
     Returns:
         For each pair what the function returned, with the leading axes of the pair, and the sum of
@@ -82,20 +85,23 @@ def map_pairs(
         if division is None:
             outcomes, count = _run_here(step, arrays)
         else:
-            specs = [_specs(pairs[i], homes and homes[i], division.explicit) for i in members]
+            specs = [
+                _specs(pairs[i], shardings[i] if shardings else None, division.explicit)
+                for i in members
+            ]
             outcomes, count = division.run(step, arrays, specs)
         results |= dict(zip(members, outcomes, strict=True))
         total += count
     return [results[i] for i in range(len(pairs))], total
 
 
-# Specs of the output and of the input side of a pair; None: nobody knows.
+# Specs of the output and of the input side of a pair; None: unknown.
 _Specs = tuple[PartitionSpec, PartitionSpec] | None
 
 
-def _specs(pair: PairArrays, home: Any, explicit: bool) -> _Specs:
-    if home is not None:
-        return home[0].spec, home[1].spec
+def _specs(pair: PairArrays, shardings: Shardings | None, explicit: bool) -> _Specs:
+    if shardings is not None:
+        return shardings[0].spec, shardings[1].spec
     if not explicit:
         return None
     (out, *_), (inp, *_) = pair
@@ -132,10 +138,10 @@ def _unstack(stacked: PairArrays, pairs: Sequence[PairArrays]) -> list[PairArray
     return results
 
 
-def homes_on_mesh(
-    mesh: Any, params: Any, pairs: Sequence[tuple[int, int]]
-) -> tuple[Any, list[Homes | None] | None]:
-    """The mesh that an argument ``mesh`` names, and where on it the factors of each pair lie.
+def shardings_on_mesh(
+    mesh: Any, params: Any, pairs: Pairs
+) -> tuple[Any, list[Shardings | None] | None]:
+    """Reads an argument ``mesh``: the mesh that it names, and the shardings of each pair on it.
 
     Args:
         mesh: None, a mesh, or a tree like the parameters or a prefix of it. Its leaves are
@@ -143,10 +149,10 @@ def homes_on_mesh(
             nothing is known. A sharding of another kind, such as that of an array on one device,
             says nothing about a mesh.
         params: the parameters.
-        pairs: which leaves of the parameters are B and A of each pair.
+        pairs: the pairs of the parameters.
 
     Returns:
-        The mesh, or None for the one that is found automatically; and a place or None for each
+        The mesh, or None for the one that is found automatically; and shardings or None for each
         pair, or None alone where the argument does not say.
 
     Raises:
@@ -155,8 +161,8 @@ def homes_on_mesh(
     """
     if mesh is None or isinstance(mesh, jax.sharding.Mesh | jax.sharding.AbstractMesh):
         return mesh, None
-    shardings = _sharding_of_each_leaf(mesh, params)
-    factors = [shardings[index] for pair in pairs for index in pair]
+    of_pairs, _ = pairs.choose(_sharding_of_each_leaf(mesh, params))
+    factors = [sharding for both in of_pairs for sharding in both]
     meshes = [x.mesh for x in factors if isinstance(x, NamedSharding)]
     if not meshes and any(isinstance(x, PartitionSpec) for x in factors):
         meshes = [jax.sharding.get_abstract_mesh()]
@@ -173,17 +179,16 @@ def homes_on_mesh(
             "expected one mesh for all pairs."
         )
 
-    def home(index: int) -> NamedSharding | None:
-        found = shardings[index]
+    def on_mesh(found: Any) -> NamedSharding | None:
         if isinstance(found, PartitionSpec):
             return NamedSharding(meshes[0], found)
         return found if isinstance(found, NamedSharding) else None
 
-    homes: list[Homes | None] = []
-    for B, A in pairs:
-        of_B, of_A = home(B), home(A)
-        homes.append((of_B, of_A) if of_B is not None and of_A is not None else None)
-    return meshes[0], homes
+    shardings: list[Shardings | None] = []
+    for B, A in of_pairs:
+        of_B, of_A = on_mesh(B), on_mesh(A)
+        shardings.append((of_B, of_A) if of_B is not None and of_A is not None else None)
+    return meshes[0], shardings
 
 
 def _sharding_of_each_leaf(tree: Any, params: Any) -> list[Any]:
@@ -273,46 +278,46 @@ class _Division(NamedTuple):
         """The number of shares."""
         return math.prod(self.mesh.shape[axis] for axis in self.axes)
 
-    def put(self, x: Array, spec: PartitionSpec) -> Array:
-        """The array laid out by a spec."""
+    def reshard(self, x: Array, spec: PartitionSpec) -> Array:
+        """Returns the array with another sharding."""
         sharding = NamedSharding(self.mesh, spec)
         if self.explicit:
             return jax.sharding.reshard(x, sharding)
         return jax.lax.with_sharding_constraint(x, sharding)
 
-    def strips(self, x: Array, long_axis: int) -> Array:
-        """The array split over all devices along its long axis, or the other if that can't be."""
+    def slices(self, x: Array, long_axis: int) -> Array:
+        """Reshards over all devices along the long axis, or the other if that can't be."""
         spec: list[Any] = [None] * x.ndim
         for axis in (long_axis, -3 - long_axis):
             if x.shape[axis] % self.ways == 0:
                 spec[axis] = self.axes
                 break
-        return self.put(x, PartitionSpec(*spec))
+        return self.reshard(x, PartitionSpec(*spec))
 
-    def all_strips(self, pair: PairArrays) -> PairArrays:
-        """Strips of output sides (..., m, r) along m, and of input sides (..., r, n) along n."""
+    def sliced(self, pair: PairArrays) -> PairArrays:
+        """Reshards output sides (..., m, r) along m, and input sides (..., r, n) along n."""
         outs, ins = pair
-        return tuple(self.strips(x, -2) for x in outs), tuple(self.strips(x, -1) for x in ins)
+        return tuple(self.slices(x, -2) for x in outs), tuple(self.slices(x, -1) for x in ins)
 
-    def home(self, x: Array, long_axis: int, spec: PartitionSpec) -> Array:
-        """A strip laid out by a spec.
+    def whole(self, x: Array, long_axis: int, spec: PartitionSpec) -> Array:
+        """Reshards slices to a spec.
 
-        Where that leaves axes of the mesh unused, strips are first copied along these: in one go
+        Where that leaves axes of the mesh unused, slices are first copied along these: in one go
         XLA would gather the whole array.
         """
         used = jax.tree.leaves(tuple(spec))
         fewer = self._replace(axes=tuple(axis for axis in self.axes if axis in used))
         if 0 < len(fewer.axes) < len(self.axes):
-            x = fewer.strips(x, long_axis)
-        return self.put(x, spec)
+            x = fewer.slices(x, long_axis)
+        return self.reshard(x, spec)
 
     def run(
         self, step: BatchStep, pairs: Sequence[PairArrays], specs: Sequence[_Specs]
     ) -> tuple[list[PairArrays], Array]:
-        """What :func:`_run_here` does, by all devices together."""
+        """Does what :func:`_run_here` does, by all devices together."""
         if not self.explicit:
             pairs = [self.pinned(pair, spec) for pair, spec in zip(pairs, specs, strict=True)]
-        flat = [_flat(self.all_strips(pair)) for pair in pairs]
+        flat = [_flat(self.sliced(pair)) for pair in pairs]
         stacked = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *flat)
         missing = -len(stacked[0][0]) % self.ways
 
@@ -322,7 +327,7 @@ class _Division(NamedTuple):
             )
             if self.explicit:
                 trivial = jax.sharding.reshard(trivial, jax.typeof(x).sharding)
-            return self.put(jnp.concatenate([x, trivial]), PartitionSpec(self.axes))
+            return self.reshard(jnp.concatenate([x, trivial]), PartitionSpec(self.axes))
 
         def work(shares: PairArrays) -> tuple[PairArrays, Array]:
             outs, ins, count = step(*shares)
@@ -337,23 +342,25 @@ class _Division(NamedTuple):
             check_vma=False,
         )
         done, count = divided(jax.tree.map(share, stacked))
-        results = _unstack(self.all_strips(done), pairs)
-        results = [self.brought_home(pair, spec) for pair, spec in zip(results, specs, strict=True)]
+        results = _unstack(self.sliced(done), pairs)
+        results = [self.in_original(pair, spec) for pair, spec in zip(results, specs, strict=True)]
         return results, count
 
     def pinned(self, pair: PairArrays, specs: _Specs) -> PairArrays:
-        """The arrays of a pair as they lie, said to XLA."""
+        """Constrains the arrays of a pair to the sharding that they have."""
         if specs is None:
             return pair
         outs, ins = pair
-        return tuple(self.put(x, specs[0]) for x in outs), tuple(self.put(x, specs[1]) for x in ins)
+        return tuple(self.reshard(x, specs[0]) for x in outs), tuple(
+            self.reshard(x, specs[1]) for x in ins
+        )
 
-    def brought_home(self, pair: PairArrays, specs: _Specs) -> PairArrays:
-        """Strips of a pair, laid out as it was."""
+    def in_original(self, pair: PairArrays, specs: _Specs) -> PairArrays:
+        """Reshards the slices of a pair to its original sharding."""
         if specs is None:
             return pair
         outs, ins = pair
         return (
-            tuple(self.home(x, -2, specs[0]) for x in outs),
-            tuple(self.home(x, -1, specs[1]) for x in ins),
+            tuple(self.whole(x, -2, specs[0]) for x in outs),
+            tuple(self.whole(x, -1, specs[1]) for x in ins),
         )

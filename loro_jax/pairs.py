@@ -13,15 +13,20 @@ a factor that is shared between modules, which a tree shows in one of them alone
 
 from __future__ import annotations
 
+import dataclasses
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import optax
 
 from loro_jax.lowrank import LowRank, check_factors, check_real
 
 PairsSpec = Any | Callable[[Any], Any]
+
+# A pair of whatever: arrays, flags, shardings. The first belongs to B, the second to A.
+Both = tuple[Any, Any]
 
 # Flax's boxes: nnx variables and Linen's parameters with metadata. Each holds its array in an
 # attribute; the classes are known by name, because Flax need not be installed.
@@ -74,6 +79,116 @@ def find_pairs(params: Any, spec: PairsSpec | None = None) -> list[Pair]:
             check_factors(B, A, where)
             check_real(B, A, where)
     return sorted(pairs, key=lambda pair: min(pair.B, pair.A))
+
+
+@dataclasses.dataclass(frozen=True)
+class Pairs:
+    """The pairs of one tree of parameters: takes them out of trees like it and puts them back.
+
+    Whole trees are those with all leaves of the parameters. Trees of factors have
+    ``optax.MaskedNode`` where another leaf is (the first that :meth:`split` returns).
+
+    Attributes:
+        found: where the pairs stand among the leaves of a whole tree.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> params = {"w": {"B": jnp.ones((4, 2)), "A": jnp.ones((2, 3))}, "bias": jnp.ones(4)}
+        >>> pairs = pairs_of(params)
+        >>> factors, others = pairs.split(params)
+        >>> [(B.shape, A.shape) for B, A in pairs.take(factors)]
+        [((4, 2), (2, 3))]
+        >>> doubled = pairs.map(lambda pair: (2 * pair[0], pair[1]), factors)
+        >>> float(pairs.join(params, doubled, others)["w"]["B"][0, 0])
+        2.0
+    """
+
+    found: tuple[Pair, ...] = ()
+
+    def __len__(self) -> int:
+        return len(self.found)
+
+    def split(self, tree: Any) -> tuple[Any, Any]:
+        """Returns a whole tree twice: with its factors alone, and with all other leaves alone."""
+        leaves, structure = jax.tree.flatten(tree)
+        hole = optax.MaskedNode()
+        factors = [leaf if i in self._indices else hole for i, leaf in enumerate(leaves)]
+        others = [hole if i in self._indices else leaf for i, leaf in enumerate(leaves)]
+        return jax.tree.unflatten(structure, factors), jax.tree.unflatten(structure, others)
+
+    def join(self, like: Any, factors: Any, others: Any) -> Any:
+        """Returns the whole tree of what :meth:`split` would take apart, structured as ``like``."""
+        leaves, structure = jax.tree.flatten(like)
+        of_factors, of_others = iter(jax.tree.leaves(factors)), iter(jax.tree.leaves(others))
+        return jax.tree.unflatten(
+            structure,
+            [next(of_factors if i in self._indices else of_others) for i in range(len(leaves))],
+        )
+
+    def take(self, factors: Any) -> list[Both]:
+        """Returns what a tree of factors has for B and A of each pair."""
+        leaves = jax.tree.leaves(factors)
+        return [(leaves[b], leaves[a]) for b, a in self._places]
+
+    def put(self, like: Any, values: Sequence[Both]) -> Any:
+        """Returns a tree of factors, structured as ``like``, with these values for B and A."""
+        leaves, structure = jax.tree.flatten(like)
+        for (b, a), (of_B, of_A) in zip(self._places, values, strict=True):
+            leaves[b], leaves[a] = of_B, of_A
+        return jax.tree.unflatten(structure, leaves)
+
+    def map(self, fn: Callable[..., Both], factors: Any, *others: Any) -> Any:
+        """Returns a tree of ``fn((B, A), ...)`` of each pair, given trees of factors."""
+        columns = [self.take(tree) for tree in (factors, *others)]
+        return self.put(factors, [fn(*row) for row in zip(*columns, strict=True)])
+
+    def choose(self, leaves: Sequence[Any]) -> tuple[list[Both], list[Any]]:
+        """Returns, of the leaves of a whole tree, those of each pair and those of no pair."""
+        rest = [leaf for i, leaf in enumerate(leaves) if i not in self._indices]
+        return [(leaves[pair.B], leaves[pair.A]) for pair in self.found], rest
+
+    @property
+    def _indices(self) -> set[int]:
+        return {index for pair in self.found for index in (pair.B, pair.A)}
+
+    @property
+    def _places(self) -> list[tuple[int, int]]:
+        """Where the factors of each pair stand among the leaves of a tree of factors."""
+        order = sorted(self._indices)
+        return [(order.index(pair.B), order.index(pair.A)) for pair in self.found]
+
+
+def pairs_of(params: Any, spec: PairsSpec | None = None) -> Pairs:
+    """Finds the pairs that an optimizer steps.
+
+    Args:
+        params: the parameters.
+        spec: as for :func:`find_pairs`, or ``"optional"``: found automatically, and there may be
+            none.
+
+    Returns:
+        The pairs.
+
+    Raises:
+        ValueError: if there is none and the spec isn't "optional"; and as :func:`find_pairs`.
+    """
+    check_spec(spec)
+    optional = isinstance(spec, str)
+    found = find_pairs(params, None if optional else spec)
+    # An empty tree stands for "no parameters here" in optax.tree.map_params and partitions.
+    if not found and not optional and jax.tree.leaves(params):
+        raise ValueError(
+            "loro: no low-rank pair found. Looked for LowRank nodes and for sibling leaves named "
+            f"'B' (..., m, r) and 'A' (..., r, n); the tree holds {describe_leaves(params)}. Name "
+            'the pairs with pairs=..., or pass pairs="optional" if there may be none.'
+        )
+    return Pairs(tuple(found))
+
+
+def check_spec(spec: PairsSpec | None) -> None:
+    """Raises ValueError for a word other than "optional"."""
+    if isinstance(spec, str) and spec != "optional":
+        raise ValueError(f'loro: pairs must be None, "optional" or a spec, but is {spec!r}.')
 
 
 def describe_leaves(params: Any, limit: int = 12) -> str:

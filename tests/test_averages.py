@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 
-from loro_jax import LowRank, exact_update, initialise, loro
+from loro_jax import LowRank, adam, exact_update, initialise, loro
 from loro_jax.exact import METHODS
 from loro_jax.exact.basis import nearest_order
 
@@ -27,9 +27,8 @@ def loss(pair):
 
 
 def base(basis="singular"):
-    refresh = "all" if basis == "singular" else None
     rate = optax.cosine_decay_schedule(0.1, STEPS)
-    return loro(rate, exact_every=20, basis=basis, refresh=refresh, max_move=0.1)
+    return loro(rate, exact_every=20, basis=basis, max_move=0.1)
 
 
 def trained(tx, params, point, evaluate):
@@ -67,7 +66,7 @@ def test_lookahead_ends_where_the_run_does():
 
 
 def test_a_schedule_free_run_arrives():
-    inner = loro(0.05, exact_every=20, b1=0.0, max_move=0.1)
+    inner = loro(0.05, exact_every=20, direction=adam(b1=0.0), max_move=0.1)
     tx = optax.contrib.schedule_free(inner, 0.05, b1=0.9)
     evaluate = lambda p, s: optax.contrib.schedule_free_eval_params(s, p)  # noqa: E731
     last, _, _ = trained(tx, problem()[1], lambda p: p, evaluate)

@@ -31,10 +31,10 @@ jax.tree_util.register_pytree_node(
 )
 
 
-@pytest.mark.parametrize("refresh", ["all", "transport"])
+@pytest.mark.parametrize("moments", ["reset", "transport"])
 @pytest.mark.parametrize("frozen", ["A", "B"])
-def test_a_factor_without_a_gradient_stays(frozen, refresh):
-    tx = loro(0.01, exact_every=2, refresh=refresh)
+def test_a_factor_without_a_gradient_stays(frozen, moments):
+    tx = loro(0.01, exact_every=2, moments=moments)
     plain = loro(0.01, exact_every=None)
     grads = {"w": LowRank(PAIR.B, PAIR.A), "norm": jnp.ones(3)}
     setattr(grads["w"], frozen, jnp.zeros_like(getattr(PAIR, frozen)))
@@ -83,7 +83,7 @@ def test_weight_decay_is_for_the_leaves_of_its_mask(mask):
     params = PARAMS
     if isinstance(mask, CallableMask):
         params, zeros = CallableMask(sorted(PARAMS.items())), CallableMask(sorted(zeros.items()))
-    tx = loro(0.1, exact_every=None, weight_decay=0.1, mask=mask)
+    tx = loro(0.1, exact_every=None, weight_decay=(0.1, mask))
     updates, _ = tx.update(zeros, tx.init(params), params)
     np.testing.assert_array_equal(updates["norm"], 0)
     np.testing.assert_allclose(updates["w"].B, -0.1 * 0.1 * 2 / 5 * PAIR.B, rtol=1e-5)
@@ -96,19 +96,18 @@ def test_exact_steps_decay_by_the_mask():
         return jax.tree.map(jnp.add, PARAMS, updates)["w"].product()
 
     bare = product()
-    np.testing.assert_array_equal(product(weight_decay=0.5, mask={"w": False, "norm": True}), bare)
+    np.testing.assert_array_equal(product(weight_decay=(0.5, {"w": False, "norm": True})), bare)
     keep = 1 - 0.1 * 2 / 5 * 0.5
-    one = product(
-        weight_decay=0.5, mask={"w": LowRank.tree_unflatten(None, (True, False)), "norm": False}
-    )
+    of_B_alone = {"w": LowRank.tree_unflatten(None, (True, False)), "norm": False}
+    one = product(weight_decay=(0.5, of_B_alone))
     np.testing.assert_allclose(one, keep * bare, rtol=1e-4, atol=1e-5)
     np.testing.assert_allclose(product(weight_decay=0.5), keep**2 * bare, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("mask", [{"w": True}, {"w": 1.0, "norm": 0.0}, "norm"])
 def test_a_mask_that_does_not_fit_is_named(mask):
-    tx = loro(0.1, weight_decay=0.1, mask=mask)
-    with pytest.raises(ValueError, match="loro: mask"):
+    tx = loro(0.1, weight_decay=(0.1, mask))
+    with pytest.raises(ValueError, match="loro: the mask of weight_decay"):
         tx.update(PARAMS, tx.init(PARAMS), PARAMS)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import pytest
 
-from loro_jax import LowRank, exact_update, loro
+from loro_jax import LowRank, adam, exact_update, loro
 
 
 def problem(seed=0):
@@ -79,22 +79,22 @@ def test_approximate_and_exact_steps_follow_the_rules(x64):
     assert int(state.count) == 2
 
 
-@pytest.mark.parametrize("refresh", ["all", "factors", None])
-def test_refresh_zeroes_whose_state_it_names(refresh):
-    """Behind the exact third step, the fourth begins anew for those named."""
+@pytest.mark.parametrize("moments", ["reset", "reset_factors", "keep"])
+def test_moments_are_reset_where_it_says(moments):
+    """After the exact third step, the fourth begins anew for those named."""
     params, loss = problem()
-    tx = loro(0.05, exact_every=3, refresh=refresh)
+    tx = loro(0.05, exact_every=3, moments=moments)
     moved, after_third, _ = run(tx, params, loss, 3)
     grads = jax.grad(loss)(moved)
     _, after_fourth = tx.update(grads, after_third, moved)
     for state, refreshed, gradient, mu in (
         (
             after_fourth.factors,
-            refresh in ("all", "factors"),
+            moments in ("reset", "reset_factors"),
             grads["one"].B,
             after_fourth.factors.mu["one"].B,
         ),
-        (after_fourth.regular, refresh == "all", grads["bias"], after_fourth.regular.mu["bias"]),
+        (after_fourth.regular, moments == "reset", grads["bias"], after_fourth.regular.mu["bias"]),
     ):
         assert int(state.count) == (1 if refreshed else 4)
         assert np.allclose(mu, 0.1 * gradient, rtol=1e-5) == refreshed
@@ -194,7 +194,7 @@ def test_in_a_chain_with_donation_the_loss_falls():
 def test_updates_keep_the_parameters_dtype(dtype):
     params, loss = problem()
     params = jax.tree.map(lambda x: x.astype(dtype), params)
-    tx = loro(lambda step: jnp.float32(0.05), exact_every=2, mu_dtype=jnp.float32)
+    tx = loro(lambda step: jnp.float32(0.05), exact_every=2, direction=adam(mu_dtype=jnp.float32))
     state = tx.init(params)
     for _ in range(2):
         grads = jax.grad(loss)(params)
@@ -221,7 +221,11 @@ def test_map_params_and_abstract_init():
     [
         ({"exact_every": 0}, "exact_every must be at least 1"),
         ({"exact_every": -3}, "but is -3"),
-        ({"refresh": "none"}, "refresh must be one of"),
+        ({"moments": "none"}, "moments must be one of"),
+        ({"direction": adam}, "direction must be one that"),
+        ({"weight_decay": (0.1, None, None)}, "is a tuple of 3"),
+        ({"pairs": "some"}, 'pairs must be None, "optional" or a spec'),
+        ({"exact_method": "magic"}, "the method must be one of"),
     ],
 )
 def test_bad_settings_are_named(settings, message):

@@ -126,7 +126,7 @@ def test_no_pair_is_an_error_that_lists_what_was_looked_for_and_found():
 
 def test_without_pairs_it_is_adam_when_asked():
     params = {"kernel": jnp.ones((3, 4))}
-    tx = loro(0.1, require_pairs=False)
+    tx = loro(0.1, pairs="optional")
     updates, _ = tx.update({"kernel": jnp.full((3, 4), 2.0)}, tx.init(params), params)
     assert jnp.allclose(updates["kernel"], -0.1, atol=1e-3)
 

@@ -13,7 +13,7 @@ import numpy as np
 import optax
 import pytest
 
-from loro_jax import LowRank, loro
+from loro_jax import LowRank, adam, loro
 
 RECORD = np.load(pathlib.Path(__file__).parent / "loro_trajectory.npz")
 META = json.loads(str(RECORD["meta"]))
@@ -30,13 +30,13 @@ def replay(**changes):
     settings = {
         "exact_every": META["K"],
         "lr_scale": META["r"] / META["hidden"],
-        "b1": META["b1"],
-        "b2": META["b2"],
-        "eps": META["eps"],
         "weight_decay": META["wd"],
-        "refresh": META["refresh"],
+        "moments": {"all": "reset"}[META["refresh"]],
     }
-    tx = loro(lambda step: rates[step], **{**settings, **changes})
+    constants = {name: META[name] for name in ("b1", "b2", "eps")}
+    of_adam = {name: changes.pop(name) for name in constants if name in changes}
+    direction = adam(**{**constants, **of_adam})
+    tx = loro(lambda step: rates[step], direction=direction, **{**settings, **changes})
 
     def loss_fn(params):
         W1 = params["first"]["B"] @ params["first"]["A"]
@@ -94,8 +94,8 @@ def test_every_loss_and_every_weight_of_the_recording(method):
     [
         {"exact_every": None},
         {"exact_every": META["K"] + 1},
-        {"refresh": None},
-        {"refresh": "factors"},
+        {"moments": "keep"},
+        {"moments": "reset_factors"},
         {"lr_scale": 1.0},
         {"eps": 1e-3},
         {"b2": 0.99},

@@ -12,7 +12,8 @@ from jax.experimental import checkify
 from jax.sharding import NamedSharding, PartitionSpec, SingleDeviceSharding
 
 from loro_jax import LowRank, exact_update, initialise, loro, orthogonal, with_restarts
-from loro_jax.pair_parallel import homes_on_mesh
+from loro_jax.pair_parallel import shardings_on_mesh
+from loro_jax.pairs import pairs_of
 from loro_jax.schedules import warmup_cosine
 
 PAIR = LowRank(*initialise(jax.random.key(0), 6, 5, 2))
@@ -36,7 +37,7 @@ def test_sam_chooses_between_states_by_arithmetic():
     assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(params))
 
 
-@pytest.mark.parametrize("options", [{}, {"basis": "nearest", "refresh": None}])
+@pytest.mark.parametrize("options", [{}, {"basis": "nearest"}])
 def test_checkify_accepts_a_step_and_finds_nothing(options):
     tx = loro(0.01, exact_every=1, **options)
     checked = jax.jit(checkify.checkify(tx.update, errors=checkify.float_checks))
@@ -140,32 +141,32 @@ def test_flax_serialization_brings_back_the_same_leaves():
 def test_shardings_that_name_no_mesh_divide_nothing():
     mesh = jax.make_mesh((1,), ("d",), axis_types=(jax.sharding.AxisType.Auto,))
     on_mesh, alone = NamedSharding(mesh, PartitionSpec()), SingleDeviceSharding(jax.devices()[0])
-    pairs = [(1, 2)]  # b comes first
+    pairs = pairs_of(PARAMS)
     for tree in (
         jax.tree.map(lambda _: alone, PARAMS),
         jax.tree.map(lambda _: None, PARAMS),
         {"b": on_mesh, "w": alone},
         alone,
     ):
-        found, homes = homes_on_mesh(tree, PARAMS, pairs)
+        found, shardings = shardings_on_mesh(tree, PARAMS, pairs)
         assert found.empty
-        assert homes is None
-    found, homes = homes_on_mesh({"b": alone, "w": on_mesh}, PARAMS, pairs)
-    assert (found, homes) == (mesh, [(on_mesh, on_mesh)])
-    _, homes = homes_on_mesh(
+        assert shardings is None
+    found, shardings = shardings_on_mesh({"b": alone, "w": on_mesh}, PARAMS, pairs)
+    assert (found, shardings) == (mesh, [(on_mesh, on_mesh)])
+    _, shardings = shardings_on_mesh(
         {"b": None, "w": LowRank.tree_unflatten(None, (on_mesh, on_mesh))}, PARAMS, pairs
     )
-    assert homes == [(on_mesh, on_mesh)]
+    assert shardings == [(on_mesh, on_mesh)]
     spec = PartitionSpec("d")
     with jax.set_mesh(mesh):
-        found, homes = homes_on_mesh(spec, PARAMS, pairs)
-    assert [home.spec for home in homes[0]] == [spec, spec]
+        found, shardings = shardings_on_mesh(spec, PARAMS, pairs)
+    assert [sharding.spec for sharding in shardings[0]] == [spec, spec]
     with pytest.raises(ValueError, match="no mesh is set"):
-        homes_on_mesh(spec, PARAMS, pairs)
+        shardings_on_mesh(spec, PARAMS, pairs)
     with pytest.raises(ValueError, match="a str"):
-        homes_on_mesh(jax.tree.map(lambda _: "d", PARAMS), PARAMS, pairs)
+        shardings_on_mesh(jax.tree.map(lambda _: "d", PARAMS), PARAMS, pairs)
     with pytest.raises(ValueError, match="3 shardings"):
-        homes_on_mesh([on_mesh], PARAMS, pairs)
+        shardings_on_mesh([on_mesh], PARAMS, pairs)
 
 
 def test_a_transformation_after_loro_is_warned_about():
@@ -215,7 +216,7 @@ members = [LowRank(*initialise(jax.random.key(i), 6, 5, 2)) for i in range(2)]
 ensemble = jax.tree.map(lambda *x: jnp.stack(x), *members)
 mesh = jax.make_mesh((2,), ("members",), axis_types=(jax.sharding.AxisType.Auto,))
 
-for options in ({}, {"basis": "nearest", "refresh": None}, {"refresh": "transport"}):
+for options in ({}, {"basis": "nearest"}, {"moments": "transport"}):
     tx = loro(0.01, exact_every=2, **options)
 
     def train(params):
@@ -254,8 +255,8 @@ mesh = jax.make_mesh((2, 2), ("members", "rows"), axis_types=(AxisType.Explicit,
 for spec, options in (
     (P("members"), {}),
     (P("members", "rows"), {"exact_method": "svd"}),
-    (P("members", None, "rows"), {"exact_method": "gram", "refresh": "transport"}),
-    (P("members"), {"basis": "nearest", "refresh": None}),
+    (P("members", None, "rows"), {"exact_method": "gram", "moments": "transport"}),
+    (P("members"), {"basis": "nearest"}),
     (P("members"), {"direction": orthogonal()}),
 ):
     tx = loro(0.01, exact_every=2, **options)

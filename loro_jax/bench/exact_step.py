@@ -18,7 +18,7 @@ import numpy as np
 from loro_jax.bench.options import make_parser, parse_options
 from loro_jax.bench.timing import time_in_turns
 from loro_jax.exact import METHODS
-from loro_jax.exact.tangent import exact_update
+from loro_jax.exact.update import exact_update
 from loro_jax.tables import report
 
 # Hidden size, intermediate size and rank of the paper's models.

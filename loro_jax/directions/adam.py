@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from typing import Any, NamedTuple
 
@@ -10,7 +11,9 @@ import jax.numpy as jnp
 import optax
 
 from loro_jax.checks import checked_numbers
+from loro_jax.directions.protocol import Direction
 from loro_jax.linalg.precision import at_least_float32, inexact
+from loro_jax.pairs import Pairs
 
 
 class AdamState(NamedTuple):
@@ -26,6 +29,68 @@ class AdamState(NamedTuple):
     count: jax.Array  # type: ignore[assignment]  # shadows tuple.count, as in Optax
     mu: Any
     nu: Any
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Adam(Direction):
+    """What :func:`adam` returns: a direction that knows its constants.
+
+    Attributes:
+        b1: decay of the first moment.
+        b2: decay of the second moment.
+        eps: added to the root of the uncorrected second moment.
+        mu_dtype: dtype of the first moment, or None.
+    """
+
+    b1: jax.typing.ArrayLike = 0.9
+    b2: jax.typing.ArrayLike = 0.999
+    eps: jax.typing.ArrayLike = 1e-6
+    mu_dtype: Any | None = None
+
+
+def adam(
+    b1: jax.typing.ArrayLike = 0.9,
+    b2: jax.typing.ArrayLike = 0.999,
+    eps: jax.typing.ArrayLike = 1e-6,
+    mu_dtype: Any | None = None,
+) -> Adam:
+    """Adam as a direction of :func:`loro_jax.loro`, the default one.
+
+    Args:
+        b1: decay of the first moment.
+        b2: decay of the second moment.
+        eps: added to the root of the uncorrected second moment.
+        mu_dtype: dtype of the first moment; None: the parameters'. See
+            :func:`scale_by_uncorrected_adam`.
+
+    Returns:
+        A direction like gradients; its ``lr_scale`` is r / min(m, n) of each pair.
+
+    Raises:
+        ValueError: as :func:`scale_by_uncorrected_adam`.
+
+    Example:
+        Its numbers can be injected like those of :func:`loro_jax.loro`:
+
+        >>> import jax.numpy as jnp, optax
+        >>> from loro_jax import LowRank, loro
+        >>> def factory(learning_rate, b1):
+        ...     return loro(learning_rate, direction=adam(b1=b1))
+        >>> tx = optax.inject_hyperparams(factory)(0.01, b1=optax.linear_schedule(0.8, 0.9, 100))
+        >>> state = tx.init({"w": LowRank(jnp.ones((6, 2)), jnp.eye(2, 4))})
+        >>> round(float(state.hyperparams["b1"]), 3)
+        0.8
+    """
+    b1, b2, eps = checked_numbers("adam", b1=b1, b2=b2, eps=eps)
+    tx = scale_by_uncorrected_adam(b1, b2, eps, mu_dtype)
+
+    def update(
+        grads: Any, state: AdamState, params: Any, pairs: Pairs, **extra_args: Any
+    ) -> tuple[Any, Any]:
+        del pairs, extra_args
+        return tx.update(grads, state, params)
+
+    return Adam(tx.init, update, b1=b1, b2=b2, eps=eps, mu_dtype=mu_dtype)
 
 
 def scale_by_uncorrected_adam(
@@ -117,7 +182,7 @@ def decay_is_lost(decay: jax.typing.ArrayLike, dtype: Any) -> bool:
 def adam_moments(
     grads: Any, state: AdamState, b1: jax.typing.ArrayLike, b2: jax.typing.ArrayLike
 ) -> AdamState:
-    """The state after one more gradient, in the dtypes that the arithmetic gives."""
+    """Updates Adam's moments by one gradient; results have the dtypes that the arithmetic gives."""
     return AdamState(
         optax.safe_increment(state.count),
         jax.tree.map(lambda g, m: b1 * m + (1 - b1) * g, grads, state.mu),
@@ -138,7 +203,7 @@ def adam_direction(
     b2: jax.typing.ArrayLike,
     eps: jax.typing.ArrayLike,
 ) -> Any:
-    """The direction that the moments stand for."""
+    """Returns the direction ``m / (sqrt(v) + eps)`` times the bias correction."""
     correction = jnp.sqrt(_one_minus_power(b2, state.count)) / _one_minus_power(b1, state.count)
     return jax.tree.map(lambda m, v: correction * m / (jnp.sqrt(v) + eps), state.mu, state.nu)
 

@@ -23,17 +23,17 @@ feature learning", arXiv 2310.17813, 2023; the momentum that of Jordan et al., "
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from loro_jax.checks import check_orthogonalised_momentum, checked_numbers
+from loro_jax.checks import check_not_negative, check_orthogonalised_momentum, checked_numbers
 from loro_jax.directions.adam import decay_is_lost
 from loro_jax.directions.protocol import Direction
 from loro_jax.linalg.newton_schulz import inverse_root, orthogonalise
 from loro_jax.linalg.precision import at_least_float32, matmul
+from loro_jax.pairs import Pairs
 
 Array = jax.Array
 
@@ -64,7 +64,7 @@ def orthogonal(
         damping: of the inverse roots of ``B^T B`` and ``A A^T``, over their mean eigenvalue.
 
     Returns:
-        A direction whose results are moves of the factors.
+        A direction whose results are moves of the factors; its ``lr_scale`` is 1.
 
     Raises:
         ValueError: for a ``momentum`` outside [0, 1), no iterations, a negative ``damping``, or an
@@ -82,54 +82,34 @@ def orthogonal(
         True
     """
     check_orthogonalised_momentum("orthogonal", momentum, newton_schulz_steps)
-    if isinstance(damping, float | int) and damping < 0:
-        raise ValueError(f"orthogonal: damping must not be negative, but is {damping}.")
-
+    check_not_negative("orthogonal", damping=damping)
     momentum, damping = checked_numbers("orthogonal", momentum=momentum, damping=damping)
 
     def average(old: Array, grad: Array) -> Array:
         return momentum * old + (1 - momentum) * grad
 
-    def advance(
-        grads: Any,
-        state: Any,
-        params: Any,
-        *,
-        places: Sequence[tuple[int, int]],
-        **extra_args: Any,
-    ) -> tuple[Any, Any]:
+    def init(params: Any) -> MomentumState:
+        # In bfloat16 an average with a momentum of 0.999 would never fall.
+        def zeros(p: Array) -> Array:
+            lost = decay_is_lost(momentum, p.dtype)
+            return jnp.zeros_like(p, dtype=at_least_float32(p.dtype) if lost else p.dtype)
+
+        return MomentumState(jax.tree.map(zeros, params))
+
+    def update(
+        grads: Any, state: MomentumState, params: Any, pairs: Pairs, **extra_args: Any
+    ) -> tuple[Any, MomentumState]:
         del extra_args
         mu = jax.tree.map(average, state.mu, grads)
         ahead = jax.tree.map(average, mu, grads) if nesterov else mu
-        factors, gradients = jax.tree.leaves(params), jax.tree.leaves(ahead)
-        moves = [*gradients]
-        for b, a in places:
-            moves[b], moves[a] = _moves(
-                (factors[b], factors[a]),
-                (gradients[b], gradients[a]),
-                newton_schulz_steps,
-                damping,
-            )
-        mu = jax.tree.map(lambda new, old: new.astype(old.dtype), mu, state.mu)
-        return jax.tree.unflatten(jax.tree.structure(params), moves), MomentumState(mu)
-
-    def init(params: Any) -> Any:
-        # In bfloat16 an average with a momentum of 0.999 would never fall.
-        zeros = jax.tree.map(
-            lambda p: jnp.zeros_like(
-                p, dtype=at_least_float32(p.dtype) if decay_is_lost(momentum, p.dtype) else p.dtype
-            ),
+        moves = pairs.map(
+            lambda factors, gradients: _moves(factors, gradients, newton_schulz_steps, damping),
             params,
+            ahead,
         )
-        return MomentumState(zeros)
+        return moves, MomentumState(jax.tree.map(lambda x, old: x.astype(old.dtype), mu, state.mu))
 
-    return Direction(
-        init=init,
-        advance=advance,
-        finish=lambda moves, _: moves,
-        keep=lambda state, _: state,
-        moves=True,
-    )
+    return Direction(init, update, kind="moves", lr_scale=1.0)
 
 
 def _moves(
@@ -144,35 +124,3 @@ def _moves(
     O_B = orthogonalise(matmul(g_B, root_A), steps)
     O_A = orthogonalise(matmul(root_B, g_A), steps)
     return half * matmul(O_B, root_A), half * matmul(root_B, O_A)
-
-
-def as_gradients(B: Array, A: Array, dB: Array, dA: Array) -> tuple[Array, Array]:
-    """Gradients whose tangent vector is the move ``dB A + B dA``, as an exact step wants them.
-
-    :func:`loro_jax.exact_update` makes a tangent vector of gradients: ``g_B (A A^T)^{-1} A``
-    outside the columns of B, and ``B (B^T B)^{-1} g_A`` in them. For these it is the move.
-
-    Args:
-        B: shape (..., m, r).
-        A: shape (..., r, n).
-        dB: move of B.
-        dA: move of A.
-
-    Returns:
-        Arrays of the shapes of B and A, in float32 or wider.
-
-    Example:
-        >>> import jax, jax.numpy as jnp
-        >>> from loro_jax import riemannian_gradient
-        >>> B, A, dB, dA = (
-        ...     jax.random.normal(jax.random.key(i), s) for i, s in enumerate([(5, 2), (2, 4)] * 2)
-        ... )
-        >>> tangent = riemannian_gradient(B, A, *as_gradients(B, A, dB, dA))
-        >>> bool(jnp.allclose(tangent, dB @ A + B @ dA, atol=1e-4))
-        True
-    """
-    dtype = at_least_float32(jnp.result_type(B, A))
-    B, A, dB, dA = (x.astype(dtype) for x in (B, A, dB, dA))
-    g_B = matmul(dB, matmul(A, A.mT))
-    g_A = matmul(matmul(B.mT, B), dA) + matmul(matmul(B.mT, dB), A)
-    return g_B, g_A

@@ -1,106 +1,73 @@
-"""A direction in two stages, so that an exact step need not store it.
-
-Most optimizers keep moments and make a direction of them. Handing the direction to a branch of
-the program makes XLA store it, one array as large as each factor, on all the steps that do not take
-the branch. Handing over the moments, which are stored anyway, and letting each branch make the
-direction for itself, stores nothing. Hence the two stages of a :class:`Direction`. Any Optax
-transformation is one, too: with its direction as what it hands over.
-"""
+"""What a direction is: the part of a step that turns gradients into directions of descent."""
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal
 
-import jax
-import jax.numpy as jnp
 import optax
 
-from loro_jax.directions.adam import (
-    AdamState,
-    adam_direction,
-    adam_moments,
-    decay_is_lost,
-    scale_by_uncorrected_adam,
-)
+from loro_jax.pairs import Pairs
 
 
-class Direction(NamedTuple):
-    """How gradients become directions.
+@dataclasses.dataclass(frozen=True, eq=False)
+class Direction:
+    """How the gradients of factors become directions.
 
     Attributes:
         init: parameters -> state.
-        advance: (gradients, state, parameters, extra arguments) -> (carried, state), where the
-            carried tree is shaped like the parameters.
-        finish: (carried, state) -> directions.
-        keep: (state, carried) -> state. What is carried may be a part of the state; on an exact
-            step it is then overwritten by the move, and this is the state with that in its place.
-        moves: whether the directions are moves of factors, to be made as they are (times minus the
-            learning rate), where others are like gradients. ``advance`` is then told, by the
-            keyword ``places``, where B and A of each pair stand among the leaves of the factors.
+        update: (gradients, state, parameters, pairs, **extra arguments) -> (directions, state). The
+            trees hold factors alone (``optax.MaskedNode`` elsewhere); ``pairs``, a
+            :class:`loro_jax.pairs.Pairs`, takes (B, A) out of them and puts them back. Used for the
+            other leaves, it is given no pairs.
+        kind: "gradients" for directions that are like gradients of the factors, as Adam's are:
+            an exact step makes a tangent vector of them. "moves" for moves of the factors that are
+            made as they are, times minus the learning rate.
+        lr_scale: factor on the learning rate where the user gives none; None: r / min(m, n) of each
+            pair.
+
+    Example:
+        Gradients of each factor, divided by the norm of both:
+
+        >>> import jax.numpy as jnp, optax
+        >>> from loro_jax import LowRank, loro
+        >>> def normalised(pair):
+        ...     norm = optax.global_norm(pair)
+        ...     return pair[0] / norm, pair[1] / norm
+        >>> def update(grads, state, params, pairs, **extra_args):
+        ...     return pairs.map(normalised, grads), state
+        >>> direction = Direction(lambda params: optax.EmptyState(), update)
+        >>> params = {"w": LowRank(jnp.ones((6, 2)), jnp.eye(2, 4))}
+        >>> tx = loro(0.01, direction=direction)
+        >>> updates, state = tx.update(params, tx.init(params), params)
     """
 
     init: Callable[[Any], Any]
-    advance: Callable[..., tuple[Any, Any]]
-    finish: Callable[[Any, Any], Any]
-    keep: Callable[[Any, Any], Any]
-    moves: bool = False
-
-    def update(self, grads: Any, state: Any, params: Any, **extra_args: Any) -> tuple[Any, Any]:
-        """Both stages."""
-        carried, state = self.advance(grads, state, params, **extra_args)
-        return self.finish(carried, state), state
-
-    def in_one_stage(self) -> Direction:
-        """The same direction, itself handed over, and the state left alone."""
-        return _one_stage(self.init, self.update)._replace(moves=self.moves)
-
-
-def from_optax(tx: optax.GradientTransformation) -> Direction:
-    """An Optax transformation as a direction."""
-    extended = optax.with_extra_args_support(tx)
-    return _one_stage(extended.init, extended.update)
+    update: Callable[..., tuple[Any, Any]]
+    kind: Literal["gradients", "moves"] = "gradients"
+    lr_scale: float | None = None
 
 
 def as_direction(given: optax.GradientTransformation | Direction) -> Direction:
-    """A direction as it is, an Optax transformation as one."""
-    return given if isinstance(given, Direction) else from_optax(given)
+    """Returns a direction as it is, and an Optax transformation as one.
 
-
-def _one_stage(init: Callable[[Any], Any], update: Callable[..., tuple[Any, Any]]) -> Direction:
-    def advance(grads: Any, state: Any, params: Any, **extra_args: Any) -> tuple[Any, Any]:
-        directions, state = update(grads, state, params, **extra_args)
-        # Keeps XLA from moving the update into a branch, where it would run on one core.
-        return jax.lax.optimization_barrier(directions), state
-
-    return Direction(init, advance, lambda carried, _: carried, lambda state, _: state)
-
-
-def adam(
-    b1: jax.typing.ArrayLike,
-    b2: jax.typing.ArrayLike,
-    eps: jax.typing.ArrayLike,
-    mu_dtype: Any | None,
-) -> Direction:
-    """:func:`loro_jax.scale_by_uncorrected_adam` as a direction that carries first moments.
-
-    Where first moments may have another dtype than the parameters (a ``mu_dtype``, or a b1 that
-    bfloat16 can't do) it carries itself: the direction is made of moments not yet rounded, and a
-    move may need more precision than they have.
+    Raises:
+        ValueError: for anything else, such as ``orthogonal`` that was not called.
     """
-    as_transformation = scale_by_uncorrected_adam(b1, b2, eps, mu_dtype)
-    if mu_dtype is not None or decay_is_lost(b1, jnp.bfloat16):
-        return from_optax(as_transformation)
+    if isinstance(given, Direction):
+        return given
+    if not isinstance(given, optax.GradientTransformation):
+        raise ValueError(
+            "loro: direction must be one that adam(...) or orthogonal(...) returns, or an Optax "
+            f"transformation, but is {given!r}."
+        )
+    tx = optax.with_extra_args_support(given)
 
-    def advance(grads: Any, state: AdamState, params: Any, **extra_args: Any) -> tuple[Any, Any]:
-        del params, extra_args
-        moments = adam_moments(grads, state, b1, b2)
-        state = jax.tree.map(lambda new, old: new.astype(old.dtype), moments, state)
-        return state.mu, state
+    def update(
+        grads: Any, state: Any, params: Any, pairs: Pairs, **extra_args: Any
+    ) -> tuple[Any, Any]:
+        del pairs
+        return tx.update(grads, state, params, **extra_args)
 
-    return Direction(
-        init=as_transformation.init,
-        advance=advance,
-        finish=lambda mu, state: adam_direction(state._replace(mu=mu), b1, b2, eps),
-        keep=lambda state, mu: state._replace(mu=mu),
-    )
+    return Direction(tx.init, update)

@@ -3,12 +3,13 @@
 Each takes a pair, its directions and a :class:`StepSize`, and returns the balanced factors of the
 truncated SVD of ``W - lr grad`` (Proposition 4; notation of :mod:`loro_jax.exact.tangent`):
 
-* :mod:`~loro_jax.exact.subspace`: Gram matrices and one r x r eigendecomposition, the default;
+* :mod:`~loro_jax.exact.subspace`: Gram matrices and one r x r eigendecomposition, the default
+  ("auto");
 * :mod:`~loro_jax.exact.gram`: CholeskyQR2 and one 2r x 2r eigendecomposition;
 * :mod:`~loro_jax.exact.reference`: Householder QR and SVD, in float64 where there is one.
 
-The first is the fastest and the last always right. :mod:`~loro_jax.exact.fallback` takes a pair
-from one to the next where a method says that it can't be trusted. The first two factorise by
+The first is the fastest and the last always right. :mod:`~loro_jax.exact.fallback` falls back from
+one to the next where a method says that it can't be trusted. The first two factorise by
 :mod:`~loro_jax.linalg.cholesky`, and once by an eigendecomposition. Which of all balanced
 factors they return, :mod:`~loro_jax.exact.basis` says.
 """

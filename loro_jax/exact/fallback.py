@@ -1,4 +1,4 @@
-"""From the fast methods of the exact step down to the reference, under jit."""
+"""Exact steps of batches of pairs, with fallbacks from the fast methods to the reference."""
 
 from __future__ import annotations
 
@@ -18,27 +18,31 @@ from loro_jax.linalg.batching import maps_by_a_loop, one_by_one, varying_alike
 
 Array = jax.Array
 
-# The methods by name, each with those that a pair goes through until one trusts its result. The
-# last is the reference.
-_RUNGS: dict[str, tuple[Callable[..., ExactStep], ...]] = {
+# The methods by name, each with its fallbacks: a pair is tried with one after the other until one
+# trusts its result. The last is the reference.
+_FALLBACKS: dict[str, tuple[Callable[..., ExactStep], ...]] = {
     "graph": (graph_step, gram_step, svd_step),
     "gram": (gram_step, svd_step),
     "svd": (svd_step,),
 }
 
-METHODS = tuple(_RUNGS)
+METHODS = tuple(_FALLBACKS)
 
-# On CPU as many pairs go through the phases at a time as have so many coefficients, up to seven
-# r x r matrices for each: 128 MiB in float32, which are 18 pairs of rank 512.
+# What "auto" stands for: the fastest.
+_AUTO = METHODS[0]
+
+# CPU only: upper bound on the coefficients held at once, seven r x r matrices for each pair; pairs
+# are processed in chunks below it. 128 MiB in float32, which are 18 pairs of rank 512.
 COEFFICIENTS = 2**25
 
-_Rungs = Sequence[Callable[..., ExactStep]]
+_Methods = Sequence[Callable[..., ExactStep]]
 
 
 def check_method(method: str, where: str) -> None:
     """Raises ValueError unless ``method`` names an exact step."""
-    if method not in METHODS:
-        raise ValueError(f"{where}: the method must be one of {METHODS}, but is {method!r}.")
+    if method not in ("auto", *METHODS):
+        expected = ("auto", *METHODS)
+        raise ValueError(f"{where}: the method must be one of {expected}, but is {method!r}.")
 
 
 def retract(
@@ -50,10 +54,10 @@ def retract(
     size: StepSize,
     basis: str = "singular",
 ) -> ExactStep:
-    """Exact steps of a batch of pairs; ``ok`` says which the named method did by itself.
+    """Takes exact steps of a batch of pairs; ``ok`` says which needed no fallback.
 
     Args:
-        method: "graph", "gram" or "svd".
+        method: "auto" (which is "graph"), "graph", "gram" or "svd".
         B: (N, m, r).
         A: (N, r, n).
         dB: directions of B, (N, m, r).
@@ -68,7 +72,7 @@ def retract(
         return _unwritten(B, A)
     # A loop's index does not index NumPy's arrays.
     arguments = jax.tree.map(jnp.asarray, (B, A, dB, dA, size))
-    return _retract(method, basis, *varying_alike(arguments))
+    return _retract(_AUTO if method == "auto" else method, basis, *varying_alike(arguments))
 
 
 # Jitted for calls outside of any program: without that, each of them would trace its loops and
@@ -76,19 +80,19 @@ def retract(
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 @functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
 def _retract(method: str, basis: str, *arguments: Any) -> ExactStep:
-    rungs = [functools.partial(step, basis=basis) for step in _RUNGS[method]]
+    methods = [functools.partial(step, basis=basis) for step in _FALLBACKS[method]]
     if method == "svd":
-        return one_by_one(rungs[0], 1)(*arguments)
+        return one_by_one(methods[0], 1)(*arguments)
 
     def one_after_the_other(*arguments: Any) -> ExactStep:
         if method == "graph":
-            return _in_phases(rungs[1:], basis, *arguments)
-        return _one_after_the_other(rungs, *arguments)
+            return _in_phases(methods[1:], basis, *arguments)
+        return _one_after_the_other(methods, *arguments)
 
     return jax.lax.platform_dependent(
         *arguments,
         cpu=one_after_the_other,
-        default=lambda *arguments: _as_a_batch(rungs, *arguments),
+        default=lambda *arguments: _as_a_batch(methods, *arguments),
     )
 
 
@@ -100,20 +104,25 @@ def _no_derivative(method: str, basis: str, primals: Any, tangents: Any) -> Any:
     )
 
 
-def _one_pair(rungs: _Rungs, *arguments: Any) -> ExactStep:
-    step = rungs[0](*arguments)
-    if len(rungs) == 1:
+def _one_pair(methods: _Methods, *arguments: Any) -> ExactStep:
+    step = methods[0](*arguments)
+    return _or_fallback(step, methods[1:], *arguments)
+
+
+def _or_fallback(step: ExactStep, fallbacks: _Methods, *arguments: Any) -> ExactStep:
+    """Returns the step, or that of the fallbacks if its method does not trust it."""
+    if not fallbacks:
         return step
     return jax.lax.cond(
-        step.ok, lambda: step, lambda: _one_pair(rungs[1:], *arguments)._replace(ok=step.ok)
+        step.ok, lambda: step, lambda: _one_pair(fallbacks, *arguments)._replace(ok=step.ok)
     )
 
 
-def _in_phases(others: _Rungs, basis: str, *arguments: Any) -> ExactStep:
-    """Pairs by the graph, some at a time, the eigendecompositions of these one behind the other.
+def _in_phases(fallbacks: _Methods, basis: str, *arguments: Any) -> ExactStep:
+    """Steps in chunks, each chunk's eigendecompositions one directly after the other.
 
-    Each of those wakes threads of OpenBLAS, which go on turning when it is done, on the cores that
-    products need.
+    An eigendecomposition wakes threads of OpenBLAS, which keep spinning when it is done, on the
+    cores that products need.
     """
     B, A, dB, dA, size = arguments
     most = min(len(B), COEFFICIENTS // (7 * B.shape[-1] ** 2))
@@ -126,9 +135,7 @@ def _in_phases(others: _Rungs, basis: str, *arguments: Any) -> ExactStep:
     def finish(space: NewSpace, balance: Balance, *pair: Any) -> ExactStep:
         B, A, dB, dA, _ = pair
         step = balanced_factors(B, A, dB, dA, space, balance, basis)
-        return jax.lax.cond(
-            step.ok, lambda: step, lambda: _one_pair(others, *pair)._replace(ok=step.ok)
-        )
+        return _or_fallback(step, fallbacks, *pair)
 
     def some(k: Any, new: ExactStep) -> ExactStep:
         first = k * at_a_time
@@ -148,9 +155,9 @@ def _in_phases(others: _Rungs, basis: str, *arguments: Any) -> ExactStep:
     return jax.lax.fori_loop(0, len(B) // at_a_time, some, _unwritten(B, A))
 
 
-def _one_after_the_other(rungs: _Rungs, *arguments: Any) -> ExactStep:
+def _one_after_the_other(methods: _Methods, *arguments: Any) -> ExactStep:
     B, A, dB, dA, size = arguments
-    step_of = maps_by_a_loop(functools.partial(_one_pair, rungs))
+    step_of = maps_by_a_loop(functools.partial(_one_pair, methods))
 
     def write(i: Any, new: ExactStep) -> ExactStep:
         pair = jax.tree.map(lambda x: x[i], (new.B, new.A, dB, dA, size))
@@ -168,17 +175,15 @@ def _with_pair(new: ExactStep, i: Any, one: ExactStep) -> ExactStep:
     return jax.tree.map(lambda batch, pair: batch.at[i].set(pair), new, one)
 
 
-def _as_a_batch(rungs: _Rungs, *arguments: Any) -> ExactStep:
-    """All at once; as a whole down to the rung that any of the pairs needs."""
-    step = jax.vmap(rungs[0])(*arguments)
-    if len(rungs) == 1:
+def _as_a_batch(methods: _Methods, *arguments: Any) -> ExactStep:
+    """Steps all at once; the whole batch takes each fallback that any of its pairs needs."""
+    step = jax.vmap(methods[0])(*arguments)
+    if len(methods) == 1:
         return step
-    return jax.lax.cond(
-        jnp.all(step.ok), lambda: step, lambda: _mended(step, _as_a_batch(rungs[1:], *arguments))
-    )
 
+    def with_fallback() -> ExactStep:
+        other, fine = _as_a_batch(methods[1:], *arguments), step.ok[:, None, None]
+        B, A = jnp.where(fine, step.B, other.B), jnp.where(fine, step.A, other.A)
+        return ExactStep(B, A, step.ok)
 
-def _mended(step: ExactStep, other: ExactStep) -> ExactStep:
-    """The step, with the pairs that it could not do from another."""
-    fine = step.ok[:, None, None]
-    return ExactStep(jnp.where(fine, step.B, other.B), jnp.where(fine, step.A, other.A), step.ok)
+    return jax.lax.cond(jnp.all(step.ok), lambda: step, with_fallback)

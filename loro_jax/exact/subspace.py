@@ -83,7 +83,8 @@ def graph_step(
 ) -> ExactStep:
     """Exact step of one pair; arguments as for ``svd_step``. Check ``ok`` before use.
 
-    This is what platforms other than CPU map over a batch; on CPU the ladder takes its parts.
+    Platforms other than CPU map it over a batch; on CPU :mod:`~loro_jax.exact.fallback` takes its
+    parts.
     """
     space = new_space(B, A, dB, dA, size)
     # On the way to the nearest basis any will do.
@@ -181,7 +182,7 @@ def _iterated(
     """The estimate of the error of W that is left, shape (..., 1, 1), and X."""
     tiny = jnp.finfo(S.dtype).tiny
 
-    def goes_on(last: _Iterate) -> Array:
+    def unfinished(last: _Iterate) -> Array:
         # Where it meets no numbers, no comparison holds and it stops.
         return (last.remainder > enough) & (last.round < MOST_ITERATIONS)
 
@@ -195,11 +196,11 @@ def _iterated(
         remainder = relative * change * jnp.minimum(ratio, 1.0)
         new = _Iterate(last.round + 1, X, change, remainder)
         # Members of a batch that are done wait for the others.
-        going = goes_on(last)
+        going = unfinished(last)
         return jax.tree.map(lambda x, y: jnp.where(going, x, y), new, last)
 
     first = _Iterate(jnp.zeros_like(c_norm, jnp.int32), X_1, _norm(X_1), c_norm)
-    final = jax.lax.while_loop(lambda last: jnp.any(goes_on(last)), again, varying_alike(first))
+    final = jax.lax.while_loop(lambda last: jnp.any(unfinished(last)), again, varying_alike(first))
     return final.remainder, final.X
 
 

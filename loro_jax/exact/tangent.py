@@ -1,4 +1,4 @@
-"""The mathematics of one pair: the tangent space of rank-r matrices, and the exact step.
+"""The mathematics of one pair: the tangent space of the rank-r matrices at its product.
 
 Notation, for a pair W = B A with B (m x r), A (r x n), a loss with full gradient G (m x n), and
 the thin QR decompositions B = Q_B R_B and A^T = Q_A R_A:
@@ -29,9 +29,8 @@ import jax
 import jax.numpy as jnp
 from jax.scipy.linalg import solve_triangular
 
-from loro_jax.exact import StepSize, check_basis, check_method, retract
 from loro_jax.linalg.batching import one_by_one
-from loro_jax.linalg.precision import at_least_float32, in_full_precision
+from loro_jax.linalg.precision import at_least_float32, in_full_precision, matmul
 from loro_jax.lowrank import check_factors, check_real
 
 Array = jax.Array
@@ -95,13 +94,13 @@ def with_sides(fn: Callable[..., Any], batch_axes: int) -> Callable[..., Any]:
     def mapped(*arguments: Array) -> Any:
         results, fine = one_by_one(by_qr, batch_axes)(*arguments)
 
-        def mended() -> Any:
+        def with_svd() -> Any:
             others = one_by_one(by_svd, batch_axes)(*arguments)
             return jax.tree.map(
                 lambda x, y: jnp.where(fine[..., None, None], x, y), results, others
             )
 
-        return jax.lax.cond(jnp.all(fine), lambda: results, mended)
+        return jax.lax.cond(jnp.all(fine), lambda: results, with_svd)
 
     return mapped
 
@@ -132,99 +131,6 @@ def _side_by_svd(X: Array) -> Side:
     return Side((Q @ U) * kept[None, :], Vt.T * inverse[None, :])
 
 
-def exact_update(
-    B: Array,
-    A: Array,
-    dB: Array,
-    dA: Array,
-    learning_rate: jax.typing.ArrayLike,
-    *,
-    method: str = "graph",
-    max_move: jax.typing.ArrayLike | None = None,
-    damping: jax.typing.ArrayLike | None = None,
-    basis: str = "singular",
-) -> tuple[Array, Array]:
-    """Exact Riemannian step of one pair or a batch of pairs (Proposition 4).
-
-    Moves W = B A against the Riemannian gradient and retracts by the truncated SVD:
-    ``W' = SVD_r(W - learning_rate * grad)``, where grad is the tangent vector that the directions
-    dB and dA stand for (:func:`riemannian_gradient`). W itself is never formed: all work is on
-    blocks of width r. The new factors are balanced: both have the square roots of the singular
-    values of W'. That determines them up to a rotation of the inner index, which ``basis`` chooses.
-
-    Args:
-        B: output-side factor, shape (..., m, r).
-        A: input-side factor, shape (..., r, n).
-        dB: gradient (or direction) of B, same shape as B.
-        dA: gradient (or direction) of A, same shape as A.
-        learning_rate: step size, a scalar.
-        method: "graph", "gram" or "svd", from fast to always right; pairs that one can't do
-            accurately go on to the next by themselves. See :mod:`loro_jax.exact`.
-        max_move: trust region. The step is cut so that ``learning_rate |grad| <= max_move |W|`` in
-            Frobenius norms; W then moves by at most ``2 max_move |W|``, because the retraction at
-            most doubles the distance. None: no bound, as in the paper.
-        damping: d >= 0. The gradient's ``(B^T B)^{-1}`` and ``(A A^T)^{-1}`` become
-            ``(B^T B + d |B|^2 / r I)^{-1}`` and likewise for A: steps along small singular values
-            are shortened, others hardly. None: none, as in the paper.
-        basis: "singular", the paper's: the inner index counts singular values. "nearest": B' and A'
-            as near to B and A as balanced factors of W' can be, so that what was averaged in the
-            basis of the old factors still fits. See :mod:`loro_jax.exact.basis`.
-
-    Returns:
-        B' and A', same shapes and dtypes as B and A. Computed in float32, or wider if the
-        factors are.
-
-    Raises:
-        ValueError: if the shapes do not make a pair of rank r <= min(m, n), or the factors are not
-            of a real floating-point dtype, or dB and dA differ in shape from them, or the method or
-            the basis is unknown.
-
-    Example:
-        >>> import jax, jax.numpy as jnp
-        >>> keys = jax.random.split(jax.random.key(0), 3)
-        >>> B, A = jax.random.normal(keys[0], (6, 2)), jax.random.normal(keys[1], (2, 5))
-        >>> G = jax.random.normal(keys[2], (6, 5))
-        >>> B_new, A_new = exact_update(B, A, G @ A.T, B.T @ G, learning_rate=0.1)
-        >>> bool(jnp.allclose(B_new.T @ B_new, A_new @ A_new.T, atol=1e-4))
-        True
-        >>> zero = jnp.zeros_like(B_new), jnp.zeros_like(A_new)
-        >>> B_same, _ = exact_update(B_new, A_new, *zero, learning_rate=0.1, basis="nearest")
-        >>> bool(jnp.allclose(B_same, B_new, atol=1e-4))
-        True
-    """
-    size = StepSize(learning_rate, max_move, damping)
-    where = "exact_update"
-    return counted_exact_update(B, A, dB, dA, size, method=method, basis=basis, where=where)[:2]
-
-
-def counted_exact_update(
-    B: Array,
-    A: Array,
-    dB: Array,
-    dA: Array,
-    size: StepSize,
-    *,
-    method: str,
-    where: str,
-    basis: str = "singular",
-) -> tuple[Array, Array, Array]:
-    """:func:`exact_update`, and how many pairs of the batch the method could not do (int32)."""
-    _check_directions(B, A, dB, dA, where)
-    check_method(method, where)
-    check_basis(basis, where)
-    dtype = at_least_float32(jnp.promote_types(B.dtype, A.dtype))
-    batch_shape = B.shape[:-2]
-    # One batch axis, of length one where there is none.
-    Bs, As, dBs, dAs = (x.reshape(-1, *x.shape[-2:]).astype(dtype) for x in (B, A, dB, dA))
-    sizes = jax.tree.map(lambda x: jnp.broadcast_to(jnp.asarray(x, dtype), Bs.shape[:1]), size)
-    step = retract(method, Bs, As, dBs, dAs, sizes, basis)
-    return (
-        step.B.reshape(*batch_shape, *B.shape[-2:]).astype(B.dtype),
-        step.A.reshape(*batch_shape, *A.shape[-2:]).astype(A.dtype),
-        jnp.sum(~step.ok, dtype=jnp.int32),
-    )
-
-
 def riemannian_gradient(B: Array, A: Array, gB: Array, gA: Array) -> Array:
     """Riemannian gradient at W = B A as a full matrix (Proposition 3). For checks and study.
 
@@ -251,7 +157,7 @@ def riemannian_gradient(B: Array, A: Array, gB: Array, gA: Array) -> Array:
         >>> riemannian_gradient(B, A, G @ A.T, B.T @ G).shape
         (6, 5)
     """
-    _check_directions(B, A, gB, gA, "riemannian_gradient")
+    check_directions(B, A, gB, gA, "riemannian_gradient")
     dtype = at_least_float32(jnp.promote_types(B.dtype, A.dtype))
 
     @in_full_precision
@@ -262,7 +168,62 @@ def riemannian_gradient(B: Array, A: Array, gB: Array, gA: Array) -> Array:
     return with_sides(assemble, B.ndim - 2)(*(x.astype(dtype) for x in (B, A, gB, gA)))
 
 
-def _check_directions(B: Array, A: Array, dB: Array, dA: Array, where: str) -> None:
+def as_gradients(B: Array, A: Array, dB: Array, dA: Array) -> tuple[Array, Array]:
+    """Returns gradients whose tangent vector is the move ``dB A + B dA``, as an exact step takes.
+
+    :func:`loro_jax.exact_update` makes a tangent vector of gradients: ``g_B (A A^T)^{-1} A``
+    outside the columns of B, and ``B (B^T B)^{-1} g_A`` in them. For these it is the whole move.
+    (:func:`multiply_by_grams` lacks the term ``(B^T dB) A`` of ``g_A``: its tangent vector is the
+    move without what ``dB A`` has in the columns of B.)
+
+    Args:
+        B: shape (..., m, r).
+        A: shape (..., r, n).
+        dB: move of B.
+        dA: move of A.
+
+    Returns:
+        Arrays of the shapes of B and A, in float32 or wider.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> from loro_jax import riemannian_gradient
+        >>> B, A, dB, dA = (
+        ...     jax.random.normal(jax.random.key(i), s) for i, s in enumerate([(5, 2), (2, 4)] * 2)
+        ... )
+        >>> tangent = riemannian_gradient(B, A, *as_gradients(B, A, dB, dA))
+        >>> bool(jnp.allclose(tangent, dB @ A + B @ dA, atol=1e-4))
+        True
+    """
+    dtype = at_least_float32(jnp.result_type(B, A))
+    B, A, dB, dA = (x.astype(dtype) for x in (B, A, dB, dA))
+    g_B = matmul(dB, matmul(A, A.mT))
+    g_A = matmul(matmul(B.mT, B), dA) + matmul(matmul(B.mT, dB), A)
+    return g_B, g_A
+
+
+def multiply_by_grams(B: Array, A: Array, d_B: Array, d_A: Array) -> tuple[Array, Array]:
+    """Returns ``d_B (A A^T)`` and ``(B^T B) d_A``, in float32 or wider.
+
+    As gradients their tangent vector is ``(I - P_U) d_B A + B d_A``: the two directions each in its
+    own part of the tangent space, as for preconditioned gradients d, of which they undo the
+    division by the Grams. :func:`as_gradients` differs by one term, ``(B^T d_B) A`` added to the
+    second, which keeps ``P_U d_B A`` too.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> B, A = jnp.eye(3, 2), 2 * jnp.eye(2, 4)
+        >>> g_B, g_A = multiply_by_grams(B, A, B, A)
+        >>> float(g_B[0, 0]), float(g_A[0, 0])
+        (4.0, 2.0)
+    """
+    dtype = at_least_float32(jnp.result_type(B, A))
+    B, A, d_B, d_A = (x.astype(dtype) for x in (B, A, d_B, d_A))
+    return matmul(matmul(d_B, A), A.mT), matmul(B.mT, matmul(B, d_A))
+
+
+def check_directions(B: Array, A: Array, dB: Array, dA: Array, where: str) -> None:
+    """Raises ValueError unless the factors make a real pair and the directions fit them."""
     check_factors(B, A, where)
     check_real(B, A, where)
     if dB.shape != B.shape or dA.shape != A.shape:

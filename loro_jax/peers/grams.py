@@ -1,4 +1,4 @@
-"""Multiplying and dividing directions of the factors by the Gram matrices of the other factor."""
+"""Dividing directions of the factors by the Gram matrices of the other factor."""
 
 from __future__ import annotations
 
@@ -39,21 +39,6 @@ def divide_by_grams(
         )
 
     return _on_single_pairs(divide, B, A, g_B, g_A, damping)
-
-
-def multiply_by_grams(B: Array, A: Array, d_B: Array, d_A: Array) -> tuple[Array, Array]:
-    """``d_B (A A^T)`` and ``(B^T B) d_A``, in float32 or wider: undoes :func:`divide_by_grams`.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> B, A = jnp.eye(3, 2), 2 * jnp.eye(2, 4)
-        >>> g_B, g_A = multiply_by_grams(B, A, B, A)
-        >>> float(g_B[0, 0]), float(g_A[0, 0])
-        (4.0, 2.0)
-    """
-    dtype = at_least_float32(jnp.result_type(B, A))
-    B, A, d_B, d_A = (x.astype(dtype) for x in (B, A, d_B, d_A))
-    return matmul(matmul(d_B, A), A.mT), matmul(B.mT, matmul(B, d_A))
 
 
 def _inverse_root(gram: Array, damping: Array) -> Array:

@@ -26,12 +26,14 @@ from typing import Any
 import jax
 import optax
 
+from loro_jax.checks import check_not_negative
 from loro_jax.descent import riemannian_descent
-from loro_jax.directions.protocol import Direction, adam
-from loro_jax.exact import StepSize, check_method
-from loro_jax.exact.tangent import counted_exact_update
-from loro_jax.pairs import PairsSpec, find_pairs
-from loro_jax.peers.grams import divide_by_grams, multiply_by_grams
+from loro_jax.directions.adam import adam
+from loro_jax.directions.protocol import Direction, as_direction
+from loro_jax.exact.tangent import multiply_by_grams
+from loro_jax.exact.update import exact_step
+from loro_jax.pairs import Both, Pairs, PairsSpec, find_pairs
+from loro_jax.peers.grams import divide_by_grams
 
 Array = jax.Array
 
@@ -74,7 +76,7 @@ def scale_by_preconditioner(
 
     Source: Zhang and Pilanci, ICML 2024 (scaled GD).
     """
-    _check_not_negative("scale_by_preconditioner", damping=damping)
+    check_not_negative("scale_by_preconditioner", damping=damping)
 
     def init(params: Any) -> optax.EmptyState:
         del params
@@ -96,55 +98,63 @@ def scale_by_preconditioner(
     return optax.GradientTransformation(init, update)
 
 
+def preconditioned_direction(
+    damping: jax.typing.ArrayLike = 1e-6,
+    then: optax.GradientTransformation | Direction | None = None,
+) -> Direction:
+    """Makes a direction of preconditioned gradients.
+
+    Args:
+        damping: as for :func:`scale_by_preconditioner`.
+        then: what makes directions of them; None: Adam.
+
+    Returns:
+        A direction; the leaves that are no factors have that of their plain gradients.
+    """
+    inner = adam() if then is None else as_direction(then)
+
+    def divide(factors: Both, gradients: Both) -> Both:
+        scaled = divide_by_grams(*factors, *gradients, damping)
+        return scaled[0].astype(gradients[0].dtype), scaled[1].astype(gradients[1].dtype)
+
+    def update(
+        grads: Any, state: Any, params: Any, pairs: Pairs, **extra_args: Any
+    ) -> tuple[Any, Any]:
+        scaled = pairs.map(divide, params, grads)
+        return inner.update(scaled, state, params, pairs, **extra_args)
+
+    return Direction(inner.init, update, lr_scale=1.0)
+
+
 def preconditioned(
     learning_rate: optax.ScalarOrSchedule,
     *,
     damping: jax.typing.ArrayLike = 1e-6,
     exact_every: int | None = None,
-    refresh: str | None = "all",
-    lr_scale: float | None = 1.0,
-    b1: float = 0.9,
-    b2: float = 0.999,
-    eps: float = 1e-6,
-    weight_decay: jax.typing.ArrayLike = 0.0,
-    mu_dtype: Any | None = None,
-    pairs: PairsSpec | None = None,
-    require_pairs: bool = True,
-    regular: optax.GradientTransformation | None = None,
-    direction: optax.GradientTransformation | None = None,
-    exact_method: str = "graph",
+    direction: optax.GradientTransformation | Direction | None = None,
     max_move: jax.typing.ArrayLike | None = None,
-    mesh: Any | None = None,
+    exact_method: str = "auto",
+    **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
-    """Scaled AdamW on the factors of all pairs, with LORO's exact step on every K-th step.
+    """Scaled AdamW, with LORO's exact steps in between if wanted.
 
     Args:
-        learning_rate: as for :func:`loro_jax.loro`, like all arguments that are not named here.
+        learning_rate: a number or a schedule.
         damping: delta, see :func:`scale_by_preconditioner`.
-        exact_every: K. None: never, which is the published method.
-        refresh: "all", "factors" or None; "transport" is for moments of plain gradients.
-        lr_scale: factor on the learning rate of steps that are not exact. The published method has
-            none, and preconditioned steps need none to be of the exact step's size.
-        b1: decay of Adam's first moment.
-        b2: decay of Adam's second moment.
-        eps: added to the root of Adam's uncorrected second moment, as in the authors' code.
-        weight_decay: decoupled decay.
-        mu_dtype: dtype of Adam's first moment.
-        pairs: None, or a spec.
-        require_pairs: raise when the tree holds no pair.
-        regular: transformation for all leaves that are not factors; None: the same direction as
-            for the factors, of their plain gradients.
+        exact_every: K; step t, counted from 0, is exact when ``(t + 1) % K == 0``. None: never.
         direction: what makes directions of preconditioned gradients; None: Adam. With
             ``optax.identity()`` the method is ScaledGD.
+        max_move: trust region of the exact step.
         exact_method: how the exact step is computed.
-        max_move: trust region of the exact step, a number.
-        mesh: devices that share the exact steps.
+        **options: passed on to :func:`loro_jax.riemannian_descent`: ``lr_scale`` (1 by default,
+            also on matrices that are not square), ``moments`` (but "transport" is for moments of
+            plain gradients), ``weight_decay``, ``regular``, ``pairs`` and ``mesh``.
 
     Returns:
         An ``optax.GradientTransformationExtraArgs`` with a :class:`loro_jax.LoroState`.
 
     Raises:
-        ValueError: for a negative ``damping`` or ``max_move``, ``refresh="transport"``, an unknown
+        ValueError: for a negative ``damping`` or ``max_move``, ``moments="transport"``, an unknown
             ``exact_method``, and as :func:`loro_jax.loro`.
 
     Example:
@@ -164,49 +174,19 @@ def preconditioned(
     Sources: Tong, Ma and Chi, JMLR 2021; Zhang and Pilanci, ICML 2024; the exact step of Mo, Huang
     and Pan, ICLR 2025, Proposition 4.
     """
-    check_method(exact_method, "preconditioned")
-    _check_not_negative("preconditioned", damping=damping, max_move=max_move)
-    if refresh == "transport":
+    check_not_negative("preconditioned", damping=damping)
+    if options.get("moments") == "transport":
         raise ValueError(
-            'preconditioned: refresh must be "all", "factors" or None, but is "transport", which '
-            "carries moments of plain gradients."
+            'preconditioned: moments must be "reset", "reset_factors", "keep" or None, but is '
+            '"transport", which carries moments of plain gradients.'
         )
-    precondition = scale_by_preconditioner(damping, pairs)
-    directed: Direction | optax.GradientTransformation = (
-        adam(b1, b2, eps, mu_dtype) if direction is None else direction
-    )
+    of_gradients = exact_step(method=exact_method, max_move=max_move, where="preconditioned")
 
-    def exact_step(
-        B: Array, A: Array, dB: Array, dA: Array, rate: Any, step: Array
+    def step(
+        B: Array, A: Array, dB: Array, dA: Array, rate: Any, number: Array
     ) -> tuple[Array, Array, Array]:
-        del step
-        g_B, g_A = multiply_by_grams(B, A, dB, dA)
-        return counted_exact_update(
-            B, A, g_B, g_A, StepSize(rate, max_move), method=exact_method, where="preconditioned"
-        )
+        return of_gradients(B, A, *multiply_by_grams(B, A, dB, dA), rate, number)
 
-    descent = riemannian_descent(
-        learning_rate,
-        directed,
-        exact_step,
-        exact_every=exact_every,
-        refresh=refresh,
-        lr_scale=lr_scale,
-        weight_decay=weight_decay,
-        pairs=pairs,
-        require_pairs=require_pairs,
-        regular=regular,
-        mesh=mesh,
+    return riemannian_descent(
+        learning_rate, preconditioned_direction(damping, direction), step, exact_every, **options
     )
-
-    def update(grads: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
-        scaled, _ = precondition.update(grads, optax.EmptyState(), params)
-        return descent.update(scaled, state, params, **extra_args)
-
-    return optax.GradientTransformationExtraArgs(descent.init, update)
-
-
-def _check_not_negative(where: str, **values: Any) -> None:
-    for name, value in values.items():
-        if isinstance(value, float | int) and value < 0:
-            raise ValueError(f"{where}: {name} must not be negative, but is {value}.")

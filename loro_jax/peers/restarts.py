@@ -20,8 +20,8 @@ import jax
 import optax
 
 from loro_jax.descent import riemannian_descent
-from loro_jax.directions.protocol import Direction
-from loro_jax.lowrank import balance
+from loro_jax.directions.protocol import Direction, as_direction
+from loro_jax.lowrank import balance, rank_ratio
 
 
 def balanced_step(lr_scale: float | None) -> Callable[..., tuple[jax.Array, jax.Array]]:
@@ -45,7 +45,7 @@ def balanced_step(lr_scale: float | None) -> Callable[..., tuple[jax.Array, jax.
         B: jax.Array, A: jax.Array, dB: jax.Array, dA: jax.Array, learning_rate: Any, count: Any
     ) -> tuple[jax.Array, jax.Array]:
         del count
-        scale = A.shape[-2] / min(B.shape[-2], A.shape[-1]) if lr_scale is None else lr_scale
+        scale = rank_ratio(B, A) if lr_scale is None else lr_scale
         size = learning_rate * scale
         return balance((B - size * dB).astype(B.dtype), (A - size * dA).astype(A.dtype))
 
@@ -58,7 +58,6 @@ def lowrank_restarts(
     every: int = 200,
     direction: optax.GradientTransformation | Direction | None = None,
     lr_scale: float | None = 1.0,
-    refresh: str | None = "all",
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
     """Low-rank AdamW whose factors are balanced, and whose moments are dropped, every K steps.
@@ -68,8 +67,7 @@ def lowrank_restarts(
         every: K.
         direction: ``optax.scale_by_adam()`` by default.
         lr_scale: factor on the learning rate of the factors; None: r / min(m, n).
-        refresh: whose moments a restart drops, "all", "factors" or None.
-        **options: passed on to :func:`loro_jax.riemannian_descent`.
+        **options: passed on to :func:`loro_jax.riemannian_descent`, ``moments`` say.
 
     Returns:
         An ``optax.GradientTransformationExtraArgs``; its updates have to be the last of a chain.
@@ -84,12 +82,14 @@ def lowrank_restarts(
         >>> tx = lowrank_restarts(0.01, every=50)
         >>> updates, state = tx.update(params, tx.init(params), params)
     """
+    directed = as_direction(optax.scale_by_adam() if direction is None else direction)
+    if directed.kind == "moves" and lr_scale is None:
+        lr_scale = directed.lr_scale
     return riemannian_descent(
         learning_rate,
-        optax.scale_by_adam() if direction is None else direction,
+        directed,
         balanced_step(lr_scale),
-        exact_every=every,
-        refresh=refresh,
+        every,
         lr_scale=lr_scale,
         **options,
     )

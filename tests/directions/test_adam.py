@@ -8,7 +8,15 @@ import numpy as np
 import optax
 import pytest
 
-from loro_jax import LowRank, exact_update, initialise, loro, orthogonal, scale_by_uncorrected_adam
+from loro_jax import (
+    LowRank,
+    adam,
+    exact_update,
+    initialise,
+    loro,
+    orthogonal,
+    scale_by_uncorrected_adam,
+)
 from loro_jax.checks import checked_numbers
 
 NARROW = [jnp.bfloat16, jnp.float16]
@@ -51,12 +59,12 @@ def test_a_slow_first_moment_falls_too(dtype):
     state = moments_after(scale_by_uncorrected_adam(b1=0.9995), dtype, sizes)
     np.testing.assert_allclose(state.mu, averaged(0.9995, sizes), rtol=1e-3)
     params = {"w": LowRank(jnp.ones((6, 2), dtype), jnp.eye(2, 4, dtype=dtype))}
-    for direction in (None, orthogonal(0.9995)):
-        tx = loro(0.01, exact_every=2, b1=0.9995, direction=direction, refresh=None)
+    for direction in (adam(b1=0.9995), orthogonal(0.9995)):
+        tx = loro(0.01, exact_every=2, direction=direction, moments="keep")
         _, state = jax.eval_shape(tx.update, params, tx.init(params), params)
         assert state.factors.mu["w"].B.dtype == jnp.float32
     with pytest.raises(ValueError, match=r"in mu_dtype=bfloat16 .* b1=0.9995 never changes"):
-        loro(0.1, b1=0.9995, mu_dtype=jnp.bfloat16)
+        adam(b1=0.9995, mu_dtype=jnp.bfloat16)
 
 
 @pytest.mark.parametrize("dtype", [*NARROW, jnp.float32])
@@ -66,7 +74,7 @@ def test_zero_gradients_move_nothing(dtype, eps):
         "w": LowRank(jnp.ones((6, 2), dtype), jnp.eye(2, 4, dtype=dtype)),
         "b": jnp.ones(3, dtype),
     }
-    tx = loro(0.01, exact_every=None, eps=eps)
+    tx = loro(0.01, exact_every=None, direction=adam(eps=eps))
     updates, _ = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)
     assert all(not np.any(x) for x in jax.tree.leaves(updates))
 
@@ -135,14 +143,25 @@ def test_injected_numbers_of_narrow_parameters(dtype):
         updates, state = step(jax.grad(loss)(params), state, params)
         params = optax.apply_updates(params, updates)
     assert loss(params) < 0.9 * loss(pair)
-    for name, value in (("b1", 0.9), ("b2", 0.999), ("eps", 1e-8), ("damping", 1e-8)):
-        tx = injected(learning_rate=0.02, **{name: value})
-        message = rf"loro: {name} is an array of {jnp.dtype(dtype)}.* hyperparam_dtype=jnp.float32"
+
+    def of_adam(learning_rate, **constants):
+        return loro(learning_rate, direction=adam(**constants))
+
+    for factory, name, value in (
+        (of_adam, "b1", 0.9),
+        (of_adam, "b2", 0.999),
+        (of_adam, "eps", 1e-8),
+        (loro, "damping", 1e-8),
+    ):
+        tx = optax.inject_hyperparams(factory)(learning_rate=0.02, **{name: value})
+        message = (
+            rf"(adam|loro): {name} is an array of {jnp.dtype(dtype)}.* hyperparam_dtype=jnp.float32"
+        )
         with pytest.raises(ValueError, match=message):
             tx.init(pair)
         with pytest.raises(ValueError, match=message):
             jax.eval_shape(tx.init, pair)
-    wide = optax.inject_hyperparams(loro, hyperparam_dtype=jnp.float32)(
+    wide = optax.inject_hyperparams(of_adam, hyperparam_dtype=jnp.float32)(
         learning_rate=0.02, b2=0.999
     )
     assert wide.init(pair).hyperparams["b2"].dtype == jnp.float32

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 from loro_jax import LowRank, initialise, loro, orthogonal
-from loro_jax.directions.orthogonal import as_gradients
+from loro_jax.exact.tangent import as_gradients
 from loro_jax.linalg.newton_schulz import OVERSHOOT, QUINTIC, inverse_root
 
 M, N, R = 24, 40, 6
@@ -125,7 +125,7 @@ def test_one_moment_for_factors_and_adam_for_the_rest():
     assert sum(x.size for x in jax.tree.leaves(state.factors)) == B.size + A.size
     grads = {"w": LowRank(*gradients(B, A)), "bias": jnp.ones(5)}
     updates, state = tx.update(grads, state, params)
-    expected = loro(0.1, require_pairs=False)
+    expected = loro(0.1, pairs="optional")
     alone, _ = expected.update(
         {"bias": jnp.ones(5)}, expected.init({"bias": params["bias"]}), {"bias": params["bias"]}
     )
@@ -154,7 +154,7 @@ def test_transported_momentum_knows_no_basis():
     """Runs from (B, A) and (B Q, Q^T A) keep one product, through exact steps."""
     target = draw(11, M, R) @ draw(12, R, N)
     rotation = jnp.linalg.qr(draw(13, R, R))[0]
-    tx = loro(0.3, direction=orthogonal(), exact_every=10, refresh="transport")
+    tx = loro(0.3, direction=orthogonal(), exact_every=10, moments="transport")
 
     def loss(params):
         return jnp.mean((params["w"].product() - target) ** 2)

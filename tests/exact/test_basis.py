@@ -141,7 +141,7 @@ def trajectory(turn, steps=50, **settings):
     params, loss = problem(np.ones(4))
     pair = params["pair"]
     params["pair"] = LowRank(pair.B @ turn, turn.T @ pair.A)
-    tx = loro(0.02, exact_every=9, basis="nearest", refresh=None, **settings)
+    tx = loro(0.02, exact_every=9, basis="nearest", **settings)
 
     def step(carry, _):
         params, state = carry

@@ -10,7 +10,7 @@ import pytest
 
 from loro_jax import LowRank, exact_update, loro
 from loro_jax.exact import METHODS, StepSize, fallback, retract
-from loro_jax.exact.tangent import counted_exact_update
+from loro_jax.exact.update import counted_exact_update
 
 # Error of W beyond the best rank-r approximation, over |W - lr grad|.
 TOLERANCE = {"svd": 2e-5, "gram": 4e-5, "graph": 4e-5}

@@ -6,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from loro_jax import LowRank, exact_update, loro, riemannian_gradient
+from loro_jax import LowRank, adam, exact_update, loro, riemannian_gradient
 from loro_jax.exact import basis
 from loro_jax.exact.transport import transport_moments
 from tests.exact.test_tangent import random_pair, tangent_projection
@@ -26,9 +26,9 @@ def problem(signs, seed=0):
     return params, loss
 
 
-def trajectory(signs, refresh, steps=50):
+def trajectory(signs, moments, steps=50):
     params, loss = problem(signs)
-    tx = loro(0.02, exact_every=9, refresh=refresh)
+    tx = loro(0.02, exact_every=9, moments=moments)
 
     @jax.jit
     def step(params, state):
@@ -46,11 +46,11 @@ def trajectory(signs, refresh, steps=50):
 SIGNS = (np.ones(4), np.array([1.0, -1.0, -1.0, 1.0]))
 
 
-@pytest.mark.parametrize("refresh", ["transport", "all", "factors", None])
-def test_runs_from_two_representations_keep_equal_products(x64, refresh):
+@pytest.mark.parametrize("moments", ["transport", "reset", "reset_factors", "keep"])
+def test_runs_from_two_representations_keep_equal_products(x64, moments):
     """Fifty steps across five exact ones."""
-    one, _, _ = trajectory(SIGNS[0], refresh)
-    other, _, _ = trajectory(SIGNS[1], refresh)
+    one, _, _ = trajectory(SIGNS[0], moments)
+    other, _, _ = trajectory(SIGNS[1], moments)
     np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-8)
 
 
@@ -63,15 +63,15 @@ def test_old_moments_would_not_fit_a_basis_of_arbitrary_signs(x64, monkeypatch):
 
     monkeypatch.setattr(basis, "nearest_order", as_they_come)
     jax.clear_caches()  # exact steps are traced once a process
-    one, _, _ = trajectory(SIGNS[0], None)
-    other, _, _ = trajectory(SIGNS[1], None)
+    one, _, _ = trajectory(SIGNS[0], "keep")
+    other, _, _ = trajectory(SIGNS[1], "keep")
     jax.clear_caches()
     assert np.max(np.abs(one - other)) > 1e-3
 
 
 def test_transport_keeps_the_count_and_differs_from_no_refresh(x64):
     transported, state, _ = trajectory(SIGNS[0], "transport")
-    kept, _, _ = trajectory(SIGNS[0], None)
+    kept, _, _ = trajectory(SIGNS[0], "keep")
     assert int(state.factors.count) == 50
     np.testing.assert_allclose(transported[:9], kept[:9], rtol=1e-9)
     assert np.max(np.abs(transported[9:] - kept[9:])) > 1e-3
@@ -173,7 +173,7 @@ def test_runs_from_factors_of_rank_zero_and_one():
     """LoRA's start, whose B is zero, and constant factors, across exact steps."""
     params, loss = problem(np.ones(4))
     shapes = params["pair"].B.shape, params["pair"].A.shape
-    tx = loro(0.02, exact_every=4, refresh="transport", max_move=0.5)
+    tx = loro(0.02, exact_every=4, moments="transport", max_move=0.5)
 
     @jax.jit
     def step(carry, _):
@@ -190,9 +190,9 @@ def test_runs_from_factors_of_rank_zero_and_one():
 def test_transport_needs_moments(x64):
     params, loss = problem(SIGNS[0])
     with pytest.raises(ValueError, match=r"needs a direction whose state has mu .* EmptyState"):
-        loro(0.1, refresh="transport", direction=optax.identity()).init(params)
-    tx = loro(0.1, refresh="transport", exact_every=1, direction=optax.scale_by_adam())
+        loro(0.1, moments="transport", direction=optax.identity()).init(params)
+    tx = loro(0.1, moments="transport", exact_every=1, direction=optax.scale_by_adam())
     _, state = tx.update(jax.grad(loss)(params), tx.init(params), params)
-    own = loro(0.1, refresh="transport", exact_every=1, eps=1e-8)
+    own = loro(0.1, moments="transport", exact_every=1, direction=adam(eps=1e-8))
     _, expected = own.update(jax.grad(loss)(params), own.init(params), params)
     np.testing.assert_allclose(state.factors.mu["pair"].B, expected.factors.mu["pair"].B, rtol=1e-3)

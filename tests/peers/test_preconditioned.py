@@ -1,13 +1,15 @@
 """Scaled gradient descent and scaled AdamW against their equations, alone and with exact steps."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from loro_jax import LoroState, LowRank, loro
-from loro_jax.peers.grams import divide_by_grams, multiply_by_grams
+from loro_jax import LoroState, LowRank, adam, loro
+from loro_jax.exact.tangent import multiply_by_grams
+from loro_jax.peers.grams import divide_by_grams
 from loro_jax.peers.preconditioned import preconditioned, scale_by_preconditioner
 
 M, R, N = 7, 3, 5
@@ -36,14 +38,6 @@ def run(tx, params, grads):
 
 def take(i, stacked):
     return jax.tree.map(lambda x: x[i], stacked)
-
-
-def assert_trees_close(one, other, **tolerance):
-    assert jax.tree.structure(one) == jax.tree.structure(other)
-    for x, y in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
-        np.testing.assert_allclose(
-            np.asarray(x, np.float64), np.asarray(y, np.float64), **tolerance
-        )
 
 
 def scaled(B, A, g_B, g_A, delta):
@@ -86,7 +80,7 @@ def test_scaled_adamw_follows_its_equations():
     """The gradient is preconditioned first; both moments are of what comes out."""
     params = tree(dtype=jnp.float64)
     grads = [tree(10 * (t + 1), jnp.float64) for t in range(5)]
-    tx = preconditioned(0.05, damping=0.3, b1=0.8, b2=0.9, eps=1e-3, weight_decay=0.1)
+    tx = preconditioned(0.05, damping=0.3, direction=adam(0.8, 0.9, 1e-3), weight_decay=0.1)
     moved, state = run(tx, params, grads)
     factors = [*arrays(params), np.asarray(params["bias"])]
     m, v = [0.0] * 3, [0.0] * 3
@@ -141,7 +135,9 @@ def test_exact_step_of_scaled_adamw_retracts_the_directions_tangent():
     params, grads = tree(dtype=jnp.float64), tree(10, jnp.float64)
     B, A = arrays(params)
     moved, _ = run(
-        preconditioned(0.02, exact_every=1, damping=0.1, eps=1e-2, exact_method="svd"),
+        preconditioned(
+            0.02, exact_every=1, damping=0.1, direction=adam(eps=1e-2), exact_method="svd"
+        ),
         params,
         [grads],
     )
@@ -267,7 +263,7 @@ def test_jit_changes_nothing_and_traces_once():
     tx = settings(None)
     fast, _ = jax.jit(tx.update)(grads, tx.init(params), params)
     updates, _ = tx.update(grads, tx.init(params), params)
-    assert_trees_close(fast, updates, rtol=1e-3, atol=1e-5)
+    chex.assert_trees_all_close(fast, updates, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("exact_every", [None, 1])
@@ -280,7 +276,7 @@ def test_bfloat16_is_divided_in_float32_and_keeps_its_dtype(exact_every):
     wide_p, wide_g = jax.tree.map(lambda x: x.astype(jnp.float32), (params, grads))
     expected, _ = scale_by_preconditioner().update(wide_g, optax.EmptyState(), wide_p)
     assert directions["w"].B.dtype == jnp.bfloat16
-    assert_trees_close(directions, expected, rtol=1e-2)
+    chex.assert_trees_all_close(directions, expected, rtol=1e-2)
 
 
 def test_pairs_may_be_named():
@@ -300,7 +296,7 @@ def test_tree_without_pairs():
     params = {"w": jnp.ones(3)}
     with pytest.raises(ValueError, match="no low-rank pair found"):
         preconditioned(0.1).init(params)
-    tx = preconditioned(0.1, require_pairs=False)
+    tx = preconditioned(0.1, pairs="optional")
     updates, _ = tx.update(params, tx.init(params), params)
     np.testing.assert_allclose(updates["w"], -0.1, rtol=1e-3)
 
@@ -310,8 +306,8 @@ def test_tree_without_pairs():
     [
         ({"damping": -1.0}, "preconditioned: damping must not be negative, but is -1.0"),
         ({"max_move": -1.0}, "max_move must not be negative, but is -1.0"),
-        ({"refresh": "transport"}, 'refresh must be "all", "factors" or None'),
-        ({"refresh": "some"}, "refresh must be one of"),
+        ({"moments": "transport"}, 'moments must be "reset", "reset_factors", "keep" or None'),
+        ({"moments": "some"}, "moments must be one of"),
         ({"exact_every": 0}, "exact_every must be at least 1"),
         ({"exact_method": "magic"}, "magic"),
     ],

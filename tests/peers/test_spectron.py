@@ -1,12 +1,13 @@
 """Spectron against its equations in float64, and the properties that it is made for."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 
-from loro_jax import LowRank, scale_by_uncorrected_adam
+from loro_jax import LowRank, adam, scale_by_uncorrected_adam
 from loro_jax.linalg.newton_schulz import OVERSHOOT, orthogonalise, power_iteration
 from loro_jax.peers.spectron import spectron
 
@@ -35,14 +36,6 @@ def run(tx, params, grads):
 
 def take(i, stacked):
     return jax.tree.map(lambda x: x[i], stacked)
-
-
-def assert_trees_close(one, other, **tolerance):
-    assert jax.tree.structure(one) == jax.tree.structure(other)
-    for x, y in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
-        np.testing.assert_allclose(
-            np.asarray(x, np.float64), np.asarray(y, np.float64), **tolerance
-        )
 
 
 def reference(B, A, u_B, u_A, grads, eta, beta, decay, ns_steps):
@@ -86,7 +79,7 @@ def test_factors_follow_the_papers_equations(ns_steps):
         newton_schulz_steps=ns_steps,
         weight_decay=0.1,
     )
-    start = tx.init(params).vectors["w"]
+    start = tx.init(params).factors.vectors["w"]
     moved, state = run(tx, params, grads)
     B, A = reference(
         np.asarray(params["w"].B),
@@ -104,21 +97,29 @@ def test_factors_follow_the_papers_equations(ns_steps):
     assert int(state.count) == 6
 
 
+def run_once(params, grads):
+    for lr_scale in (25.0, 1.0):
+        yield run(spectron(0.02, lr_scale=lr_scale), params, [grads])[0]
+
+
 def test_other_leaves_follow_adam():
     params, grads = tree(), [tree(10 * (t + 1)) for t in range(3)]
     settings = {"b1": 0.8, "b2": 0.9, "eps": 1e-3}
-    tx = spectron(0.5, regular_learning_rate=0.02, weight_decay=0.1, **settings)
+    regular = adam(**settings)
+    tx = spectron(0.02, lr_scale=25.0, weight_decay=0.1, regular=regular)
     moved, _ = run(tx, params, grads)
-    adam = optax.chain(
+    expected = optax.chain(
         scale_by_uncorrected_adam(**settings),
         optax.add_decayed_weights(0.1),
         optax.scale_by_learning_rate(0.02),
     )
-    expected, _ = run(adam, params["bias"], [g["bias"] for g in grads])
+    expected, _ = run(expected, params["bias"], [g["bias"] for g in grads])
     np.testing.assert_allclose(moved["bias"], expected, rtol=1e-5)
-    # Without a rate of their own they take the factors'.
-    same, _ = run(spectron(0.02, weight_decay=0.1, **settings), params, grads)
+    # Without an lr_scale the factors take the same rate.
+    same, _ = run(spectron(0.02, weight_decay=0.1, regular=regular), params, grads)
     np.testing.assert_allclose(same["bias"], expected, rtol=1e-5)
+    one, other = (tree["w"].B - params["w"].B for tree in run_once(params, grads[0]))
+    np.testing.assert_allclose(one, 25 * other, rtol=1e-4, atol=1e-5)
 
 
 def test_own_transformation_for_other_leaves():
@@ -142,7 +143,8 @@ def test_products_update_is_bounded_by_the_learning_rate(scale):
     for t in range(3):
         B, A = params["w"].B, params["w"].A
         exact = LowRank.tree_unflatten(None, (left_vector(B), left_vector(A.T).T))
-        state = state._replace(vectors={**state.vectors, "w": exact})
+        vectors = {**state.factors.vectors, "w": exact}
+        state = state._replace(factors=state.factors._replace(vectors=vectors))
         grads = jax.tree.map(lambda x: 1e4 * x, tree(20 + t))
         updates, state = tx.update(grads, state, params)
         new = optax.apply_updates(params, updates)
@@ -161,8 +163,8 @@ def test_estimates_tighten_from_step_to_step():
     tx = spectron(1e-6)
     _, state = run(tx, params, [tree(10)] * 60)
     for left, matrix in (
-        (state.vectors["w"].B, params["w"].B),
-        (state.vectors["w"].A.T, params["w"].A.T),
+        (state.factors.vectors["w"].B, params["w"].B),
+        (state.factors.vectors["w"].A.T, params["w"].A.T),
     ):
         np.testing.assert_allclose(
             np.linalg.norm(matrix.T @ left), np.linalg.norm(matrix, 2), rtol=1e-4
@@ -195,12 +197,12 @@ def test_starts_from_a_zero_factor_and_zero_gradients():
     zeros = jax.tree.map(jnp.zeros_like, params)
     tx = spectron(0.1)
     still, state = run(tx, params, [zeros])
-    assert_trees_close(still, params, atol=0)
+    chex.assert_trees_all_close(still, params, atol=0)
     updates, state = tx.update(tree(10), state, params)
     new = optax.apply_updates(params, updates)
     updates, state = tx.update(tree(11), state, new)
     assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves((updates, state)))
-    assert float(jnp.linalg.norm(state.vectors["w"].B)) == pytest.approx(1, rel=1e-5)
+    assert float(jnp.linalg.norm(state.factors.vectors["w"].B)) == pytest.approx(1, rel=1e-5)
 
 
 def test_descends():
@@ -210,7 +212,7 @@ def test_descends():
     def loss(p):
         return jnp.sum((p["w"].product() + p["bias"][:, None] - target) ** 2)
 
-    tx = spectron(optax.linear_schedule(0.5, 0.0, 150), regular_learning_rate=0.02)
+    tx = spectron(optax.linear_schedule(0.02, 0.0, 150), lr_scale=25.0)
 
     @jax.jit
     def train(params):
@@ -231,7 +233,7 @@ def test_stacked_layers_step_as_one_by_one():
     for i in range(2):
         first, now, *then = (take(i, t) for t in (params, stacked, *grads))
         single, _ = run(spectron(0.1), first, then)
-        assert_trees_close(now, single, rtol=1e-4, atol=1e-5)
+        chex.assert_trees_all_close(now, single, rtol=1e-4, atol=1e-5)
 
 
 def test_jit_changes_nothing_and_traces_once():
@@ -248,7 +250,7 @@ def test_jit_changes_nothing_and_traces_once():
     for _ in range(3):
         updates, state = tx.update(grads, state, params)
         fast, jitted = update(grads, jitted, params)
-        assert_trees_close(fast, updates, rtol=1e-4, atol=1e-6)
+        chex.assert_trees_all_close(fast, updates, rtol=1e-4, atol=1e-6)
     assert len(traces) == 1
 
 
@@ -256,13 +258,13 @@ def test_bfloat16_is_stepped_in_float32_and_keeps_its_dtype():
     params, grads = tree(dtype=jnp.bfloat16), tree(10, jnp.bfloat16)
     tx = spectron(0.1)
     updates, state = tx.update(grads, tx.init(params), params)
-    assert {x.dtype for x in jax.tree.leaves((updates, state.momentum))} == {
+    assert {x.dtype for x in jax.tree.leaves((updates, state.factors.momentum))} == {
         jnp.dtype(jnp.bfloat16)
     }
-    assert {x.dtype for x in jax.tree.leaves(state.vectors)} == {jnp.dtype(jnp.float32)}
+    assert {x.dtype for x in jax.tree.leaves(state.factors.vectors)} == {jnp.dtype(jnp.float32)}
     wide = jax.tree.map(lambda x: x.astype(jnp.float32), (params, grads))
     expected, _ = tx.update(wide[1], tx.init(wide[0]), wide[0])
-    assert_trees_close(updates["w"], expected["w"], rtol=1e-2, atol=1e-5)
+    chex.assert_trees_all_close(updates["w"], expected["w"], rtol=1e-2, atol=1e-5)
 
 
 def test_pairs_may_be_named():
@@ -282,7 +284,7 @@ def test_tree_without_pairs():
     params = {"w": jnp.ones(3)}
     with pytest.raises(ValueError, match="no low-rank pair found"):
         spectron(0.1).init(params)
-    tx = spectron(0.1, require_pairs=False)
+    tx = spectron(0.1, pairs="optional")
     updates, _ = tx.update(params, tx.init(params), params)
     np.testing.assert_allclose(updates["w"], -0.1, rtol=1e-3)
 
@@ -293,7 +295,6 @@ def test_tree_without_pairs():
         ({"momentum": 1.0}, r"momentum must be in \[0, 1\), but is 1.0"),
         ({"newton_schulz_steps": 0}, "newton_schulz_steps must be at least 1, but is 0"),
         ({"weight_decay": -0.1}, "weight_decay must not be negative, but is -0.1"),
-        ({"regular": optax.sgd(0.1), "regular_learning_rate": 0.1}, "not both"),
     ],
 )
 def test_bad_settings(settings, message):
@@ -303,5 +304,5 @@ def test_bad_settings(settings, message):
 
 def test_update_needs_params():
     tx, params = spectron(0.1), tree()
-    with pytest.raises(ValueError, match="needs params"):
+    with pytest.raises(ValueError, match="needs the parameters"):
         tx.update(params, tx.init(params))

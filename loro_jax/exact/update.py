@@ -1,0 +1,172 @@
+"""The exact step of one pair or of batches of pairs (Proposition 4), as an optimizer takes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from loro_jax.checks import check_not_negative, checked_numbers
+from loro_jax.exact import StepSize, check_basis, check_method, retract
+from loro_jax.exact.tangent import as_gradients, check_directions
+from loro_jax.linalg.precision import at_least_float32
+from loro_jax.lowrank import rank_ratio
+
+Array = jax.Array
+
+# (B, A, dB, dA, learning rate, number of the step) -> (new B, new A, how many pairs fell back).
+StepOfPairs = Callable[[Array, Array, Array, Array, Any, Array], tuple[Array, Array, Array]]
+
+
+def exact_update(
+    B: Array,
+    A: Array,
+    dB: Array,
+    dA: Array,
+    learning_rate: jax.typing.ArrayLike,
+    *,
+    method: str = "auto",
+    max_move: jax.typing.ArrayLike | None = None,
+    damping: jax.typing.ArrayLike | None = None,
+    basis: str = "singular",
+) -> tuple[Array, Array]:
+    """Exact Riemannian step of one pair or a batch of pairs (Proposition 4).
+
+    Moves W = B A against the Riemannian gradient and retracts by the truncated SVD:
+    ``W' = SVD_r(W - learning_rate * grad)``, where grad is the tangent vector that the directions
+    dB and dA stand for (:func:`riemannian_gradient`). W itself is never formed: all work is on
+    blocks of width r. The new factors are balanced: both have the square roots of the singular
+    values of W'. That determines them up to a rotation of the inner index, which ``basis`` chooses.
+
+    Args:
+        B: output-side factor, shape (..., m, r).
+        A: input-side factor, shape (..., r, n).
+        dB: gradient (or direction) of B, same shape as B.
+        dA: gradient (or direction) of A, same shape as A.
+        learning_rate: step size, a scalar.
+        method: "graph", "gram" or "svd", from fast to always right; pairs that one can't do
+            accurately fall back to the next. "auto" is "graph". See :mod:`loro_jax.exact`.
+        max_move: trust region. The step is cut so that ``learning_rate |grad| <= max_move |W|`` in
+            Frobenius norms; W then moves by at most ``2 max_move |W|``, because the retraction at
+            most doubles the distance. None: no bound, as in the paper.
+        damping: d >= 0. The gradient's ``(B^T B)^{-1}`` and ``(A A^T)^{-1}`` become
+            ``(B^T B + d |B|^2 / r I)^{-1}`` and likewise for A: steps along small singular values
+            are shortened, others hardly. None: none, as in the paper.
+        basis: "singular", the paper's: the inner index counts singular values. "nearest": B' and A'
+            as near to B and A as balanced factors of W' can be, so that what was averaged in the
+            basis of the old factors still fits. See :mod:`loro_jax.exact.basis`.
+
+    Returns:
+        B' and A', same shapes and dtypes as B and A. Computed in float32, or wider if the
+        factors are.
+
+    Raises:
+        ValueError: if the shapes do not make a pair of rank r <= min(m, n), or the factors are not
+            of a real floating-point dtype, or dB and dA differ in shape from them, or the method or
+            the basis is unknown.
+
+    Example:
+        >>> import jax, jax.numpy as jnp
+        >>> keys = jax.random.split(jax.random.key(0), 3)
+        >>> B, A = jax.random.normal(keys[0], (6, 2)), jax.random.normal(keys[1], (2, 5))
+        >>> G = jax.random.normal(keys[2], (6, 5))
+        >>> B_new, A_new = exact_update(B, A, G @ A.T, B.T @ G, learning_rate=0.1)
+        >>> bool(jnp.allclose(B_new.T @ B_new, A_new @ A_new.T, atol=1e-4))
+        True
+        >>> zero = jnp.zeros_like(B_new), jnp.zeros_like(A_new)
+        >>> B_same, _ = exact_update(B_new, A_new, *zero, learning_rate=0.1, basis="nearest")
+        >>> bool(jnp.allclose(B_same, B_new, atol=1e-4))
+        True
+    """
+    size = StepSize(learning_rate, max_move, damping)
+    where = "exact_update"
+    return counted_exact_update(B, A, dB, dA, size, method=method, basis=basis, where=where)[:2]
+
+
+def counted_exact_update(
+    B: Array,
+    A: Array,
+    dB: Array,
+    dA: Array,
+    size: StepSize,
+    *,
+    method: str,
+    where: str,
+    basis: str = "singular",
+) -> tuple[Array, Array, Array]:
+    """:func:`exact_update`, and how many pairs of the batch the method could not do (int32)."""
+    check_directions(B, A, dB, dA, where)
+    check_method(method, where)
+    check_basis(basis, where)
+    dtype = at_least_float32(jnp.promote_types(B.dtype, A.dtype))
+    batch_shape = B.shape[:-2]
+    # One batch axis, of length one where there is none.
+    Bs, As, dBs, dAs = (x.reshape(-1, *x.shape[-2:]).astype(dtype) for x in (B, A, dB, dA))
+    sizes = jax.tree.map(lambda x: jnp.broadcast_to(jnp.asarray(x, dtype), Bs.shape[:1]), size)
+    step = retract(method, Bs, As, dBs, dAs, sizes, basis)
+    return (
+        step.B.reshape(*batch_shape, *B.shape[-2:]).astype(B.dtype),
+        step.A.reshape(*batch_shape, *A.shape[-2:]).astype(A.dtype),
+        jnp.sum(~step.ok, dtype=jnp.int32),
+    )
+
+
+def exact_step(
+    *,
+    method: str = "auto",
+    basis: str = "singular",
+    max_move: Any | None = None,
+    damping: Any | None = None,
+    where: str = "exact_step",
+) -> StepOfPairs:
+    """Makes the exact step that :func:`loro_jax.riemannian_descent` takes of Proposition 4.
+
+    Args:
+        method: as for :func:`exact_update`.
+        basis: likewise.
+        max_move: likewise, or a schedule.
+        damping: likewise, or a schedule.
+        where: what was called, for error messages.
+
+    Returns:
+        A function of B, A, their directions, the learning rate and the number of the step.
+
+    Raises:
+        ValueError: for an unknown method or basis, and negative or too narrow numbers.
+    """
+    check_method(method, where)
+    check_basis(basis, where)
+    check_not_negative(where, max_move=max_move, damping=damping)
+    max_move, damping = checked_numbers(where, max_move=max_move, damping=damping)
+
+    def take(
+        B: Array, A: Array, dB: Array, dA: Array, rate: Any, number: Array
+    ) -> tuple[Array, Array, Array]:
+        size = StepSize(rate, _at(max_move, number), _at(damping, number))
+        return counted_exact_update(B, A, dB, dA, size, method=method, basis=basis, where=where)
+
+    return take
+
+
+def of_moves(step: StepOfPairs, lr_scale: Any | None) -> StepOfPairs:
+    """Makes an exact step of directions that are moves of the factors, not gradients.
+
+    Args:
+        step: an exact step of gradients.
+        lr_scale: factor on the learning rate, which moves take on exact steps too; None: r /
+            min(m, n).
+    """
+
+    def take(
+        B: Array, A: Array, dB: Array, dA: Array, rate: Any, number: Array
+    ) -> tuple[Array, Array, Array]:
+        scale = rank_ratio(B, A) if lr_scale is None else lr_scale
+        return step(B, A, *as_gradients(B, A, dB, dA), rate * scale, number)
+
+    return take
+
+
+def _at(value: Any, step: Array) -> Any:
+    return value(step) if callable(value) else value

@@ -1,0 +1,152 @@
+"""The two kinds of step of the factors, approximate and exact, for all pairs of a tree.
+
+A pair travels as (B, A), and what belongs to it (directions, moments, flags) as another such tuple;
+lists of them are in the order of the pairs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from loro_jax.exact.transport import transport_moments
+from loro_jax.linalg.batching import count_of_none
+from loro_jax.lowrank import rank_ratio
+from loro_jax.pair_parallel import Shardings, map_pairs
+from loro_jax.pairs import Both
+
+Array = jax.Array
+
+
+class FactorStep(NamedTuple):
+    """One step of all pairs.
+
+    Attributes:
+        rate: the learning rate.
+        number: of the step, from 0.
+        lr_scale: factor on the learning rate of approximate steps, or None.
+        weight_decay: decoupled decay.
+        exact_step: see :func:`loro_jax.riemannian_descent`.
+        factors: (B, A) of each pair.
+        decays: whether B and A decay, for each pair.
+        mesh: devices that share the exact steps, or None.
+        shardings: of the factors on that mesh, or None; for each pair, or None alone.
+    """
+
+    rate: Any
+    number: Array
+    lr_scale: Any
+    weight_decay: Any
+    exact_step: Callable[..., Any]
+    factors: Sequence[Both]
+    decays: Sequence[Both]
+    mesh: Any
+    shardings: Sequence[Shardings | None] | None
+
+    def scale(self, pair: Both) -> Any:
+        """Returns the approximate step's factor: r / min(m, n) unless the user has set it."""
+        return rank_ratio(*pair) if self.lr_scale is None else self.lr_scale
+
+
+def approximate_updates(step: FactorStep, directions: Sequence[Both]) -> list[Both]:
+    """Returns the updates of equation 11, ``-lr s (u + weight_decay p)``."""
+    updates: list[Any] = []
+    for pair, direction, decays in zip(step.factors, directions, step.decays, strict=True):
+        size = -step.rate * step.scale(pair)
+        updates.append(
+            tuple(
+                (size * (u + step.weight_decay * p if decay else u)).astype(p.dtype)
+                for p, u, decay in zip(pair, direction, decays, strict=True)
+            )
+        )
+    return updates
+
+
+def exact_updates(step: FactorStep, directions: Sequence[Both]) -> tuple[list[Both], Array]:
+    """Returns the updates of an exact step of all pairs, and how many fell back (int32).
+
+    A pair of which one factor has no direction at all takes an approximate step: what is frozen (by
+    ``jax.lax.stop_gradient``, say) stays, and its partner moves as if it were alone.
+    """
+
+    def batch_step(outs: tuple[Array, ...], ins: tuple[Array, ...]) -> Any:
+        (B, dB), (A, dA) = outs, ins
+        B_new, A_new, *count = step.exact_step(B, A, dB, dA, step.rate, step.number)
+        return (B_new,), (A_new,), *(count or (count_of_none((B_new, A_new)),))
+
+    in_dtype = [
+        tuple(u.astype(p.dtype) for p, u in zip(pair, direction, strict=True))
+        for pair, direction in zip(step.factors, directions, strict=True)
+    ]
+    sides: list[Any] = [
+        tuple(zip(pair, direction, strict=True))
+        for pair, direction in zip(step.factors, in_dtype, strict=True)
+    ]
+    new, count = map_pairs(batch_step, sides, step.mesh, step.shardings)
+    updates: list[Any] = []
+    for pair, (B, A), decays, direction, approximate in zip(
+        step.factors,
+        new,
+        step.decays,
+        in_dtype,
+        approximate_updates(step, in_dtype),
+        strict=True,
+    ):
+        # Decay shrinks the new factors; the product, by both.
+        kept = 1 - step.rate * step.scale(pair) * step.weight_decay
+        frozen = is_frozen(direction)
+        updates.append(
+            tuple(
+                jnp.where(frozen, other, ((kept * x if decay else x) - p).astype(p.dtype))
+                for p, (x,), decay, other in zip(pair, (B, A), decays, approximate, strict=True)
+            )
+        )
+    return updates, count
+
+
+def transported(
+    step: FactorStep,
+    directions: Sequence[Both],
+    updates: Sequence[Both],
+    moments: Sequence[Sequence[Both]],
+) -> list[list[Both]]:
+    """Returns moments carried along with the updates of an exact step.
+
+    Args:
+        step: the step.
+        directions: of each pair, to tell which are frozen: their moments stay.
+        updates: of each pair.
+        moments: first moments of each pair, and second ones if there are.
+
+    Returns:
+        The moments, likewise.
+    """
+
+    def batch_step(outs: tuple[Array, ...], ins: tuple[Array, ...]) -> Any:
+        (B, move_B, *of_B), (A, move_A, *of_A) = outs, ins
+        both = zip(of_B, of_A, strict=True)
+        moved = transport_moments((B, A), (B + move_B, A + move_A), *both)
+        new_B, new_A = zip(*moved, strict=True)
+        return new_B, new_A, count_of_none(outs)
+
+    rows = zip(step.factors, updates, *moments, strict=True)
+    sides: list[Any] = [tuple(zip(*row, strict=True)) for row in rows]
+    moved, _ = map_pairs(batch_step, sides, step.mesh, step.shardings)
+    frozen = [is_frozen(direction) for direction in directions]
+    results: list[Any] = [
+        [
+            tuple(jnp.where(stays, old, new[k]) for old, new in zip(both, of_pair, strict=True))
+            for stays, both, of_pair in zip(frozen, column, moved, strict=True)
+        ]
+        for k, column in enumerate(moments)
+    ]
+    return results
+
+
+def is_frozen(direction: Both) -> Array:
+    """Whether B or A has no direction at all, for each of a batch: (..., 1, 1)."""
+    is_zero = [~jnp.any(u != 0, axis=(-2, -1), keepdims=True) for u in direction]
+    return is_zero[0] | is_zero[1]
