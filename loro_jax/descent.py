@@ -74,7 +74,7 @@ class LoroState(NamedTuple):
 def riemannian_descent(
     learning_rate: optax.ScalarOrSchedule,
     direction: optax.GradientTransformation | Direction,
-    exact_step: Callable[..., Any],
+    exact_step: Callable[..., Any] | None,
     exact_every: int | optax.Schedule | None = 500,
     *,
     lr_scale: jax.typing.ArrayLike | None = None,
@@ -95,6 +95,7 @@ def riemannian_descent(
         exact_step: takes ``(B, A, dB, dA, learning_rate, step)`` for a batch of pairs of one shape,
             (N, m, r) and (N, r, n), with the number of the step from 0. It returns the new factors,
             and may return as a third value an int32 count to add to the state's ``fallbacks``.
+            None if ``exact_every`` is None.
         exact_every: K.
         lr_scale: factor on the learning rate of approximate steps; None: the direction's.
         moments: None is "reset". "transport" needs a direction whose state has a first moment
@@ -180,7 +181,7 @@ class _Descent(NamedTuple):
     learning_rate: optax.ScalarOrSchedule
     direction: Direction
     carrier: Carrier
-    exact_step: Callable[..., Any]
+    exact_step: Callable[..., Any] | None
     exact_every: int | optax.Schedule | None
     lr_scale: Any
     moments: str
@@ -214,6 +215,8 @@ def _made(
         raise ValueError(f"loro: exact_every must be at least 1 (or None), but is {exact_every}.")
     if is_never(exact_every):
         exact_every = None
+    if exact_step is None and exact_every is not None:
+        raise ValueError(f"loro: exact_every is {exact_every}, but exact_step is None.")
     moments = "reset" if moments is None else moments
     if moments not in MOMENTS:
         raise ValueError(f"loro: moments must be one of {MOMENTS} or None, but is {moments!r}.")

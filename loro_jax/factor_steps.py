@@ -6,7 +6,7 @@ lists of them are in the order of the pairs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -29,7 +29,7 @@ class FactorStep(NamedTuple):
         number: of the step, from 0.
         lr_scale: factor on the learning rate of approximate steps, or None.
         weight_decay: decoupled decay.
-        exact_step: see :func:`loro_jax.riemannian_descent`.
+        exact_step: see :func:`loro_jax.riemannian_descent`; None if none is taken.
         factors: (B, A) of each pair.
         decays: whether B and A decay, for each pair.
         mesh: devices that share the exact steps, or None.
@@ -40,7 +40,7 @@ class FactorStep(NamedTuple):
     number: Array
     lr_scale: Any
     weight_decay: Any
-    exact_step: Callable[..., Any]
+    exact_step: Any
     factors: Sequence[Both]
     decays: Sequence[Both]
     mesh: Any

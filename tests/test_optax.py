@@ -173,8 +173,18 @@ def test_injected_hyperparameters_equal_direct_ones(tree):
     }
     constants = {"b1": 0.8, "b2": 0.99, "eps": 1e-5}
 
-    def factory(b1, b2, eps, **settings):
-        return loro(direction=adam(b1, b2, eps), pairs="optional", **settings)
+    # Names, not **settings: these are what inject_hyperparams looks at.
+    def factory(learning_rate, exact_every, lr_scale, weight_decay, max_move, damping, b1, b2, eps):
+        return loro(
+            learning_rate,
+            exact_every,
+            direction=adam(b1, b2, eps),
+            lr_scale=lr_scale,
+            weight_decay=weight_decay,
+            max_move=max_move,
+            damping=damping,
+            pairs="optional",
+        )
 
     direct = factory(**constants, **settings)
     injected = optax.inject_hyperparams(factory)(**constants, **settings)

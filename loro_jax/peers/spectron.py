@@ -135,12 +135,8 @@ def spectron(
     check_not_negative("spectron", weight_decay=split_weight_decay(weight_decay)[0])
     direction = spectron_direction(momentum, newton_schulz_steps)
     return riemannian_descent(
-        learning_rate, direction, _no_exact_step, None, weight_decay=weight_decay, **options
+        learning_rate, direction, None, None, weight_decay=weight_decay, **options
     )
-
-
-def _no_exact_step(*_: Any) -> Any:
-    raise AssertionError("Spectron takes no exact steps")
 
 
 def _start(X: Array) -> Array:

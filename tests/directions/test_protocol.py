@@ -7,7 +7,7 @@ import numpy as np
 import optax
 import pytest
 
-from loro_jax import LowRank, adam, initialise, loro, orthogonal
+from loro_jax import LowRank, adam, initialise, loro, orthogonal, riemannian_descent
 from loro_jax.carried import carrier_of
 from loro_jax.directions.adam import adam_direction
 from loro_jax.directions.protocol import Direction, as_direction
@@ -123,3 +123,10 @@ def test_what_is_carried_past_the_branch():
         expected, _ = direction.update(params, direction.init(params), params, None)
         chex.assert_trees_all_close(carried, expected, rtol=1e-6)
         assert carrier.keep(state, carried) is state
+
+
+def test_exact_steps_need_one():
+    with pytest.raises(ValueError, match="exact_every is 500, but exact_step is None"):
+        riemannian_descent(0.1, adam(), None)
+    updates, _ = step(riemannian_descent(0.1, optax.identity(), None, None), {"w": PAIR})
+    np.testing.assert_allclose(updates["w"].B, -0.1 * R / N * PAIR.B, rtol=1e-6)
