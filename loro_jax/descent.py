@@ -191,7 +191,7 @@ class _Descent(NamedTuple):
 
 
 class _Now(NamedTuple):
-    """What one step has to do with."""
+    """What one step works with."""
 
     pairs: Pairs
     factors: Any  # trees of the parameters
@@ -211,6 +211,7 @@ def _made(
     weight_decay: WeightDecay,
     regular: Any,
 ) -> _Descent:
+    """Checks the settings and fills in what follows from them."""
     if isinstance(exact_every, numbers.Integral) and exact_every < 1:
         raise ValueError(f"loro: exact_every must be at least 1 (or None), but is {exact_every}.")
     if is_never(exact_every):
@@ -243,6 +244,7 @@ def _made(
 
 
 def _now(descent: _Descent, pairs: Pairs, params: Any, mesh: Any, count: Array) -> _Now:
+    """Reads the schedules, and sorts what there is into pairs and other leaves."""
     rate = descent.learning_rate
     factors, others = pairs.split(params)
     decays, other_decays = pairs.choose(decayed_leaves(descent.mask, params))
@@ -260,7 +262,7 @@ def _now(descent: _Descent, pairs: Pairs, params: Any, mesh: Any, count: Array) 
 
 
 def _is_exact(every: Any, step: Array) -> Array:
-    """Whether the step with this number, from 0, is exact."""
+    """Returns whether the step with this number, from 0, is exact."""
     if every is None:
         return jnp.bool_(False)
     taken = optax.safe_increment(step)
@@ -288,7 +290,7 @@ def _refresh(descent: _Descent, state: LoroState, now: _Now) -> tuple[Any, Any]:
 def _step_factors(
     descent: _Descent, now: _Now, grads: Any, state: Any, extra_args: dict[str, Any]
 ) -> tuple[Any, Any, Array]:
-    """Updates of the factors, exact or approximate, their state, and how many pairs fell back."""
+    """Returns updates of the factors, exact or approximate, their state, and how many fell back."""
     pairs, carrier, factors = now.pairs, descent.carrier, now.factors
     carried, state = carrier.advance(grads, state, factors, pairs, **extra_args)
     carried = jax.tree.map(lambda c, p: c.astype(p.dtype), carried, factors)
@@ -301,7 +303,7 @@ def _step_factors(
     directions = pairs.take(carrier.finish(carried, state))
     updates = jax.tree.map(
         lambda move, approximate: jnp.where(now.exact, move, approximate),
-        [*pairs.take(carried)],
+        pairs.take(carried),
         approximate_updates(now.step, directions),
     )
     return pairs.put(factors, updates), carrier.keep(state, carried), fallbacks
@@ -334,7 +336,7 @@ def _exact(
 def _exact_with_transport(
     descent: _Descent, now: _Now, carried: Any, state: Any, fallbacks: Array
 ) -> tuple[Any, Any, Array]:
-    """As :func:`_exact`, with the moments of a state carried along."""
+    """Does what :func:`_exact` does, and carries the moments of the state along."""
     names = _moments_of(state)
     moments = [now.pairs.take(getattr(state, name)) for name in names]
 
@@ -367,7 +369,7 @@ def _either(exact: Array, yes: Callable[..., Any], no: Callable[..., Any], *x: A
 def _step_others(
     descent: _Descent, now: _Now, grads: Any, state: Any, extra_args: dict[str, Any]
 ) -> tuple[Any, Any]:
-    """Updates of the leaves that are no factors, and their state."""
+    """Returns updates of the leaves that are no factors, and their state."""
     if not isinstance(descent.regular, Direction):
         return descent.regular.update(grads, state, now.others, **extra_args)
     directions, state = descent.regular.update(grads, state, now.others, Pairs(), **extra_args)

@@ -137,10 +137,13 @@ class Pairs:
             leaves[b], leaves[a] = of_B, of_A
         return jax.tree.unflatten(structure, leaves)
 
-    def map(self, fn: Callable[..., Both], factors: Any, *others: Any) -> Any:
-        """Returns a tree of ``fn((B, A), ...)`` of each pair, given trees of factors."""
-        columns = [self.take(tree) for tree in (factors, *others)]
-        return self.put(factors, [fn(*row) for row in zip(*columns, strict=True)])
+    def map(self, fn: Callable[..., Both], *trees: Any) -> Any:
+        """Returns a tree of ``fn((B, A), ...)`` of each pair, given trees of factors.
+
+        A leaf of no pair (a direction may step other leaves, too) is that of the last tree.
+        """
+        columns = [self.take(tree) for tree in trees]
+        return self.put(trees[-1], [fn(*row) for row in zip(*columns, strict=True)])
 
     def choose(self, leaves: Sequence[Any]) -> tuple[list[Both], list[Any]]:
         """Returns, of the leaves of a whole tree, those of each pair and those of no pair."""

@@ -79,7 +79,7 @@ def spectron_direction(momentum: float = 0.95, newton_schulz_steps: int = 5) -> 
         sigmas, vectors = (
             jax.tree.map(lambda _, both, i=i: both[i], params, estimates) for i in (0, 1)
         )
-        moves = pairs.map(_renormalised, orthogonal, sigmas)
+        moves = pairs.map(_renormalised, sigmas, orthogonal)
         kept = jax.tree.map(lambda M, old: M.astype(old.dtype), averaged, state.momentum)
         return moves, SpectronState(kept, vectors)
 
@@ -152,7 +152,7 @@ def _largest_singular_value(X: Array, vector: Array) -> tuple[Array, Array]:
     return sigma, left.mT
 
 
-def _renormalised(orthogonal: Both, sigmas: Both) -> Both:
+def _renormalised(sigmas: Both, orthogonal: Both) -> Both:
     rho = 1 / (sigmas[0] + sigmas[1] + 1)
     return rho * orthogonal[0], rho * orthogonal[1]
 

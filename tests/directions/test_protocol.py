@@ -40,9 +40,9 @@ def swapped_sizes(kind="gradients", lr_scale=None):
 
 
 def step(tx, params=PARAMS, count=1):
-    state = tx.init(params)
+    state, grads = tx.init(params), jax.tree.map(lambda x: 2 * x, params)
     for _ in range(count):
-        updates, state = tx.update(params, state, params, value=1.0)
+        updates, state = tx.update(grads, state, params, value=1.0)
     return updates, state
 
 
@@ -54,10 +54,10 @@ def test_a_direction_is_given_pairs():
         (jax.tree.leaves(OTHER), jax.tree.leaves(updates["w"])),
     ):
         size = -0.1 * A.shape[0] / min(B.shape[0], A.shape[1])
-        np.testing.assert_allclose(d_B, size * B * (jnp.linalg.norm(A) + 0.5), rtol=1e-5)
-        np.testing.assert_allclose(d_A, size * A * (jnp.linalg.norm(B) + 0.5), rtol=1e-5)
+        np.testing.assert_allclose(d_B, size * B * (2 * jnp.linalg.norm(A) + 0.5), rtol=1e-5)
+        np.testing.assert_allclose(d_A, size * A * (2 * jnp.linalg.norm(B) + 0.5), rtol=1e-5)
     # Other leaves are no pairs, and take the direction as it is.
-    np.testing.assert_allclose(updates["b"], -0.1 * 1.5 * PARAMS["b"], rtol=1e-6)
+    np.testing.assert_allclose(updates["b"], -0.1 * 2.5 * PARAMS["b"], rtol=1e-6)
     assert int(state.factors) == int(state.regular) == 1
 
 
@@ -65,7 +65,7 @@ def test_a_direction_is_given_pairs():
 def test_moves_are_made_as_they_are_and_retracted(given):
     direction = swapped_sizes("moves", lr_scale=0.5)
     scale = 0.5 if given is None else given
-    (u_B, u_A) = (PAIR.B * jnp.linalg.norm(PAIR.A), PAIR.A * jnp.linalg.norm(PAIR.B))
+    u_B, u_A = 2 * PAIR.B * jnp.linalg.norm(PAIR.A), 2 * PAIR.A * jnp.linalg.norm(PAIR.B)
     params = {"w": PAIR, "b": jnp.ones(4)}
     updates, _ = step(loro(0.1, None, direction=direction, lr_scale=given), params)
     np.testing.assert_allclose(updates["w"].B, -0.1 * scale * u_B, rtol=1e-5)
@@ -129,4 +129,4 @@ def test_exact_steps_need_one():
     with pytest.raises(ValueError, match="exact_every is 500, but exact_step is None"):
         riemannian_descent(0.1, adam(), None)
     updates, _ = step(riemannian_descent(0.1, optax.identity(), None, None), {"w": PAIR})
-    np.testing.assert_allclose(updates["w"].B, -0.1 * R / N * PAIR.B, rtol=1e-6)
+    np.testing.assert_allclose(updates["w"].B, -0.2 * R / N * PAIR.B, rtol=1e-6)

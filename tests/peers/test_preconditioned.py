@@ -323,5 +323,5 @@ def test_bad_use_of_the_preconditioner():
     params = tree()
     with pytest.raises(ValueError, match="needs params"):
         scale_by_preconditioner().update(params, optax.EmptyState())
-    with pytest.raises(ValueError, match="needs params"):
+    with pytest.raises(ValueError, match="needs the parameters"):
         preconditioned(0.1).update(params, preconditioned(0.1).init(params))
