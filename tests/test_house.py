@@ -26,11 +26,7 @@ TOP = {
 
 # Files that are being taken apart.
 UNDER_WORK = {
-    "loro_jax/descent.py",
-    "loro_jax/loro.py",
     "loro_jax/peers/adarankgrad.py",
-    "loro_jax/peers/preconditioned.py",
-    "loro_jax/peers/spectron.py",
     "loro_jax/training/config.py",
     "loro_jax/training/step.py",
 }
