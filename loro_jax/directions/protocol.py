@@ -33,7 +33,7 @@ class Direction:
         >>> import jax.numpy as jnp, optax
         >>> from loro_jax import LowRank, loro
         >>> def normalised(pair):
-        ...     norm = optax.global_norm(pair)
+        ...     norm = optax.tree.norm(pair)
         ...     return pair[0] / norm, pair[1] / norm
         >>> def update(grads, state, params, pairs, **extra_args):
         ...     return pairs.map(normalised, grads), state
