@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import optax
 
 from loro_jax.descent import riemannian_descent
+from loro_jax.directions.adam import adam
 from loro_jax.directions.orthogonal import orthogonal
 from loro_jax.fields import at_least, field
 from loro_jax.loro import loro
@@ -33,9 +34,6 @@ if TYPE_CHECKING:
 
 # Of dense projections by Muon: the better of 0.012 and 0.024 at 2.56M tokens.
 _MUON_SCALE = 1.2
-
-# What ``config.moments`` says, as ``refresh`` of :func:`loro_jax.loro`.
-_REFRESH = {"reset": "all", "reset_factors": "factors", "transport": "transport", "keep": None}
 
 
 @dataclasses.dataclass
@@ -99,9 +97,9 @@ def make_loro(direction: Direction, of_direction: Any, making: Making) -> Optimi
         making.schedule,
         direction=direction.make(config, of_direction),
         exact_every=config.exact_every or None,
-        refresh=_REFRESH[config.resolved_moments],
+        moments=config.resolved_moments,
         lr_scale=direction.lr_scale if config.lr_scale is None else config.lr_scale,
-        **making.adam,
+        regular=adam(**making.adam),
         weight_decay=config.weight_decay,
         max_move=config.max_move or None,
         damping=config.damping or None,
@@ -111,8 +109,9 @@ def make_loro(direction: Direction, of_direction: Any, making: Making) -> Optimi
     )
 
 
-def adam_of_loro(config: Config, options: Any) -> None:
-    """Makes LORO's default direction, which is None."""
+def adam_of_loro(config: Config, options: Any) -> Any:
+    """Makes LORO's default direction."""
+    return adam(config.b1, config.b2, config.eps)
 
 
 def orthogonal_of_loro(config: Config, options: OrthogonalOptions) -> Any:
@@ -125,12 +124,12 @@ def adamw(making: Making) -> Optimizer:
     return riemannian_descent(
         making.schedule,
         optax.scale_by_adam(**making.adam),
-        _no_exact_step,
+        None,
         exact_every=None,
-        refresh=None,
+        moments="keep",
         lr_scale=making.lr_scale,
         weight_decay=making.config.weight_decay,
-        require_pairs=False,
+        pairs="optional",
         mesh=making.mesh,
     )
 
@@ -203,20 +202,19 @@ def _of_preconditioned(making: Making) -> dict[str, Any]:
         "damping": making.options.damping,
         "weight_decay": making.config.weight_decay,
         "mesh": making.mesh,
-        **making.adam,
+        "direction": adam(**making.adam),
     }
 
 
 def make_spectron(making: Making) -> Optimizer:
     """Makes Spectron for the factors."""
-    scale = making.lr_scale
     return spectron(
-        lambda step: scale * making.schedule(step),
+        making.schedule,
+        lr_scale=making.lr_scale,
         momentum=making.options.momentum,
         newton_schulz_steps=making.options.newton_schulz_steps,
         weight_decay=making.config.weight_decay,
-        regular_learning_rate=making.schedule,
-        **making.adam,
+        regular=adam(**making.adam),
     )
 
 
@@ -245,7 +243,3 @@ def _of_projected(making: Making) -> dict[str, Any]:
         **making.adam,
         **dataclasses.asdict(making.options),
     }
-
-
-def _no_exact_step(*_: Any) -> Any:
-    raise AssertionError("there are no exact steps")

@@ -104,23 +104,6 @@ def test_layers_and_projections_start_different():
     assert not np.allclose(params["embedding"], params["head"]["W"])
 
 
-def test_depth_scaled_projections_start_smaller():
-    """Those that add to the residual stream, by sqrt(2 layers); all others are as without."""
-    config = dataclasses.replace(TINY, initialiser="auto")
-    plain, scaled = (
-        Llama(dataclasses.replace(config, depth_scaled=on), nnx.Rngs(0)).blocks
-        for on in (False, True)
-    )
-    smaller = (2 * config.num_layers) ** -0.5
-    np.testing.assert_allclose(
-        scaled.mlp.down.product(), smaller * plain.mlp.down.product(), rtol=1e-4, atol=1e-7
-    )
-    np.testing.assert_allclose(
-        scaled.attention.o.product(), smaller * plain.attention.o.product(), rtol=1e-4, atol=1e-7
-    )
-    np.testing.assert_array_equal(scaled.mlp.up.B[...], plain.mlp.up.B[...])
-
-
 def test_a_low_rank_model_computes_what_its_merged_dense_twin_does(x64):
     config = dataclasses.replace(TINY, dtype="float64", param_dtype="float64")
     graphdef, params = make(config)
