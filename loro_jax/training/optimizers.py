@@ -15,6 +15,7 @@ import optax
 from loro_jax.descent import riemannian_descent
 from loro_jax.directions.adam import adam
 from loro_jax.directions.orthogonal import orthogonal
+from loro_jax.directions.protocol import as_direction
 from loro_jax.fields import at_least, field
 from loro_jax.loro import loro
 from loro_jax.peers import (
@@ -93,13 +94,15 @@ def make_loro(direction: Direction, of_direction: Any, making: Making) -> Optimi
         making: the rest.
     """
     config = making.config
+    made = as_direction(direction.make(config, of_direction))
     return loro(
         making.schedule,
-        direction=direction.make(config, of_direction),
+        direction=made,
         exact_every=config.exact_every or None,
         moments=config.resolved_moments,
         lr_scale=direction.lr_scale if config.lr_scale is None else config.lr_scale,
-        regular=adam(**making.adam),
+        # Moves are of factors alone: Adam steps the rest.
+        regular=adam(**making.adam) if made.kind == "moves" else None,
         weight_decay=config.weight_decay,
         max_move=config.max_move or None,
         damping=config.damping or None,
