@@ -7,6 +7,7 @@ and mixed; the others cover the wrappers that people put around an optimizer.
 import dataclasses
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -64,20 +65,23 @@ TREES = {
 }
 
 
+# The mixed tree holds what is in the others.
+TREES_AND_DTYPES = [
+    ("no pairs", jnp.float16),
+    ("pairs", jnp.float32),
+    ("mixed", jnp.float16),
+    ("mixed", jnp.bfloat16),
+    ("mixed", jnp.float32),
+]
+
+
 def square(params):
     return sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(params))
 
 
 def make(**settings):
+    settings = {"exact_method": "svd", **settings}  # the quickest to compile
     return loro(**{"learning_rate": 1e-2, "exact_every": 2, "require_pairs": False, **settings})
-
-
-def assert_close(one, other, **tolerance):
-    assert jax.tree.structure(one) == jax.tree.structure(other)
-    for x, y in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
-        np.testing.assert_allclose(
-            np.asarray(x, np.float64), np.asarray(y, np.float64), **tolerance
-        )
 
 
 def products(params):
@@ -112,8 +116,10 @@ def take_steps(tx, params, count, loss=square):
 @pytest.mark.parametrize("tree", TREES)
 def test_extra_args_are_accepted_and_nothing_recompiles(tree):
     tx, params = make(), TREES[tree]()
+    chex.clear_trace_counter()
 
     @jax.jit
+    @chex.assert_max_traces(n=1)
     def step(params, state):
         updates, state = tx.update(jax.grad(square)(params), state, params, unexpected=1)
         return optax.apply_updates(params, updates), state
@@ -121,7 +127,6 @@ def test_extra_args_are_accepted_and_nothing_recompiles(tree):
     state = tx.init(params)
     for _ in range(4):
         params, state = step(params, state)
-    assert step._cache_size() == 1
 
 
 @pytest.mark.parametrize("target", [parabola, rosenbrock, matrix_parabola, mixed_parabola])
@@ -136,7 +141,7 @@ def test_convergence_on_optax_targets(target):
         return (optax.apply_updates(params, updates), state), None
 
     (params, _), _ = jax.jit(lambda c: jax.lax.scan(body, c, length=30_000))((params, state))
-    assert_close(params, solution, rtol=3e-2, atol=3e-2)
+    chex.assert_trees_all_close(params, solution, rtol=3e-2, atol=3e-2)
 
 
 @pytest.mark.parametrize("kind", ["sensing", "completion"])
@@ -189,15 +194,14 @@ def test_injected_hyperparameters_equal_direct_ones(tree):
     one, state = take_steps(direct, params, 5)
     other, injected_state = take_steps(injected, params, 5)
     assert set(settings) <= set(injected_state.hyperparams)
-    assert_close(products(one), products(other), rtol=1e-4, atol=1e-5)
+    chex.assert_trees_all_close(products(one), products(other), rtol=1e-4, atol=1e-5)
     inner = injected_state.inner_state
-    assert_close(state.regular, inner.regular, rtol=1e-3, atol=1e-5)
+    chex.assert_trees_all_close(state.regular, inner.regular, rtol=1e-3, atol=1e-5)
     assert int(state.count) == int(inner.count) == 5
     assert int(state.factors.count) == int(inner.factors.count) == 1
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
-@pytest.mark.parametrize("tree", TREES)
+@pytest.mark.parametrize(("tree", "dtype"), TREES_AND_DTYPES)
 def test_updates_keep_the_dtype(tree, dtype):
     tx, params = make(), TREES[tree](dtype)
     state = jax.jit(tx.init)(params)
@@ -215,8 +219,7 @@ def test_multi_steps(dtype):
     assert all(not np.any(leaf) for leaf in jax.tree.leaves(updates))
 
 
-@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64])
-@pytest.mark.parametrize("tree", TREES)
+@pytest.mark.parametrize(("tree", "dtype"), [*TREES_AND_DTYPES, ("mixed", jnp.float64)])
 def test_the_state_is_stable_under_cond(tree, dtype):
     with jax.enable_x64(dtype == jnp.float64):
         tx, params = make(), TREES[tree](dtype)
@@ -232,8 +235,7 @@ def test_the_state_is_stable_under_cond(tree, dtype):
 
         for go in (True, True, False):
             params, new_state = step(params, state, go)
-            for old, new in zip(jax.tree.leaves(state), jax.tree.leaves(new_state), strict=True):
-                assert (old.shape, old.dtype) == (new.shape, new.dtype)
+            chex.assert_trees_all_equal_shapes_and_dtypes(state, new_state)
             state = new_state
         assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(dtype)}
 
@@ -243,40 +245,38 @@ def test_a_constant_schedule_equals_a_number(tree):
     params = TREES[tree]()
     one, _ = take_steps(make(learning_rate=1e-3), params, 5)
     other, _ = take_steps(make(learning_rate=optax.constant_schedule(1e-3)), params, 5)
-    assert_close(one, other, rtol=1e-6)
+    chex.assert_trees_all_close(one, other, rtol=1e-6)
 
 
 # ------------------------------------------------------------------------ wrappers
 
 
-def test_jit_equals_no_jit():
-    tx, params = make(), mixed_tree()
+@pytest.mark.parametrize("method", ["svd", "graph"])
+def test_jit_equals_no_jit(method):
+    tx, params = make(exact_method=method), mixed_tree()
     jitted, _ = take_steps(tx, params, 2)
     state = tx.init(params)
     for _ in range(2):
         updates, state = tx.update(jax.grad(square)(params), state, params)
         params = optax.apply_updates(params, updates)
-    assert_close(products(jitted), products(params), rtol=1e-4, atol=1e-5)
+    chex.assert_trees_all_close(products(jitted), products(params), rtol=1e-4, atol=1e-5)
 
 
 def test_init_from_abstract_parameters():
     tx, params = make(), mixed_tree()
     abstract = jax.eval_shape(lambda: params)
     for state in (jax.eval_shape(tx.init, params), jax.eval_shape(tx.init, abstract)):
-        for one, other in zip(
-            jax.tree.leaves(state), jax.tree.leaves(tx.init(params)), strict=True
-        ):
-            assert (one.shape, one.dtype) == (other.shape, other.dtype)
+        chex.assert_trees_all_equal_shapes_and_dtypes(state, tx.init(params))
 
 
 def test_partition():
     """The pairs of a tree to loro, the rest to another optimizer: as with ``regular``."""
     params = mixed_tree()
     labels = {"pair": "low-rank", "scanned": "low-rank", "bias": "rest"}
-    parts = optax.partition({"low-rank": loro(0.01, exact_every=2), "rest": optax.sgd(0.1)}, labels)
+    parts = optax.partition({"low-rank": make(), "rest": optax.sgd(0.1)}, labels)
     one, _ = take_steps(parts, params, 4)
     other, _ = take_steps(make(regular=optax.sgd(0.1)), params, 4)
-    assert_close(one, other, rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_close(one, other, rtol=1e-5, atol=1e-6)
 
 
 def test_masked():
@@ -284,7 +284,7 @@ def test_masked():
     mask = {"pair": True, "scanned": False, "bias": False}
     moved, _ = take_steps(optax.masked(loro(0.01, exact_every=2), mask), params, 1)
     expected, _ = take_steps(loro(0.01, exact_every=2), {"pair": params["pair"]}, 1)
-    assert_close(moved["pair"], expected["pair"], rtol=1e-5, atol=1e-6)
+    chex.assert_trees_all_close(moved["pair"], expected["pair"], rtol=1e-5, atol=1e-6)
 
 
 def test_apply_if_finite_skips_a_bad_step():
@@ -294,7 +294,8 @@ def test_apply_if_finite_skips_a_bad_step():
     updates, state = tx.update(bad, state, params)
     assert all(not np.any(leaf) for leaf in jax.tree.leaves(updates))
     updates, _ = tx.update(jax.grad(square)(params), state, params)
-    assert all(np.all(np.isfinite(leaf)) and np.any(leaf) for leaf in jax.tree.leaves(updates))
+    chex.assert_tree_all_finite(updates)
+    assert all(np.any(leaf) for leaf in jax.tree.leaves(updates))
 
 
 def test_clipping_in_a_chain_bounds_the_gradient():
@@ -305,7 +306,7 @@ def test_clipping_in_a_chain_bounds_the_gradient():
     one, _ = chained.update(grads, chained.init(params), params)
     alone = make(eps=1.0)
     other, _ = alone.update(small, alone.init(params), params)
-    assert_close(one, other, rtol=1e-4)
+    chex.assert_trees_all_close(one, other, rtol=1e-4)
 
 
 class PairNetwork(nnx.Module):
@@ -384,7 +385,7 @@ def test_scan_over_steps_equals_a_loop():
         return (optax.apply_updates(params, updates), state), None
 
     (scanned, _), _ = jax.lax.scan(body, (params, tx.init(params)), length=6)
-    assert_close(products(looped), products(scanned), rtol=1e-4, atol=1e-5)
+    chex.assert_trees_all_close(products(looped), products(scanned), rtol=1e-4, atol=1e-5)
 
 
 def test_vmap_over_an_ensemble():
@@ -402,7 +403,7 @@ def test_vmap_over_an_ensemble():
             updates, own = tx.update(member, own, member)
             member = optax.apply_updates(member, updates)
         found = jax.tree.map(lambda x, i=i: x[i], params)
-        assert_close(products(found), products(member), rtol=1e-4, atol=1e-5)
+        chex.assert_trees_all_close(products(found), products(member), rtol=1e-4, atol=1e-5)
 
 
 def test_orbax_round_trip(tmp_path):
@@ -414,7 +415,7 @@ def test_orbax_round_trip(tmp_path):
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), content
     )
     restored = ocp.load(tmp_path / "checkpoint", abstract)
-    assert_close(restored, content, rtol=0)
+    chex.assert_trees_all_equal(restored, content)
     assert isinstance(restored["params"]["pair"], LowRank)
 
 
@@ -436,4 +437,5 @@ def test_a_direction_is_what_the_steps_are_made_of():
     grads = jax.grad(square)(params)
     tx = loro(0.1, exact_every=None, lr_scale=0.5, direction=optax.scale(3.0))
     updates, _ = tx.update(grads, tx.init(params), params)
-    assert_close(updates, jax.tree.map(lambda g: -0.1 * 0.5 * 3.0 * g, grads), rtol=1e-6)
+    expected = jax.tree.map(lambda g: -0.1 * 0.5 * 3.0 * g, grads)
+    chex.assert_trees_all_close(updates, expected, rtol=1e-6)

@@ -93,6 +93,7 @@ def test_unknown_ones_are_named_and_so_is_a_file_that_takes_none(tmp_path):
         load_config(f"{tmp_path}/mine.py:paper", [])
 
 
+@pytest.mark.slow
 def test_the_recommended_ones_are_ahead_on_real_text(tmp_path):
     perplexity = {
         settings: train(
