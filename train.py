@@ -13,30 +13,183 @@ import pathlib
 import re
 import shlex
 import sys
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Sequence
 
-from absl import app, flags, logging
+from absl import flags, logging
 from ml_collections import config_flags
 
 _DEFAULT_CONFIG = pathlib.Path(__file__).parent / "configs" / "default.py"
 
+# Flags that say which of several processes this one is.
+_CLUSTER = ("distributed", "coordinator", "processes", "process", "heartbeat_seconds")
 
-def _or_exit(parse: Callable[..., Any], *arguments: Any) -> Any:
-    """Calls a flag parser; one line and an exit where it would print a traceback."""
+
+class _UsageError(Exception):
+    """Flags that can't be read."""
+
+
+def main(argv: Sequence[str]) -> int:
+    """Trains as the flags say, and returns the exit status.
+
+    Args:
+        argv: the flags, without the program's name.
+
+    Returns:
+        0 when all steps are done, 1 after an error, which is printed in one line, and 128 + the
+        signal's number when one stopped the run.
+
+    Example:
+        >>> main(["--config.stepz=3"])
+        1
+    """
+    logging.set_verbosity(logging.ERROR)  # libraries log what is of no use to a run
     try:
-        return parse(*arguments)
+        values = _parse(argv)
+    except _UsageError as error:
+        print(f"error: {error} (see configs/ and python train.py --help)", file=sys.stderr)
+        return 1
+    if values.help:
+        from loro_jax.training.help import config_help
+
+        print(__doc__, values.get_help(), "", *config_help(), sep="\n")
+        return 0
+    # Heavy imports wait until the flags are known to be good.
+    from loro_jax.errors import TrainingError
+    from loro_jax.training.processes import leave
+
+    try:
+        return _run(values, argv)
+    except (TrainingError, OSError) as error:  # OSError: a disk or a file system, anywhere
+        print(f"error: {error}", file=sys.stderr)
+        return leave(1)
+
+
+def _run(values: flags.FlagValues, argv: Sequence[str]) -> int:
+    from loro_jax.planning.dry_run import dry_run
+    from loro_jax.training.loop import train
+    from loro_jax.training.processes import Cluster, connect
+
+    if not values.dry_run:
+        connect(
+            Cluster(
+                values.coordinator,
+                values.processes,
+                values.process,
+                values.distributed,
+                values.heartbeat_seconds,
+            )
+        )
+    config, name = _config(values)
+    if values.dry_run:
+        dry_run(config, values.devices)
+        return 0
+    command = " ".join(["python train.py", *_flags_to_repeat(argv)])
+    return train(config, values.workdir or f"runs/{name}", command).exit_status
+
+
+def _config(values: flags.FlagValues):
+    """Returns the config and the name of its run; raises TrainingError if it is none."""
+    from loro_jax.errors import TrainingError
+    from loro_jax.training.config import Config
+    from loro_jax.training.methods import settled
+
+    config_file = config_flags.get_config_filename(values["config"])
+    file, *settings = config_file.split(":", 1)  # after the colon: get_config's argument
+    path = pathlib.Path(file)
+    if not path.is_file():
+        raise TrainingError(f"--config={config_file}: there is no such file.")
+    config = values.config
+    if not isinstance(config, Config):
+        raise TrainingError(f"--config={config_file}: get_config() must return a training Config.")
+    asked = config_flags.get_override_values(values["config"])
+    config = settled(config, asked)
+    if config.warmup_steps > config.steps and "warmup_steps" not in asked:
+        # The file's warm-up is for the file's steps; a look at fewer must not fail for it.
+        print(
+            f"config.warmup_steps = {config.warmup_steps} is longer than config.steps = "
+            f"{config.steps}: taken as a tenth of them, {config.short_warmup}"
+        )
+        config.warmup_steps = config.short_warmup
+    return config, "_".join([path.stem, *settings])
+
+
+def _parse(argv: Sequence[str]) -> flags.FlagValues:
+    """Returns the values of the flags; raises _UsageError with one line if they can't be read."""
+    command = ["train.py", *argv]
+    try:
+        values = _define(command)
+        _, *rest = values(command)
     except (flags.Error, KeyError, AttributeError, TypeError, ValueError) as error:
-        reason = str(error.args[0] if isinstance(error, KeyError) else error)
-        if "Error whilst parsing config file" in reason:
-            # It comes with its traceback: what it says is the last line, behind its type.
-            reason = reason.strip().splitlines()[-1].partition(": ")[2]
-        reason = reason.split("\n")[0]
-        unknown = re.match(r"Field (\w+) not found", reason)
-        if unknown:
-            reason = _unknown_field(unknown[1])
-        print(f"error: {reason} (see configs/ and python train.py --help)", file=sys.stderr)
-        sys.exit(1)
+        raise _UsageError(_reason(error)) from error
+    if rest:
+        raise _UsageError(f"unexpected argument {rest[0]!r}; flags look like --config.steps=100.")
+    return values
+
+
+def _define(command: list[str]) -> flags.FlagValues:
+    """Defines the flags; the config is read here already, with what the command overrides."""
+    values = flags.FlagValues()
+    config_flags.DEFINE_config_file(
+        "config",
+        str(_DEFAULT_CONFIG),
+        "The run's config file, with settings behind a colon where it has several (:paper); "
+        "override a field with --config.field=value.",
+        flag_values=values,
+        sys_argv=command,
+    )
+    flags.DEFINE_string(
+        "workdir",
+        None,
+        "Run directory; default: runs/ and the config file's name.",
+        flag_values=values,
+    )
+    flags.DEFINE_bool(
+        "distributed",
+        False,
+        "One of several processes, as SLURM, Open MPI, Kubernetes or a TPU pod say in the "
+        "environment.",
+        flag_values=values,
+    )
+    flags.DEFINE_string(
+        "coordinator",
+        None,
+        "HOST:PORT of the first of several processes, where nothing else says so.",
+        flag_values=values,
+    )
+    flags.DEFINE_integer("processes", None, "How many processes there are.", flag_values=values)
+    flags.DEFINE_integer("process", None, "The number of this one, from 0.", flag_values=values)
+    flags.DEFINE_integer(
+        "heartbeat_seconds",
+        60,
+        "Silence after which another process is taken for dead.",
+        flag_values=values,
+    )
+    flags.DEFINE_bool(
+        "dry_run",
+        False,
+        "Compile the step for simulated devices, print what it takes, and end.",
+        flag_values=values,
+    )
+    flags.DEFINE_integer(
+        "devices",
+        None,
+        "Devices of a dry run; default: as config.mesh says.",
+        lower_bound=1,
+        flag_values=values,
+    )
+    flags.DEFINE_bool("help", False, "Print this.", short_name="h", flag_values=values)
+    return values
+
+
+def _reason(error: Exception) -> str:
+    """Returns what a flag parser's error says, in one line."""
+    reason = str(error.args[0] if isinstance(error, KeyError) else error)
+    if "Error whilst parsing config file" in reason:
+        # It comes with its traceback: what it says is the last line, after its type.
+        reason = reason.strip().splitlines()[-1].partition(": ")[2]
+    reason = reason.split("\n")[0]
+    unknown = re.match(r"Field (\w+) not found", reason)
+    return _unknown_field(unknown[1]) if unknown else reason
 
 
 def _unknown_field(name: str) -> str:
@@ -54,57 +207,7 @@ def _unknown_field(name: str) -> str:
     return f"the config has no field {name!r}{hint}"
 
 
-# Overrides on the command line are read at the definition already.
-_CONFIG = _or_exit(
-    config_flags.DEFINE_config_file,
-    "config",
-    str(_DEFAULT_CONFIG),
-    "The run's config file, with settings behind a colon where it has several (:paper); override a "
-    "field with --config.field=value.",
-)
-
-_WORKDIR = flags.DEFINE_string(
-    "workdir", None, "Run directory; default: runs/ and the config file's name."
-)
-
-_DISTRIBUTED = flags.DEFINE_bool(
-    "distributed",
-    False,
-    "One of several processes, as SLURM, Open MPI, Kubernetes or a TPU pod say in the environment.",
-)
-_COORDINATOR = flags.DEFINE_string(
-    "coordinator", None, "HOST:PORT of the first of several processes, where nothing else says so."
-)
-_PROCESSES = flags.DEFINE_integer("processes", None, "How many processes there are.")
-_PROCESS = flags.DEFINE_integer("process", None, "The number of this one, from 0.")
-_HEARTBEAT = flags.DEFINE_integer(
-    "heartbeat_seconds", 60, "Silence after which another process is taken for dead."
-)
-
-
-_DRY_RUN = flags.DEFINE_bool(
-    "dry_run", False, "Compile the step for simulated devices, print what it takes, and end."
-)
-_DEVICES = flags.DEFINE_integer(
-    "devices", None, "Devices of a dry run; default: as config.mesh says.", lower_bound=1
-)
-
-
-def _parse_or_help(argv: list[str]) -> list[str]:
-    """Parses the flags; prints all flags and all fields of the config, and ends, if asked to."""
-    if {"--help", "-help", "-h"} & set(argv[1:]):
-        from loro_jax.training.help import config_help
-
-        print(__doc__ + flags.FLAGS.main_module_help(), "", *config_help(), sep="\n")
-        sys.exit(0)
-    return _or_exit(flags.FLAGS, argv)
-
-
-# Flags that say which of several processes this one is.
-_CLUSTER = ("distributed", "coordinator", "processes", "process", "heartbeat_seconds")
-
-
-def _flags_to_repeat(arguments: list[str]) -> list[str]:
+def _flags_to_repeat(arguments: Sequence[str]) -> list[str]:
     """The flags of this call but for those that a comparison changes."""
     changed = ("workdir", "config.method", *_CLUSTER)
     return [
@@ -114,64 +217,5 @@ def _flags_to_repeat(arguments: list[str]) -> list[str]:
     ]
 
 
-def main(argv: list[str]) -> int:
-    """Trains, and returns the exit status."""
-    logging.set_verbosity(logging.ERROR)  # libraries log what is of no use to a run
-    # Heavy imports wait until the flags are known to be good.
-    from loro_jax.errors import TrainingError
-    from loro_jax.planning.dry_run import dry_run
-    from loro_jax.training.config import Config
-    from loro_jax.training.loop import train
-    from loro_jax.training.methods import settled
-    from loro_jax.training.processes import Cluster, connect, leave
-
-    try:
-        if not _DRY_RUN.value:
-            connect(
-                Cluster(
-                    _COORDINATOR.value,
-                    _PROCESSES.value,
-                    _PROCESS.value,
-                    _DISTRIBUTED.value,
-                    _HEARTBEAT.value,
-                )
-            )
-        if len(argv) > 1:
-            raise TrainingError(
-                f"unexpected argument {argv[1]!r}; flags look like --config.steps=100."
-            )
-        config_file = config_flags.get_config_filename(flags.FLAGS["config"])
-        file, *settings = config_file.split(":", 1)  # behind the colon: get_config's argument
-        path = pathlib.Path(file)
-        if not path.is_file():
-            raise TrainingError(f"--config={config_file}: there is no such file.")
-        config = _CONFIG.value
-        if not isinstance(config, Config):
-            raise TrainingError(
-                f"--config={config_file}: get_config() must return a training Config."
-            )
-        asked = config_flags.get_override_values(flags.FLAGS["config"])
-        config = settled(config, asked)
-        if config.warmup_steps > config.steps and "warmup_steps" not in asked:
-            # The file's warm-up is for the file's steps; a look at fewer must not fail for it.
-            print(
-                f"config.warmup_steps = {config.warmup_steps} is longer than config.steps = "
-                f"{config.steps}: taken as a tenth of them, {config.short_warmup}"
-            )
-            config.warmup_steps = config.short_warmup
-        if _DRY_RUN.value:
-            dry_run(config, _DEVICES.value)
-            return 0
-        name = "_".join([path.stem, *settings])
-        command = " ".join(["python train.py", *_flags_to_repeat(sys.argv[1:])])
-        return train(config, _WORKDIR.value or f"runs/{name}", command).exit_status
-    except TrainingError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return leave(1)
-    except OSError as error:  # a disk or a file system, wherever it was met
-        print(f"error: {error}", file=sys.stderr)
-        return leave(1)
-
-
 if __name__ == "__main__":
-    app.run(main, flags_parser=_parse_or_help)
+    sys.exit(main(sys.argv[1:]))

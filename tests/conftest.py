@@ -1,25 +1,118 @@
-"""Shared by all tests: where optional reference material lies, and a float64 switch."""
+"""Shared by all tests: the two tiers, XLA's options, compiled programs, float64, real corpora.
+
+``pytest`` runs the fast tier, ``pytest -m slow`` the slow one. The fast tier compiles without
+XLA's optimizations: most of its time goes into compiling small programs that run once. Any other
+choice of markers than the default compiles as users do. Environment variables:
+
+* ``LORO_JAX_TESTS_XLA=default`` leaves XLA's options alone in the fast tier too.
+* ``LORO_JAX_TESTS_CACHE=DIR`` keeps compiled programs in another directory than
+  ``~/.cache/loro_jax_tests/<version of JAX>``; empty: in a directory of this session alone.
+"""
+
+import os
+
+# Before NumPy: between two small calls, threads of LAPACK and of torch keep the cores busy that the
+# tests of other processes need.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 
 import gc
-import os
 import pathlib
+import subprocess
+import sys
 import tempfile
+import time
 
 import jax
+import jaxlib
 import pytest
 
-# Tests compile the same small programs again and again: they share what was compiled, among the
-# processes of one session. Processes that the tests start inherit it.
-CACHE = os.environ.setdefault(
-    "JAX_COMPILATION_CACHE_DIR", tempfile.mkdtemp(prefix="loro_jax_tests_")
-)
-jax.config.update("jax_compilation_cache_dir", CACHE)
-# The many small programs of the tests' own processes are not worth a file each.
-jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
-os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+pytest_plugins = ["tests.processor_time"]
 
 ROOT = pathlib.Path(__file__).parent.parent
 SHARED = ROOT.parent / "shared"
+
+# Together they compile in a quarter of the time. The first are options of every version of XLA.
+QUICK = (
+    "--xla_backend_optimization_level=0",
+    "--xla_llvm_disable_expensive_passes=true",
+    "--xla_cpu_use_fusion_emitters=false",
+)
+
+# Files that the slow tier runs once more, as users compile them: what they compare are roundings.
+OPTIMIZED = (
+    "exact/test_retractions.py",
+    "exact/test_tangent.py",
+    "linalg/",
+    "test_parity.py",
+    "training/test_step.py",
+)
+
+FOURTEEN_DAYS = 14 * 24 * 3600
+
+
+def _cache_folder():
+    """The directory of compiled programs, without those of more than two weeks ago."""
+    chosen = os.environ.get("LORO_JAX_TESTS_CACHE")
+    if chosen:
+        return str(pathlib.Path(chosen).expanduser())
+    if chosen == "":
+        return tempfile.mkdtemp(prefix="loro_jax_tests_")
+    folder = pathlib.Path(f"~/.cache/loro_jax_tests/{jax.__version__}").expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path in folder.glob("*-cache"):
+            if time.time() - path.stat().st_mtime > FOURTEEN_DAYS:
+                path.unlink(missing_ok=True)
+    except OSError:  # a home that can't be written to
+        return tempfile.mkdtemp(prefix="loro_jax_tests_")
+    return str(folder)
+
+
+# Tests compile the same programs again and again: they share what was compiled with each other,
+# with the processes that they start, and with the next session.
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache_folder()
+jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
+# Programs that compile quicker than that are not worth a file each.
+os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+
+def _known_options(config):
+    """Those of QUICK that this version of XLA has: it ends a process for any other."""
+    cache = getattr(config, "cache", None)  # pytest can do without
+    key = f"xla_options/{jaxlib.__version__}"
+    known = cache and cache.get(key, None)
+    if known is None:
+        known = [option for option in QUICK if _is_known(option)]
+        if cache is not None:
+            cache.set(key, known)
+    return known
+
+
+def _is_known(option):
+    environment = {**os.environ, "XLA_FLAGS": option, "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", "import jax; jax.devices()"]
+    return subprocess.run(command, env=environment, capture_output=True).returncode == 0
+
+
+def pytest_configure(config):
+    """Sets XLA's options before it starts, here and in the processes that inherit them."""
+    is_worker = hasattr(config, "workerinput")
+    is_fast = config.option.markexpr == "not slow"
+    if is_fast and not is_worker and os.environ.get("LORO_JAX_TESTS_XLA") != "default":
+        given = os.environ.get("XLA_FLAGS", "")
+        os.environ["XLA_FLAGS"] = " ".join([*_known_options(config), given]).strip()
+
+
+def pytest_collection_modifyitems(items):
+    """Marks the tests of the files that the slow tier runs once more."""
+    for item in items:
+        path = item.path.relative_to(ROOT / "tests").as_posix()
+        if path.startswith(OPTIMIZED):
+            item.add_marker(pytest.mark.optimized)
 
 
 # Every compiled program takes some memory maps of its process, of which Linux allows 65,530 in all;

@@ -1,5 +1,6 @@
 """What stays where it is: frozen factors, leaves without weight decay, state that is no moment."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -142,4 +143,4 @@ def test_what_counts_as_a_moment():
     assert found["m"]["x"].tolist() == [0.0, 0.0]
     assert (int(found["t"]), float(found["rate"]), int(found["inner"][0])) == (0, 3.0, 5)
     kept = refreshed(jnp.bool_(False), fresh, state, params)
-    jax.tree.map(np.testing.assert_array_equal, kept, state)
+    chex.assert_trees_all_equal(kept, state)

@@ -64,6 +64,16 @@ TREES = {
 }
 
 
+# The mixed tree holds what is in the others.
+TREES_AND_DTYPES = [
+    ("no pairs", jnp.float16),
+    ("pairs", jnp.float32),
+    ("mixed", jnp.float16),
+    ("mixed", jnp.bfloat16),
+    ("mixed", jnp.float32),
+]
+
+
 def square(params):
     return sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(params))
 
@@ -104,8 +114,10 @@ def take_steps(tx, params, count, loss=square):
 @pytest.mark.parametrize("tree", TREES)
 def test_extra_args_are_accepted_and_nothing_recompiles(tree):
     tx, params = make(), TREES[tree]()
+    chex.clear_trace_counter()
 
     @jax.jit
+    @chex.assert_max_traces(n=1)
     def step(params, state):
         updates, state = tx.update(jax.grad(square)(params), state, params, unexpected=1)
         return optax.apply_updates(params, updates), state
@@ -113,7 +125,6 @@ def test_extra_args_are_accepted_and_nothing_recompiles(tree):
     state = tx.init(params)
     for _ in range(4):
         params, state = step(params, state)
-    assert step._cache_size() == 1
 
 
 @pytest.mark.parametrize("target", [parabola, rosenbrock, matrix_parabola, mixed_parabola])
@@ -199,8 +210,7 @@ def test_injected_hyperparameters_equal_direct_ones(tree):
     assert int(state.factors.count) == int(inner.factors.count) == 1
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
-@pytest.mark.parametrize("tree", TREES)
+@pytest.mark.parametrize(("tree", "dtype"), TREES_AND_DTYPES)
 def test_updates_keep_the_dtype(tree, dtype):
     tx, params = make(), TREES[tree](dtype)
     state = jax.jit(tx.init)(params)
@@ -218,8 +228,7 @@ def test_multi_steps(dtype):
     assert all(not np.any(leaf) for leaf in jax.tree.leaves(updates))
 
 
-@pytest.mark.parametrize("dtype", [jnp.float16, jnp.bfloat16, jnp.float32, jnp.float64])
-@pytest.mark.parametrize("tree", TREES)
+@pytest.mark.parametrize(("tree", "dtype"), [*TREES_AND_DTYPES, ("mixed", jnp.float64)])
 def test_the_state_is_stable_under_cond(tree, dtype):
     with jax.enable_x64(dtype == jnp.float64):
         tx, params = make(), TREES[tree](dtype)
@@ -235,8 +244,7 @@ def test_the_state_is_stable_under_cond(tree, dtype):
 
         for go in (True, True, False):
             params, new_state = step(params, state, go)
-            for old, new in zip(jax.tree.leaves(state), jax.tree.leaves(new_state), strict=True):
-                assert (old.shape, old.dtype) == (new.shape, new.dtype)
+            chex.assert_trees_all_equal_shapes_and_dtypes(state, new_state)
             state = new_state
         assert {leaf.dtype for leaf in jax.tree.leaves(params)} == {jnp.dtype(dtype)}
 
@@ -252,8 +260,9 @@ def test_a_constant_schedule_equals_a_number(tree):
 # ------------------------------------------------------------------------ wrappers
 
 
-def test_jit_equals_no_jit():
-    tx, params = make(), mixed_tree()
+@pytest.mark.parametrize("method", ["svd", "graph"])
+def test_jit_equals_no_jit(method):
+    tx, params = make(exact_method=method), mixed_tree()
     jitted, _ = take_steps(tx, params, 2)
     state = tx.init(params)
     for _ in range(2):
@@ -266,17 +275,14 @@ def test_init_from_abstract_parameters():
     tx, params = make(), mixed_tree()
     abstract = jax.eval_shape(lambda: params)
     for state in (jax.eval_shape(tx.init, params), jax.eval_shape(tx.init, abstract)):
-        for one, other in zip(
-            jax.tree.leaves(state), jax.tree.leaves(tx.init(params)), strict=True
-        ):
-            assert (one.shape, one.dtype) == (other.shape, other.dtype)
+        chex.assert_trees_all_equal_shapes_and_dtypes(state, tx.init(params))
 
 
 def test_partition():
     """The pairs of a tree to loro, the rest to another optimizer: as with ``regular``."""
     params = mixed_tree()
     labels = {"pair": "low-rank", "scanned": "low-rank", "bias": "rest"}
-    parts = optax.partition({"low-rank": loro(0.01, exact_every=2), "rest": optax.sgd(0.1)}, labels)
+    parts = optax.partition({"low-rank": make(), "rest": optax.sgd(0.1)}, labels)
     one, _ = take_steps(parts, params, 4)
     other, _ = take_steps(make(regular=optax.sgd(0.1)), params, 4)
     chex.assert_trees_all_close(one, other, rtol=1e-5, atol=1e-6)
@@ -297,7 +303,8 @@ def test_apply_if_finite_skips_a_bad_step():
     updates, state = tx.update(bad, state, params)
     assert all(not np.any(leaf) for leaf in jax.tree.leaves(updates))
     updates, _ = tx.update(jax.grad(square)(params), state, params)
-    assert all(np.all(np.isfinite(leaf)) and np.any(leaf) for leaf in jax.tree.leaves(updates))
+    chex.assert_tree_all_finite(updates)
+    assert all(np.any(leaf) for leaf in jax.tree.leaves(updates))
 
 
 def test_clipping_in_a_chain_bounds_the_gradient():

@@ -36,18 +36,21 @@ def seen(request):
     return {(row["mesh"], row["layout"]): row for row in rows}
 
 
+@pytest.mark.slow
 def test_updates_are_those_of_one_device(seen):
     assert len(seen) == 9
     for where, row in seen.items():
         assert row["error"] < 1e-5, where
 
 
+@pytest.mark.slow
 def test_factors_and_state_lie_as_they_did(seen):
     for where, row in seen.items():
         assert row["state_lies_as_the_factors"], where
         assert row["factors_lie_as_before"], where
 
 
+@pytest.mark.slow
 def test_split_factors_are_never_gathered(seen):
     """Those that are replicated are put together one after the other; nothing else is."""
     for layout in ("rows", "columns", "rank"):
@@ -57,6 +60,7 @@ def test_split_factors_are_never_gathered(seen):
         assert row["full_size"] == 0, f"{where}: a full-size W"
 
 
+@pytest.mark.slow
 def test_each_pair_is_factored_once_in_the_whole_mesh(seen):
     for mesh in ("line", "square"):
         row = seen[mesh, "mixed"]
@@ -70,6 +74,7 @@ def test_each_pair_is_factored_once_in_the_whole_mesh(seen):
     # 96 pairs of q, k, v, o; 48 of gate and up; 24 of down: of each shape a device takes its share.
     [(8, 96 // 8 + 48 // 8 + 24 // 8), (64, 2 + 1 + 1)],
 )
+@pytest.mark.slow
 def test_the_168_pairs_of_1b_are_shared_by_all_devices(devices, rounds):
     # Nothing runs: code need not be fast.
     quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"

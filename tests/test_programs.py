@@ -237,6 +237,7 @@ for options in ({}, {"basis": "nearest"}, {"moments": "transport"}):
 """
 
 
+@pytest.mark.slow
 def test_members_of_an_ensemble_under_shard_map(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
     done = subprocess.run([sys.executable, "-c", ENSEMBLE], capture_output=True, text=True)
@@ -277,6 +278,7 @@ for spec, options in (
 """
 
 
+@pytest.mark.slow
 def test_members_of_an_ensemble_on_an_explicit_mesh(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
     done = subprocess.run([sys.executable, "-c", EXPLICIT_ENSEMBLE], capture_output=True, text=True)

@@ -50,6 +50,7 @@ def tiny(monkeypatch):
         ("approximate_step", {"model", "optimizer", "ms", "time / adamw", "temporaries MB"}),
     ],
 )
+@pytest.mark.slow
 def test_a_benchmark_prints_a_table_and_writes_json(tiny, tmp_path, capsys, name, expected):
     path = tmp_path / "result.json"
     bench.main([name, "--models=tiny", "--rounds=1", f"--json={path}"])
@@ -76,6 +77,7 @@ def test_slow_exact_steps_may_be_timed_with_fewer_layers(tiny, monkeypatch, tmp_
         bench.main([*arguments, "--layers_of_others=0"])
 
 
+@pytest.mark.slow
 def test_the_benchmark_of_data(monkeypatch, tmp_path, capsys):
     tiny = {"tiny": dataclasses.replace(data.PRESETS["60m"], num_layers=1, rank=8)}
     monkeypatch.setattr(data, "PRESETS", tiny)
@@ -93,6 +95,7 @@ def test_the_benchmark_of_data(monkeypatch, tmp_path, capsys):
     assert "of it waiting for data" in rows[-1]["what"]
 
 
+@pytest.mark.slow
 def test_the_benchmark_of_training_steps(monkeypatch, tmp_path, capsys):
     tiny = {
         "tiny": dataclasses.replace(
@@ -148,6 +151,7 @@ def run_on_tiny(monkeypatch, module, path, *arguments):
     return json.loads(path.read_text())["rows"]
 
 
+@pytest.mark.slow
 def test_plans_of_both_models_stand_side_by_side(monkeypatch, tmp_path, capsys):
     arguments = ["--meshes=1x1x1", "--batch_size=8", "--micro_batch=4", "--sequence_length=16"]
     dense, low_rank = run_on_tiny(
@@ -162,6 +166,7 @@ def test_plans_of_both_models_stand_side_by_side(monkeypatch, tmp_path, capsys):
     assert "--meshes: expected sizes like 2x4x1, but '2x2' is none" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_cost_is_counted_for_all_and_measured_for_one(monkeypatch, tmp_path, capsys):
     arguments = ["--ranks=8,4", "--sequence_lengths=16,32", "--tokens=1024", "--rounds=1"]
     arguments += ["--measure=tiny", "--measure_batch=2", f"--plot={tmp_path / 'plot.png'}"]
@@ -183,6 +188,7 @@ def test_cost_is_counted_for_all_and_measured_for_one(monkeypatch, tmp_path, cap
     assert "--plot: needs --measure=MODEL" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_projections_of_one_input_are_timed_together_and_each(monkeypatch, tmp_path):
     path = tmp_path / "together.json"
     rows = run_on_tiny(monkeypatch, together, path, "--rounds=1", "--tokens=64")
@@ -191,6 +197,7 @@ def test_projections_of_one_input_are_timed_together_and_each(monkeypatch, tmp_p
         assert row["each / together"] == pytest.approx(row["each ms"] / row["together ms"])
 
 
+@pytest.mark.slow
 def test_batches_are_read_for_logits_and_for_scores(monkeypatch, tmp_path, capsys):
     arguments = ["--rounds=1", "--batch_sizes=1,2", "--lengths=8"]
     rows = run_on_tiny(monkeypatch, forward, tmp_path / "forward.json", *arguments)
@@ -218,6 +225,7 @@ def test_scores_are_the_log_likelihoods_of_the_logits():
     assert float(score) == pytest.approx(float(chosen.sum()), rel=1e-5)
 
 
+@pytest.mark.slow
 def test_levers_compute_the_same_step(monkeypatch, tmp_path, capsys):
     # None of its steps is exact: without any, each compiles in half of the time.
     arguments = ["--rounds=1", "--batch_size=8", "--sequence_length=16", "--set=exact_every=0"]
@@ -285,6 +293,7 @@ def test_results_say_what_the_environment_asks_of_libraries(monkeypatch):
     assert "GLIBC_TUNABLES" not in found
 
 
+@pytest.mark.slow
 def test_what_fits_is_what_a_compiled_step_says(monkeypatch, tmp_path):
     arguments = ["--memory=0.001,0.01", "--sequence_length=16", "--methods=full"]
     arguments += ["--dtype=float32", "--param_dtype=float32", "--remat=none"]
@@ -301,6 +310,7 @@ def test_what_fits_is_what_a_compiled_step_says(monkeypatch, tmp_path):
     assert held[1] > 0.98e7
 
 
+@pytest.mark.slow
 def test_the_benchmark_of_serving(monkeypatch, tmp_path, capsys):
     tiny = dataclasses.replace(
         data.PRESETS["60m"], num_layers=1, rank=8, vocab_size=64, hidden_size=32, num_heads=2
@@ -416,6 +426,7 @@ def test_a_profile_reads_traces_of_a_gpu():
         assert profile.classify_event(name, stats, known) == expected
 
 
+@pytest.mark.slow
 def test_a_profile_knows_parts_and_kinds_of_what_is_compiled(monkeypatch, tmp_path):
     config = Config(
         batch_size=2, sequence_length=16, exact_method="svd", model=dataclasses.replace(TINY_LLAMA)

@@ -3,6 +3,7 @@
 import dataclasses
 import io
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -303,7 +304,7 @@ def test_a_model_for_decoding_reads_the_matrices_of_one_input_together(changes, 
     assert len(products(ready)) == len(products(model)) - 3
     count = sum(leaf.size for leaf in jax.tree.leaves(nnx.state(ready)))
     assert count == sum(leaf.size for leaf in jax.tree.leaves(before))
-    jax.tree.map(np.testing.assert_array_equal, before, nnx.state(model))
+    chex.assert_trees_all_equal(before, nnx.state(model))
 
 
 @pytest.mark.parametrize("projection", ["lora", "sltrain"])

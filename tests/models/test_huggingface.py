@@ -5,6 +5,7 @@ import json
 import resource
 import signal
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -42,16 +43,9 @@ def make(seed=0, **changes):
     return nnx.merge(graphdef, jax.tree.map(stir, state))
 
 
-def leaves(model):
-    return jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(nnx.state(model)))
-
-
 def assert_same(one, other):
-    pairs = list(zip(leaves(one), leaves(other), strict=True))
-    for (path, x), (other_path, y) in pairs:
-        assert path == other_path
-        assert x.dtype == y.dtype, path
-        np.testing.assert_array_equal(x, y, err_msg=str(path))
+    one, other = (nnx.to_pure_dict(nnx.state(model)) for model in (one, other))
+    chex.assert_trees_all_equal(one, other, strict=True)
 
 
 TOKENS = jnp.array(np.random.default_rng(0).integers(96, size=(2, 40)))
@@ -90,7 +84,7 @@ def test_merged_projections_compute_the_same(changes, tmp_path):
     # What needs no merging is the same to the last bit.
     for name in ("embedding", "norm"):
         one, other = (nnx.to_pure_dict(nnx.state(m))[name] for m in (model, again))
-        jax.tree.map(np.testing.assert_array_equal, one, other)
+        chex.assert_trees_all_equal(one, other)
 
 
 def test_projections_with_an_activation_can_not_be_merged(tmp_path):
@@ -103,7 +97,7 @@ def test_projections_with_an_activation_can_not_be_merged(tmp_path):
 def test_the_dtype_of_the_files(dtype, tmp_path):
     model = make(param_dtype=dtype, dtype=dtype)
     size = write_model(model, tmp_path / "out", dtype=dtype, keep_factors=True)
-    assert size == sum(leaf.nbytes for _, leaf in leaves(model))
+    assert size == sum(leaf.nbytes for leaf in jax.tree.leaves(nnx.state(model)))
     again, _ = read_model(tmp_path / "out")
     assert_same(model, again)
     wider, _ = read_model(tmp_path / "out", dtype="float32")

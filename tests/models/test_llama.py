@@ -1,5 +1,6 @@
 import dataclasses
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -258,8 +259,7 @@ def test_remat_changes_no_gradient(remat):
         return jax.jit(jax.grad(loss))(params)
 
     plain, rematted = gradient(TINY), gradient(dataclasses.replace(TINY, remat=remat))
-    for one, other in zip(jax.tree.leaves(plain), jax.tree.leaves(rematted), strict=True):
-        np.testing.assert_allclose(one, other, rtol=1e-4, atol=1e-5)
+    chex.assert_trees_all_close(plain, rematted, rtol=1e-4, atol=1e-5)
 
 
 def test_bfloat16_activations_stay_near_float32():

@@ -1,5 +1,6 @@
 """What the tests of GaLore, Fira and AdaRankGrad share: gradients, runs, and checks for all."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -162,7 +163,7 @@ class CommonChecks:
         grads = [{"w": G} for G in (jnp.zeros((4, 6)), *gradients((4, 6), 3), jnp.zeros((4, 6)))]
         updates, states = run(tx, {"w": jnp.ones((4, 6))}, grads)
         assert not np.any(updates[0]["w"])
-        assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves((updates, states)))
+        chex.assert_tree_all_finite((updates, states))
 
     def test_chains_and_optax_tree_maps(self):
         params = {"w": jnp.ones((4, 6)), "b": jnp.ones(3)}

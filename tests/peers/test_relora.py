@@ -12,9 +12,7 @@ from loro_jax.peers.relora import jagged_schedule, merge_and_restart
 # The compiler takes most of the time here. These keys are quicker to compile than the default
 # ones, and a whole restart, little optimised, is quicker than its operations one by one.
 KEY = jax.random.key(3, impl="unsafe_rbg")
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-quick_jit = functools.partial(jax.jit, compiler_options=QUICK)
-merge_jit = quick_jit(merge_and_restart, static_argnames=("scale", "keep", "pruning"))
+merge_jit = jax.jit(merge_and_restart, static_argnames=("scale", "keep", "pruning"))
 
 
 def problem(layers=(), m=20, n=30, r=10, dtype=jnp.float32):
@@ -126,7 +124,7 @@ def test_stacked_layers_are_merged_and_pruned_one_by_one():
 def test_under_jit_and_cond_nothing_changes():
     state = problem((2,))
 
-    @quick_jit
+    @jax.jit
     def step(now, state):
         return jax.lax.cond(
             now,

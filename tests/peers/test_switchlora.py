@@ -1,5 +1,6 @@
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,14 +18,13 @@ from loro_jax.peers.switchlora import (
     switch_frequency,
     thaw,
 )
+from tests.helpers import assert_trees_match
 
 # The compiler takes most of the time here. These keys are quicker to compile than the default
 # ones, and a whole switch, little optimised, is quicker than its operations one by one.
 KEY = jax.random.key(5, impl="unsafe_rbg")
 OPTIONS = ("scale", "total_steps", "interval", "ratio", "freeze_steps")
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-quick_jit = functools.partial(jax.jit, compiler_options=QUICK)
-switch_jit = quick_jit(switch, static_argnames=OPTIONS)
+switch_jit = jax.jit(switch, static_argnames=OPTIONS)
 M, N, R = 14, 11, 6
 # A rate of exactly two a side at step 0, so that nothing is left to chance.
 TWO = {"scale": 0.25, "total_steps": 1_000, "interval": 3.0, "freeze_steps": 1}
@@ -46,14 +46,6 @@ def problem(layers=(), dtype=jnp.float32, m=M, n=N, r=R):
 def function(W0, B, A, scale):
     W0, B, A = (np.asarray(x, np.float64) for x in (W0, B, A))
     return W0 + scale * B @ A
-
-
-def assert_same(found, wanted, **tolerance):
-    assert jax.tree.structure(found) == jax.tree.structure(wanted)
-    for one, other in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
-        assert one.dtype == other.dtype
-        one, other = (np.asarray(x, np.float64) for x in (one, other))
-        np.testing.assert_allclose(one, other, **tolerance)
 
 
 @pytest.mark.parametrize("layers", [(), (2, 2)])
@@ -134,7 +126,7 @@ def test_counterparts_stay_frozen_for_five_updates():
     def loss(BA, W0):
         return jnp.mean((W0 + 0.05 * BA[0] @ BA[1] - target) ** 2)
 
-    @quick_jit
+    @jax.jit
     def step(key, t, W0, B, A, spare, opt, frozen):
         grads = jax.grad(loss)((B, A), W0)
         moments = (opt[0].mu, opt[0].nu)
@@ -188,9 +180,7 @@ def test_as_many_switches_as_the_frequency_says(step):
     state = problem(m=40, n=40, r=30)._replace(moments=())
     one = functools.partial(switch, scale=1.0, total_steps=1_000, interval=12.0)
     keys = jax.random.split(jax.random.key(5), 400)
-    counts = quick_jit(lambda t: jax.vmap(lambda k: one(k, t, state).candidates.switched)(keys))(
-        step
-    )
+    counts = jax.jit(lambda t: jax.vmap(lambda k: one(k, t, state).candidates.switched)(keys))(step)
     rate = 30 / 12 * 3.0 ** -(step / 100)
     assert set(counts.tolist()) == {int(rate), int(rate) + 1}
     np.testing.assert_allclose(counts.mean(), rate, atol=0.1)
@@ -211,19 +201,19 @@ def test_stacked_layers_are_switched_one_by_one():
     keys = jax.random.split(key, (3,))
     for i in range(3):
         single = switch_jit(keys[i], 0, jax.tree.map(lambda x, i=i: x[i], state), **options)
-        assert_same(jax.tree.map(lambda x, i=i: x[i], stacked), single, rtol=1e-5, atol=1e-6)
+        assert_trees_match(jax.tree.map(lambda x, i=i: x[i], stacked), single, rtol=1e-5, atol=1e-6)
 
 
 def test_under_jit_and_cond_nothing_changes():
     state = problem()
 
-    @quick_jit
+    @jax.jit
     def step(now, t, state):
         return jax.lax.cond(now, lambda s: switch(KEY, t, s, **TWO), lambda s: s, state)
 
-    assert_same(step(False, 0, state), state, rtol=0)
+    chex.assert_trees_all_equal(step(False, 0, state), state, strict=True)
     plain = switch(KEY, 0, state, **TWO)
-    assert_same(step(True, 0, state), plain, rtol=1e-5, atol=1e-5)
+    assert_trees_match(step(True, 0, state), plain, rtol=1e-5, atol=1e-5)
 
 
 def test_dtypes_and_shapes_are_kept_also_where_they_are_mixed():
@@ -242,7 +232,7 @@ def test_dtypes_and_shapes_are_kept_also_where_they_are_mixed():
 @pytest.mark.parametrize(("m", "n", "r"), [(5, 7, 5), (5, 7, 1)])
 def test_where_nothing_can_be_switched_nothing_is(m, n, r):
     state = problem(m=m, n=n, r=r)
-    assert_same(switch_jit(KEY, 0, state, **TWO), state, rtol=0)
+    chex.assert_trees_all_equal(switch_jit(KEY, 0, state, **TWO), state, strict=True)
 
 
 def test_one_spare_vector_is_enough():

@@ -58,9 +58,14 @@ def test_exchanges_within_a_node_take_its_links(plan):
     assert math.isclose(h100.seconds(far), 7e9 / 50e9)
 
 
-def dry_run(tmp_path, *arguments):
+def in_a_process(*arguments):
+    """Devices can be simulated before JAX has started, and then no more."""
+    return runs.finish(runs.start(*arguments))
+
+
+def dry_run(tmp_path, *arguments, run=in_a_process):
     flags = runs.flags(tmp_path / "run", tmp_path / "no_corpus.txt", **{"mesh.fsdp": 2})
-    done = runs.finish(runs.start("--dry_run", *flags, *arguments), timeout=300)
+    done = run("--dry_run", *flags, *arguments)
     assert not (tmp_path / "run").exists()
     return done
 
@@ -78,7 +83,7 @@ def test_a_dry_run_prints_its_plan_and_touches_nothing(tmp_path):
 
 
 def test_a_dry_run_needs_to_know_how_many_devices_there_are(tmp_path):
-    status, output = dry_run(tmp_path)
+    status, output = dry_run(tmp_path, run=runs.run)
     assert status == 1
     assert output.startswith("error: config.mesh = -1 x 2 x 1")
     assert "--devices=N" in output

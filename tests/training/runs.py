@@ -1,10 +1,14 @@
-"""Tiny runs of the real command, in processes of their own."""
+"""Tiny runs of the real command, in this process or in others."""
 
+import contextlib
+import io
 import json
 import os
 import pathlib
 import subprocess
 import sys
+
+import train
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -49,18 +53,32 @@ def flags(workdir, source, **changes):
     return [f"--workdir={workdir}", *(f"--config.{name}={value}" for name, value in fields.items())]
 
 
+def with_config(arguments):
+    """The arguments, with the paper's settings unless they name a config."""
+    if any(argument.startswith("--config=") for argument in arguments):
+        return arguments
+    return (f"--config={ROOT}/configs/default.py:paper", *arguments)
+
+
+def run(*arguments):
+    """Runs train.py in this process: its exit status and output."""
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+        status = train.main(with_config(arguments))
+    return status, output.getvalue()
+
+
 def start(*arguments, shared_cache=True, **environment):
-    """Starts train.py, with the paper's settings unless a config is named. A run that others are
-    compared with compiles by itself (``shared_cache=False``), so that the comparison covers a fresh
-    compilation too.
+    """Starts train.py in a process of its own.
+
+    A run that others are compared with compiles everything anew (``shared_cache=False``), so that
+    the comparison covers a fresh compilation too.
     """
-    if not any(argument.startswith("--config=") for argument in arguments):
-        arguments = ("--config=configs/default.py:paper", *arguments)
     inherited = dict(os.environ)
     if not shared_cache:
         inherited.pop("JAX_COMPILATION_CACHE_DIR", None)
     return subprocess.Popen(
-        [sys.executable, "train.py", *arguments],
+        [sys.executable, "train.py", *with_config(arguments)],
         cwd=ROOT,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -69,7 +87,7 @@ def start(*arguments, shared_cache=True, **environment):
     )
 
 
-def finish(process, timeout=180):
+def finish(process, timeout=600):
     """Exit status and output of a process."""
     output, _ = process.communicate(timeout=timeout)
     return process.returncode, output

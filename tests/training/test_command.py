@@ -6,6 +6,7 @@ import json
 import shutil
 
 import pytest
+from absl import flags
 
 from loro_jax.errors import TrainingError
 from loro_jax.training.config import Config, DataConfig, MeshConfig, field_names
@@ -23,7 +24,7 @@ def finished(tmp_path_factory):
     source = runs.corpus(folder)
     workdir = folder / "run"
     arguments = runs.flags(workdir, source, **AS_FINISHED)
-    status, output = runs.finish(runs.start(*arguments))
+    status, output = runs.run(*arguments)
     assert status == 0, output
     return source, workdir, output
 
@@ -68,7 +69,7 @@ def test_a_run_leaves_what_it_promises(finished):
 
 
 def test_help_prints_every_field():
-    status, output = runs.finish(runs.start("--help"))
+    status, output = runs.run("--help")
     assert status == 0
     printed = {line.split("=")[0].strip() for line in output.splitlines() if "--config." in line}
     assert {f"--config.{name}" for name in field_names()} <= printed
@@ -84,7 +85,7 @@ BAD_FLAGS = {
     "a missing config file": (["--config=configs/none.py"], "no such file"),
     "a missing file with settings": (["--config=configs/none.py:paper"], "no such file"),
     "unknown settings": (
-        ["--config=configs/default.py:papers"],
+        [f"--config={runs.ROOT}/configs/default.py:papers"],
         "no settings 'papers'; expected one of recommended, mergeable, paper",
     ),
     "a rank too large": (["--config.model.rank=129"], "but is 129"),
@@ -117,26 +118,39 @@ BAD_FLAGS = {
 def test_bad_input_is_one_line_and_leaves_no_trace(case, tmp_path):
     arguments, message = BAD_FLAGS[case]
     workdir = tmp_path / "run"
-    status, output = runs.finish(runs.start(f"--workdir={workdir}", *arguments))
-    assert status != 0
+    status, output = runs.run(f"--workdir={workdir}", *arguments)
+    assert status == 1
     assert output.startswith("error: ")
     assert output.count("\n") == 1
     assert message in output
     assert not workdir.exists()
 
 
+def test_the_program_ends_as_its_function_does(tmp_path):
+    status, output = runs.finish(runs.start(f"--workdir={tmp_path / 'run'}", "--config.stepz=3"))
+    assert (status, output) == runs.run("--config.stepz=3")
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_function_leaves_the_flags_of_a_program_around_it_alone():
+    known = set(flags.FLAGS)
+    for _ in range(2):
+        runs.run("--config.stepz=3")
+    assert set(flags.FLAGS) == known
+
+
 @pytest.mark.parametrize(("steps", "warmup"), [(20, 2), (1, 0)])
 def test_the_warm_up_of_a_config_file_yields_to_fewer_steps(steps, warmup, tmp_path):
     fewer = [f"--workdir={tmp_path / 'run'}", f"--config.steps={steps}"]
     missing = "--config.data.source=none/*.txt"
-    _, output = runs.finish(runs.start("--config=configs/default.py", *fewer, missing))
+    _, output = runs.run(f"--config={runs.ROOT}/configs/default.py", *fewer, missing)
     note, error = output.splitlines()
     assert note == (
         f"config.warmup_steps = 100 is longer than config.steps = {steps}: taken as a tenth of "
         f"them, {warmup}"
     )
     assert "matches no file" in error
-    status, output = runs.finish(runs.start(*fewer, "--config.warmup_steps=50", missing))
+    status, output = runs.run(*fewer, "--config.warmup_steps=50", missing)
     assert status == 1
     assert f"config.warmup_steps must be at most steps = {steps}, but is 50" in output
 
@@ -165,7 +179,7 @@ def test_bad_values_raise_before_anything_is_written(case, tmp_path):
 
 def refuse(workdir, *arguments):
     before = contents(workdir)
-    status, output = runs.finish(runs.start(*arguments))
+    status, output = runs.run(*arguments)
     assert status == 1
     assert output.count("\n") == 1, output
     assert contents(workdir) == before
@@ -206,7 +220,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
         initial_lr_ratio=0,
         checkpoint_every=1,
     )
-    status, output = runs.finish(runs.start(*arguments))
+    status, output = runs.run(*arguments)
     assert status == 1
     last = output.strip().split("\n")[-1]
     assert last.startswith("error: step ")
@@ -216,6 +230,6 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     saved = sorted(int(p.name) for p in (workdir / "checkpoints").iterdir())
     assert saved
     assert saved[-1] == stopped_at - 1
-    again, output = runs.finish(runs.start(*arguments))
+    again, output = runs.run(*arguments)
     assert again == 1
     assert f"from step {saved[-1]}" in output, "the checkpoint is whole"

@@ -69,7 +69,7 @@ def small_batch(config):
 
 @pytest.mark.parametrize("name", RUNS)
 def test_every_config_takes_a_step_on_a_small_batch(name):
-    """With two layers, which are all that the large ones have memory and time for here."""
+    """With two layers. The large ones are traced: they differ from the smallest in sizes alone."""
     config = load(name)
     vocab_size = config.model.vocab_size or 2048  # 0: the tokenizer's, here the embedded one's
     model = dataclasses.replace(config.model, num_layers=2, vocab_size=vocab_size)
@@ -83,12 +83,12 @@ def test_every_config_takes_a_step_on_a_small_batch(name):
         model=model,
     )
     program = make_program(config)
-    if name == "llama_7b":  # 13 GB in a step, even so
+    if name not in ("default", "llama_60m"):
         state, metrics = jax.eval_shape(
             program.train_step, jax.eval_shape(program.init), small_batch(config)
         )
         assert metrics["loss"].shape == ()
-        assert count_parameters(state.params) > 4e8
+        assert count_parameters(state.params) > (4e8 if name == "llama_7b" else 4e7)
         return
     program, _ = compile_program(program, make_mesh(config.mesh))
     state, metrics = program.train_step(program.init(), small_batch(config))

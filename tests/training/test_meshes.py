@@ -9,6 +9,8 @@ import pytest
 
 from tests.conftest import ROOT
 
+pytestmark = pytest.mark.slow
+
 # Sums of losses and norms, counts of tokens.
 SCALARS = 256
 

@@ -53,6 +53,7 @@ def last_step(workdir):
     return path.read_text().count('"loss"') if path.exists() else 0
 
 
+@pytest.mark.slow
 def test_processes_come_and_go_and_the_losses_are_those_of_one(tmp_path):
     source = runs.corpus(tmp_path)
     one, workdir = tmp_path / "one", tmp_path / "run"
@@ -89,6 +90,7 @@ def test_processes_come_and_go_and_the_losses_are_those_of_one(tmp_path):
         np.testing.assert_allclose(row[key], one_row[key], rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_an_error_of_one_process_is_an_error_of_all(tmp_path):
     source = runs.corpus(tmp_path)
     missing = tmp_path / "missing.txt"
@@ -119,6 +121,7 @@ def test_what_does_not_say_who_is_where_is_named(cluster, message):
         (["--distributed"], "don't meet .*coordinator"),
     ],
 )
+@pytest.mark.slow
 def test_what_nothing_in_the_environment_says_is_named(tmp_path, flags, message):
     """By processes of their own: JAX asks nobody once it has computed something."""
     status, output = runs.finish(runs.start(f"--workdir={tmp_path / 'run'}", *flags))

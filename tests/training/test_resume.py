@@ -8,14 +8,27 @@ import time
 
 import pytest
 
+from loro_jax.training.metrics import MetricsWriter
 from tests.training import runs
 
-TIMEOUT = 120
+TIMEOUT = 600
 
 
 @pytest.fixture(scope="module")
 def uninterrupted(tmp_path_factory):
+    """A corpus, and the directory of a run on it in this process."""
     folder = tmp_path_factory.mktemp("uninterrupted")
+    workdir = folder / "run"
+    source = runs.corpus(folder)
+    status, output = runs.run(*runs.flags(workdir, source))
+    assert status == 0, output
+    return source, workdir
+
+
+@pytest.fixture(scope="module")
+def freshly_compiled(tmp_path_factory):
+    """The same, in another process and without what others have compiled."""
+    folder = tmp_path_factory.mktemp("fresh")
     workdir = folder / "run"
     source = runs.corpus(folder)
     status, output = runs.finish(runs.start(*runs.flags(workdir, source), shared_cache=False))
@@ -61,8 +74,50 @@ def kill_when(source, workdir, condition):
     return output
 
 
-def test_killed_at_several_moments_it_ends_bit_for_bit_the_same(uninterrupted, tmp_path):
+def test_killed_once_it_ends_bit_for_bit_the_same(uninterrupted, tmp_path):
     source, reference = uninterrupted
+    workdir = tmp_path / "run"
+    kill_when(source, workdir, (workdir / "checkpoints" / "11").is_dir)
+    status, output = runs.run(*runs.flags(workdir, source))
+    assert status == 0, output
+    assert "continuing" in output
+    assert runs.rows(workdir) == runs.rows(reference)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_between_two_steps_saves_and_the_run_resumes(
+    uninterrupted, tmp_path, monkeypatch, number
+):
+    source, reference = uninterrupted
+    workdir = tmp_path / "run"
+    write = MetricsWriter.write
+
+    def write_and_signal(writer, row):
+        write(writer, row)
+        if row["step"] == 3:
+            signal.raise_signal(number)
+
+    # Should the run handle no signal, this test fails, and not the process of all tests.
+    before = signal.signal(number, lambda *_: pytest.fail("nothing handles the signal"))
+    try:
+        with monkeypatch.context() as patch:
+            patch.setattr(MetricsWriter, "write", write_and_signal)
+            status, output = runs.run(*runs.flags(workdir, source, checkpoint_every=1000))
+    finally:
+        signal.signal(number, before)
+    assert status == 128 + number, output
+    assert f"stopped by {number.name}" in output
+    (saved,) = os.listdir(workdir / "checkpoints")
+    assert int(saved) >= 3
+    status, output = runs.run(*runs.flags(workdir, source))
+    assert status == 0, output
+    assert f"from step {saved}" in output
+    assert runs.rows(workdir) == runs.rows(reference)
+
+
+@pytest.mark.slow
+def test_killed_at_several_moments_it_ends_bit_for_bit_the_same(freshly_compiled, tmp_path):
+    source, reference = freshly_compiled
     workdir = tmp_path / "run"
     checkpoints = workdir / "checkpoints"
     # Before any checkpoint; going on from just behind an exact step (11) and from just before one
@@ -84,14 +139,15 @@ def test_two_runs_of_one_seed_are_equal_and_of_two_seeds_are_not(uninterrupted, 
     source, reference = uninterrupted
     for seed, equal in ((0, True), (1, False)):
         workdir = tmp_path / f"seed{seed}"
-        status, output = runs.finish(runs.start(*runs.flags(workdir, source, seed=seed)))
+        status, output = runs.run(*runs.flags(workdir, source, seed=seed))
         assert status == 0, output
         assert (runs.rows(workdir) == runs.rows(reference)) == equal
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_a_polite_signal_saves_and_the_run_goes_on(uninterrupted, tmp_path, number):
-    source, reference = uninterrupted
+def test_a_polite_signal_saves_and_the_run_goes_on(freshly_compiled, tmp_path, number):
+    source, reference = freshly_compiled
     workdir = tmp_path / "run"
     process = runs.start(*runs.flags(workdir, source, checkpoint_every=1000))
     assert wait_for(reached(workdir, 3), process)
@@ -110,7 +166,7 @@ def test_a_polite_signal_saves_and_the_run_goes_on(uninterrupted, tmp_path, numb
 def test_a_finished_run_is_not_run_again(uninterrupted):
     source, workdir = uninterrupted
     before = (workdir / "metrics.jsonl").read_bytes()
-    status, output = runs.finish(runs.start(*runs.flags(workdir, source)))
+    status, output = runs.run(*runs.flags(workdir, source))
     assert status == 0
     assert "validation perplexity" in output
     assert "step 120/120" not in output
@@ -134,7 +190,7 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(uninterrupted, tmp_pa
         )
     else:
         victim.unlink()
-    status, output = runs.finish(runs.start(*runs.flags(workdir, source)))
+    status, output = runs.run(*runs.flags(workdir, source))
     assert status == 0, output
     assert "checkpoint 120 is damaged" in output
     assert "continuing" in output
@@ -150,7 +206,7 @@ def test_when_no_checkpoint_is_whole_nothing_is_touched(uninterrupted, tmp_path)
         if file.is_file() and file.stat().st_size > 1000:
             file.write_bytes(file.read_bytes()[:100])
     before = {p: p.read_bytes() for p in workdir.rglob("*") if p.is_file()}
-    status, output = runs.finish(runs.start(*runs.flags(workdir, source)))
+    status, output = runs.run(*runs.flags(workdir, source))
     assert status == 1
     assert output.count("\n") == 1
     assert "no checkpoint in" in output

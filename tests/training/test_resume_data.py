@@ -38,18 +38,19 @@ def sources(tmp_path_factory):
     }
 
 
-def run(workdir, fields):
+def start(workdir, fields):
     return runs.start(*runs.flags(workdir, fields["data.source"], **fields))
 
 
 @pytest.mark.parametrize(("kind", "kills"), [("shards", [7]), ("mixed", [7, 21])])
+@pytest.mark.slow
 def test_killed_and_started_again_it_ends_the_same(sources, tmp_path, kind, kills):
     fields = {**sources[kind], "steps": 40, "checkpoint_every": 7, "eval_every": 20}
-    status, output = runs.finish(run(tmp_path / "reference", fields))
+    status, output = runs.finish(start(tmp_path / "reference", fields))
     assert status == 0, output
     workdir = tmp_path / "run"
     for step in kills:
-        process = run(workdir, fields)
+        process = start(workdir, fields)
         checkpoint = workdir / "checkpoints" / str(step)
         deadline = time.monotonic() + 120
         while not checkpoint.is_dir() and process.poll() is None:
@@ -57,7 +58,7 @@ def test_killed_and_started_again_it_ends_the_same(sources, tmp_path, kind, kill
             time.sleep(0.001)
         process.send_signal(signal.SIGKILL)
         runs.finish(process)
-    status, output = runs.finish(run(workdir, fields))
+    status, output = runs.finish(start(workdir, fields))
     assert status == 0, output
     assert "continuing" in output
     assert runs.rows(workdir) == runs.rows(tmp_path / "reference")
@@ -65,12 +66,12 @@ def test_killed_and_started_again_it_ends_the_same(sources, tmp_path, kind, kill
 
 def test_a_run_does_not_go_on_with_another_text(tmp_path):
     source = runs.corpus(tmp_path)
-    fields = {"data.source": source, "steps": 10}
-    status, output = runs.finish(run(tmp_path / "run", fields))
+    arguments = runs.flags(tmp_path / "run", source, steps=10)
+    status, output = runs.run(*arguments)
     assert status == 0, output
     pathlib.Path(source).write_text(runs.TEXT.replace("lazy", "busy"))
     before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*") if p.is_file()}
-    status, output = runs.finish(run(tmp_path / "run", fields))
+    status, output = runs.run(*arguments)
     assert status == 1
     assert "is not the text that the run in" in output
     assert output.count("\n") == 1

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import pytest
 
 from loro_jax import LowRank, initialise
+from loro_jax.commands.compare import load_config
 from loro_jax.errors import TrainingError
-from loro_jax.study.comparison import load_config
 from loro_jax.training.config import Config, differences
 from loro_jax.training.loop import train
 from loro_jax.training.methods import METHODS, make_optimizer
@@ -93,6 +93,7 @@ def test_unknown_ones_are_named_and_so_is_a_file_that_takes_none(tmp_path):
         load_config(f"{tmp_path}/mine.py:paper", [])
 
 
+@pytest.mark.slow
 def test_the_recommended_ones_are_ahead_on_real_text(tmp_path):
     perplexity = {
         settings: train(

@@ -12,12 +12,12 @@ import pytest
 from flax import nnx
 
 from loro_jax import peers
+from loro_jax.commands.compare import load_config, main
 from loro_jax.errors import TrainingError
 from loro_jax.fields import above, field
 from loro_jax.layers.low_rank import LowRankLinear
 from loro_jax.layers.projections import PROJECTIONS
 from loro_jax.planning.flops import flops_per_token
-from loro_jax.study.comparison import load_config, main
 from loro_jax.study.report import Arm, Run, config_of
 from loro_jax.training import methods
 from loro_jax.training.config import Config, field_names
@@ -318,13 +318,14 @@ def get_config(settings="recommended"):
         ("a=spectron,method_options.momentum=2", "config.method_options.momentum must be at least"),
     ],
 )
-def test_an_arm_is_refused_in_one_line(tmp_path, arm, message):
+def test_an_arm_is_refused_in_one_line(tmp_path, capsys, arm, message):
     path = tmp_path / "tiny.py"
     path.write_text(CONFIG.format(source=str(runs.corpus(tmp_path))))
     arguments = [str(path), "--methods=", f"--arm={arm}", f"--out={tmp_path / 'out'}"]
-    with pytest.raises(SystemExit) as error:
-        main(arguments)
-    assert message in str(error.value.code)
+    assert main(arguments) == 1
+    output = capsys.readouterr().err
+    assert message in output
+    assert output.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 
