@@ -79,6 +79,7 @@ def square(params):
 
 
 def make(**settings):
+    settings = {"exact_method": "svd", **settings}  # the quickest to compile
     return loro(**{"learning_rate": 1e-2, "exact_every": 2, "pairs": "optional", **settings})
 
 
@@ -424,7 +425,7 @@ def test_orbax_round_trip(tmp_path):
         lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), content
     )
     restored = ocp.load(tmp_path / "checkpoint", abstract)
-    chex.assert_trees_all_close(restored, content, rtol=0)
+    chex.assert_trees_all_equal(restored, content)
     assert isinstance(restored["params"]["pair"], LowRank)
 
 
