@@ -16,20 +16,20 @@ Array = jax.Array
 
 @jax.tree_util.register_pytree_with_keys_class
 class LowRank:
-    """A matrix W = B A of rank r, kept as its factors.
+    """A matrix W = B A of rank r, stored as its factors.
 
     W maps input to output (``y = W x``): ``B`` is the output side, ``A`` the input side, as in
-    LoRA. Leading axes are batch axes (the layers of a scanned model, say). ``LowRank`` is a
-    pytree node with the children ``B`` and ``A``, so it can stand anywhere in a parameter tree,
-    and :func:`loro_jax.loro` finds it there. Its children may also be what stands for arrays:
-    specs of shardings, axes of ``jax.vmap``, labels.
+    LoRA. Leading axes are batch axes (such as the layers of a scanned model). ``LowRank`` is a
+    pytree node with the children ``B`` and ``A``: it may be anywhere in a parameter tree, where
+    :func:`loro_jax.loro` finds it. Its children may also be placeholders for arrays, such as
+    partition specs, axes of ``jax.vmap``, or labels.
 
     Attributes:
         B: array of shape (..., m, r).
         A: array of shape (..., r, n).
 
     Raises:
-        ValueError: if the two shapes do not multiply to a matrix of rank r <= min(m, n).
+        ValueError: if the shapes are not those of factors of a matrix of rank r <= min(m, n).
 
     Example:
         >>> import jax.numpy as jnp
@@ -48,39 +48,39 @@ class LowRank:
 
     @property
     def rank(self) -> int:
-        """The inner dimension r."""
+        """The rank r, the inner dimension."""
         return self.A.shape[-2]
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Shape (..., m, n) of the product, which is not formed."""
+        """Shape (..., m, n) of the product."""
         return (*self.B.shape[:-1], self.A.shape[-1])
 
     def product(self) -> Array:
-        """The matrix W = B A, shape (..., m, n). For checks: it is as large as a dense weight."""
+        """Returns W = B A, (..., m, n). Meant for checks: it is as large as a dense weight."""
         return self.B @ self.A
 
     def apply(self, x: Array) -> Array:
-        """``W x`` for x of shape (..., n), by way of the rank: ``(x A^T) B^T``."""
+        """Computes ``W x`` for x of shape (..., n) by the factors, as ``(x A^T) B^T``."""
         return (x @ self.A.T) @ self.B.T
 
     def balance(self) -> LowRank:
-        """The same product with balanced factors (``B^T B = A A^T``), see :func:`balance`."""
+        """Balances the factors (``B^T B = A A^T``); see :func:`balance`."""
         return LowRank(*balance(self.B, self.A))
 
     @classmethod
     def from_dense(cls, W: Array, rank: int) -> LowRank:
-        """The best rank-r approximation of W in balanced factors, see :func:`from_dense`."""
+        """Returns the best rank-r approximation of W, balanced, see :func:`from_dense`."""
         return cls(*from_dense(W, rank))
 
     def tree_flatten_with_keys(self) -> tuple[tuple[Any, Any], None]:
-        """Children with their path keys, for ``jax.tree_util``."""
+        """Returns the children with their path keys, for ``jax.tree_util``."""
         key = jax.tree_util.GetAttrKey
         return ((key("B"), self.B), (key("A"), self.A)), None
 
     @classmethod
     def tree_unflatten(cls, aux: None, children: tuple[Any, Any]) -> LowRank:
-        """Rebuilds the node. Children may be anything (specs, None), so no shape is checked."""
+        """Rebuilds the node. Children may be placeholders (specs, None), so none is checked."""
         pair = object.__new__(cls)
         pair.B, pair.A = children
         return pair
@@ -90,12 +90,12 @@ class LowRank:
 
 
 def check_factors(B: Array, A: Array, where: str) -> None:
-    """Raises ValueError unless B (..., m, r) and A (..., r, n) make a product of rank <= min(m, n).
+    """Raises ValueError unless B (..., m, r) and A (..., r, n) match and r <= min(m, n).
 
     Args:
         B: output-side factor (or anything with a ``shape``).
         A: input-side factor.
-        where: what the message calls the pair.
+        where: name of the pair in the message.
     """
     found = f"B has shape {tuple(B.shape)} and A has shape {tuple(A.shape)}"
     if len(B.shape) < 2 or len(A.shape) < 2:
@@ -128,7 +128,7 @@ def check_real(B: Array, A: Array, where: str) -> None:
 
 
 def from_dense(W: Array, rank: int) -> tuple[Array, Array]:
-    """Truncated SVD of W as balanced factors.
+    """Computes balanced factors of W by its truncated SVD.
 
     With ``W = U S V^T``, the factors are ``B = U_r S_r^(1/2)`` and ``A = S_r^(1/2) V_r^T``: their
     product is the best rank-r approximation of W (Eckart-Young), and both have the singular
@@ -139,11 +139,11 @@ def from_dense(W: Array, rank: int) -> tuple[Array, Array]:
         rank: r, between 1 and min(m, n).
 
     Returns:
-        B (..., m, r) and A (..., r, n) in the dtype of W, or in float32 if that is an integer's;
-        the SVD is computed in float32 or wider.
+        B (..., m, r) and A (..., r, n) in the dtype of W, or float32 for integers; the SVD is
+        computed in float32 or wider.
 
     Raises:
-        ValueError: if the rank does not fit the shape.
+        ValueError: if the rank is not between 1 and min(m, n).
 
     Example:
         >>> import jax.numpy as jnp
@@ -168,21 +168,22 @@ def from_dense(W: Array, rank: int) -> tuple[Array, Array]:
 
 
 def balance(B: Array, A: Array) -> tuple[Array, Array]:
-    """Balanced factors of the same product: ``B'^T B' = A' A'^T``, diagonal.
+    """Balances factors without changing their product: ``B'^T B' = A' A'^T``, diagonal.
 
     Args:
         B: array of shape (..., m, r).
         A: array of shape (..., r, n).
 
     Returns:
-        B' and A' of the same shapes and dtypes (float32 for integers); both have the square roots
-        of W's singular values.
+        B' and A' of the same shapes and dtypes (float32 for integers). The singular values of both
+        are the square roots of W's.
     """
     check_factors(B, A, "balance")
     B, A = jnp.asarray(B), jnp.asarray(A)
     dtype = at_least_float32(jnp.promote_types(B.dtype, A.dtype))
 
     def rotate(B: Array, A: Array) -> tuple[Array, Array]:
+        # The SVD of W = Q_b (R_b R_a^T) Q_a^T from that of the r x r core.
         Qb, Rb = jnp.linalg.qr(B)
         Qa, Ra = jnp.linalg.qr(A.T)
         U, s, Vt = jnp.linalg.svd(Rb @ Ra.T)
@@ -201,9 +202,9 @@ def initialise(
     method: str = "xavier",
     initializer_range: float = 0.02,
 ) -> tuple[Array, Array]:
-    """Draws the factors of a fresh pair, by the authors' names.
+    """Initialises the factors of a pair; methods have the authors' names.
 
-    Normal entries, with these standard deviations for B (m x r) and A (r x n):
+    Entries are normal, with these standard deviations for B (m x r) and A (r x n):
 
     ========== ============================= ============================= ==================
     name       B                             A                             note
@@ -222,18 +223,18 @@ def initialise(
     ``xavorth`` when its weights are bfloat16; here both do what their names say.
 
     Args:
-        key: a JAX random key.
+        key: JAX random key.
         out_features: m.
         in_features: n.
         rank: r, between 1 and min(m, n).
         method: a name of the table.
-        initializer_range: s, the standard deviation that a dense weight would have.
+        initializer_range: s, the standard deviation of a dense weight.
 
     Returns:
         B (m, r) and A (r, n) in float32.
 
     Raises:
-        ValueError: if the rank does not fit or the name is unknown.
+        ValueError: if the rank is not between 1 and min(m, n), or the name is unknown.
 
     Example:
         >>> import jax
@@ -257,7 +258,7 @@ def initialise(
         "xavorth": (xavier_B, xavier_A),
     }
     if method == "lora":
-        bound = n**-0.5  # torch's default for a linear layer of n inputs
+        bound = n**-0.5  # PyTorch's default for a linear layer with n inputs
         A = jax.random.uniform(key, (r, n), jnp.float32, -bound, bound)
         return jnp.zeros((m, r), jnp.float32), A
     name, _, number = method.partition("_")
@@ -288,10 +289,10 @@ def _is_number(text: str) -> bool:
 
 
 def _register_with_flax() -> None:
-    """Tells ``flax.serialization`` how to write a LowRank, as it does a dict of B and A."""
+    """Registers LowRank with ``flax.serialization``, in the form of a dict of B and A."""
     try:
         from flax import serialization
-    except Exception:  # it need not be installed, nor fit this version of JAX
+    except Exception:  # Flax is optional, and may not support this version of JAX
         return
 
     def from_state_dict(pair: LowRank, state: dict[str, Any]) -> LowRank:

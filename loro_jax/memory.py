@@ -1,4 +1,4 @@
-"""Parameters and bytes of training, counted from shapes alone."""
+"""Counts of parameters and bytes in training, from shapes alone."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ import jax.numpy as jnp
 
 @dataclasses.dataclass(frozen=True)
 class Footprint:
-    """What a model and its optimizer hold, without activations.
+    """Memory footprint of a model and its optimizer, without activations.
 
     Attributes:
-        parameters: number of entries.
+        parameters: number of parameters.
         weight_bytes: bytes of the parameters.
         gradient_bytes: bytes of their gradients.
         optimizer_bytes: bytes of the optimizer's state.
@@ -33,7 +33,7 @@ class Footprint:
 
 
 def count_parameters(tree: Any) -> int:
-    """Number of entries in a tree of arrays or of ``jax.ShapeDtypeStruct``.
+    """Counts the entries of a tree of arrays or ``jax.ShapeDtypeStruct``.
 
     Example:
         >>> import jax.numpy as jnp
@@ -44,18 +44,18 @@ def count_parameters(tree: Any) -> int:
 
 
 def count_bytes(tree: Any) -> int:
-    """Bytes of a tree of arrays or of ``jax.ShapeDtypeStruct``."""
+    """Counts the bytes of a tree of arrays or ``jax.ShapeDtypeStruct``."""
     return sum(
         math.prod(leaf.shape) * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree)
     )
 
 
 def footprint(params: Any, opt_state: Any) -> Footprint:
-    """Counts what training holds; gradients have the parameters' shapes and dtypes.
+    """Counts the memory of training; gradients have the parameters' shapes and dtypes.
 
     Args:
         params: tree of arrays or abstract arrays.
-        opt_state: the optimizer's state for them, likewise.
+        opt_state: the optimizer's state, arrays or abstract arrays.
 
     Returns:
         The counts, in entries and bytes.

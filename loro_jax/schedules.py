@@ -1,6 +1,6 @@
-"""Learning-rate schedules of the paper: warm-up, cosine, and a re-warm-up after exact steps.
+"""The paper's learning-rate schedules: warm-up, cosine, and a re-warm-up after exact steps.
 
-All are plain Optax schedules: functions from the step (from 0) to the learning rate.
+All are Optax schedules: functions from the step (from 0) to the learning rate.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
-# Steps are counted in int32: what is due at later ones, never is.
+# Steps are counted in int32: a period beyond the largest count never comes due.
 LAST_STEP = 2**31 - 1
 
 
 def is_never(every: Any) -> bool:
-    """Whether a number of steps is more than can be counted."""
+    """Returns whether a number of steps is beyond the largest count."""
     return isinstance(every, numbers.Integral) and int(every) >= LAST_STEP
 
 
 def countable(steps: int) -> int:
-    """A number of steps, cut to the largest that can be counted.
+    """Limits a number of steps to the largest count.
 
     Example:
         >>> countable(10**10) == countable(10**12) == 2**31 - 1, countable(500)
@@ -38,18 +38,18 @@ def warmup_cosine(
     initial_ratio: float = 0.1,
     final_ratio: float = 0.1,
 ) -> optax.Schedule:
-    """Linear warm-up followed by a cosine decay.
+    """Returns a schedule of linear warm-up followed by cosine decay.
 
-    The rate climbs from ``initial_ratio * peak`` to ``peak`` over the warm-up, then follows half a
+    The rate rises from ``initial_ratio * peak`` to ``peak`` over the warm-up, then follows half a
     cosine down to ``final_ratio * peak`` at ``total_steps``. The paper says that the warm-up
     starts at zero; the authors' code, and the default here, start it at a tenth of the peak.
 
     Args:
-        peak: the highest learning rate.
+        peak: highest learning rate.
         total_steps: length of the run.
         warmup_steps: length of the warm-up, part of ``total_steps``.
-        initial_ratio: first rate over the peak.
-        final_ratio: last rate over the peak.
+        initial_ratio: ratio of the first rate to the peak.
+        final_ratio: ratio of the last rate to the peak.
 
     Returns:
         A schedule.
@@ -68,7 +68,7 @@ def warmup_cosine(
             f"but is {warmup_steps}."
         )
     decay_steps: float = max(total_steps - warmup_steps, 1)
-    if is_never(total_steps):  # such numbers of steps are too large for what steps are counted in
+    if is_never(total_steps):  # int32 would overflow
         decay_steps, warmup_steps = float(decay_steps), float(warmup_steps)  # type: ignore[assignment]
     decay = optax.cosine_decay_schedule(peak, decay_steps, alpha=final_ratio)
     if warmup_steps == 0:
@@ -82,12 +82,12 @@ def with_restarts(
     every: int,
     warmup_steps: int = 5,
 ) -> optax.Schedule:
-    """Re-warms any schedule after each exact step.
+    """Adds a re-warm-up after each exact step to a schedule.
 
-    The exact step rotates the factors, and Adam starts anew behind it: its first directions are
-    close to signs of a single gradient. So the rate restarts at zero on the step after an exact
-    one and climbs back, linearly over ``warmup_steps``, to the schedule. Steps before the first
-    exact step are left alone.
+    The exact step rotates the factors, and Adam restarts after it: its first directions are close
+    to the signs of a single gradient. The rate therefore restarts at zero on the step after an
+    exact one and rises linearly over ``warmup_steps`` back to the schedule. Steps before the first
+    exact step are not affected.
 
     Args:
         schedule: a learning rate or a schedule.

@@ -1,4 +1,4 @@
-"""Flax NNX networks whose projections can be factorised."""
+"""Flax NNX networks with low-rank projections."""
 
 from models.llama import PRESETS, Llama, LlamaConfig, preset
 from models.loss import Batch, cross_entropy, next_token_loss

@@ -1,10 +1,10 @@
-"""Causal attention of whole sequences: in blocks of queries, or by cuDNN on an NVIDIA GPU.
+"""Causal attention over whole sequences: in blocks of queries, or by cuDNN on an NVIDIA GPU.
 
-A query sees no key behind it, so half of the square of scores is never needed. A block of queries
-is multiplied with the keys up to its end alone: with n blocks (n + 1) / 2n of the square is
-computed, held and normalised.
+A query never sees later keys, so half of the score matrix is not needed. Each block of queries is
+multiplied only with the keys up to the end of the block: with n blocks, (n + 1) / 2n of the score
+matrix is computed, stored and normalised.
 
-Shapes: as in :mod:`models.llama`; R queries' heads a head of keys, Q queries of a block, T keys.
+Shapes: as in :mod:`models.llama`; R query heads per key head, Q queries in a block, T keys.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ from models.precision import reduction_dtype
 
 Array = jax.Array
 
-# How attention is computed: in blocks of queries; as one square by XLA; by cuDNN's kernel, which
-# never holds the scores; or by cuDNN where it can be and in blocks elsewhere.
+# How attention is computed: in blocks of queries; as one full score matrix by XLA; by cuDNN's
+# kernel, which never stores the scores; or "auto": by cuDNN where supported, in blocks elsewhere.
 ATTENTION = ("auto", "blocks", "whole", "cudnn")
 
-# The smallest block: below it, products are too narrow to be fast. The most blocks: each is a piece
-# of the compiled program of its own.
+# Smaller blocks make products too narrow to be fast; each block is compiled separately, so their
+# number is limited too.
 _SMALLEST_BLOCK = 128
 _MOST_BLOCKS = 16
 
@@ -32,21 +32,21 @@ _MOST_BLOCKS = 16
 def causal_attention(
     q_BxLxHxK: Array, k_BxLxGxK: Array, v_BxLxGxK: Array, method: str = "auto"
 ) -> Array:
-    """Softmax attention of each position to itself and those before it.
+    """Computes softmax attention of each position to itself and to earlier positions.
 
     Args:
         q_BxLxHxK: queries.
-        k_BxLxGxK: keys; head g of them serves the H / G heads of queries from g H / G on.
+        k_BxLxGxK: keys; key head g serves query heads g H / G to (g + 1) H / G - 1.
         v_BxLxGxK: values.
-        method: one of :data:`ATTENTION`. "cudnn" needs an NVIDIA GPU and 16-bit floats. "auto" is
-            "cudnn" where that runs, and "blocks" elsewhere.
+        method: one of :data:`ATTENTION`. "cudnn" needs an NVIDIA GPU and 16-bit floats; "auto" is
+            "cudnn" where it runs, "blocks" elsewhere.
 
     Returns:
-        ``softmax(q k^T / sqrt(K)) v``, (B, L, H, K), in the dtype of the queries; scores and
-        weights are summed in float32 at least.
+        ``softmax(q k^T / sqrt(K)) v``, (B, L, H, K), in the dtype of the queries; reductions are in
+        float32 or wider.
 
     Raises:
-        ValueError: if cuDNN is asked for where there is none.
+        ValueError: if ``method`` is "cudnn" and JAX does not run on a GPU.
 
     Example:
         >>> import jax
@@ -62,7 +62,7 @@ def causal_attention(
     if method == "cudnn" and jax.default_backend() != "gpu":
         raise ValueError(
             "model.attention = 'cudnn' needs an NVIDIA GPU, but JAX runs on "
-            f"{jax.default_backend()}; expected 'auto', 'blocks' or 'whole' there."
+            f"{jax.default_backend()}; expected 'auto', 'blocks' or 'whole'."
         )
     implementation: Literal["cudnn", "xla"] = "cudnn" if method == "cudnn" else "xla"
     return jax.nn.dot_product_attention(
@@ -71,15 +71,15 @@ def causal_attention(
 
 
 def fastest_method(dtype: jax.typing.DTypeLike, head_size: int) -> str:
-    """Returns "cudnn" where the default device runs it, and "blocks" elsewhere.
+    """Returns "cudnn" if the default device runs it, else "blocks".
 
     Args:
-        dtype: of queries, keys and values.
-        head_size: entries of a head.
+        dtype: dtype of queries, keys and values.
+        head_size: K, the size of a head.
 
     Returns:
-        "cudnn" on NVIDIA GPUs of compute capability 8.0 and above, for 16-bit floats and heads
-        whose size is a multiple of 8 and at most 128 (from 9.0 on: 256); else "blocks".
+        "cudnn" on NVIDIA GPUs of compute capability 8.0 or higher, for 16-bit floats and a head
+        size that is a multiple of 8 and at most 128 (256 from capability 9.0); else "blocks".
 
     Example:
         >>> fastest_method(jnp.float32, 64)
@@ -93,7 +93,7 @@ def fastest_method(dtype: jax.typing.DTypeLike, head_size: int) -> str:
 
 
 def _compute_capability() -> tuple[int, ...]:
-    """Of the default device, such as (9, 0) on an H100; empty where it is no NVIDIA GPU."""
+    """Returns the default device's compute capability, (9, 0) on an H100; () without NVIDIA GPU."""
     device = jax.local_devices()[0]
     if device.platform != "gpu" or "cuda" not in device.client.platform_version:
         return ()
@@ -102,7 +102,7 @@ def _compute_capability() -> tuple[int, ...]:
 
 def _in_blocks(q_BxLxHxK: Array, k_BxLxGxK: Array, v_BxLxGxK: Array) -> Array:
     L, head_size = q_BxLxHxK.shape[1], q_BxLxHxK.shape[3]
-    # Heads before positions: what one head needs lies together for the products.
+    # Heads before positions, so that the entries of each head are contiguous in memory.
     k_BxGxLxK, v_BxGxLxK = (jnp.swapaxes(heads, 1, 2) for heads in (k_BxLxGxK, v_BxLxGxK))
     q_BxHxLxK = jnp.swapaxes(q_BxLxHxK, 1, 2) * jnp.asarray(head_size**-0.5, q_BxLxHxK.dtype)
     size = _SMALLEST_BLOCK * math.ceil(L / (_SMALLEST_BLOCK * _MOST_BLOCKS))
@@ -118,7 +118,7 @@ def _in_blocks(q_BxLxHxK: Array, k_BxLxGxK: Array, v_BxLxGxK: Array) -> Array:
 
 
 def _block(q_BxHxQxK: Array, k_BxGxTxK: Array, v_BxGxTxK: Array) -> Array:
-    """Attention of the last Q of T positions to all of them; queries are scaled already."""
+    """Computes attention of the last Q of T positions to all T; queries are already scaled."""
     groups, keys, queries = k_BxGxTxK.shape[1], k_BxGxTxK.shape[2], q_BxHxQxK.shape[2]
     dtype = reduction_dtype(q_BxHxQxK.dtype)
     if q_BxHxQxK.shape[1] != groups:
@@ -131,7 +131,7 @@ def _block(q_BxHxQxK: Array, k_BxGxTxK: Array, v_BxGxTxK: Array) -> Array:
     score = jnp.where(seen_QxT, score, jnp.finfo(dtype).min)
     highest = jax.lax.stop_gradient(jnp.max(score, axis=-1, keepdims=True))
     weight = jnp.exp(score - highest)
-    # Divided behind the product, where there is a head's size of numbers a query and not T.
+    # Normalise after the product: K entries per query instead of T.
     total = jnp.sum(weight, axis=-1, keepdims=True)
     y = jnp.einsum(mix, weight.astype(v_BxGxTxK.dtype), v_BxGxTxK, preferred_element_type=dtype)
     return (y / total).astype(q_BxHxQxK.dtype).reshape(q_BxHxQxK.shape)

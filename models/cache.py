@@ -1,17 +1,18 @@
-"""What decoding keeps of the past: keys and values, or the latents that they are made of.
+"""Key-value cache for decoding: keys and values, or the latents they are computed from.
 
-A projection of rank r passes r entries of a token to its second factor. Where a head count times
-head size, G K, is larger, keeping these takes less memory, and less to read in each step:
+A projection of rank r passes r entries per token to its second factor. Where r is smaller than the
+number of heads times their size, G K, caching these latents takes less memory, and less memory is
+read in each step:
 
-* full: keys, turned by their positions, and values: 2 G K entries a token and layer;
-* values: keys and the latents of values, G K + r. A query's weights sum latents, and the second
-  factor maps the sums: values are never made, but each head sums r entries in place of K;
-* latent: latents of both, 2 r. Keys are made again from theirs in every step, for each must be
-  turned by its position before it meets a query: r G K multiplications a token of the past. It is
-  for memory, not for speed.
+* full: rotated keys, and values: 2 G K entries per token and layer;
+* values: rotated keys, and latents of the values: G K + r entries. Attention weights sum the
+  latents, and the second factor maps the sums. Values are never computed, but each head sums r
+  entries instead of K;
+* latent: latents of both: 2 r entries. Keys are recomputed from them in every step, because each
+  must be rotated by its position before it is multiplied with a query: r G K multiplications per
+  cached token. It saves memory, not time.
 
-Shapes: as in :mod:`models.llama`; T slots of the cache, N layers, M = L H / G queries of a head of
-keys.
+Shapes: as in :mod:`models.llama`; T slots of the cache, N layers, M = L H / G queries per key head.
 """
 
 from __future__ import annotations
@@ -33,12 +34,12 @@ CACHES = ("full", "values", "latent")
 
 
 class Cache(NamedTuple):
-    """The past of all layers.
+    """Key-value cache of all layers.
 
     Attributes:
-        keys: turned by their positions, (N, B, G, T, K): each head's lie together, as its products
-            with a query read them; or latents, (N, B, T, r).
-        values: likewise.
+        keys: rotated keys, (N, B, G, T, K), contiguous per head, as the products with queries read
+            them; or latents, (N, B, T, r).
+        values: values, (N, B, G, T, K), or latents, (N, B, T, r).
     """
 
     keys: Array
@@ -46,29 +47,29 @@ class Cache(NamedTuple):
 
     @property
     def slots(self) -> int:
-        """T, the number of tokens it has room for."""
+        """T, the capacity in tokens."""
         return self.keys.shape[-2]
 
     @property
     def latent(self) -> tuple[bool, bool]:
-        """Of keys and of values: whether latents are kept."""
+        """Whether latents are cached, for keys and for values."""
         return _latent(self.keys), _latent(self.values)
 
 
 def empty_cache(config: LlamaConfig, batch_size: int, length: int, kind: str = "full") -> Cache:
-    """A cache of zeros.
+    """Creates a cache of zeros.
 
     Args:
-        config: the model's.
+        config: config of the model.
         batch_size: B.
         length: T.
-        kind: what is kept, one of :data:`CACHES`.
+        kind: what is cached, one of :data:`CACHES`.
 
     Returns:
         The cache, in the dtype of the activations.
 
     Raises:
-        ValueError: for another kind, or if latents are to be kept where projections have none.
+        ValueError: for an unknown kind, or for latents of projections that have none.
 
     Example:
         >>> config = LlamaConfig(hidden_size=32, num_layers=2, num_heads=4, rank=8)
@@ -82,8 +83,8 @@ def empty_cache(config: LlamaConfig, batch_size: int, length: int, kind: str = "
     if kind != "full" and (rank is None or not PROJECTIONS[config.projection].through_rank):
         found = "are dense" if rank is None else f"are of kind {config.projection!r}"
         raise ValueError(
-            f"cache={kind} keeps what passes through the rank of the projections of keys and "
-            f"values, but these {found}; expected cache=full."
+            f"cache={kind} keeps the latents of the key and value projections, "
+            f"but these {found}; expected cache=full."
         )
     heads = (config.num_layers, batch_size, config.kv_heads, length, config.head_size)
     latents = (config.num_layers, batch_size, length, rank)
@@ -103,19 +104,19 @@ def remember(
     layer: Array,
     slot: Array | int,
 ) -> Cache:
-    """The cache with a layer's new tokens in it.
+    """Writes the keys and values of new tokens of one layer into the cache.
 
     Args:
-        attention: of the layer.
-        k_BxLxC: outputs of its projection of keys, or latents if the cache keeps these.
-        v_BxLxC: likewise of values.
-        positions_BxL: of the tokens.
-        cache: the cache before.
-        layer: the layer's number.
-        slot: where the first of the tokens goes.
+        attention: attention module of the layer.
+        k_BxLxC: outputs of its key projection, or their latents if the cache keeps latents.
+        v_BxLxC: outputs of its value projection, or their latents.
+        positions_BxL: positions of the tokens.
+        cache: the cache to write to.
+        layer: index of the layer.
+        slot: slot of the first token.
 
     Returns:
-        The new cache; compiled with the old one donated, it is written in place.
+        The new cache; written in place if compiled with ``cache`` donated.
     """
     if not _latent(cache.keys):
         k_BxLxC = attention.turned_heads(k_BxLxC, positions_BxL).swapaxes(1, 2)
@@ -133,15 +134,15 @@ def attend(
     positions_BxT: Array,
     seen_BxLxT: Array,
 ) -> Array:
-    """Softmax attention of queries to the slots that they see; weights in float32.
+    """Computes softmax attention of queries to cached tokens; weights in float32.
 
     Args:
-        attention: of the layer.
-        q_BxLxHxK: queries, turned.
-        cache: with the tokens of the queries in it.
-        layer: the layer's number.
-        positions_BxT: of the slots.
-        seen_BxLxT: which slots a query sees.
+        attention: attention module of the layer.
+        q_BxLxHxK: rotated queries.
+        cache: cache that already holds the tokens of the queries.
+        layer: index of the layer.
+        positions_BxT: positions of the slots.
+        seen_BxLxT: which slots each query attends to.
 
     Returns:
         Array like ``q_BxLxHxK``.
@@ -149,21 +150,23 @@ def attend(
     B, L, H, K = q_BxLxHxK.shape
     keys, values = cache.keys[layer], cache.values[layer]
     if _latent(cache.keys):
+        # Rotation acts on keys, not on latents: recompute the keys of all slots.
         k_BxTxC = as_low_rank(attention.k).up(keys)
         k_BxGxTxK = attention.turned_heads(k_BxTxC, positions_BxT).swapaxes(1, 2)
     else:
         k_BxGxTxK = keys
     G = k_BxGxTxK.shape[1]
     dtype = reduction_dtype(q_BxLxHxK.dtype)
+    # M merges the positions with the query heads of a key head: one product per key head.
     q_BxGxKxM = q_BxLxHxK.reshape(B, L, G, -1, K).transpose(0, 2, 4, 1, 3).reshape(B, G, K, -1)
-    # Keys on the left: on the right, XLA's CPU backend would write a transposed copy of them.
+    # Keys on the left: on the right, XLA's CPU backend would copy and transpose them.
     scores_BxGxTxM = _wide_product(k_BxGxTxK, q_BxGxKxM, dtype)
     scores_BxGxMxT = scores_BxGxTxM.mT * K**-0.5
     seen_Bx1xMxT = jnp.repeat(seen_BxLxT, H // G, axis=1)[:, None]
     scores_BxGxMxT = jnp.where(seen_Bx1xMxT, scores_BxGxMxT, jnp.finfo(dtype).min)
     weights_BxGxMxT = jax.nn.softmax(scores_BxGxMxT).astype(values.dtype)
     if _latent(cache.values):
-        # One set of latents for all heads: sum them by every head's weights, then map the sums.
+        # All heads share one set of latents: sum them with each head's weights, then map the sums.
         sums_BxQxR = weights_BxGxMxT.reshape(B, -1, cache.slots) @ values
         B_GxKxR = as_low_rank(attention.v).B[...].astype(q_BxLxHxK.dtype).reshape(G, K, -1)
         sums_BxGxMxR = sums_BxQxR.reshape(B, G, -1, sums_BxQxR.shape[-1])
@@ -175,10 +178,10 @@ def attend(
 
 
 def _wide_product(a: Array, b: Array, dtype: Any) -> Array:
-    """The matrix product ``a @ b``, summed and returned in a dtype that may be wider than theirs.
+    """Returns ``a @ b``, accumulated and returned in a dtype that may be wider than the operands'.
 
-    XLA's CPU backend has no product of two bfloat16 arrays with a float32 result in all layouts
-    ("DotThunk ... BF16 x BF16 = F32"); there, operands are widened before, which changes no value.
+    XLA's CPU backend lacks products of two bfloat16 arrays with a float32 result in some layouts
+    ("DotThunk ... BF16 x BF16 = F32"); there, operands are cast first, which is exact.
     """
     if a.dtype == dtype:
         return a @ b
@@ -191,11 +194,11 @@ def _wide_product(a: Array, b: Array, dtype: Any) -> Array:
 
 
 def _latent(half: Array) -> bool:
-    """Whether this half of a cache holds latents; heads have an axis more."""
+    """Returns whether this half of a cache holds latents; heads have one more axis."""
     return half.ndim == 4
 
 
 def _written(past: Array, new: Array, layer: Array, slot: Array | int) -> Array:
-    """A half of the cache with a layer's new tokens, (B, [G,] L, K or r), in it."""
+    """Writes a layer's new tokens, (B, [G,] L, K or r), into a half of the cache."""
     start = (layer, *(0,) * (past.ndim - 3), slot, 0)
     return jax.lax.dynamic_update_slice(past, new[None].astype(past.dtype), start)

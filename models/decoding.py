@@ -1,8 +1,7 @@
-"""Text from a model, one token at a time, with the keys and values of the past kept.
+"""Generates text token by token with a key-value cache.
 
 Prompts of different lengths are padded on the left, so that all rows write to the same slot of the
-cache; a row's positions count from its first token. Projections stay what they are: a low-rank one
-multiplies by its factors when decoding, too.
+cache; the positions of a row count from its first token. Low-rank projections stay factorised.
 
 Shapes: as in :mod:`models.llama`; T slots of the cache, N layers.
 """
@@ -26,20 +25,20 @@ from models.sampling import GREEDY, Sampling, next_tokens
 
 Array = jax.Array
 
-# Prompts are padded to a multiple, so that those of similar lengths share a compiled program.
+# Prompts are padded to a multiple of this, so that similar lengths share a compiled program.
 _PROMPT_MULTIPLE = 32
 
 
 def for_decoding(model: Llama) -> Llama:
-    """A model whose projections of one input are read as one matrix, which is faster.
+    """Concatenates the projections that share an input into one matrix, which is faster to read.
 
     Args:
-        model: the model; it stays as it is.
+        model: the model; left unchanged.
 
     Returns:
-        The same model for :func:`extend`; parameters that were not put together are shared. It has
-        no A's of q, k, v, gate and up of its own (nor their W's), so nothing else can be done with
-        it. Kinds of projections that add to their product, as "lora", stay apart.
+        The same model for :func:`extend`, and only for it: q, k, v, gate and up no longer have
+        ``A`` (or ``W``). All other parameters are shared with ``model``. Kinds of projections that
+        add to their product, such as "lora", are not concatenated.
 
     Example:
         >>> from models import LlamaConfig
@@ -59,17 +58,17 @@ def for_decoding(model: Llama) -> Llama:
 def extend(
     model: Llama, tokens_BxL: Array, cache: Cache, slot: Array | int, padding_B: Array
 ) -> tuple[Array, Cache]:
-    """Reads tokens behind those in the cache.
+    """Appends tokens to the cache and returns the logits of the next token.
 
     Args:
         model: the model.
         tokens_BxL: token ids.
-        cache: of the tokens before.
-        slot: where the first of the tokens goes, the same in all rows.
+        cache: cache of the previous tokens.
+        slot: slot of the first token, the same in all rows.
         padding_B: slots of each row before its first token.
 
     Returns:
-        (logits behind the last token (B, V), float32, and the cache with these tokens).
+        (logits after the last token (B, V), float32, and the cache with these tokens).
 
     Example:
         >>> from models import LlamaConfig
@@ -89,7 +88,7 @@ def extend(
     graphdef, stacked = nnx.split(model.blocks)
 
     def layer(carry: tuple[Array, Cache], inputs: tuple[Array, nnx.State]) -> Any:
-        # The cache is carried, and written in place; as an output it would be copied every time.
+        # As a carry the cache is written in place; as a scan output it would be copied every time.
         x_BxLxD, cache = carry
         number, params = inputs
         block = nnx.merge(graphdef, params)
@@ -120,7 +119,7 @@ def _step(
     key: Array,
     sampling: Sampling,
 ) -> tuple[Array, Cache]:
-    """Reads tokens and draws the next of each row, (B, 1), among the ids below a number."""
+    """Reads tokens and draws the next one of each row, (B, 1), among ids below ``vocab_size``."""
     model = nnx.merge(graphdef, state)
     logits_BxV, cache = extend(model, tokens_BxL, cache, slot, padding_B)
     logits_BxV = jnp.where(jnp.arange(logits_BxV.shape[-1]) < vocab_size, logits_BxV, -jnp.inf)
@@ -142,22 +141,22 @@ def generate(
 
     Args:
         model: the model.
-        prompts: token ids, at least one each.
-        max_new_tokens: tokens to add at most, to all or to each.
-        sampling: how they are drawn; the likeliest by default.
-        eos_id: the id that ends a text, or several of which each does. A row that has ended repeats
-            its last token; when all have, the iteration ends. None: there is none.
-        seed: of the draws.
-        cache: what is kept of the past, one of :data:`models.cache.CACHES`.
-        vocab_size: draw among the ids below it: a model's vocabulary may be padded beyond its
-            tokenizer's. None: among all.
+        prompts: token ids, at least one per prompt.
+        max_new_tokens: upper bound on the tokens added, for all prompts or for each.
+        sampling: how tokens are drawn; greedy by default.
+        eos_id: id or ids that end a text. A row that has ended repeats its last token; when all
+            have ended, the iteration stops. None: no such id.
+        seed: seed of the draws.
+        cache: what is cached, one of :data:`models.cache.CACHES`.
+        vocab_size: draw only ids below it, for models whose vocabulary is padded beyond their
+            tokenizer's. None: draw any id.
 
     Yields:
         Token ids, int32 (B,).
 
     Raises:
         ValueError: for an empty prompt, an id outside the vocabulary, more tokens than the model
-            takes, a bad sampling or seed, or a cache that the model can't have.
+            takes, an invalid sampling or seed, or a cache that the model does not support.
 
     Example:
         >>> from models import LlamaConfig
@@ -192,7 +191,7 @@ def generate(
         tokens, past = _step(
             graphdef, state, tokens, past, where, padding_B, drawable, key, sampling
         )
-        # The tokens of the step before, now that the device has this one to work on.
+        # Fetch the previous step's tokens while the device works on this step.
         if waiting is not None:
             yield settled.tokens(waiting)
             if settled.ended_B.all():
@@ -207,8 +206,8 @@ def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int, longest: in
 
     Args:
         prompts: token ids.
-        vocab_size: the model's.
-        longest: the model's max_sequence_length.
+        vocab_size: vocabulary size of the model.
+        longest: ``max_sequence_length`` of the model.
     """
     if not prompts or not all(len(prompt) for prompt in prompts):
         raise ValueError("generate: expected prompts of at least one token each.")
@@ -227,7 +226,7 @@ def check_prompts(prompts: Sequence[Sequence[int]], vocab_size: int, longest: in
 
 
 def check_seed(seed: int) -> None:
-    """Raises ValueError for a seed that random keys have no room for."""
+    """Raises ValueError for a seed that does not fit into 32 bits."""
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed must be between 0 and {2**32 - 1}, but is {seed}.")
 
@@ -235,7 +234,7 @@ def check_seed(seed: int) -> None:
 def _limits(
     prompts: Sequence[Sequence[int]], max_new_tokens: int | Sequence[int], longest: int
 ) -> np.ndarray:
-    """How many tokens each row may get, checked, (B,)."""
+    """Checks and returns the limit of new tokens per row, (B,)."""
     if isinstance(max_new_tokens, int):
         max_new_tokens = [max_new_tokens] * len(prompts)
     for prompt, limit in zip(prompts, max_new_tokens, strict=True):
@@ -251,7 +250,7 @@ def _limits(
 
 
 class _Settled:
-    """What has been drawn, on the host: which rows have ended, and with which token."""
+    """Drawn tokens on the host: which rows have ended, and with which token."""
 
     def __init__(self, limits_B: np.ndarray, ends: Any):
         self._limits_B, self._ends = limits_B, ends
@@ -260,7 +259,7 @@ class _Settled:
         self.ended_B = np.zeros(len(limits_B), bool)
 
     def tokens(self, tokens_Bx1: Array) -> np.ndarray:
-        """The tokens of a step, the last one again where a row has ended, int32 (B,)."""
+        """Returns a step's tokens, int32 (B,); rows that have ended repeat their last token."""
         drawn_B = np.asarray(tokens_Bx1)[:, 0]
         self._last_B = np.where(self.ended_B, self._last_B, drawn_B).astype(np.int32)
         self._step += 1

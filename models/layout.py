@@ -1,9 +1,8 @@
-"""Where activations lie on the devices of a mesh.
+"""Sharding of activations over the devices of a mesh.
 
-A model is written for one device, and XLA finds a layout for whatever nobody has laid out. It then
-spreads the layout of the weights over the activations: of weights that are split to save memory,
-every device multiplies its part with the tokens of all others, and the partial sums travel. So a
-model says it itself: tokens stay where they are, and weights come to them.
+Without constraints, XLA propagates the sharding of the weights to the activations: with weights
+sharded to save memory, each device would multiply its part with the tokens of all devices and
+exchange partial sums. The constraints here keep tokens in place, so that weights are gathered.
 
 The axes are those of :mod:`loro_jax.training.mesh`. Outside :func:`laid_out_on` nothing happens.
 """
@@ -25,17 +24,17 @@ BATCH_AXES = ("data", "fsdp")
 TENSOR_AXIS = "tensor"
 
 _layout: contextvars.ContextVar[tuple[Mesh, dict[str, int]] | None] = contextvars.ContextVar(
-    "mesh that models lay activations out on, and the sizes of its axes", default=None
+    "mesh that activations are sharded over, and the sizes of its axes", default=None
 )
 
 
 @contextlib.contextmanager
 def laid_out_on(mesh: Mesh | None, without: str | None = None) -> Iterator[None]:
-    """A context in which models lay their activations out on a mesh.
+    """Returns a context in which models shard their activations over a mesh.
 
     Args:
-        mesh: with the axes data, fsdp and tensor; None: no mesh.
-        without: an axis that a ``jax.vmap`` around the model takes (its ``spmd_axis_name``).
+        mesh: mesh with the axes data, fsdp and tensor; None: no mesh.
+        without: axis used by a ``jax.vmap`` around the model (its ``spmd_axis_name``).
     """
     sizes = {} if mesh is None else {k: v for k, v in mesh.shape.items() if k != without}
     token = _layout.set(None if mesh is None else (mesh, sizes))
@@ -46,17 +45,17 @@ def laid_out_on(mesh: Mesh | None, without: str | None = None) -> Iterator[None]
 
 
 def batch_ways() -> int:
-    """Devices that a batch is split over."""
+    """Returns the number of devices that a batch is sharded over."""
     _, sizes = _layout.get() or (None, {})
     return math.prod(sizes.get(axis, 1) for axis in BATCH_AXES)
 
 
 def by_sequence(x: Array, split_axis: int | None = None) -> Array:
-    """An array of activations with its sequences split over the batch axes of the mesh.
+    """Shards activations over the batch axes of the mesh by their first axis.
 
     Args:
-        x: sequences along the first axis.
-        split_axis: another axis, split over ``tensor``; None: no other one is.
+        x: activations, sequences along the first axis.
+        split_axis: second axis to shard, over ``tensor``; None: none.
 
     Returns:
         The same values.

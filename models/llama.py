@@ -1,7 +1,7 @@
-"""LLaMA with factorised projections.
+"""LLaMA with low-rank projections.
 
-RMSNorm, rotary embeddings, causal attention and SwiGLU without biases. Which projections are
-low-rank is a matter of ``LlamaConfig.scope``; embedding and head are full always.
+RMSNorm, rotary embeddings, causal attention and SwiGLU without biases. ``LlamaConfig.scope`` says
+which projections are low-rank; embedding and head are always dense.
 
 Shapes: B batch, L sequence, D hidden, H heads, G heads of keys and values, K head size, F
 intermediate, V vocabulary, N tokens.
@@ -44,7 +44,7 @@ _INITIALISERS = Range(
 )
 
 
-# Hashable, because NNX keeps it in a module's static structure, which jit hashes; mutable,
+# Hashable, because NNX stores it in the static structure of modules, which jit hashes; mutable,
 # because command-line overrides set its fields. A model takes a private copy.
 @dataclasses.dataclass(unsafe_hash=True)
 class LlamaConfig:
@@ -121,7 +121,7 @@ class LlamaConfig:
     )
 
     def validate(self) -> None:
-        """Raises ValueError, naming field, value and what was expected, if the model can't be."""
+        """Raises ValueError for an invalid field; it names field, value and expectation."""
         check(self, "model.")
         self._check_heads()
         self._check_ranks()
@@ -170,7 +170,7 @@ class LlamaConfig:
         return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
 
     def shapes(self, group: str) -> dict[str, tuple[int, int]]:
-        """Outputs and inputs of the projections of "attn" or "mlp", by name."""
+        """Returns (outputs, inputs) of each projection of "attn" or "mlp", by name."""
         D, F = self.hidden_size, self.intermediate_size
         if group == "mlp":
             return {"gate": (F, D), "up": (F, D), "down": (D, F)}
@@ -178,14 +178,14 @@ class LlamaConfig:
         return {"q": (queries, D), "k": (keys, D), "v": (keys, D), "o": (D, queries)}
 
     def group_rank(self, group: str) -> int | None:
-        """Rank of the projections of "attn" or "mlp"; None where they are dense."""
+        """Returns the rank of the projections of "attn" or "mlp"; None if they are dense."""
         if self.scope not in ("all", group):
             return None
         own = self.attn_rank if group == "attn" else self.mlp_rank
         return self.rank if own is None else own
 
     def projection_spec(self, group: str) -> ProjectionSpec:
-        """How the projections of "attn" or "mlp" are made."""
+        """Returns the specification of the projections of "attn" or "mlp"."""
         return ProjectionSpec(
             kind=self.projection,
             rank=self.group_rank(group),
@@ -198,7 +198,7 @@ class LlamaConfig:
         )
 
     def dense(self) -> "LlamaConfig":
-        """The full-size twin: the same architecture with dense projections."""
+        """Returns the same architecture with dense projections."""
         return dataclasses.replace(self, scope="none")
 
 
@@ -213,14 +213,14 @@ def _sizes(hidden: int, intermediate: int, heads: int, layers: int, vocab: int =
 
 
 PRESETS: dict[str, LlamaConfig] = {
-    # The paper's Table 7. It swaps the columns of 1B: that model has 24 layers of 32 heads.
+    # The paper's Table 7, which swaps two columns of 1B: the model has 24 layers and 32 heads.
     "60m": LlamaConfig(**_sizes(512, 1376, 8, 8), rank=128),
     "130m": LlamaConfig(**_sizes(768, 2048, 12, 12), rank=256),
     "350m": LlamaConfig(**_sizes(1024, 2736, 16, 24), rank=256),
     "1b": LlamaConfig(**_sizes(2048, 5461, 32, 24), rank=512),
     "7b": LlamaConfig(**_sizes(4096, 11008, 32, 32), rank=1024, max_sequence_length=2048),
-    # Dense models of the low-rank models' size. Shallow and Slim carry the numbers of the model
-    # files in the authors' repository (60m_slim: of GaLore's, llama_40m).
+    # Dense models with the low-rank models' parameter counts. Sizes of Shallow and Slim are from
+    # the model files in the authors' repository (60m_slim: GaLore's llama_40m).
     "60m_shallow": LlamaConfig(**_sizes(480, 1400, 8, 4), scope="none"),
     "60m_slim": LlamaConfig(**_sizes(416, 1024, 8, 8), scope="none"),
     "130m_shallow": LlamaConfig(**_sizes(820, 1720, 10, 6, vocab=32100), scope="none"),
@@ -229,8 +229,8 @@ PRESETS: dict[str, LlamaConfig] = {
     "350m_slim": LlamaConfig(**_sizes(736, 1640, 16, 24), scope="none"),
     "1b_shallow": LlamaConfig(**_sizes(1984, 4115, 32, 12), scope="none"),
     "1b_slim": LlamaConfig(**_sizes(1408, 3250, 32, 24), scope="none"),
-    # Slim-MLP: full attention and a narrow MLP. The authors' repository has no such file; the
-    # widths here are those that meet the low-rank models' parameter counts.
+    # Slim-MLP: full attention and a narrow MLP. The authors' repository has no such file; these
+    # widths match the low-rank models' parameter counts.
     "60m_slim_mlp": LlamaConfig(**_sizes(512, 131, 8, 8), scope="none"),
     "130m_slim_mlp": LlamaConfig(**_sizes(768, 598, 12, 12), scope="none"),
     "350m_slim_mlp": LlamaConfig(**_sizes(1024, 258, 16, 24), scope="none"),
@@ -239,7 +239,7 @@ PRESETS: dict[str, LlamaConfig] = {
 
 
 def preset(name: str, **changes: object) -> LlamaConfig:
-    """A named configuration, with fields changed.
+    """Returns a named config with some fields changed.
 
     Args:
         name: a key of :data:`PRESETS`.
@@ -261,7 +261,7 @@ def preset(name: str, **changes: object) -> LlamaConfig:
 
 
 class RMSNorm(nnx.Module):
-    """``scale * x / rms(x)``, reduced in float32."""
+    """RMS normalisation, ``scale * x / rms(x)``, reduced in float32."""
 
     def __init__(self, size: int, config: LlamaConfig):
         self.scale = nnx.Param(jnp.ones(size, jnp.dtype(config.param_dtype)))
@@ -275,7 +275,7 @@ class RMSNorm(nnx.Module):
 
 
 class Attention(nnx.Module):
-    """Causal self-attention with rotary positions; heads of keys may serve several of queries."""
+    """Causal (grouped-query) self-attention with rotary embeddings."""
 
     shared: Shared | None = None
 
@@ -288,20 +288,20 @@ class Attention(nnx.Module):
         self.rope_scaling = dataclasses.replace(config.rope_scaling)
 
     def project(self, x_BxLxD: Array, latent: Sequence[bool] | None = None) -> list[Array]:
-        """What q, k and v make of the input; of those in ``latent``, the latents."""
+        """Applies q, k and v; returns latents instead of outputs where ``latent`` is True."""
         return apply_together((self.q, self.k, self.v), x_BxLxD, shared=self.shared, latent=latent)
 
     def heads(self, y_BxLxC: Array) -> Array:
-        """A projection's output by heads, (B, L, H or G, K)."""
+        """Splits a projection's output into heads, (B, L, H or G, K)."""
         y_BxLxHxK = y_BxLxC.reshape(*y_BxLxC.shape[:2], -1, self.head_size)
         return by_sequence(y_BxLxHxK, split_axis=2)
 
     def turned_heads(self, y_BxLxC: Array, positions: Array) -> Array:
-        """The same, turned by position: queries and keys.
+        """Splits queries or keys into heads and rotates them by position.
 
         Args:
-            y_BxLxC: a projection's output.
-            positions: of the tokens, (L,), or (B, L) where rows differ.
+            y_BxLxC: output of the q or k projection.
+            positions: positions of the tokens, (L,), or (B, L) if rows differ.
         """
         frequencies_K = frequencies(self.head_size, self.rope_theta, self.rope_scaling)
         return rotary_embedding(self.heads(y_BxLxC), positions, frequencies_K)
@@ -343,7 +343,7 @@ def _make_projection(
 
 
 class Block(nnx.Module):
-    """One layer: attention and MLP, each behind a norm and added to the residual stream."""
+    """One layer: attention and MLP, each after a norm and added to the residual stream."""
 
     def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
         self.attention_norm = RMSNorm(config.hidden_size, config)
@@ -358,14 +358,14 @@ class Block(nnx.Module):
 
 
 class Llama(nnx.Module):
-    """A LLaMA language model. The parameters of all blocks are stacked along a leading axis.
+    """LLaMA language model. The parameters of all blocks are stacked along a leading axis.
 
     Args:
         config: architecture and precision.
         rngs: NNX random streams; the ``params`` stream is used.
 
     Raises:
-        ValueError: if the config is not one of a model.
+        ValueError: if the config is invalid.
 
     Example:
         >>> import jax.numpy as jnp
@@ -379,7 +379,7 @@ class Llama(nnx.Module):
 
     def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
         config.validate()
-        # A copy: the config is part of the module's static structure and must not change under it.
+        # A copy: the module's static structure must not change when the caller's config does.
         self.config = dataclasses.replace(
             config, rope_scaling=dataclasses.replace(config.rope_scaling)
         )
@@ -397,12 +397,12 @@ class Llama(nnx.Module):
             self.head = Dense(config.hidden_size, config.vocab_size, head, rngs)
 
     def head_VxD(self) -> Array:
-        """The output projection, in the dtype of the activations."""
+        """Returns the output projection, in the dtype of the activations."""
         stored = self.embedding if self.config.tie_embeddings else self.head.W
         return stored[...].astype(jnp.dtype(self.config.dtype))
 
     def hidden_states(self, tokens_BxL: Array) -> Array:
-        """Final hidden states, (B, L, D), behind the last norm and before the head.
+        """Returns the hidden states, (B, L, D), after the last norm and before the head.
 
         Raises:
             ValueError: if the sequence is longer than ``config.max_sequence_length``.
@@ -414,7 +414,7 @@ class Llama(nnx.Module):
             )
         x_BxLxD = self.embedding[...][tokens_BxL].astype(jnp.dtype(self.config.dtype))
         x_BxLxD = by_sequence(x_BxLxD)
-        # A plain lax.scan over the stacked parameters: one compiled block, whatever the depth.
+        # lax.scan over the stacked parameters: one block is compiled, whatever the depth.
         graphdef, stacked = nnx.split(self.blocks)
 
         def layer(x_BxLxD: Array, params: nnx.State) -> tuple[Array, None]:
@@ -426,7 +426,7 @@ class Llama(nnx.Module):
         return self.norm(x_BxLxD)
 
     def __call__(self, tokens_BxL: Array) -> Array:
-        """Logits (B, L, V), float32, for token ids (B, L)."""
+        """Returns logits (B, L, V), float32, for token ids (B, L)."""
         x_BxLxD = self.hidden_states(tokens_BxL)
         dtype = reduction_dtype(x_BxLxD.dtype)
         return jnp.matmul(x_BxLxD, self.head_VxD().T, preferred_element_type=dtype)

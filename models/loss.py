@@ -1,4 +1,4 @@
-"""Next-token cross-entropy that never holds all logits of a large batch."""
+"""Next-token cross-entropy, computed in chunks so that the full logits never exist."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ Array = jax.Array
 
 
 class Batch(NamedTuple):
-    """One batch of next-token prediction.
+    """A batch for next-token prediction.
 
-    Its fields are JAX or NumPy arrays.
+    The fields are JAX or NumPy arrays.
 
     Attributes:
         inputs: token ids, int32 (B, L).
@@ -33,26 +33,27 @@ class Batch(NamedTuple):
 
 @jax.named_scope("loss")
 def cross_entropy(x: Array, head_VxD: Array, targets: Array, mask: Array, chunk_size: int) -> Array:
-    """Sum of the masked cross-entropies of tokens, some of them computed at a time.
+    """Sums the masked cross-entropies of tokens, chunk by chunk.
 
-    The logits of one chunk exist at a time: at 131,072 tokens and 32,000 ids all logits would take
-    17 GB in float32. Where a gradient is taken, a chunk's logits become its gradients at once, so
-    that no logits are computed twice: three products with the head, not four, whatever the size of
-    chunks. Chunks are cut along the sequence, so that each holds tokens of every sequence, and
-    devices that share a batch share every chunk.
+    Only one chunk's logits exist at a time: the logits of 131,072 tokens over 32,000 ids would take
+    17 GB in float32. When differentiated, each chunk's logits are turned into their gradient in the
+    forward pass, so that no logits are computed twice: three products with the head, not four.
+    Chunks are cut along the sequence, so that each holds tokens of every sequence, and devices that
+    share a batch share every chunk.
 
     Args:
         x: final hidden states, (..., L, D).
         head_VxD: output projection, (V, D).
         targets: token ids, int (..., L).
         mask: weights, float (..., L).
-        chunk_size: tokens in a chunk, at least 1; on several devices, on each of them. A chunk
-            holds one position of every sequence at least, and L is padded to whole chunks.
+        chunk_size: tokens per chunk and device, at least 1. A chunk holds at least one position of
+            every sequence, and L is padded to whole chunks.
 
     Returns:
         The sum over tokens of ``mask * -log softmax(x head^T)[target]`` in nats, a scalar in
-        float32 (float64 for float64 inputs). Its gradients are those of reverse mode; the gradient
-        of the logits is rounded to the dtype of ``x``, that of the head is summed as the loss is.
+        float32 (float64 for float64 inputs). Only reverse-mode gradients are defined; the gradient
+        of the logits is rounded to the dtype of ``x``, that of the head is accumulated in the dtype
+        of the loss.
 
     Example:
         >>> import jax.numpy as jnp
@@ -80,7 +81,7 @@ def _cross_entropy(positions: int, x: Array, head_VxD: Array, targets: Array, ma
 def _forward(
     positions: int, x: Array, head_VxD: Array, targets: Array, mask: Array
 ) -> tuple[Array, tuple[Array, Array, Array]]:
-    """The loss, and what it changes by with x, head and mask: all that the backward pass needs."""
+    """Computes the loss and its gradients by x, head and mask: all that the backward pass needs."""
     dtype = reduction_dtype(x.dtype)
 
     def add_chunk(sums: tuple[Array, Array], chunk: tuple[Array, ...]) -> Any:
@@ -89,6 +90,7 @@ def _forward(
         targets_N, mask_N = targets.reshape(-1), mask.reshape(-1).astype(dtype)
         logits_NxV = _logits(x, head_VxD)
         log_partition_N, loss_N = _log_partition_and_loss(logits_NxV, targets_N)
+        # Gradient of the logits: softmax minus one-hot target.
         is_target_NxV = targets_N[:, None] == jnp.arange(logits_NxV.shape[1])
         d_logits_NxV = jnp.exp(logits_NxV - log_partition_N[:, None]) - is_target_NxV
         d_logits_NxV = (d_logits_NxV * mask_N[:, None]).astype(x.dtype)
@@ -101,6 +103,7 @@ def _forward(
         return (total, d_head_VxD), (d_x, loss_N.reshape(mask.shape))
 
     axis, L = targets.ndim - 1, targets.shape[-1]
+    # Padding has mask 0: it adds nothing to the loss or to the gradient of the head.
     chunks = tuple(_chunked(array, positions, axis) for array in (x, targets, mask))
     zeros = (jnp.zeros([], dtype), jnp.zeros(head_VxD.shape, dtype))
     (total, d_head_VxD), by_chunk = jax.lax.scan(add_chunk, zeros, chunks)
@@ -117,7 +120,7 @@ _cross_entropy.defvjp(_forward, _backward)
 
 
 def _chunked(array: Array, positions: int, axis: int) -> Array:
-    """Chunks of some positions each, along a new first axis; the last is padded with zeros."""
+    """Cuts an array into chunks along a new first axis; the last one is padded with zeros."""
     width = [(0, 0)] * array.ndim
     width[axis] = (0, -array.shape[axis] % positions)
     array = jnp.pad(array, width)
@@ -126,14 +129,14 @@ def _chunked(array: Array, positions: int, axis: int) -> Array:
 
 
 def _whole(chunks: Array, length: int, axis: int) -> Array:
-    """What was cut into chunks, without the padding."""
+    """Joins chunks and removes the padding."""
     array = jnp.moveaxis(chunks, 0, axis)
     array = array.reshape(*array.shape[:axis], -1, *array.shape[axis + 2 :])
     return jax.lax.slice_in_dim(array, 0, length, axis=axis)
 
 
 def _logits(x: Array, head_VxD: Array) -> Array:
-    """Logits of a chunk, (N, V), in the dtype to sum in."""
+    """Returns the logits of a chunk, (N, V), in the reduction dtype."""
     x_NxD = by_sequence(x).reshape(-1, x.shape[-1])
     dtype = reduction_dtype(x.dtype)
     logits_NxV = jnp.matmul(x_NxD, head_VxD.T, preferred_element_type=dtype)
@@ -163,9 +166,9 @@ class LanguageModel(Protocol):
 
 
 def next_token_loss(model: LanguageModel, batch: Batch) -> Array:
-    """Sum of a batch's masked cross-entropies in nats; divide by ``batch.mask.sum()`` for the mean.
+    """Sums a batch's masked cross-entropies in nats; divide by ``batch.mask.sum()`` for the mean.
 
-    The sum, so that micro-batches with different numbers of tokens add up to the right mean.
+    A sum, so that micro-batches with different numbers of tokens add up to the correct mean.
     """
     return cross_entropy(
         model.hidden_states(batch.inputs),

@@ -1,7 +1,7 @@
-"""Rotary positions: each pair of a head's entries is turned by an angle that grows with position.
+"""Rotary embeddings: each pair of a head's entries is rotated by an angle proportional to position.
 
-A model trained on short sequences can be asked for longer ones by turning its slow pairs slower
-still; checkpoints that were made so say how (``rope_scaling``).
+A model trained on short sequences can be extended to longer ones by lowering its low frequencies
+further; checkpoints extended in this way say how (``rope_scaling``).
 """
 
 # No `from __future__ import annotations` here: the command line reads the fields' types.
@@ -42,7 +42,7 @@ class RopeScaling:
     original_length: int = field(8192, at_least(1), "llama3: sequence length of pretraining")
 
     def validate(self) -> None:
-        """Raises ValueError, naming field, value and what was expected."""
+        """Raises ValueError for an invalid field; it names field, value and expectation."""
         check(self, "model.rope_scaling.")
         if not 0 < self.low_frequency < self.high_frequency:
             raise ValueError(
@@ -52,15 +52,15 @@ class RopeScaling:
 
 
 def frequencies(head_size: int, theta: float, scaling: RopeScaling) -> Array:
-    """Radians per position of each pair of a head's entries, shape (head_size / 2,), float32.
+    """Returns the rotary frequencies in radians per position, (head_size / 2,), float32.
 
     Args:
-        head_size: entries of a head.
-        theta: base; pair i turns by ``theta^(-2 i / head_size)`` a position.
-        scaling: what slows them down.
+        head_size: K, the size of a head.
+        theta: base; pair i rotates by ``theta^(-2 i / head_size)`` per position.
+        scaling: scaling for longer sequences.
 
     Returns:
-        Frequencies, the fastest first.
+        Frequencies, the highest first.
 
     Example:
         >>> [round(float(f), 3) for f in frequencies(4, 100.0, RopeScaling("linear", 2.0))]
@@ -75,6 +75,7 @@ def frequencies(head_size: int, theta: float, scaling: RopeScaling) -> Array:
     slowed = plain / scaling.factor
     if scaling.kind == "linear":
         return slowed
+    # llama3: by rotations per original_length, from slowed (low) to unchanged (high frequencies).
     turns = scaling.original_length * plain / (2 * math.pi)
     fast = (turns - scaling.low_frequency) / (scaling.high_frequency - scaling.low_frequency)
     fast = jnp.clip(fast, 0.0, 1.0)
@@ -82,11 +83,11 @@ def frequencies(head_size: int, theta: float, scaling: RopeScaling) -> Array:
 
 
 def rotary_embedding(x_BxLxHxK: Array, positions: Array, frequencies_K: Array) -> Array:
-    """Turns each pair (k, k + K/2) of a head's entries by its frequency times the position.
+    """Rotates each pair (k, k + K/2) of a head's entries by its frequency times the position.
 
     Args:
         x_BxLxHxK: queries or keys.
-        positions: of the tokens, (L,), or (B, L) where rows differ.
+        positions: positions of the tokens, (L,), or (B, L) if rows differ.
         frequencies_K: from :func:`frequencies`, (K / 2,).
 
     Returns:

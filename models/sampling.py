@@ -1,4 +1,4 @@
-"""The next token from its logits: the likeliest, or drawn."""
+"""Sampling of the next token from its logits."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ Array = jax.Array
 
 
 class Sampling(NamedTuple):
-    """How tokens are drawn.
+    """Sampling parameters.
 
     Attributes:
-        temperature: logits are divided by it; 0: always the likeliest token.
-        top_k: draw among this many of the likeliest; 0: among all.
-        top_p: draw among the likeliest that together have this probability; 1: among all.
+        temperature: divisor of the logits; 0: greedy.
+        top_k: draw among the k most likely tokens; 0: among all.
+        top_p: draw among the most likely tokens that together have this probability; 1: among all.
     """
 
     temperature: float = 1.0
@@ -25,7 +25,7 @@ class Sampling(NamedTuple):
     top_p: float = 1.0
 
     def validate(self) -> None:
-        """Raises ValueError, naming field, value and what was expected."""
+        """Raises ValueError for an invalid field; it names field, value and expectation."""
         if not 0 <= self.temperature < math.inf:
             raise ValueError(
                 f"temperature must be at least 0 and finite, but is {self.temperature}."
@@ -40,14 +40,14 @@ GREEDY = Sampling(temperature=0.0)
 
 
 def restricted_logits(logits_BxV: Array, sampling: Sampling) -> Array:
-    """Logits over the temperature, minus infinity where a token may not be drawn.
+    """Divides logits by the temperature and masks the excluded tokens with minus infinity.
 
-    First the ``top_k``, then among these the ``top_p``, as in Hugging Face's transformers. Holtzman
-    et al. (arXiv 1904.09751) introduce ``top_p``.
+    Applies ``top_k`` first, then ``top_p`` to the remaining tokens, as Hugging Face's transformers
+    does. Holtzman et al. (arXiv 1904.09751) introduce ``top_p``.
 
     Args:
-        logits_BxV: float32.
-        sampling: with a temperature above 0.
+        logits_BxV: logits, float32.
+        sampling: parameters, with a temperature above 0.
 
     Returns:
         Array like ``logits_BxV``.
@@ -58,17 +58,19 @@ def restricted_logits(logits_BxV: Array, sampling: Sampling) -> Array:
         >>> jnp.isfinite(restricted_logits(logits, Sampling(top_p=0.8))).tolist()
         [[False, True, True]]
     """
-    least = float(jnp.finfo(logits_BxV.dtype).tiny)  # below it, a number may count as 0
+    least = float(jnp.finfo(logits_BxV.dtype).tiny)  # smaller numbers may be flushed to 0
     logits_BxV = logits_BxV / max(sampling.temperature, least)
     if 0 < sampling.top_k < logits_BxV.shape[-1]:
         least_Bx1 = jax.lax.top_k(logits_BxV, sampling.top_k)[0][:, -1:]
         logits_BxV = jnp.where(logits_BxV < least_Bx1, -jnp.inf, logits_BxV)
     if sampling.top_p < 1:
+        # A token is kept if the more likely ones have less than top_p together, so that the one
+        # that crosses top_p is included; then the order is undone.
         order_BxV = jnp.argsort(-logits_BxV, axis=-1)
         sorted_BxV = jnp.take_along_axis(logits_BxV, order_BxV, axis=-1)
         shares_BxV = jax.nn.softmax(sorted_BxV)
         likelier_BxV = jnp.cumsum(shares_BxV, axis=-1) - shares_BxV
-        kept_BxV = likelier_BxV < sampling.top_p  # what is likelier does not suffice
+        kept_BxV = likelier_BxV < sampling.top_p
         ranks_BxV = jnp.argsort(order_BxV, axis=-1)
         kept_BxV = jnp.take_along_axis(kept_BxV, ranks_BxV, axis=-1)
         logits_BxV = jnp.where(kept_BxV, logits_BxV, -jnp.inf)
@@ -76,12 +78,12 @@ def restricted_logits(logits_BxV: Array, sampling: Sampling) -> Array:
 
 
 def next_tokens(logits_BxV: Array, sampling: Sampling, key: Array) -> Array:
-    """A token for each row, int32 (B,).
+    """Draws the next token of each row, int32 (B,).
 
     Args:
-        logits_BxV: float32.
-        sampling: how.
-        key: a random key.
+        logits_BxV: logits, float32.
+        sampling: sampling parameters.
+        key: random key.
 
     Returns:
         Token ids.
@@ -93,6 +95,6 @@ def next_tokens(logits_BxV: Array, sampling: Sampling, key: Array) -> Array:
     """
     if sampling.temperature == 0:
         return jnp.argmax(logits_BxV, axis=-1).astype(jnp.int32)
-    # The highest is moved to 0, so that no temperature, however low, makes infinities of it.
+    # Shift the highest logit to 0, so that dividing by a tiny temperature does not overflow.
     logits_BxV = logits_BxV - jnp.max(logits_BxV, axis=-1, keepdims=True)
     return jax.random.categorical(key, restricted_logits(logits_BxV, sampling)).astype(jnp.int32)

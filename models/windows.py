@@ -1,9 +1,9 @@
-"""Perplexity of a text that is longer than what a model takes at once: by windows.
+"""Sliding-window perplexity of texts that are longer than the model's context.
 
-Windows of ``length`` tokens start every ``stride`` tokens; each predicts the tokens that no window
-before it has. Blocked (stride = length), the first tokens of a window have little to go by; sliding
-(less), every token but the first few has at least ``length - stride`` before it, at the price of
-``length / stride`` times the work.
+Windows of ``length`` tokens start every ``stride`` tokens; each predicts the tokens that no earlier
+window has predicted. With disjoint windows (stride = length), the first tokens of a window have
+little context; with sliding ones (stride < length), every token but the first few has at least
+``length - stride`` tokens of context, for ``length / stride`` times the work.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ from models.loss import Batch, next_token_loss
 
 
 class Score(NamedTuple):
-    """How well a text was predicted.
+    """Score of a text.
 
     Attributes:
         nats: sum of the cross-entropies.
-        tokens: how many were predicted.
+        tokens: number of predicted tokens.
     """
 
     nats: float
@@ -34,7 +34,7 @@ class Score(NamedTuple):
 
     @property
     def perplexity(self) -> float:
-        """``exp(nats / tokens)``; infinite where that is beyond the largest float."""
+        """``exp(nats / tokens)``; infinite on overflow."""
         try:
             return math.exp(self.nats / self.tokens)
         except OverflowError:
@@ -44,19 +44,19 @@ class Score(NamedTuple):
 def windows(
     stream: np.ndarray, length: int, stride: int, counted: np.ndarray | None = None
 ) -> Iterator[Batch]:
-    """Windows of a stream, the last one padded, that predict every token but the first once.
+    """Yields windows over a stream that together predict every token but the first exactly once.
 
     Args:
         stream: token ids, (n,), at least two.
-        length: inputs of a window.
+        length: inputs per window.
         stride: tokens between the starts of two windows, at most ``length``.
-        counted: which tokens of the stream count when they are predicted, bool (n,); None: all.
+        counted: which tokens of the stream count as targets, bool (n,); None: all.
 
     Yields:
-        Batches of one row, (1, length).
+        Batches of one row, (1, length); the last one is padded.
 
     Raises:
-        ValueError: for a stream too short, or a stride outside 1 to ``length``.
+        ValueError: for a stream of fewer than two tokens, or a stride outside 1 to ``length``.
 
     Example:
         >>> import numpy as np
@@ -69,13 +69,14 @@ def windows(
         raise ValueError(f"windows: expected at least two tokens, but there are {len(stream)}.")
     if not 1 <= stride <= length:
         raise ValueError(f"windows: stride must be between 1 and {length}, but is {stride}.")
-    predicted = 1  # the first token has nothing before it
+    predicted = 1  # the first token has no context
     start = 0
     while predicted < len(stream):
         tokens = np.zeros(length + 1, np.int32)
         part = stream[start : start + length + 1]
         tokens[: len(part)] = part
         mask = np.zeros(length, np.float32)
+        # Only targets that no earlier window has predicted count.
         new = slice(predicted - start - 1, len(part) - 1)
         mask[new] = 1.0 if counted is None else counted[predicted : start + len(part)]
         yield Batch(tokens[None, :-1], tokens[None, 1:], mask[None])
@@ -98,22 +99,21 @@ def score(
 ) -> Score:
     """Scores a stream by windows.
 
-    A stream shorter than a window, or of fewer windows than a batch, takes no more memory than it
-    needs.
+    Windows and batches are shrunk for short streams, to take no more memory than needed.
 
     Args:
         model: the model.
         stream: token ids, (n,), at least two.
-        length: inputs of a window.
+        length: inputs per window.
         stride: tokens between the starts of two windows.
-        batch_size: windows at a time, at most.
+        batch_size: upper bound on the windows per batch.
         counted: which tokens count, bool (n,); None: all.
 
     Returns:
-        The score of the tokens that count, but for the first.
+        The score of the counted tokens, without the first token of the stream.
 
     Raises:
-        ValueError: as :func:`windows`, and for windows longer than the model takes.
+        ValueError: as :func:`windows`, and for windows longer than the model accepts.
 
     Example:
         >>> from models import LlamaConfig
@@ -124,7 +124,7 @@ def score(
         (49, True)
     """
     if len(stream) > 1 and 1 <= stride <= length:
-        # A text shorter than a window is one shorter window; of few windows, a smaller batch.
+        # A short text is one short window; few windows make a smaller batch.
         if len(stream) - 1 <= length:
             length = len(stream) - 1
             stride = min(stride, length)

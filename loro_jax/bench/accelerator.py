@@ -1,14 +1,14 @@
-"""All measurements that need a GPU or a TPU, one after the other: ``... accelerator --out=DIR``.
+"""Runs all measurements that need a GPU or a TPU: ``... accelerator --out=DIR``.
 
-Each runs in a process of its own, which has the device for itself, and writes ``DIR/NAME.json``
-with the command, the device, the versions and the date, and ``DIR/NAME.log``. What is there
-already is not measured again, so that the same command resumes where the time has run out. A
-measurement that fails (does not fit into the memory, say) is named at the end. The most wanted come
-first, and ``--seconds`` bounds all of them together: eight minutes, which on an H200 is enough.
+Each runs in a separate process and writes ``DIR/NAME.json`` with the command, the device, the
+versions and the date, and ``DIR/NAME.log``. Existing results are not measured again, so the same
+command resumes after the time limit. A measurement that fails (out of memory, for example) is
+named at the end. The most important ones come first; ``--seconds`` limits the total time: eight
+minutes by default, which is enough on an H200.
 
-Unless the environment says otherwise, XLA takes its products from cuBLAS alone (tuning Triton's
-kernels for the 331 products of a step with exact steps would take minutes), and JAX may hold 93% of
-the memory, or half of it where PyTorch needs some.
+Unless the environment says otherwise, XLA uses cuBLAS alone for products (tuning Triton's kernels
+for the 331 products of a step with exact steps would take minutes), and JAX may use 93% of the
+memory, or half of it if PyTorch needs some.
 """
 
 from __future__ import annotations
@@ -23,15 +23,15 @@ from collections.abc import Sequence
 from loro_jax.command_line import Parser
 from loro_jax.errors import TrainingError
 
-# Steps of 131k tokens: what is kept of the forward pass is what is fastest for each.
+# Steps of 131k tokens, with the fastest rematerialisation for each method.
 _STEP = (
     *("--batch_size=512", "--dtype=bfloat16", "--param_dtype=float32", "--methods=full,loro"),
     "--remat=full=dots,loro=rank",
 )
 
-# Name -> arguments of ``python -m loro_jax.bench``, the most wanted first.
+# Name -> arguments of ``python -m loro_jax.bench``, the most important first.
 MEASUREMENTS: dict[str, list[str]] = {
-    # The 168 pairs of 1B in one step, against the paper's algorithm.
+    # The 168 pairs of 1B in one step, compared with the paper's algorithm.
     "exact_step_1b": [
         *("exact_step", "--models=1b", "--layers=24", "--layers_of_others=1", "--rounds=3"),
         "--methods=graph",
@@ -53,7 +53,7 @@ MEASUREMENTS: dict[str, list[str]] = {
         *("profile", "--models=1b", "--gradient_accumulation=2", "--rounds=1", *_STEP),
         "--batch_size=64",
     ],
-    # Batches of the size that evaluation and scoring use.
+    # The batch size of evaluation and scoring.
     "forward_1b": [
         *("forward", "--models=1b", "--batch_sizes=32", "--dtype=bfloat16", "--rounds=9"),
     ],
@@ -65,14 +65,14 @@ MEASUREMENTS: dict[str, list[str]] = {
     "together": ["together", "--models=60m,350m,1b", "--tokens=8192"],
 }
 
-# What a measurement's process finds in its environment, unless it is set already.
+# Environment variables of each measurement's process, unless already set.
 _VARIABLES = {
     "XLA_FLAGS": "--xla_gpu_enable_triton_gemm=false",
     "XLA_PYTHON_CLIENT_MEM_FRACTION": ".93",
 }
 _VARIABLES_OF = {
-    "exact_step": {"XLA_PYTHON_CLIENT_MEM_FRACTION": ".5"},  # PyTorch has the rest
-    # Kernels inside CUDA graphs do not say which operation they are.
+    "exact_step": {"XLA_PYTHON_CLIENT_MEM_FRACTION": ".5"},  # PyTorch uses the rest
+    # Kernels inside CUDA graphs can't be attributed to operations.
     "profile": {"XLA_FLAGS": "--xla_gpu_enable_triton_gemm=false --xla_gpu_enable_command_buffer="},
 }
 
@@ -85,7 +85,7 @@ def main(arguments: Sequence[str]) -> None:
         "--only", default=",".join(MEASUREMENTS), help="names, separated by commas; default: all"
     )
     parser.add_argument(
-        "--seconds", type=float, default=480, help="that all may take together; default: 480"
+        "--seconds", type=float, default=480, help="limit for all of them; default: 480"
     )
     options = parser.parse_args(arguments)
     names = options.only.split(",")
@@ -100,7 +100,7 @@ def main(arguments: Sequence[str]) -> None:
 
 
 def _measured(name: str, out: pathlib.Path, end: float) -> bool:
-    """Whether a result is there, or has been made before the clock says ``end``."""
+    """Runs a measurement unless its result exists; returns whether it exists before ``end``."""
     result = out / f"{name}.json"
     if result.exists():
         print(f"{name}: is there", flush=True)

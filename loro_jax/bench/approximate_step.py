@@ -1,7 +1,7 @@
-"""Time and memory of LORO's approximate step beside ``optax.adamw`` on the same leaves.
+"""Time and memory of LORO's approximate step, compared with ``optax.adamw`` on the same leaves.
 
-Both update and apply in one compiled call with donated buffers, as a training step does. The leaves
-are those of a LLaMA of the paper: stacked factors, embedding and head.
+Both compute and apply updates in one compiled call with donated buffers, as a training step does.
+The leaves are those of the paper's LLaMA models: stacked factors, embedding and head.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ VOCABULARY = 32_000
 
 
 def make_leaves(model: str) -> Any:
-    """Parameters with the shapes of a whole model: stacked pairs, embedding and head."""
+    """Creates parameters with the shapes of a whole model: stacked pairs, embedding and head."""
     keys = iter(jax.random.split(jax.random.key(0), 20))
     hidden = MODELS[model][0]
 
@@ -43,7 +43,7 @@ def make_leaves(model: str) -> Any:
 
 
 def candidate(tx: optax.GradientTransformation, model: str) -> tuple[Callable[[], Any], int]:
-    """A function that takes a step in place, and the bytes of temporaries that it needs."""
+    """Returns a function that takes a step in place, and the bytes of its temporaries."""
     params = make_leaves(model)
     state = tx.init(params)
     grads = jax.tree.map(lambda x: x + 0.01, params)

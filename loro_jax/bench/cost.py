@@ -1,12 +1,12 @@
-"""What a token costs as models, ranks, sequences and K grow: counted, and measured for one model.
+"""Cost per token for models, ranks, sequence lengths and K: counted, and measured for one model.
 
-Counted are products of matrices (see :mod:`loro_jax.planning.flops`) and parameters, weights and
-state (see :mod:`loro_jax.memory`). An exact step is counted by its leading products: ten of a
-factor with an r x r matrix a pair, thirty of r x r matrices, each with two operations a
-multiplication; its share is spread over the tokens of K steps.
+Matrix products are counted as in :mod:`loro_jax.planning.flops`, parameters, weights and state as
+in :mod:`loro_jax.memory`. An exact step is counted by its leading products: per pair ten of a
+factor with an r x r matrix and thirty of r x r matrices, each with two operations per
+multiplication; its cost is divided by the tokens of K steps.
 
 ``--measure=60m`` also trains that model with every rank (by approximate steps), and dense, in
-turns, and ``--plot`` draws its tokens a second against the rank, beside what the FLOPs promise.
+turns; ``--plot`` plots its tokens per second against the rank, with the prediction from FLOPs.
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from loro_jax.tables import replacing, report
 from loro_jax.training.config import Config
 from models.llama import PRESETS, LlamaConfig, preset
 
-# Products of one pair's exact step: of a factor with an r x r matrix, and of two r x r matrices.
+# Products in one pair's exact step: of a factor with an r x r matrix, and of r x r matrices.
 _TALL_PRODUCTS, _SMALL_PRODUCTS = 10, 30
 
 
 def exact_step_flops(model: LlamaConfig) -> float:
-    """Operations of an exact step of all pairs of a model.
+    """Counts the operations of an exact step of all pairs of a model.
 
     Example:
         >>> model = LlamaConfig(hidden_size=8, intermediate_size=8, num_layers=1, rank=2)
@@ -54,13 +54,13 @@ def exact_step_flops(model: LlamaConfig) -> float:
 def main(arguments: Sequence[str]) -> None:
     """Runs the benchmark; see ``--help``."""
     parser = make_parser("cost", __doc__, "60m,130m,350m,1b,7b", rounds=3)
-    parser.add_argument("--ranks", default="16,8,4,2", help="as divisors of the hidden size")
+    parser.add_argument("--ranks", default="16,8,4,2", help="divisors of the hidden size")
     parser.add_argument("--sequence_lengths", default="256,1024")
     parser.add_argument("--exact_every", default="50,200,500", help="values of K")
-    parser.add_argument("--tokens", type=int, default=131_072, help="of a step")
+    parser.add_argument("--tokens", type=int, default=131_072, help="tokens per step")
     parser.add_argument("--measure", choices=PRESETS, help="also measure this model's steps")
     parser.add_argument("--measure_batch", type=int, default=8, help="sequences of these steps")
-    parser.add_argument("--plot", type=pathlib.Path, help="file for a picture of what was measured")
+    parser.add_argument("--plot", type=pathlib.Path, help="file for a plot of the measurements")
     options = parse_options(parser, arguments, PRESETS)
     divisors, lengths, periods = whole_numbers(
         parser, options, "ranks", "sequence_lengths", "exact_every"
@@ -115,7 +115,7 @@ def _counted(
 def _measured(
     name: str, divisors: Sequence[int], length: int, options: argparse.Namespace
 ) -> list[dict[str, Any]]:
-    """Tokens a second of whole steps, dense and with every rank, in turns."""
+    """Measures the tokens per second of whole steps, dense and with every rank, in turns."""
     configs = {"dense": _config(name, None, length)}
     for divisor in divisors:
         config = dataclasses.replace(_config(name, divisor, length), exact_every=0)
@@ -147,7 +147,7 @@ def _plot(name: str, measured: list[dict[str, Any]], path: pathlib.Path) -> None
     promised = [dense["tokens/s"] * row["FLOP ratio"] for row in low_rank]
     axes.plot(ranks, promised, "--", label="dense times the FLOP ratio")
     axes.axhline(dense["tokens/s"], color="grey", label="dense")
-    axes.set(xlabel="rank", ylabel="tokens a second", title=f"Training {name}", xscale="log")
+    axes.set(xlabel="rank", ylabel="tokens per second", title=f"Training {name}", xscale="log")
     axes.set_xticks(ranks, [str(rank) for rank in ranks], minor=False)
     axes.legend()
     with replacing(path) as temporary:

@@ -1,8 +1,9 @@
-"""How fast text becomes batches, and how long a training step waits for them.
+"""Speed of the data pipeline, and the time that training steps wait for it.
 
-The same documents as plain text, JSON lines (packed or not), a table, a prepared tensorflow-dataset
-and prepared shards. First every source is read and encoded once, as ``prepare`` or the start of a
-run does; then batches of training are drawn; then a model is trained from prepared shards.
+The same documents are stored as plain text, JSON lines (compressed or not), a table, a
+tensorflow-dataset and prepared shards. First every source is read and encoded once, as by
+``prepare`` or at the start of a run; then training batches are drawn; then a model is trained from
+prepared shards.
 """
 
 from __future__ import annotations
@@ -42,18 +43,18 @@ from loro_jax.training.config import Config
 from loro_jax.training.step import compile_program, make_program
 from models.llama import PRESETS, preset
 
-# Batches drawn in one timing.
+# Batches per timing.
 _BATCHES = 20
 
-# Steps of training before its clock starts.
+# Training steps before timing starts.
 _WARM_UP = 2
 
 
 def prepare_tfds(folder: str, splits: dict[str, list[str]]) -> None:
-    """Prepares the dataset ``sample/en``, of C4's format, by tfds itself as ArrayRecord files.
+    """Prepares the dataset ``sample/en``, in C4's format, by tfds as ArrayRecord files.
 
     Args:
-        folder: the directory of datasets.
+        folder: directory of datasets.
         splits: texts by split.
     """
     with warnings.catch_warnings():
@@ -62,7 +63,7 @@ def prepare_tfds(folder: str, splits: dict[str, list[str]]) -> None:
 
         tfds.disable_progress_bar()
 
-        # Registered, it could be defined once in a process.
+        # A registered class could only be defined once per process.
         class Sample(  # type: ignore[call-arg]
             tfds.core.GeneratorBasedBuilder, skip_registration=True
         ):
@@ -120,7 +121,7 @@ def write_sources(folder: pathlib.Path, texts: Sequence[str]) -> dict[str, DataC
 
 
 def read_all(data: DataConfig, tokenizer: Tokenizer) -> int:
-    """Reads and encodes a source once; how many tokens it has."""
+    """Reads and encodes a source once; returns its number of tokens."""
     parts, held_out = source_parts(data.source, data)
     reader = PartReader(parts, data.bad_documents == "skip", held_out)
     encoded = encode_chunks(reader.chunks(), tokenizer)
@@ -138,15 +139,15 @@ def _batches_of(config: Config, corpus: Corpus) -> TrainBatches:
 
 
 def waiting_share(config: Config, tokenizer: Tokenizer, steps: int) -> tuple[float, float]:
-    """Trains, and takes the time.
+    """Times training steps.
 
     Args:
         config: a run's config.
         tokenizer: its tokenizer.
-        steps: how many steps are timed.
+        steps: number of steps to time.
 
     Returns:
-        (the share of the time spent on waiting for data, seconds a step).
+        (share of the time spent waiting for data, seconds per step).
     """
     devices = meshes.make_mesh(config.mesh)
     program, _ = compile_program(make_program(config, devices), devices)
@@ -173,11 +174,11 @@ def main(arguments: Sequence[str]) -> None:
     parser = make_parser("data", __doc__, "60m", rounds=3)
     parser.add_argument("--source", default="embedded", help="texts to use: a glob of files")
     parser.add_argument("--tokenizer", default="embedded")
-    parser.add_argument("--documents", type=int, default=20_000, help="at most so many documents")
-    parser.add_argument("--batch_size", type=int, default=512, help="of the batches drawn")
+    parser.add_argument("--documents", type=int, default=20_000, help="most documents to use")
+    parser.add_argument("--batch_size", type=int, default=512, help="size of the batches drawn")
     parser.add_argument("--sequence_length", type=int, default=256)
     parser.add_argument("--train_batch_size", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=8, help="of training")
+    parser.add_argument("--steps", type=int, default=8, help="training steps")
     options = parse_options(parser, arguments, PRESETS)
     tokenizer = load_tokenizer(options.tokenizer)
     with tempfile.TemporaryDirectory() as folder:
@@ -201,7 +202,7 @@ def _texts(options: Any) -> list[str]:
     documents = (text for chunk in PartReader(parts, skip=True).chunks() for text in chunk.texts)
     texts = list(itertools.islice(documents, options.documents))
     if options.source == "embedded":
-        # Paragraphs of novels are short; ten of them are about as long as a document of C4.
+        # Paragraphs of novels are short; ten of them are about as long as a C4 document.
         texts = ["\n".join(texts[i : i + 10]) for i in range(0, len(texts), 10)]
     return texts
 
@@ -235,7 +236,7 @@ def _drawing(
         corpus = load_corpus(config.data, config.sequence_length, tokenizer)
 
         def draw() -> float:
-            # A fresh iterator: an older one would have batches ready, made while others were timed.
+            # A new iterator, because an old one has prefetched batches meanwhile.
             iterator = _batches_of(config, corpus)
             drawn = sum(float(next(iterator)["mask"].sum()) for _ in range(_BATCHES))
             iterator.close()

@@ -1,9 +1,9 @@
 """Time of the exact step: ours, our reference, and the paper's Algorithm 2 in JAX and PyTorch.
 
-The pairs are those of whole LLaMA layers: four of attention, three of the MLP. "nearest" is the
-default method to the nearest balanced factors. The two transcriptions follow the algorithm as the
-authors wrote it: QR of the factors, QR of what the gradients add, and the SVD of the 2r x 2r core,
-in float32, one pair after the other.
+The pairs are those of whole LLaMA layers: four in attention, three in the MLP. "nearest" is the
+default method with the basis of nearest balanced factors. The two transcriptions follow the
+algorithm as the authors wrote it: QR of the factors, QR of the gradients' new directions, and the
+SVD of the 2r x 2r core, in float32, one pair after the other.
 """
 
 from __future__ import annotations
@@ -25,22 +25,22 @@ from loro_jax.tables import report
 MODELS = {"60m": (512, 1376, 128), "130m": (768, 2048, 256), "1b": (2048, 5461, 512)}
 RATE = 0.01
 
-# Longer than OpenBLAS' threads, and those of PyTorch, wait for more work before they sleep. While
-# they do, whatever is timed next is slower, by up to 1.7 times.
+# Longer than the threads of OpenBLAS and PyTorch spin before they sleep. While they spin, the next
+# candidate is slower, by up to 1.7 times.
 _PAUSE = 0.3
 
 Pair = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 
 def layer_shapes(model: str) -> list[tuple[int, int, int]]:
-    """(m, n, r) of a layer's seven projections."""
+    """Returns (m, n, r) of a layer's seven projections."""
     hidden, intermediate, rank = MODELS[model]
     attention = [(hidden, hidden, rank)] * 4
     return [*attention, *[(intermediate, hidden, rank)] * 2, (hidden, intermediate, rank)]
 
 
 def make_pairs(shapes: Sequence[tuple[int, int, int]], seed: int = 0) -> list[Pair]:
-    """Xavier factors and directions of Adam's size, float32."""
+    """Draws Xavier factors and directions of the size of Adam's, float32."""
     rng = np.random.default_rng(seed)
 
     def normal(rows: int, columns: int, std: float) -> np.ndarray:
@@ -58,7 +58,7 @@ def make_pairs(shapes: Sequence[tuple[int, int, int]], seed: int = 0) -> list[Pa
 
 
 def naive_jax(B: jax.Array, A: jax.Array, dB: jax.Array, dA: jax.Array) -> tuple[Any, Any]:
-    """Algorithm 2, transcribed (with its misprints mended)."""
+    """Takes the exact step by Algorithm 2 as printed, with its misprints corrected."""
     r = B.shape[1]
     Q_B, R_B = jnp.linalg.qr(B)
     Q_A, R_A = jnp.linalg.qr(A.T)
@@ -75,7 +75,7 @@ def naive_jax(B: jax.Array, A: jax.Array, dB: jax.Array, dA: jax.Array) -> tuple
 
 
 def _torch_candidate(pairs: list[Pair]) -> Callable[[], Any] | None:
-    """The same transcription in PyTorch; None where it is not installed."""
+    """Returns the same transcription in PyTorch; None if it is not installed."""
     try:
         import torch
     except ImportError:
@@ -110,7 +110,7 @@ def _torch_candidate(pairs: list[Pair]) -> Callable[[], Any] | None:
 
 
 def _grouped(pairs: list[Pair], method: str, basis: str = "singular") -> Callable[[], Any]:
-    """Ours, batched by shape, as the optimizer does it."""
+    """Returns our exact step, batched by shape as in the optimizer."""
     groups: dict[Any, list[Pair]] = {}
     for pair in pairs:
         groups.setdefault((pair[0].shape, pair[1].shape), []).append(pair)
@@ -129,7 +129,7 @@ def _grouped(pairs: list[Pair], method: str, basis: str = "singular") -> Callabl
 
 
 def _one_by_one(pairs: list[Pair]) -> Callable[[], Any]:
-    """The naive transcription, pair after pair in one compiled program."""
+    """Returns the transcription in JAX, pair after pair in one compiled program."""
     on_device = jax.device_put(pairs)
     step = jax.jit(lambda pairs: [naive_jax(*pair) for pair in pairs])
     return lambda: step(on_device)
@@ -138,17 +138,17 @@ def _one_by_one(pairs: list[Pair]) -> Callable[[], Any]:
 def main(arguments: Sequence[str]) -> None:
     """Runs the benchmark; see ``--help``."""
     parser = make_parser("exact_step", __doc__, "60m,130m,1b", rounds=5)
-    parser.add_argument("--layers", type=int, default=1, help="layers whose pairs take the step")
+    parser.add_argument("--layers", type=int, default=1, help="layers that take the step")
     parser.add_argument(
         "--layers_of_others",
         type=int,
-        help="time svd and the transcriptions with so many layers, and multiply: they take one "
-        "pair after the other, and long for each on a GPU; default: as --layers",
+        help="time svd and the transcriptions with this number of layers and scale up: they take "
+        "the pairs one by one, which is slow on a GPU; default: as --layers",
     )
     parser.add_argument(
         "--methods",
         default=",".join(METHODS),
-        help=f"of the exact step, some of {','.join(METHODS)}; default: all",
+        help=f"methods of the exact step, some of {','.join(METHODS)}; default: all",
     )
     options = parse_options(parser, arguments, MODELS)
     methods = options.methods.split(",")

@@ -1,10 +1,9 @@
-"""Speed of reading whole batches: dense against low-rank in turns, logits and scores.
+"""Speed of forward passes over whole batches: dense and low-rank in turns, logits and scores.
 
-``logits`` are those of every token of a batch, as a served model gives them; ``score`` is the sum
-of the tokens' log-likelihoods, some logits at a time (:func:`models.loss.cross_entropy`), as
-evaluation needs it. Ratios are the dense model's over the low-rank one's; ``FLOP ratio`` is what
-products of matrices promise, attention's included. ``memory`` is what the compiled program holds:
-weights, tokens, results and temporaries.
+``logits`` are those of every token of a batch, as in serving; ``score`` is the sum of the tokens'
+log-likelihoods, in chunks (:func:`models.loss.cross_entropy`), as in evaluation. Ratios are the
+dense model's over the low-rank one's; ``FLOP ratio`` is that of matrix products, including
+attention. ``memory`` is that of the compiled program: weights, tokens, results and temporaries.
 """
 
 from __future__ import annotations
@@ -30,7 +29,7 @@ WHAT = ("logits", "score")
 
 
 class _Case(NamedTuple):
-    """One compiled program on one model's weights."""
+    """A compiled program with one model's weights."""
 
     run: Callable[[], Any]
     memory_bytes: int
@@ -40,9 +39,9 @@ def main(arguments: Sequence[str]) -> None:
     """Runs the benchmark; see ``--help``."""
     parser = make_parser("forward", __doc__, "60m", rounds=5)
     parser.add_argument("--batch_sizes", default="1,8,32", help="default 1,8,32")
-    parser.add_argument("--lengths", default="256", help="of the sequences, default 256")
+    parser.add_argument("--lengths", default="256", help="sequence lengths, default 256")
     parser.add_argument("--rank", type=int, help="default: the model's")
-    parser.add_argument("--dtype", default="float32", help="of weights and products")
+    parser.add_argument("--dtype", default="float32", help="dtype of weights and products")
     options = parse_options(parser, arguments, PRESETS)
     batch_sizes, lengths = whole_numbers(parser, options, "batch_sizes", "lengths")
     rows = []
@@ -112,7 +111,7 @@ def _prepare(model: Llama, what: str, batch_size: int, length: int) -> _Case:
 
     compiled = jax.jit(read).lower(state, inputs, targets).compile()
     held = compiled.memory_analysis()
-    # Whatever the compiler doesn't say counts as nothing.
+    # Missing figures count as 0.
     parts = ("argument_size_in_bytes", "output_size_in_bytes", "temp_size_in_bytes")
     memory = sum(getattr(held, part, 0) for part in parts)
     return _Case(run=lambda: compiled(state, inputs, targets), memory_bytes=memory)

@@ -1,10 +1,10 @@
-"""Speed of serving: dense against low-rank, prompts read and tokens written, in turns.
+"""Speed of serving: prefill and decoding, dense and low-rank in turns.
 
-Prefill reads a batch of prompts; decode adds one token to each behind them. A low-rank model keeps
-its factors, and may keep latents of the past (``--caches``; see :mod:`models.cache`). Ratios are
-the dense model's over the low-rank one's: ``byte ratio`` of what one decoding step has to read
-(weights and the cache), ``FLOP ratio`` of products of matrices a decoded token. At batch 1 the
-bytes decide, in large batches the FLOPs.
+Prefill reads a batch of prompts; decode adds one token to each. A low-rank model keeps its factors,
+and may cache latents (``--caches``; see :mod:`models.cache`). Ratios are the dense model's over the
+low-rank one's: ``byte ratio`` of the bytes read in one decoding step (weights and cache), ``FLOP
+ratio`` of matrix products per decoded token. Speed is bound by bytes at batch size 1, and by FLOPs
+for large batches.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from models.llama import PRESETS, Llama, LlamaConfig, preset
 
 
 class _Case(NamedTuple):
-    """One model, ready to be timed."""
+    """A compiled model, ready to be timed."""
 
     prefill: Callable[[], Any]
     decode: Callable[[], Any]
@@ -42,11 +42,11 @@ def main(arguments: Sequence[str]) -> None:
     """Runs the benchmark; see ``--help``."""
     parser = make_parser("inference", __doc__, "60m", rounds=5)
     parser.add_argument("--batch_sizes", default="1,8,64", help="default 1,8,64")
-    parser.add_argument("--prompt", type=int, default=128, help="tokens of a prompt")
+    parser.add_argument("--prompt", type=int, default=128, help="tokens per prompt")
     parser.add_argument("--rank", type=int, help="default: the model's")
-    parser.add_argument("--dtype", default="float32", help="of weights, products and cache")
+    parser.add_argument("--dtype", default="float32", help="dtype of weights, products and cache")
     parser.add_argument(
-        "--caches", default="full", help=f"of the low-rank model, of {','.join(CACHES)}"
+        "--caches", default="full", help=f"caches of the low-rank model, some of {','.join(CACHES)}"
     )
     options = parse_options(parser, arguments, PRESETS)
     options.caches = options.caches.split(",")
@@ -121,7 +121,7 @@ def _prepare(config: LlamaConfig, cache: str, batch_size: int, prompt: int) -> _
 
     held = [empty_cache(config, batch_size, prompt + 1, cache)]
 
-    # Ready on the device: what is timed is the step.
+    # On the device already, so that only the step is timed.
     start, end = jnp.asarray(0, jnp.int32), jnp.asarray(prompt, jnp.int32)
     next_token = tokens[:, :1]
 
@@ -130,12 +130,12 @@ def _prepare(config: LlamaConfig, cache: str, batch_size: int, prompt: int) -> _
         return logits
 
     leaves = jax.tree_util.tree_leaves_with_path(nnx.to_pure_dict(state))
-    # Of the embedding a step reads one row a token; every other matrix makes a product.
+    # A step reads one row of the embedding per token; every other matrix is part of a product.
     looked_up = 0 if config.tie_embeddings else config.vocab_size * config.hidden_size
     products = sum(leaf.size for path, leaf in leaves if path[-1].key != "scale")
     products -= looked_up
     rank = config.group_rank("attn") or 0
-    # A token of the past: in scores, in the sum of values, and where keys are made again.
+    # Per cached token: scores, the sum of values, and the recomputation of keys.
     past = config.num_heads * (config.head_size + (config.head_size if cache == "full" else rank))
     past += config.kv_heads * config.head_size * rank if cache == "latent" else 0
     attention = config.num_layers * past * (prompt + 1)

@@ -1,8 +1,8 @@
-"""What each way of computing the same training step costs: one thing changed at a time, in turns.
+"""Time and memory of variants of the same training step, one change at a time, in turns.
 
-``time / base`` is the median of each round's ratio to the step as this library makes it; below one
-is faster. ``memory / base`` compares what the compiled steps hold: state, results and temporaries,
-less what donated buffers share. Losses are the same up to rounding, but for ``bfloat16``.
+``time / base`` is the median ratio to the library's own step, by rounds; below one is faster.
+``memory / base`` compares the memory of the compiled steps: state, results and temporaries, without
+buffers shared by donation. Losses agree up to rounding, except for ``bfloat16``.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from models.llama import PRESETS, preset
 
 
 class _Lever(NamedTuple):
-    """One thing that is done otherwise: fields of the config, or the code's own choice."""
+    """A variant: changed fields of the config, or a changed choice of the code."""
 
     changes: Sequence[str] = ()
     donate: bool = True
@@ -33,7 +33,7 @@ class _Lever(NamedTuple):
 
 
 def levers(config: Config) -> dict[str, _Lever]:
-    """All levers by name; "base" is the step as it is."""
+    """Returns all variants by name; "base" is the unchanged step."""
     tokens = config.batch_size * config.sequence_length
     return {
         "base": _Lever(),
@@ -56,9 +56,9 @@ def main(arguments: Sequence[str]) -> None:
     """Runs the benchmark; see ``--help``."""
     parser = make_parser("levers", __doc__, "60m", rounds=5)
     parser.add_argument("--method", default="loro", help="default loro")
-    parser.add_argument("--batch_size", type=int, default=8, help="sequences of a step")
+    parser.add_argument("--batch_size", type=int, default=8, help="sequences per step")
     parser.add_argument("--sequence_length", type=int, default=256)
-    parser.add_argument("--only", help="names of levers, separated by commas; default: all")
+    parser.add_argument("--only", help="names of variants, separated by commas; default: all")
     add_set_option(parser)
     options = parse_options(parser, arguments, PRESETS)
     rows = []
@@ -110,7 +110,7 @@ def _config(name: str, options: argparse.Namespace, changes: Sequence[str]) -> C
 
 
 def _prepare(config: Config, lever: _Lever) -> Case:
-    # More rows than any step has: nothing is put together.
+    # A threshold beyond any step's rows turns packing off.
     fewest = packing.ROWS_WORTH_PACKING if lever.pack else sys.maxsize
     with unittest.mock.patch.object(packing, "ROWS_WORTH_PACKING", fewest):
         return prepare(config, donate=lever.donate)

@@ -1,10 +1,10 @@
-"""What fits into the memory of one device: the largest batch of each model, dense beside low-rank.
+"""Largest batch of each model that fits into the memory of one device, dense and low-rank.
 
-Read from the memory analysis of compiled training steps; nothing is allocated and no accelerator
-is needed. Temporaries are those of the optimizer where the batch is small, and grow linearly with
-it from some size on: each step is compiled for two batches beyond that, and the largest one
-follows. Steps are compiled for CPU, which computes bfloat16 products in float32 and
-holds such copies of their operands: an accelerator needs less.
+The batch follows from the memory analysis of compiled training steps; nothing is allocated and no
+accelerator is needed. For small batches temporaries are those of the optimizer; above some size
+they grow linearly with the batch. Each step is compiled for two batches beyond that size and
+extrapolated. Steps are compiled for CPU, which computes bfloat16 products in float32 and holds
+copies of their operands: an accelerator needs less.
 """
 
 from __future__ import annotations
@@ -19,30 +19,30 @@ from loro_jax.planning.plan import make_plan
 from loro_jax.tables import report
 from models.llama import PRESETS, preset
 
-# The first two batches, the largest that is tried, and by how much temporaries have to grow from
-# one to the next to be those of the batch.
+# The first two batches, the largest one to try, and the relative growth from one to the next above
+# which temporaries are considered those of the batch.
 _BATCHES = (8, 24)
 _LARGEST = 4096
 _LEAST_GROWTH = 0.1
 
 
 class Need(NamedTuple):
-    """Bytes of a step: those of parameters and state, and temporaries linear in the batch."""
+    """Bytes of a step: parameters and state, and temporaries linear in the batch."""
 
     state: int
     fixed: float
     per_sequence: float
 
     def largest_batch(self, memory: float) -> int:
-        """Sequences that fit; 0: not one does."""
+        """Returns the number of sequences that fit; 0 if none does."""
         return max(int((memory - self.state - self.fixed) / max(self.per_sequence, 1.0)), 0)
 
 
 def need_of(low: tuple[int, int, int], high: tuple[int, int, int]) -> Need:
-    """The line through two compiled steps.
+    """Fits a line through two compiled steps.
 
     Args:
-        low: a batch, its state's bytes, and its temporaries'.
+        low: batch size, bytes of the state, bytes of temporaries.
         high: the same for a larger batch.
 
     Example:
@@ -58,7 +58,7 @@ def need_of(low: tuple[int, int, int], high: tuple[int, int, int]) -> Need:
 def main(arguments: Sequence[str]) -> None:
     """Runs the benchmark; see ``--help``."""
     parser = make_parser("memory_fit", __doc__, "60m,130m,350m,1b,7b", rounds=1)
-    parser.add_argument("--memory", default="16,24,40,80,141", help="of devices, GB (1e9)")
+    parser.add_argument("--memory", default="16,24,40,80,141", help="memory of devices, GB (1e9)")
     add_step_options(parser, remat="full")
     options = parse_options(parser, arguments, PRESETS)
     try:

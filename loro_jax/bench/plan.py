@@ -1,8 +1,8 @@
-"""What training steps would take on meshes of devices, methods side by side; needs no device.
+"""Estimated cost of training steps on meshes of simulated devices, by method.
 
-Each step is compiled for simulated devices, as ``python train.py --dry_run`` does it. Bytes are of
-one device. Times are the least that the products and the exchanges of a step can take on an
-accelerator, at its peak (see ``loro_jax/planning/plan.py`` and ``accelerators.py``).
+Each step is compiled for simulated devices, as by ``python train.py --dry_run``. Bytes are per
+device. Times are lower bounds for the products and collectives of a step at an accelerator's peak
+(see ``loro_jax/planning/plan.py`` and ``accelerators.py``).
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--accelerator", default="h100", choices=ACCELERATORS)
     parser.add_argument("--batch_size", type=int, default=512)
     parser.add_argument(
-        "--micro_batch", type=int, default=8, help="sequences of a device at a time, at most"
+        "--micro_batch", type=int, default=8, help="most sequences per device and micro-batch"
     )
     add_step_options(parser, param_dtype="float32")
     options = parse_options(parser, arguments, PRESETS)
@@ -48,7 +48,7 @@ def main(arguments: Sequence[str]) -> None:
 def _mesh(text: str) -> MeshConfig:
     sizes = text.split("x")
     if len(sizes) != 3 or not all(size.isdigit() and int(size) for size in sizes):
-        raise TrainingError(f"--meshes: expected sizes like 2x4x1, but {text!r} is none.")
+        raise TrainingError(f"--meshes: expected sizes such as 2x4x1, but found {text!r}.")
     return MeshConfig(*map(int, sizes))
 
 

@@ -1,12 +1,12 @@
-"""Where the time of a training step goes: JAX's profiler, summed by part of the step and by kind.
+"""Profile of a training step by JAX's profiler, summed by part of the step and kind of operation.
 
-``products`` are products of matrices (with what XLA fuses into them), ``moves`` write what is there
-already, or zeros, somewhere else, ``arithmetic`` is everything between. Parts are the scopes that
-the model and the step name: attention, mlp, loss (with the head), optimizer; ``rest`` is norms,
-embedding, clipping and whatever the compiler adds, as buffers filled with zeros. Milliseconds are
-those of operations, mean over ``--rounds`` steps; operations may run side by side, so that their
-sum need not be the time of the step, ``step ms``. On a GPU, kernels inside CUDA graphs do not say
-which operation they are: set ``XLA_FLAGS=--xla_gpu_enable_command_buffer=`` for this.
+``products`` are matrix products (with operations fused into them), ``moves`` copy data or write
+zeros, ``arithmetic`` is everything else. Parts are the named scopes of the model and the step:
+attention, mlp, loss (with the head), optimizer; ``rest`` is norms, embedding, clipping and
+operations added by the compiler, such as zero-filled buffers. Milliseconds are means over
+``--rounds`` steps; operations may overlap, so their sum can differ from the time of the step,
+``step ms``. On a GPU, kernels inside CUDA graphs can't be attributed to operations: set
+``XLA_FLAGS=--xla_gpu_enable_command_buffer=`` for this benchmark.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _MOVES = {
     *("broadcast", "copy", "slice", "dynamic-slice", "dynamic-update-slice", "concatenate"),
     *("transpose", "pad", "reshape", "copy-start", "copy-done"),
 }
-# What takes no time of its own: its operands, or the operations inside it, do.
+# Operations without their own time: only their operands, or the operations inside, take time.
 _NOTHING = {
     *("parameter", "constant", "bitcast", "tuple", "get-tuple-element", "while", "conditional"),
     *("call", "iota"),
@@ -76,7 +76,7 @@ def _rows(model: str, cases: dict[str, Case], rounds: int) -> list[dict[str, Any
 
 
 def _profile(case: Case, rounds: int) -> dict[tuple[str, str], float]:
-    """Seconds a step by part and kind."""
+    """Profiles a step; returns seconds per step by part and kind."""
     known = classify(case.hlo())
     spent: dict[tuple[str, str], float] = collections.defaultdict(float)
     with tempfile.TemporaryDirectory() as folder:
@@ -97,18 +97,18 @@ def _profile(case: Case, rounds: int) -> dict[tuple[str, str], float]:
 def classify_event(
     name: str, stats: dict[str, Any], known: dict[str, tuple[str, str]]
 ) -> tuple[str, str] | None:
-    """Part and kind of one event of a trace; None for what is no operation of the program.
+    """Returns part and kind of an event in a trace; None if it is not one of the program.
 
-    On a GPU, slices that XLA turns into copies by the driver carry names that the optimised program
-    does not have; they are moves, of the scope that they name.
+    On a GPU, slices that XLA turns into copies by the driver have names that do not occur in the
+    optimised program; they count as moves in the scope that they name.
 
     Args:
-        name: of the event.
-        stats: its properties, ``hlo_op`` and ``name`` (scopes) among them.
-        known: what :func:`classify` found.
+        name: name of the event.
+        stats: its properties, including ``hlo_op`` and ``name`` (scopes).
+        known: result of :func:`classify`.
 
     Returns:
-        As the values of ``known``.
+        (part, kind), as the values of ``known``.
 
     Example:
         >>> classify_event("MemcpyD2D", {"hlo_op": "slice.7", "name": "jit(f)/mlp/while"}, {})
@@ -125,7 +125,7 @@ def classify_event(
 
 
 def classify(hlo: str) -> dict[str, tuple[str, str]]:
-    """Part and kind of every instruction of a compiled program that takes time.
+    """Returns part and kind of every instruction of a compiled program that takes time.
 
     Args:
         hlo: text of the optimised program.

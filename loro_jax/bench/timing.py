@@ -1,4 +1,4 @@
-"""Timing candidates in turns."""
+"""Timing of candidates in turns."""
 
 from __future__ import annotations
 
@@ -13,13 +13,12 @@ import jax
 def time_in_turns(
     candidates: dict[str, Callable[[], Any]], rounds: int, pause: float = 0.0
 ) -> dict[str, float]:
-    """Median seconds of each candidate, called in turns after one call to warm up.
+    """Returns the median seconds of each candidate, called in turns after a warm-up call.
 
     Args:
-        candidates: functions by name; what they return is waited for where JAX computes it.
-        rounds: how often each is timed.
-        pause: seconds to wait before each, for threads of the one before that go on turning when
-            their work is done.
+        candidates: functions by name; timing includes the computation of returned JAX arrays.
+        rounds: number of timings of each.
+        pause: seconds to wait before each call, until the previous one's threads stop spinning.
 
     Returns:
         Median seconds by name.
@@ -35,15 +34,15 @@ def time_in_turns(
 def rounds_in_turns(
     candidates: dict[str, Callable[[], Any]], rounds: int, pause: float = 0.0
 ) -> dict[str, list[float]]:
-    """Seconds of each candidate in every round, for ratios within rounds.
+    """Returns the seconds of each candidate in every round, for ratios within rounds.
 
     Args:
-        candidates: as of :func:`time_in_turns`.
-        rounds: how often each is timed.
-        pause: as of :func:`time_in_turns`.
+        candidates: as for :func:`time_in_turns`.
+        rounds: number of timings of each.
+        pause: as for :func:`time_in_turns`.
 
     Returns:
-        Seconds by name, round after round.
+        Seconds by name, in the order of the rounds.
 
     Example:
         >>> {name: len(times) for name, times in rounds_in_turns({"a": lambda: 1}, 3).items()}

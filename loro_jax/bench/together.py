@@ -1,4 +1,4 @@
-"""Projections of one input: their A's in one product with it, against each on its own.
+"""Packed and separate products of projections that share an input.
 
 Times the output and all gradients of q, k and v, and of gate and up, of one layer: what
 :func:`loro_jax.layers.packing.apply_together` is for. ``each / together`` above one is what it

@@ -1,13 +1,13 @@
-"""Speed and memory of whole training steps: methods in turns, against each other and the machine.
+"""Speed and memory of whole training steps, by method, compared with the machine's peak.
 
 One round times a step of every method, the gradient of every method alone (the rest of a step is
-its optimizer), and a large matrix product in the same dtype, whose rate stands for the machine's
+its optimizer), and a large matrix product in the same dtype, whose rate is taken as the machine's
 peak. Steps are approximate ones; ``loro exact`` is the same step with an exact one in it.
 
-MFU is the share of that peak: FLOPs that the model needs (products of matrices, no recomputation)
-over the time, over the peak; ``MFU datasheet`` is over the maker's figure for bfloat16, where the
-device is known. ``speed-up`` is over the first method, and stands beside the ratio of the FLOPs.
-``held MB`` is what the compiled step of that method holds: state, batch, results, temporaries.
+MFU is the model's FLOPs (matrix products, no recomputation) per time, as a share of that peak;
+``MFU datasheet`` is the share of the maker's figure for bfloat16, if the device is known.
+``speed-up`` is relative to the first method, next to the ratio of the FLOPs. ``held MB`` is the
+memory of the compiled step: state, batch, results, temporaries.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from loro_jax.training.threads import lapack_by_one_thread
 from models.llama import PRESETS, LlamaConfig, preset
 from models.loss import Batch
 
-# Side of the square matrices whose products measure the peak, and how many follow each other: on an
-# accelerator one is over before the next call has begun.
+# Side of the square matrices whose products measure the peak, and the number of products per call:
+# on an accelerator a single one takes less time than dispatching the next call.
 _PEAK_SIZE = {"cpu": (2048, 1), "gpu": (8192, 16), "tpu": (8192, 16)}
 
-# LORO's step with an exact one in it, every time.
+# LORO's step with an exact step every time.
 _EXACT = "loro exact"
 
 
@@ -62,16 +62,16 @@ def main(arguments: Sequence[str]) -> None:
     rows: list[dict[str, Any]] = []
     for model in options.models:
         rows += _measure(model, options)
-        report(rows, options)  # after each model: a later one may be cut short
+        report(rows, options)  # after each model, in case a later one is interrupted
 
 
 def options_of_steps(name: str, doc: str | None, arguments: Sequence[str]) -> argparse.Namespace:
-    """What benchmarks of methods' steps are told; ends with a message where it makes no sense.
+    """Parses the options of benchmarks of methods' steps; exits with a message if invalid.
 
     Args:
-        name: of the benchmark.
+        name: name of the benchmark.
         doc: its description.
-        arguments: of its command line.
+        arguments: command line arguments.
 
     Returns:
         The options, with ``models`` and ``methods`` as lists.
@@ -134,10 +134,10 @@ def _measure(model: str, options: argparse.Namespace) -> list[dict[str, Any]]:
 
 
 def config_of_step(model: str, method: str, options: argparse.Namespace) -> Config:
-    """The config of a method's run, "loro exact" for one of exact steps alone.
+    """Returns the config of a method's run; "loro exact" takes exact steps only.
 
     Raises:
-        TrainingError: for a field or value of ``--set`` that no config has.
+        TrainingError: for an unknown field or invalid value in ``--set``.
     """
     changes = model_changes(options) | {"remat": _remat_of(method, options.remat)}
     if options.rank is not None:
@@ -178,24 +178,24 @@ def step_config(
 
 
 def _remat_of(method: str, given: str) -> str:
-    """``--remat`` of one method: one name for all, or ``METHOD=NAME,...``."""
+    """Returns ``--remat`` of one method: one name for all, or ``METHOD=NAME,...``."""
     if "=" not in given:
         return given
     chosen = dict(part.split("=", 1) for part in given.split(",") if "=" in part)
     if method.split()[0] not in chosen:
-        raise TrainingError(f"--remat={given} says nothing of {method!r}; expected METHOD=NAME.")
+        raise TrainingError(f"--remat={given} has no entry for {method!r}; expected METHOD=NAME.")
     return chosen[method.split()[0]]
 
 
 def prepare(config: Config, *, donate: bool = True) -> Case:
-    """Compiles the step of a config, on text of random ids.
+    """Compiles the step of a config, for a batch of random ids.
 
     Args:
-        config: of the run.
-        donate: whether a step may write its results over the state before.
+        config: config of the run.
+        donate: whether to donate the state's buffers to the step.
 
     Returns:
-        The step, ready to be timed, and what it holds.
+        The step, ready to be timed, and its memory.
     """
     devices = meshes.make_mesh(config.mesh)
     program, abstract = compile_program(make_program(config, devices), devices)
@@ -235,8 +235,8 @@ def prepare(config: Config, *, donate: bool = True) -> Case:
 
 
 def _products(size: int, count: int, dtype: str) -> Callable[[], Any]:
-    # Random entries: products of equal ones take less power, and a GPU's clock is then higher. Of
-    # this variance the products keep theirs.
+    # Random entries: with equal entries products take less power, and a GPU's clock is higher. The
+    # scale of y keeps the variance of repeated products constant.
     x, y = jax.random.normal(jax.random.key(0), (2, size, size), dtype)
     y = y * jnp.asarray(size**-0.5, dtype)
     multiply = jax.jit(lambda x, y: jax.lax.fori_loop(0, count, lambda _, x: x @ y, x))
@@ -244,6 +244,6 @@ def _products(size: int, count: int, dtype: str) -> Callable[[], Any]:
 
 
 def _device_peak() -> float:
-    """Bytes that the device held at most so far in this process; NaN where it does not say."""
+    """Returns the device's peak bytes in use so far in this process; NaN if unknown."""
     statistics = jax.devices()[0].memory_stats() or {}
     return float(statistics.get("peak_bytes_in_use", float("nan")))

@@ -1,7 +1,7 @@
 """The exact step of one pair by Householder QR and SVD: the reference.
 
-It is computed in float64 wherever the backend has it (CPU, CUDA). Rank-deficient factors are met by
-the pseudo-inverse: directions in which B (or A) is zero carry no gradient.
+The step is computed in float64 if the backend supports it (CPU, CUDA). Rank-deficient factors are
+handled by pseudo-inverses: directions in which B (or A) is zero have no gradient.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ Array = jax.Array
 def svd_step(
     B: Array, A: Array, dB: Array, dA: Array, size: StepSize, basis: str = "singular"
 ) -> ExactStep:
-    """Exact step of one pair by QR and SVD.
+    """Takes the exact step of one pair by QR and SVD.
 
     Args:
         B: (m, r).
         A: (r, n).
         dB: direction of B, (m, r).
         dA: direction of A, (r, n).
-        size: step size, scalars.
-        basis: of the new factors, see :mod:`~loro_jax.exact.basis`.
+        size: step size; scalars.
+        basis: basis of the new factors, see :mod:`~loro_jax.exact.basis`.
 
     Returns:
         The new factors, in the dtype of the old ones.
@@ -45,7 +45,7 @@ def svd_step(
 
 
 class _Side(NamedTuple):
-    """Thin SVD of a factor X = U s V^T, with the directions of zero singular value masked out."""
+    """Thin SVD of a factor X = U s V^T, with singular values below rounding errors set to zero."""
 
     U: Array  # columns of zero singular value are zero
     s: Array
@@ -75,6 +75,7 @@ def _svd_step(B: Array, A: Array, dB: Array, dA: Array, size: StepSize) -> Exact
     W_core = out.s[:, None] * (out.Vt @ inp.Vt.T) * inp.s[None, :]
     grad_norm = jnp.sqrt(jnp.sum(core**2) + jnp.sum(out_perp**2) + jnp.sum(in_perp**2))
     rate = limited_rate(size, grad_norm, jnp.linalg.norm(W_core))
+    # In the bases (U_out, Q_out) and (U_in, Q_in) the new point is the 2r x 2r core M.
     Q_out, R_out = jnp.linalg.qr(out_perp)
     Q_in, R_in = jnp.linalg.qr(in_perp.T)
     S = W_core - rate * core
@@ -86,9 +87,9 @@ def _svd_step(B: Array, A: Array, dB: Array, dA: Array, size: StepSize) -> Exact
     return ExactStep(B_new, A_new, jnp.ones_like(rate, dtype=bool))
 
 
-# Float64 inside a program that has it switched off. The switch acts at tracing time, and vmap
-# traces again, elsewhere; so the mapped version is a loop, which enters it again (and which is also
-# what keeps LAPACK from blocking itself on CPU).
+# Uses float64 inside a program in which it is disabled. The switch acts at tracing time, and vmap
+# would trace again outside of it; the mapped version is therefore a loop, which enters the context
+# again (and also keeps batched LAPACK calls from deadlocking on CPU).
 @maps_by_a_loop
 def _wide_svd_step(*arguments: Any) -> ExactStep:
     dtype = arguments[0].dtype

@@ -1,4 +1,4 @@
-"""What all exact steps share: their size, their result and their damping."""
+"""Common parts of all exact steps: step size, result, trust region and damping."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ Array = jax.Array
 
 
 class StepSize(NamedTuple):
-    """How far an exact step goes; scalars, or one of each for every pair of a batch.
+    """Size of an exact step; scalars, or one value per pair of a batch.
 
     Attributes:
         rate: the learning rate.
-        max_move: trust region, a bound on ``rate |grad| / |W|``; None for none.
-        damping: with a damping d, the inverses of ``B^T B`` and ``A A^T`` in the gradient become
-            those of ``B^T B + d |B|^2 / r I`` and ``A A^T + d |A|^2 / r I``; None for none.
+        max_move: trust region, an upper bound on ``rate |grad| / |W|``; None: no bound.
+        damping: d, which replaces the inverses of ``B^T B`` and ``A A^T`` in the gradient by those
+            of ``B^T B + d |B|^2 / r I`` and ``A A^T + d |A|^2 / r I``; None: no damping.
     """
 
     rate: Any
@@ -34,7 +34,7 @@ class ExactStep(NamedTuple):
     Attributes:
         B: new output-side factor.
         A: new input-side factor.
-        ok: whether the method trusts it; always true for the reference.
+        ok: whether the result is accurate; always true for the reference.
     """
 
     B: Array
@@ -43,21 +43,23 @@ class ExactStep(NamedTuple):
 
 
 def limited_rate(size: StepSize, grad_norm: Array, W_norm: Array) -> Array:
-    """The learning rate, cut so that ``rate |grad| <= max_move |W|`` (Frobenius norms)."""
+    """Limits the learning rate so that ``rate |grad| <= max_move |W|`` (Frobenius norms)."""
     if size.max_move is None:
         return size.rate
+    # A zero gradient gives a huge bound, so the rate is not limited.
     bound = size.max_move * W_norm / jnp.maximum(grad_norm, jnp.finfo(grad_norm.dtype).tiny)
     return jnp.minimum(size.rate, bound)
 
 
 def damped_inverse(L: Array, inverse: Array, damping: Array | None) -> Array:
-    """``L^T (L L^T + mu I)^{-1}`` with ``mu = damping |L|^2 / r``; ``L^{-1}`` without damping.
+    """Returns ``L^T (L L^T + mu I)^{-1}``, ``mu = damping |L|^2 / r``; ``L^{-1}`` if undamped.
 
-    With ``X = L Q`` and Q orthonormal it takes gradients of the factor, ``X G``, to ``Q G``.
+    For a factor ``X = L Q`` with orthonormal Q, it maps gradients ``X G`` of the factor to ``Q G``.
     """
     if damping is None:
         return inverse
     r = L.shape[0]
     mu = damping * jnp.sum(L**2) / r
+    # With K K^T = L L^T + mu I and root = K^{-1}, the inverse is root^T root.
     root = cholesky_with_inverse(matmul(L, L.T) + mu * jnp.eye(r, dtype=L.dtype)).inverse
     return matmul(matmul(root, L).T, root)

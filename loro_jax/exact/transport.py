@@ -1,8 +1,8 @@
-"""Carrying moments, Adam's or momentum, through an exact step.
+"""Transport of moments, Adam's or momentum, through an exact step.
 
-An exact step gives each pair new factors (B', A') in a new basis, whose signs are arbitrary, and
-the moments of the old ones no longer fit. They can be dropped (a refresh), or carried over by a
-rule that does not depend on either basis:
+An exact step gives each pair new factors (B', A') in a new basis, whose signs are arbitrary, so the
+moments of the old factors no longer fit. They can be reset (a refresh), or transported by a rule
+that does not depend on either basis:
 
 * First moments. ``m_B`` and ``m_A`` are averages of ``G A^T`` and ``B^T G``. Together they fix one
   tangent vector at W, the average gradient's projection ``T = P_U G + (I - P_U) G P_V``
@@ -10,9 +10,9 @@ rule that does not depend on either basis:
   average gradient would have given: ``m_B' = T A'^T`` and ``m_A' = B'^T T``.
 * Second moments. The new gradients are, inside the old spaces, ``g_B' = g_B X^T`` with
   ``X = A' A^+`` and ``g_A' = Y^T g_A`` with ``Y = B^+ B'``. With uncorrelated entries their squares
-  average to ``v_B' = v_B (X o X)^T`` and ``v_A' = (Y o Y)^T v_A`` (o entry by entry). Of what the
-  new factors have outside the old spaces (much, if the old ones lacked rank) nothing is known but
-  the mean, a part of T; its square is added, so that no first moment is left without a second.
+  average to ``v_B' = v_B (X o X)^T`` and ``v_A' = (Y o Y)^T v_A`` (o entry by entry). For the part
+  of the new factors outside the old spaces (large, if the old ones were rank-deficient) only the
+  mean is known, a part of T; its square is added, so that every first moment has a second.
 
 Adam's direction commutes with changes of sign of the inner index, and so do both rules: two runs
 that start from (B, A) and from (B S, S A) keep the same product W.
@@ -33,17 +33,16 @@ Factors = tuple[Array, Array]
 def transport_moments(
     old: Factors, new: Factors, mu: Factors, nu: Factors | None = None
 ) -> tuple[Factors, ...]:
-    """Moments of the new factors of a pair (or a batch of pairs) from those of the old.
+    """Transports the moments of a pair (or a batch of pairs) to its new factors.
 
     Args:
         old: (B, A) before the exact step, shapes (..., m, r) and (..., r, n).
-        new: (B', A') behind it, same shapes.
+        new: (B', A') after it, same shapes.
         mu: first moments (m_B, m_A), shapes as the factors.
-        nu: second moments (v_B, v_A), shapes as the factors; None: there are none.
+        nu: second moments (v_B, v_A), shapes as the factors; None: no second moments.
 
     Returns:
-        The first and (if there are) the second moments of the new factors, in the dtypes of the
-        old ones.
+        The first and (if any) second moments of the new factors, in the dtypes of the old ones.
 
     Example:
         >>> import jax.numpy as jnp
@@ -76,9 +75,10 @@ def _transport(
     *v: Array,
 ) -> tuple[Array, ...]:
     del B, A
+    # T, the average gradient's tangent vector, as blocks in the bases of the old factors.
     t = tangent_projection(out, inp, m_B, m_A)
     inner_A, inner_B = A_new @ inp.Q, out.Q.T @ B_new  # r x r
-    # T A'^T and B'^T T, with T in blocks: what the new factors have in the old spaces, and outside.
+    # T A'^T and B'^T T, with T in blocks: the parts inside the old spaces, and those outside.
     seen_B = out.Q @ (t.core @ inner_A.T) + t.out_perp @ inner_A.T
     seen_A = (inner_B.T @ t.core) @ inp.Q.T + inner_B.T @ t.in_perp
     unseen_B, unseen_A = out.Q @ (t.in_perp @ A_new.T), (B_new.T @ t.out_perp) @ inp.Q.T

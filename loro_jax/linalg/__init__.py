@@ -1,1 +1,1 @@
-"""Linear algebra that knows nothing of pairs: batching, precision, factorisations by products."""
+"""Linear algebra of matrices, independent of pairs: batching, precision, factorisations."""

@@ -1,4 +1,4 @@
-"""Mapping matrix factorisations over batches, safely on CPU, and loops that batches may share."""
+"""Deadlock-free mapping of matrix factorisations over batches, and loops shared by a batch."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 def one_by_one(fn: Callable, batch_axes: int) -> Callable:
     """Maps a function of single matrices over leading axes without batching LAPACK calls on CPU.
 
-    jaxlib's CPU kernels for ``qr``, ``svd``, ``eigh`` and ``cholesky`` spread a *batched* call
-    over XLA's own thread pool and block the calling thread of that pool until it is done. Two such
-    calls in flight on a machine with two cores hold both threads, and the program hangs for ever.
-    So on CPU any ``vmap``, also one around the whole optimizer, turns into a loop of single calls;
-    on GPU and TPU batching stays.
+    jaxlib's CPU kernels for ``qr``, ``svd``, ``eigh`` and ``cholesky`` distribute a *batched* call
+    over XLA's own thread pool and block a thread of that pool until it is done. Two such calls in
+    flight on a machine with two cores block both threads, and the program hangs forever. Therefore
+    any ``vmap`` on CPU, even one around the whole optimizer, becomes a loop of single calls; GPU
+    and TPU batch as usual.
 
-    The result can be differentiated as the function can, forward and backward.
+    The result can be differentiated like the function, in forward and reverse mode.
 
     Args:
         fn: function of matrices (arrays without batch axes).
@@ -38,7 +38,7 @@ def one_by_one(fn: Callable, batch_axes: int) -> Callable:
         mapped = jax.vmap(mapped)
         looped = functools.partial(_loop, looped)
 
-    # JAX has no backward pass for what `sequential_vmap` makes; it has one for a loop.
+    # JAX has no reverse mode for `sequential_vmap`, but for a loop.
     differentiable = jax.custom_jvp(mapped)
     differentiable.defjvp(lambda primals, tangents: jax.jvp(looped, primals, tangents))
     return differentiable
@@ -49,9 +49,9 @@ def _loop(fn: Callable, *arguments: Any) -> Any:
 
 
 def maps_by_a_loop(fn: Callable) -> Callable:
-    """A function of arrays whose ``vmap`` is a loop of single calls.
+    """Returns a function of arrays whose ``vmap`` is a loop of single calls.
 
-    Unlike ``jax.custom_batching.sequential_vmap`` it takes a mapped axis that is sharded over an
+    Unlike ``jax.custom_batching.sequential_vmap`` it supports a mapped axis that is sharded over an
     explicit mesh, such as the members of an ensemble: each device loops over its own.
     """
     single = jax.custom_batching.custom_vmap(fn)
@@ -93,13 +93,13 @@ def maps_by_a_loop(fn: Callable) -> Callable:
 
 
 def batches_itself(fn: Callable) -> Callable:
-    """A function whose ``vmap`` is the function itself, given one more leading axis.
+    """Returns a function whose ``vmap`` calls it once, with one more leading axis.
 
-    For a loop that stops when all members of a batch are done: ``vmap`` would give it a condition
-    for each member, which other transformations (``checkify``) refuse.
+    Used for loops that stop when all members of a batch are done: ``vmap`` would create one
+    condition per member, which other transformations (``checkify``) do not support.
 
     Args:
-        fn: function of arrays that treats leading axes as batch axes, and returns arrays with them.
+        fn: function of arrays that treats leading axes as batch axes, and keeps them.
 
     Returns:
         The function.
@@ -120,15 +120,14 @@ def batches_itself(fn: Callable) -> Callable:
 
 
 def count_of_none(arrays: Any) -> jax.Array:
-    """A count, zero, of the type that it has when things in these arrays have been counted.
+    """Returns a zero count with the type of a count of entries of these arrays.
 
     Args:
-        arrays: a tree of arrays; others among its leaves are passed over.
+        arrays: a tree of arrays; other leaves are ignored.
 
     Returns:
-        An int32 scalar. It lies on the mesh of the arrays if that is explicit, and varies over the
-        axes of a ``jax.shard_map`` that they vary over: the branches of a ``jax.lax.cond`` have to
-        agree on both.
+        An int32 scalar. It is placed on the arrays' mesh if that is explicit, and varies over the
+        same axes of a ``jax.shard_map``: the branches of a ``jax.lax.cond`` must agree on both.
     """
     found = [x for x in jax.tree.leaves(arrays) if isinstance(x, jax.Array)]
     meshes = [jax.typeof(x).sharding.mesh for x in found]
@@ -143,11 +142,11 @@ def count_of_none(arrays: Any) -> jax.Array:
 
 
 def varying_alike(tree: Any) -> Any:
-    """The arrays, all varying over the same axes of a ``jax.shard_map``.
+    """Makes all arrays vary over the same axes of a ``jax.shard_map``.
 
-    What a loop carries has to keep its type, and inside a ``shard_map`` that says over which axes
-    of the mesh an array may differ. Those made of nothing, such as counters, differ over none,
-    whatever they are combined with later.
+    A loop's carry must keep its type, which inside a ``shard_map`` includes the mesh axes that an
+    array varies over. Constants, such as counters, vary over none, whatever they are combined with
+    later.
 
     Args:
         tree: arrays.
@@ -166,6 +165,6 @@ def varying_alike(tree: Any) -> Any:
 
 def _axes_of(x: Any) -> frozenset[str]:
     kind = jax.typeof(x)
-    # Where it is written depends on the version of JAX.
+    # The attribute depends on the version of JAX.
     manual = getattr(kind, "manual_axis_type", None)
     return frozenset(getattr(kind, "vma", ()) if manual is None else manual.varying)

@@ -1,16 +1,16 @@
-"""Cholesky factorisation with the inverse of the factor, on CPU made of matrix products.
+"""Cholesky factorisation with the inverse of the factor, recursive on CPU.
 
-There the matrix is halved until the blocks are small::
+On CPU the matrix is halved until the blocks are small::
 
     [G_1    .  ]   [L_1       ] [L_1       ]^T         L_21 = G_21 L_1^{-T}
     [G_21  G_2 ] = [L_21  L_2 ] [L_21  L_2 ]           L_2 L_2^T = G_2 - L_21 L_21^T
 
-and the inverse has ``-L_2^{-1} L_21 L_1^{-1}`` below its diagonal. As the inverses of the blocks
-are there, no triangular system is solved; and what LAPACK gets is too small for OpenBLAS (the one
-that JAX calls on CPU) to wake its threads. Those go on waiting for work when theirs is done, on the
-cores that XLA's threads need: blocks of 128 rows, which wake them, make the exact step of a layer
-of LLaMA 1B a third slower. The price is compilation, 11 seconds more for the step of 1B; so other
-platforms, where none of this was measured, factorise the matrix as a whole.
+and the inverse has ``-L_2^{-1} L_21 L_1^{-1}`` below its diagonal. With the inverses of the blocks,
+no triangular system has to be solved, and the blocks are too small for OpenBLAS (the LAPACK that
+JAX calls on CPU) to use its threads. These would spin after each call on the cores that XLA's
+threads need: blocks of 128 rows, which use them, make the exact step of a layer of LLaMA 1B a third
+slower. The price is compilation, 11 seconds more for the step of 1B; other platforms, where this
+was not measured, factorise the whole matrix.
 
 Source: Du Croz and Higham, "Stability of methods for matrix inversion", IMA J. Numer. Anal. 12,
 1992, for inverting by blocks; the factorisation itself is the recursive one of textbooks.
@@ -28,9 +28,9 @@ from loro_jax.linalg.precision import matmul
 
 Array = jax.Array
 
-# Rows of the largest block that is left to LAPACK, if that makes no more than so many blocks, each
-# of which is compiled by itself. OpenBLAS factorises up to some 200 rows, twice as many as a block
-# has, with one thread.
+# Rows of the largest block given to LAPACK, unless that makes more than MOST_BLOCKS blocks, each of
+# which is compiled separately. OpenBLAS uses one thread up to about 200 rows, more than the 2 x 64
+# of a block with its identity (see _small).
 LARGEST_BLOCK = 64
 MOST_BLOCKS = 8
 
@@ -40,19 +40,19 @@ class Cholesky(NamedTuple):
 
     L: Array
     inverse: Array
-    scaled_inverse_norm: Array  # |L^{-1}| (Frobenius) for the G scaled to a diagonal of ones
+    scaled_inverse_norm: Array  # |L^{-1}| (Frobenius) for G scaled to unit diagonal
 
 
 def cholesky_with_inverse(G: Array, shift: float = 0.0) -> Cholesky:
-    """Cholesky factorisation by way of the matrix scaled to a diagonal of ones, plus ``shift``.
+    """Factorises the matrix after scaling it to unit diagonal and adding ``shift``.
 
     Args:
-        G: symmetric matrix (r, r), float32 or wider; what is above the diagonal is not read.
+        G: symmetric matrix (r, r), float32 or wider; entries above the diagonal are not read.
         shift: added to the diagonal of the scaled matrix.
 
     Returns:
-        The factor and its inverse, both lower triangular; not numbers where the shifted matrix is
-        not positive definite.
+        The factor and its inverse, both lower triangular; NaN if the shifted matrix is not positive
+        definite.
 
     Example:
         >>> import jax.numpy as jnp
@@ -70,13 +70,13 @@ def cholesky_with_inverse(G: Array, shift: float = 0.0) -> Cholesky:
 
 
 def _whole(G: Array) -> tuple[Array, Array]:
-    """The factor of G and its inverse."""
+    """Factorises G as a whole; returns the factor and its inverse."""
     L = jnp.linalg.cholesky(G, symmetrize_input=False)
     return L, solve_triangular(L, jnp.eye(G.shape[0], dtype=G.dtype), lower=True)
 
 
 def _by_halves(G: Array) -> tuple[Array, Array]:
-    """The same by blocks."""
+    """Factorises G by recursive halving; returns the factor and its inverse."""
     largest = max(LARGEST_BLOCK, -(-G.shape[0] // MOST_BLOCKS))
 
     def factorise(G: Array) -> tuple[Array, Array]:
@@ -98,13 +98,13 @@ def _by_halves(G: Array) -> tuple[Array, Array]:
 
 
 def _small(G: Array) -> tuple[Array, Array]:
-    """The same by one factorisation: that of ``[[G, I], [I, .]]`` has ``L^{-T}`` below.
+    """Factorises ``[[G, I], [I, .]]``, whose factor contains both L and ``L^{-T}``.
 
-    OpenBLAS would take threads to solving for the inverse, however small the matrix is.
+    OpenBLAS would use threads to solve for the inverse, however small the matrix is.
     """
     r = G.shape[0]
     identity = jnp.eye(r, dtype=G.dtype)
-    # Anything that keeps the whole positive definite would do: nothing else depends on it.
+    # Any block that keeps the matrix positive definite works: L and L^{-T} don't depend on it.
     G_and_more = jnp.block([[G, identity], [identity, 1e30 * identity]])
     L = jnp.linalg.cholesky(G_and_more, symmetrize_input=False)
     return L[:r, :r], L[r:, :r].T

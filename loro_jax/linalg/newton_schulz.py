@@ -1,6 +1,6 @@
-"""Spectral tools made of matrix products alone: orthogonalisation, inverse roots, largest values.
+"""Orthogonalisation, inverse roots and largest singular values by matrix products alone.
 
-They map over leading axes as they are: no factorisation is called, so batches are safe on CPU.
+Leading axes are batch axes: no LAPACK routine is called, so batches are safe on CPU.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from loro_jax.linalg.precision import at_least_float32, matmul
 Array = jax.Array
 
 # Muon's quintic: steep at zero, so that small singular values grow fast; the price is that large
-# ones end anywhere in [0.68, 1.13] instead of at one. It never leads beyond OVERSHOOT.
+# ones end anywhere in [0.68, 1.13] instead of at one. Its values never exceed OVERSHOOT.
 QUINTIC = (3.4445, -4.7750, 2.0315)
 OVERSHOOT = 1.203
 
 
 def orthogonalise(X: Array, steps: int = 5) -> Array:
-    """Moves all singular values towards one, and keeps the singular vectors (Newton-Schulz).
+    """Moves all singular values towards one and keeps the singular vectors (Newton-Schulz).
 
     Starts from ``X / |X|`` (Frobenius norm) and repeats ``X <- a X + b (X X^T) X + c (X X^T)^2 X``.
-    Singular values below a few thousandths of the norm need more than five steps to arrive.
+    Singular values below a few thousandths of the norm need more than five steps.
 
     Args:
         X: array of shape (..., m, n), float32 or wider.
-        steps: how many times.
+        steps: number of iterations.
 
     Returns:
         Array of the shape of X, with no singular value above 1.203; zero where X is zero.
@@ -44,7 +44,7 @@ def orthogonalise(X: Array, steps: int = 5) -> Array:
     a, b, c = QUINTIC
     wide = X.shape[-2] < X.shape[-1]
     tall = _unit(X.mT if wide else X, otherwise=0)
-    # Products in the device's default precision on purpose (TF32 on NVIDIA GPUs, bfloat16 on TPUs):
+    # The device's default precision on purpose (TF32 on NVIDIA GPUs, bfloat16 on TPUs):
     # their errors are far below the quintic's own spread of singular values, and full float32 would
     # take several times as long.
     for _ in range(steps):
@@ -54,15 +54,15 @@ def orthogonalise(X: Array, steps: int = 5) -> Array:
 
 
 def inverse_root(S: Array, damping: float = 1e-3, steps: int = 16) -> Array:
-    """``(S + damping tr(S) / r I)^{-1/2}`` of positive semi-definite matrices (Newton-Schulz).
+    """Computes ``(S + damping tr(S) / r I)^{-1/2}`` of positive semi-definite S (Newton-Schulz).
 
     The coupled iteration ``T = (3 I - Z Y) / 2, Y <- Y T, Z <- T Z`` from ``Y = S / |S|`` and
-    ``Z = I`` ends at the root and its inverse. A small eigenvalue of Y grows by 9/4 a step.
+    ``Z = I`` converges to the root and its inverse. Small eigenvalues of Y grow by 9/4 per step.
 
     Args:
         S: array of shape (..., r, r), float32 or wider, symmetric.
-        damping: added to the eigenvalues, over their mean.
-        steps: how many times; 16 are enough for ``r / damping`` up to a few hundred thousand.
+        damping: shift of the eigenvalues, relative to their mean.
+        steps: number of iterations; 16 suffice for ``r / damping`` up to a few hundred thousand.
 
     Returns:
         Array of the shape of S; zero where S is zero.
@@ -77,9 +77,11 @@ def inverse_root(S: Array, damping: float = 1e-3, steps: int = 16) -> Array:
     """
     r = S.shape[-1]
     identity = _identity_like(S)
+    # The damping is relative to the mean eigenvalue, so that the root scales with S.
     mean = jnp.trace(S, axis1=-2, axis2=-1)[..., None, None] / r
     damped = S + damping * mean * identity
     norm = _norm(damped)
+    # Eigenvalues must be in (0, 1] to converge; a zero matrix starts at the identity instead.
     Y, Z = jnp.where(norm > 0, damped / jnp.where(norm > 0, norm, 1), identity), identity
     for _ in range(steps):
         T = 1.5 * identity - 0.5 * matmul(Z, Y)
@@ -87,23 +89,23 @@ def inverse_root(S: Array, damping: float = 1e-3, steps: int = 16) -> Array:
     return jnp.where(norm > 0, Z * jax.lax.rsqrt(jnp.where(norm > 0, norm, 1)), 0)
 
 
-# Iterations of polar_factor, at most: a hundred thousandth of the norm takes 17.
+# Most iterations of polar_factor: a singular value of 1e-5 of the norm takes 17.
 _MOST_ITERATIONS = 24
 
 
 def polar_factor(X: Array, least: jax.typing.ArrayLike) -> tuple[Array, Array]:
-    """The orthogonal polar factor: all singular values moved to one (scaled Newton-Schulz).
+    """Computes the orthogonal polar factor: all singular values become one (Newton-Schulz).
 
-    Repeats ``X <- a X (3 I - a^2 X^T X) / 2``. With its singular values in [l, 1], the best scale
-    is ``a^2 = 3 / (1 + l + l^2)``, and the new l is what it makes of the old: small ones grow by up
-    to 2.6 a step, and at the end the error is squared.
+    Repeats ``X <- a X (3 I - a^2 X^T X) / 2``. For singular values in [l, 1], the best scale is
+    ``a^2 = 3 / (1 + l + l^2)``, and the new l is the image of the old one: small singular values
+    grow by up to 2.6 per step, and convergence is quadratic.
 
     Args:
         X: array of shape (..., r, r), float32 or wider.
-        least: about the least singular value of X, shape (...). It sets the speed alone.
+        least: estimate of the smallest singular value of X, shape (...). It only affects speed.
 
     Returns:
-        The factor and whether it is one, shape (...): false where X was singular or not finite.
+        The factor, and whether it converged, shape (...): false if X is singular or not finite.
 
     Example:
         >>> import jax.numpy as jnp
@@ -115,6 +117,7 @@ def polar_factor(X: Array, least: jax.typing.ArrayLike) -> tuple[Array, Array]:
     computation of a Hermitian matrix", Argonne preprint ANL/MCS-P5059-0114, 2014.
     """
     gram = matmul(X.mT, X)
+    # |X|_2 <= |X^T X|_F^(1/2), tighter than |X|_F: singular values end in (0, 1].
     bound = jnp.sqrt(_norm(gram))
     bound = jnp.where(bound > 0, bound, 1)
     start = jnp.clip(jnp.asarray(least)[..., None, None] / bound, 0, 1).astype(X.dtype)
@@ -124,9 +127,9 @@ def polar_factor(X: Array, least: jax.typing.ArrayLike) -> tuple[Array, Array]:
 
 @batches_itself
 def _polar_iteration(X: Array, gram: Array, least: Array) -> tuple[Array, Array]:
-    """The polar factor of X with ``gram = X^T X``, and whether it is one, shape (..., 1, 1)."""
+    """Returns the polar factor of X, given ``X^T X``, and whether it converged, (..., 1, 1)."""
     identity = _identity_like(X)
-    # One more step takes an error from here to below the rounding errors.
+    # One more (quadratic) step reduces an error below this to rounding errors.
     near = 2 * float(jnp.finfo(X.dtype).eps) ** 0.5
 
     def improved(X: Array, gram: Array, scale: Array) -> Array:
@@ -143,7 +146,7 @@ def _polar_iteration(X: Array, gram: Array, least: Array) -> tuple[Array, Array]
         return step + 1, X, matmul(X.mT, X), least
 
     _, X, gram, _ = jax.lax.while_loop(
-        # Where there are no numbers, no comparison holds and it stops.
+        # Comparisons with NaN are false, so the loop stops for non-finite X.
         lambda state: (state[0] < _MOST_ITERATIONS) & jnp.any(distance(state[2]) > near),
         again,
         varying_alike((jnp.int32(0), X, gram, least)),
@@ -152,16 +155,16 @@ def _polar_iteration(X: Array, gram: Array, least: Array) -> tuple[Array, Array]
 
 
 def power_iteration(X: Array, u: Array, steps: int = 1) -> tuple[Array, Array]:
-    """Estimates the largest singular value of X, from below, going on from a left vector.
+    """Estimates the largest singular value of X from below, starting from a left vector.
 
     Args:
         X: array of shape (..., m, n), float32 or wider.
-        u: unit vector, shape (..., m, 1), such as the one from the last call.
-        steps: how many times to apply X^T and X.
+        u: unit vector, shape (..., m, 1), for instance from the last call.
+        steps: number of iterations, each a product with X^T and X.
 
     Returns:
-        The estimate, shape (..., 1, 1), and the new left vector. Where X annihilates the vector
-        (as a zero matrix does), the estimate is zero and the vector stays, to be used again.
+        The estimate, shape (..., 1, 1), and the new left vector. If X annihilates the vector (a
+        zero matrix does), the estimate is zero and the vector is kept.
 
     Example:
         >>> import jax.numpy as jnp
@@ -179,13 +182,13 @@ def power_iteration(X: Array, u: Array, steps: int = 1) -> tuple[Array, Array]:
 
 
 def start_vector(X: Array) -> Array:
-    """A fixed random unit vector to start the power iteration of X, the same for a whole stack."""
+    """Returns a fixed random unit vector to start the power iteration, the same for all layers."""
     vector = jax.random.normal(jax.random.key(0), (X.shape[-2], 1), at_least_float32(X.dtype))
     return jnp.broadcast_to(_unit(vector, otherwise=0), (*X.shape[:-1], 1))
 
 
 def _identity_like(X: Array) -> Array:
-    """Identity matrices, as many as X has."""
+    """Returns a batch of identity matrices of X's shape."""
     return jnp.broadcast_to(jnp.eye(X.shape[-1], dtype=X.dtype), X.shape)
 
 
@@ -194,6 +197,6 @@ def _norm(X: Array) -> Array:
 
 
 def _unit(X: Array, otherwise: jax.typing.ArrayLike) -> Array:
-    """X divided by its Frobenius norm; ``otherwise`` where that is zero."""
+    """Divides X by its Frobenius norm; returns ``otherwise`` where that is zero."""
     norm = _norm(X)
     return jnp.where(norm > 0, X / jnp.where(norm > 0, norm, 1), otherwise)

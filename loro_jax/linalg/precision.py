@@ -1,4 +1,4 @@
-"""How precise the optimizer computes: products in full, factorisations in float32 at least."""
+"""Precision of the optimizer: full-precision products, factorisations in float32 or wider."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ Array = jax.Array
 
 
 def matmul(x: Array, y: Array) -> Array:
-    """The product in full float32, also on accelerators, whose default is to round the inputs."""
+    """Multiplies in full float32, also on accelerators, which round the inputs by default."""
     return jnp.matmul(x, y, precision=jax.lax.Precision.HIGHEST)
 
 
 def in_full_precision(fn: Callable) -> Callable:
-    """A function whose products ``x @ y`` are all like :func:`matmul`.
+    """Returns a function whose products ``x @ y`` are all in full precision, as :func:`matmul`.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -35,12 +35,12 @@ def in_full_precision(fn: Callable) -> Callable:
 
 
 def at_least_float32(dtype: Any) -> Any:
-    """The dtype to factorise in: the given one, or float32 where it is narrower."""
+    """Returns the dtype to factorise in: the given one, or float32 if it is narrower."""
     if jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32:
-        return jnp.dtype(jnp.float32)  # also of those that JAX does not promote, of eight bits
+        return jnp.dtype(jnp.float32)  # also for 8-bit floats, which JAX does not promote
     return jnp.promote_types(dtype, jnp.float32)
 
 
 def inexact(dtype: Any) -> Any:
-    """The dtype of results: the given one, or float32 for integers, which can't hold them."""
+    """Returns the dtype of results: the given one, or float32 for integers."""
     return dtype if jnp.issubdtype(dtype, jnp.inexact) else jnp.float32

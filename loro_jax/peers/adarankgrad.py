@@ -1,23 +1,24 @@
-"""AdaRankGrad: GaLore with a rank that follows the gradient, and moments that follow the subspace.
+"""AdaRankGrad: GaLore with an adaptive rank, and moments transported to the new subspace.
 
 Source: Refael et al., ICLR 2025 (arXiv 2410.17881). A weight's subspace is renewed when Adam has
 converged inside it, or after a period. The new subspace is found by randomised SVD; its rank r is
-the smallest for which ``|G - P P^T G|^2 <= eta |G|^2`` (Frobenius). With ``C = P_new^T P_old`` the
-moments move into it: ``M <- C M``. Then follow Adam on ``R = P^T G`` and the step
+the smallest with ``|G - P P^T G|^2 <= eta |G|^2`` (Frobenius). With ``C = P_new^T P_old`` the
+moments are transported to it: ``M <- C M``. Then follow Adam on ``R = P^T G`` and the step
 ``-lr alpha P N``.
 
 Shapes are static under jit, so every projector and moment has the largest rank; columns of P beyond
-the adaptive rank are zero, and with them the rows of R, M, V and N. The method's memory for smaller
-ranks is therefore not saved here: the ``rank`` in the state says what it would be.
+the adaptive rank are zero, and so are the rows of R, M, V and N. Smaller ranks therefore save no
+memory here; ``rank`` in the state says how small the state could be.
 
-The rules above are from the paper's abstract and from summaries of it, not from its pseudo-code:
-the defaults of ``eta`` and ``tolerance``, and what follows, are choices made here.
+The rules above are from the paper's abstract and from summaries of it, not from its pseudo-code.
+The defaults of ``eta`` and ``tolerance``, and the following rules, are choices made here.
 
-* second moments move by ``V <- (C * C) V`` (entrywise square): what uncorrelated coordinates have,
-  and never negative. ``C V``, the first moments' rule, can be negative under Adam's root.
-* "converged" means that the projected gradient's norm fell below ``tolerance`` times what it was
-  when the subspace was made. An absolute threshold would depend on the scale of the loss.
-* layers of a stacked leaf are tested one by one; a renewal of any computes all, and keeps the rest.
+* Second moments are transported by ``V <- (C * C) V`` (entrywise square), which is exact for
+  uncorrelated coordinates and never negative. ``C V``, the rule of first moments, may be negative.
+* "Converged" means that the projected gradient's norm fell below ``tolerance`` times its value
+  when the subspace was computed. An absolute threshold would depend on the scale of the loss.
+* Layers of a stacked leaf are tested one by one; if any is due, subspaces of all are computed, and
+  only the due ones are replaced.
 """
 
 from __future__ import annotations
@@ -41,12 +42,12 @@ class AdaRankGradState(NamedTuple):
     """State of :func:`adarankgrad`; k and l are the smaller and the larger side of a leaf.
 
     Attributes:
-        count: steps done, int32 scalar.
-        projector: tree like the parameters: (..., k, r), or a scalar where a leaf is not projected.
+        count: number of steps taken, int32 scalar.
+        projector: tree like the parameters: (..., k, r), or a scalar for leaves not projected.
         mu: tree of first moments: (..., r, l), or the leaf's own shape.
-        nu: tree of second moments, likewise.
-        rank: tree of the adaptive ranks, int32, one for each matrix.
-        norm: tree of the projected gradients' norms when the subspaces were made.
+        nu: tree of second moments, shapes as ``mu``.
+        rank: tree of adaptive ranks, int32, one per matrix.
+        norm: tree of the projected gradients' norms when the subspaces were computed.
     """
 
     count: jax.Array  # type: ignore[assignment]  # shadows tuple.count, as in Optax
@@ -71,7 +72,7 @@ def adarankgrad(
     eps: float = 1e-8,
     weight_decay: float = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
-    """AdaRankGrad on the projected leaves, Adam on the others.
+    """Creates AdaRankGrad for the projected leaves, with Adam for the others.
 
     State is float32 or wider, whatever the parameters' dtype, and has the size of the largest rank.
 
@@ -85,7 +86,7 @@ def adarankgrad(
         eta: share of the gradient's squared norm that the subspace may lose, if the largest rank
             can reach it.
         tolerance: a subspace is renewed early when the projected gradient's norm is below this
-            share of what it was when the subspace was made. 0: by the period alone.
+            share of its value when the subspace was computed. 0: never early.
         b1: decay of Adam's first moment.
         b2: decay of Adam's second moment.
         eps: Adam's epsilon.
@@ -131,7 +132,7 @@ def adarankgrad(
         converged = _norm(project(P, G)) < tolerance * norm
         due = converged | (count % countable(update_every) == 0)
         subspace = (P, mu, nu, ranks, norm)
-        # One scalar for the leaf, so that lax.cond skips the factorisations.
+        # One scalar per leaf, so that lax.cond skips the factorisations.
         P, mu, nu, ranks, norm = jax.lax.cond(
             jnp.any(due), lambda: _renewed(subspace, due, G, *find(G, count)), lambda: subspace
         )
@@ -146,7 +147,7 @@ def _norm(X: Array) -> Array:
 
 
 def _renewed(held: Slots, due: Array, G: Array, P_new: Array, ranks_new: Array) -> Slots:
-    """The slots with new subspaces where they are due."""
+    """Replaces the subspaces, moments and ranks of the layers that are due."""
     P, mu, nu, *_ = held
     new = (P_new, *moved_moments(P_new, P, mu, nu), ranks_new, _norm(project(P_new, G)))
     return tuple(

@@ -1,4 +1,4 @@
-"""Fira: GaLore's update plus the rest of the gradient, scaled as Adam scaled the projected part.
+"""Fira: GaLore's update plus the remaining gradient, scaled as Adam scales the projected part.
 
 Source: Chen et al., NeurIPS 2025 (arXiv 2410.01623). With ``R = P^T G`` and Adam's direction N of
 R, the part of the gradient that GaLore drops is ``S = G - P R``. Adam has no moments for it, so
@@ -8,10 +8,10 @@ is. Then the norm-growth
 limiter: where ``|S_t| > gamma |S_(t-1)|`` (Frobenius, a norm for each matrix, after its own
 limiting), S_t is shortened to ``gamma |S_(t-1)|``. The update is ``alpha P N + S``.
 
-Details as in the authors' code: 1e-8 is added to ``|R_j|``; alpha is not applied to S; the first S
-is not limited. Otherwise than there, N carries Adam's bias correction before its norm is taken, and
-epsilon is added to the corrected root, as in the other methods here; and a zero norm limits
-nothing, because an S that was zero once would have to stay near zero for ever.
+As in the authors' code, 1e-8 is added to ``|R_j|``, alpha is not applied to S, and the first S is
+not limited. Unlike there, N includes Adam's bias correction before its norm is taken, and epsilon
+is added to the corrected root, as in the other methods here; and a previous norm of zero does not
+limit S, because an S that was zero once would have to stay near zero forever.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ class FiraState(NamedTuple):
     """State of :func:`fira`; k and l are the smaller and the larger side of a leaf.
 
     Attributes:
-        count: steps done, int32 scalar.
-        projector: tree like the parameters: (..., k, r), or a scalar where a leaf is not projected.
+        count: number of steps taken, int32 scalar.
+        projector: tree like the parameters: (..., k, r), or a scalar for leaves not projected.
         mu: tree of first moments: (..., r, l), or the leaf's own shape.
-        nu: tree of second moments, likewise.
-        norm: tree of the last remainders' norms, one for each matrix; zero before the first.
+        nu: tree of second moments, shapes as ``mu``.
+        norm: tree of the last remainders' norms, one per matrix; zero before the first step.
     """
 
     count: jax.Array  # type: ignore[assignment]  # shadows tuple.count, as in Optax
@@ -69,15 +69,15 @@ def norm_scaling(N: Array, R: Array) -> Array:
 
 
 def limit_growth(S: Array, last: Array, gamma: float) -> tuple[Array, Array]:
-    """The norm-growth limiter.
+    """Limits the growth of a matrix's norm from step to step.
 
     Args:
         S: (..., k, l).
-        last: norm of the previous S, (...,); zero: no limit.
+        last: norm of the previous S, (...); zero: no limit.
         gamma: largest growth in one step.
 
     Returns:
-        S, shortened to norm ``gamma * last`` where it is longer, and its norm.
+        S, scaled down to norm ``gamma * last`` if its norm is larger, and its new norm.
 
     Example:
         >>> import jax.numpy as jnp
@@ -104,9 +104,9 @@ def fira(
     eps: float = 1e-8,
     weight_decay: float = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
-    """Fira on the projected leaves, Adam on the others.
+    """Creates Fira for the projected leaves, with Adam for the others.
 
-    State is float32 or wider, whatever the parameters' dtype: GaLore's and a number a matrix.
+    State is float32 or wider, whatever the parameters' dtype: GaLore's and one number per matrix.
 
     Args:
         learning_rate: as all arguments but ``gamma``, see :func:`loro_jax.peers.galore.galore`.
@@ -154,6 +154,7 @@ def fira(
         P = renewed_projector(P, G, count, update_every)
         R = project(P, G)
         N, mu, nu = adam(R, mu, nu, count + 1, constants)
+        # The remainder, scaled like the projected part, and limited in its growth.
         S, norm = limit_growth(norm_scaling(N, R) * (G - lift(P, R)), last, gamma)
         return scale * lift(P, N) + S, (P, mu, nu, norm)
 

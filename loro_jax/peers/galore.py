@@ -2,22 +2,22 @@
 
 Source: Zhao et al., ICML 2024 (arXiv 2403.03507), Algorithm 2. For a weight m x n with m <= n,
 every T steps P becomes the first r left singular vectors of the gradient; then ``R = P^T G``, Adam
-turns R into N, and the weight moves by ``-lr alpha P N``. For m > n the same holds for the
-transpose. Moments stay as they are when P changes.
+turns R into N, and the weight moves by ``-lr alpha P N``. For m > n the same is done with the
+transpose. Moments are kept when P changes.
 
-``optax.contrib.galore`` is not wrapped here, because four things cannot be set from outside:
+``optax.contrib.galore`` is not wrapped here, because four things cannot be configured:
 
-* the side: it projects the larger one (``use_left = m >= n``; for m < n it takes right singular
-  vectors, an n x r projector and moments m x r), where the paper projects the smaller one;
-  its dimension numbers can transpose a leaf, but the side is chosen by size afterwards. Adam acts
-  on other coordinates then, so only square matrices, and rank = full, agree;
-* leaves stacked over layers: it refuses axes that are neither rows nor columns, and split into
-  layers, each would still be projected on the wrong side;
-* precision: projector and moments take the parameter's dtype, bfloat16 for bfloat16 weights;
-* a rank beyond the smaller side is cut without a word.
+* the side: it projects the larger one (``use_left = m >= n``; for m < n it uses right singular
+  vectors, an n x r projector and moments m x r), where the paper projects the smaller one. Its
+  dimension numbers can transpose a leaf, but the side is chosen by size afterwards. Adam then acts
+  on other coordinates, so only square matrices, and full rank, agree;
+* leaves stacked over layers: it rejects axes that are neither rows nor columns, and leaves split
+  into layers would still be projected on the wrong side;
+* precision: projector and moments have the parameter's dtype, bfloat16 for bfloat16 weights;
+* a rank beyond the smaller side is silently reduced.
 
 Its bias correction and its moments across projector changes are as in the paper, and on square
-matrices both give the same updates.
+matrices both implementations give the same updates.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ class GaLoreState(NamedTuple):
     """State of :func:`galore`; k and l are the smaller and the larger side of a leaf.
 
     Attributes:
-        count: steps done, int32 scalar.
-        projector: tree like the parameters: (..., k, r), or a scalar where a leaf is not projected.
+        count: number of steps taken, int32 scalar.
+        projector: tree like the parameters: (..., k, r), or a scalar for leaves not projected.
         mu: tree of first moments: (..., r, l), or the leaf's own shape.
-        nu: tree of second moments, likewise.
+        nu: tree of second moments, shapes as ``mu``.
     """
 
     count: jax.Array  # type: ignore[assignment]  # shadows tuple.count, as in Optax
@@ -61,29 +61,29 @@ def galore(
     eps: float = 1e-8,
     weight_decay: float = 0.0,
 ) -> optax.GradientTransformationExtraArgs:
-    """GaLore on the projected leaves, Adam on the others.
+    """Creates GaLore for the projected leaves, with Adam for the others.
 
     State is float32 or wider, whatever the parameters' dtype. Square matrices are projected from
     the left, as in the paper (the authors' code projects them from the right).
 
     Args:
-        learning_rate: a number or a schedule.
+        learning_rate: number or schedule.
         rank: r of every projector.
-        projected: which leaves to project: a tree of bools of the parameters' structure, or a
-            callable that makes it from the parameters. A projected leaf is (..., m, n); leading
-            axes are layers, each with a projector of its own.
+        projected: which leaves to project: a tree of bools with the parameters' structure, or a
+            callable that returns it for the parameters. A projected leaf is (..., m, n); leading
+            axes are layers, each with its own projector.
         update_every: T. Steps 0, T, 2T, ... compute new projectors.
-        scale: alpha, on the projected leaves' updates.
+        scale: alpha, factor on the projected leaves' updates.
         b1: decay of the first moment.
         b2: decay of the second moment.
-        eps: added to the root of the corrected second moment, as in ``optax.scale_by_adam``.
-        weight_decay: decoupled decay of all leaves, ``lr * weight_decay`` a step.
+        eps: added to the square root of the corrected second moment, as in ``optax.scale_by_adam``.
+        weight_decay: decoupled decay of all leaves, ``lr * weight_decay`` per step.
 
     Returns:
         An ``optax.GradientTransformationExtraArgs``, learning rate included.
 
     Raises:
-        ValueError: for settings out of range; from ``init``, if ``projected`` does not fit the
+        ValueError: for settings out of range; from ``init``, if ``projected`` does not match the
             parameters or the rank exceeds the smaller side of a leaf; from ``update``, without
             ``params`` if there is a weight decay.
 

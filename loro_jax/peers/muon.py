@@ -1,16 +1,16 @@
 """Muon: orthogonalised momentum on dense projections, Adam on everything else.
 
-The rival of low-rank training at equal tokens. For a projection W (m x n) with averaged gradient M,
-``W -= eta sqrt(m / n) NS(beta M + (1 - beta) G)``, where NS moves all singular values towards one
-(:func:`loro_jax.linalg.newton_schulz.orthogonalise`). The shape factor is the one that
-:func:`loro_jax.orthogonal` gives products ``B A``, so that a rate means the same for both.
+The dense baseline for low-rank training at equal tokens. For a projection W (m x n) with averaged
+gradient M, ``W -= eta sqrt(m / n) NS(beta M + (1 - beta) G)``, where NS moves all singular values
+towards one (:func:`loro_jax.linalg.newton_schulz.orthogonalise`). :func:`loro_jax.orthogonal` has
+the same shape factor for products ``B A``, so learning rates of both are comparable.
 
-``optax.contrib.muon`` is not wrapped here, because two things cannot be set from outside:
+``optax.contrib.muon`` is not wrapped here, because two things cannot be configured:
 
 * its shape factor is ``sqrt(max(1, m / n))`` or a constant RMS, so wide matrices (m < n) take
-  larger steps than here; on tall and square ones both agree, up to the next point;
-* its Nesterov momentum is corrected for bias, ours is not (as in Jordan et al.): the directions of
-  the first steps weight the newest gradient a little more here. Without Nesterov they are equal.
+  larger steps than here; tall and square ones agree, up to the next point;
+* its Nesterov momentum is bias-corrected, ours is not (as in Jordan et al.): the first directions
+  weight the newest gradient slightly more here. Without Nesterov they are equal.
   (``tests/peers/test_muon.py``)
 
 Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks", 2024; the shape
@@ -52,17 +52,17 @@ def scale_by_muon(
     """Orthogonalises averaged gradients of matrices, and scales them by ``sqrt(m / n)``.
 
     Args:
-        momentum: beta, the decay of the averaged gradients.
-        nesterov: look one gradient ahead of the average.
-        newton_schulz_steps: iterations of the orthogonalisation.
+        momentum: beta, decay of the averaged gradients.
+        nesterov: whether to use Nesterov momentum.
+        newton_schulz_steps: number of Newton-Schulz iterations.
 
     Returns:
         An ``optax.GradientTransformation`` for leaves of shape (..., m, n), m outputs by n inputs;
         leading axes are layers, each orthogonalised separately.
 
     Raises:
-        ValueError: for a ``momentum`` outside [0, 1) or no iterations; from ``init``, for a leaf
-            that is no matrix.
+        ValueError: for a ``momentum`` outside [0, 1) or less than one iteration; from ``init``, for
+            a leaf that is not a matrix.
 
     Example:
         >>> import jax.numpy as jnp
@@ -118,27 +118,27 @@ def muon(
     b2: float = 0.999,
     eps: float = 1e-8,
 ) -> optax.GradientTransformationExtraArgs:
-    """Muon on the projected leaves, AdamW on the others.
+    """Creates Muon for the projected leaves, with AdamW for the others.
 
     Args:
-        learning_rate: of the other leaves, a number or a schedule.
-        projected: which leaves are projections: a tree of bools of the parameters' structure, or a
-            callable that makes it from the parameters.
+        learning_rate: number or schedule, for the other leaves.
+        projected: which leaves are projections: a tree of bools with the parameters' structure, or
+            a callable that returns it for the parameters.
         lr_scale: factor on the learning rate of the projections. Their eta, ``learning_rate *
-            lr_scale``, is the spectral norm of a step of a square matrix, about.
-        momentum: of :func:`scale_by_muon`.
-        nesterov: of :func:`scale_by_muon`.
-        newton_schulz_steps: of :func:`scale_by_muon`.
-        weight_decay: decoupled decay; each step shrinks a leaf by its learning rate times this.
+            lr_scale``, is approximately the spectral norm of a square matrix's step.
+        momentum: see :func:`scale_by_muon`.
+        nesterov: see :func:`scale_by_muon`.
+        newton_schulz_steps: see :func:`scale_by_muon`.
+        weight_decay: decoupled decay, ``learning rate * weight_decay`` per step.
         b1: decay of Adam's first moment.
         b2: decay of Adam's second moment.
-        eps: added to the root of Adam's corrected second moment.
+        eps: added to the square root of Adam's corrected second moment.
 
     Returns:
         An ``optax.GradientTransformationExtraArgs``, learning rate included.
 
     Raises:
-        ValueError: as :func:`scale_by_muon`, and for an ``lr_scale`` that is not above 0.
+        ValueError: as :func:`scale_by_muon`, and for an ``lr_scale`` of 0 or less.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax

@@ -1,8 +1,8 @@
 """Low-rank projection of a gradient, and Adam in the subspace.
 
-Everything here takes matrices whose smaller side comes first, (..., k, l) with k <= l; leading axes
-are batch axes (the layers of a scanned model). A projector P is (..., k, r) with orthonormal
-columns, a projected gradient ``R = P^T G`` is (..., r, l), and so are its moments.
+All matrices have their smaller side first, (..., k, l) with k <= l; leading axes are batch axes
+(the layers of a scanned model). A projector P is (..., k, r) with orthonormal columns; a projected
+gradient ``R = P^T G`` is (..., r, l), and so are its moments.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class AdamConstants(NamedTuple):
 
 
 def smaller_side_first(G: Array) -> Array:
-    """G (..., m, n) with the last two axes swapped where m > n. Its own inverse, given the shape.
+    """Swaps the last two axes of G (..., m, n) if m > n; :func:`as_shaped` is the inverse.
 
     Example:
         >>> import jax.numpy as jnp
@@ -41,7 +41,7 @@ def smaller_side_first(G: Array) -> Array:
 
 
 def as_shaped(D: Array, shape: tuple[int, ...]) -> Array:
-    """Undoes :func:`smaller_side_first` for a leaf of the given shape.
+    """Inverts :func:`smaller_side_first` for a leaf of the given shape.
 
     Example:
         >>> import jax.numpy as jnp
@@ -52,17 +52,17 @@ def as_shaped(D: Array, shape: tuple[int, ...]) -> Array:
 
 
 def project(P: Array, G: Array) -> Array:
-    """``R = P^T G``: the gradient's coordinates in the subspace."""
+    """Projects a gradient to its coordinates in the subspace, ``R = P^T G``."""
     return matmul(P.mT, G)
 
 
 def lift(P: Array, N: Array) -> Array:
-    """``P N``: from coordinates in the subspace back to a matrix."""
+    """Maps coordinates in the subspace back to a matrix, ``P N``."""
     return matmul(P, N)
 
 
 def leading_vectors(G: Array, rank: int) -> Array:
-    """The first ``rank`` left singular vectors of G.
+    """Computes the first ``rank`` left singular vectors of G.
 
     Args:
         G: (..., k, l) with k <= l.
@@ -85,9 +85,9 @@ def leading_vectors(G: Array, rank: int) -> Array:
 
 
 def renewed_projector(P: Array, G: Array, count: Array, update_every: int) -> Array:
-    """P, or the gradient's leading vectors when ``count`` is a multiple of ``update_every``.
+    """Renews the projector from the gradient if ``count`` is a multiple of ``update_every``.
 
-    The choice is one scalar for all layers, so ``lax.cond`` skips the SVD on all other steps.
+    The condition is one scalar for all layers, so ``lax.cond`` skips the SVD on other steps.
     """
     renew: Callable[[], Array] = lambda: leading_vectors(G, P.shape[-1])  # noqa: E731
     return jax.lax.cond(count % countable(update_every) == 0, renew, lambda: P)
@@ -96,17 +96,17 @@ def renewed_projector(P: Array, G: Array, count: Array, update_every: int) -> Ar
 def adam(
     G: Array, mu: Array, nu: Array, step: Array, constants: AdamConstants
 ) -> tuple[Array, Array, Array]:
-    """One step of Adam on one array.
+    """Takes one step of Adam on one array.
 
     Args:
         G: gradient.
         mu: first moment.
         nu: second moment.
-        step: number of this step, from 1.
+        step: index of this step, from 1.
         constants: decays and epsilon.
 
     Returns:
-        The direction, bias corrected, and the two new moments.
+        The bias-corrected direction, and the new moments.
 
     Example:
         >>> import jax.numpy as jnp

@@ -1,14 +1,14 @@
-"""ReLoRA: every few thousand steps, s B A is merged into W0 and B and A start anew.
+"""ReLoRA: every few thousand steps, s B A is merged into W0, and B and A are reinitialised.
 
 The weight is W0 + s B A with a frozen W0; each restart adds a matrix of rank r to W0, so the sum
 of the updates has a rank above r. At a restart most of the optimizer's moments of B and A are
-zeroed, since they belong to the old directions (Adam's step count goes on), and the learning rate
+zeroed, since they belong to the old directions (Adam's step count continues), and the learning rate
 warms up from zero.
 
-The method starts warm: the authors first train all of W (5,000 of 20,000 steps, for the LLaMA
-models), then freeze it as W0 and go on with B and A at about twice the learning rate, s = 32 / r,
-r = 128 and a restart every 5,000 steps. The functions here need not know of the warm start. Only
-see that restarts and schedule count the same steps.
+The method has a warm start: the authors first train all of W (5,000 of 20,000 steps, for the LLaMA
+models), then freeze it as W0 and continue with B and A at about twice the learning rate,
+s = 32 / r, r = 128 and a restart every 5,000 steps. The functions here are independent of the warm
+start, but restarts and schedule must count the same steps.
 
 Source: Lialin, Muckatira, Shivagunde, Rumshisky, "ReLoRA: High-Rank Training Through Low-Rank
 Updates", ICLR 2024, arXiv 2307.05695 (section 3, algorithm 1 and figure 2), and the authors' code
@@ -40,33 +40,33 @@ def merge_and_restart(
     keep: float = 0.001,
     pruning: str = "random",
 ) -> tuple[Array, Array, Array, tuple[Pair, ...]]:
-    """Merges s B A into W0, zeroes B, draws A anew and prunes the moments.
+    """Merges s B A into W0, zeroes B, reinitialises A and prunes the moments.
 
-    A is uniform between -1 / sqrt(n) and 1 / sqrt(n): Kaiming with a leaky slope of sqrt(5), as a
-    fresh linear layer of PyTorch and as in LoRA.
+    A is uniform between -1 / sqrt(n) and 1 / sqrt(n): Kaiming with a leaky slope of sqrt(5), as in
+    a new linear layer of PyTorch and in LoRA.
 
-    Which moments survive is decided for each matrix by itself, the first moments apart from the
-    second. The authors' script prunes at random and keeps 0.1 % by default, also for the LLaMA
-    models; the paper describes pruning by magnitude, of 99 % (``pruning="magnitude", keep=0.01``),
-    and the script's configuration for 1B parameters keeps the largest 10 %. Here the survivors of a
-    matrix are exactly ``round(keep * size)``, which the script meets on average.
+    Moments are pruned separately for each matrix, and first moments separately from second ones.
+    The authors' script prunes at random and keeps 0.1 % by default, also for the LLaMA models; the
+    paper describes pruning 99 % by magnitude (``pruning="magnitude", keep=0.01``), and the script's
+    configuration for 1B parameters keeps the largest 10 %. Here exactly ``round(keep * size)``
+    entries of a matrix are kept, in the script this number on average.
 
     Args:
-        key: a JAX random key.
+        key: JAX random key.
         W0: frozen weight (..., m, n); leading axes are layers.
         B: (..., m, r).
         A: (..., r, n).
         moments: pairs (for_B, for_A), as ``((mu_B, mu_A), (nu_B, nu_A))``.
         scale: s.
-        keep: the share of the moments that survives, from 0 to 1.
-        pruning: "random", or "magnitude" for the entries of the largest size.
+        keep: share of the moments to keep, from 0 to 1.
+        pruning: "random", or "magnitude" to keep the largest entries.
 
     Returns:
         W0, B, A and moments, in the shapes and dtypes of the input. The product is formed in
         float32 or wider; a W0 in bfloat16 rounds the sum.
 
     Raises:
-        ValueError: if shapes do not fit, or ``keep`` or ``pruning`` is none of the above.
+        ValueError: for mismatched shapes, or invalid ``keep`` or ``pruning``.
 
     Example:
         >>> B, A, W0 = jnp.ones((4, 2)), jnp.ones((2, 3)), jnp.zeros((4, 3))
@@ -107,17 +107,17 @@ def merge_and_restart(
 def jagged_schedule(
     schedule: optax.ScalarOrSchedule, every: int, warmup_steps: int = 100
 ) -> optax.Schedule:
-    """A schedule (the paper's: a cosine) that restarts at zero with every restart of the factors.
+    """Adds a re-warm-up from zero at every restart to a schedule (in the paper a cosine).
 
-    From step ``every`` on, each period opens with a straight line from zero to the value that the
-    schedule has at the end of the re-warm-up, ``warmup_steps`` later (50 to 100 in the paper).
-    This is :func:`loro_jax.with_restarts` but for the target: there the climb is a fraction of
-    the schedule's present value, which falls a little meanwhile. As there, merge behind step t
-    where ``(t + 1) % every == 0``, so that the first step with the new factors has rate zero.
-    (The authors' script merges behind that idle step.)
+    From step ``every`` on, each period starts with a linear warm-up from zero to the value that the
+    schedule has at its end, ``warmup_steps`` later (50 to 100 in the paper). It differs from
+    :func:`loro_jax.with_restarts` in the target: there the rate is a fraction of the schedule's
+    current value, which decays meanwhile. As there, merge after step t if ``(t + 1) % every == 0``,
+    so that the first step with the new factors has rate zero. (The authors' script merges after
+    that idle step.)
 
     Args:
-        schedule: a learning rate or a schedule, with the first warm-up.
+        schedule: learning rate or schedule, including the first warm-up.
         every: T, the distance between restarts.
         warmup_steps: length of the re-warm-up; 0 turns it off.
 
@@ -132,7 +132,7 @@ def jagged_schedule(
         >>> [round(float(schedule(step)), 3) for step in (499, 500, 550, 600, 601)]
         [0.501, 0.0, 0.2, 0.4, 0.399]
 
-    Source: arXiv 2307.05695, figure 2; the line's end is that of the authors' code.
+    Source: arXiv 2307.05695, figure 2; the target of the warm-up is that of the authors' code.
     """
     if every < 1 or not 0 <= warmup_steps <= every:
         raise ValueError(
@@ -152,7 +152,7 @@ def jagged_schedule(
 
 
 def _kaiming_uniform(key: Array, A: Array) -> Array:
-    """A like A (..., r, n), uniform within 1 / sqrt(n)."""
+    """Draws an array like A (..., r, n), uniform within 1 / sqrt(n)."""
     bound = A.shape[-1] ** -0.5
     wide = at_least_float32(A.dtype)
     return jax.random.uniform(key, A.shape, wide, minval=-bound, maxval=bound).astype(A.dtype)
@@ -162,8 +162,8 @@ def _prune(key: Array, moment: Array, keep: float, pruning: str) -> Array:
     """Zeroes all but ``round(keep * size)`` entries of each matrix."""
     flat = moment.reshape(*moment.shape[:-2], -1)
     score = jnp.abs(flat) if pruning == "magnitude" else jax.random.uniform(key, flat.shape)
-    # The places of the largest scores, and not a threshold: equal entries (frequent in bfloat16,
-    # and in a moment that is all zero) would all lie on one side of it.
+    # Indices of the largest scores instead of a threshold, which equal entries (frequent in
+    # bfloat16 and in zero moments) would all pass or all fail.
     _, survivors = jax.lax.top_k(score, round(keep * flat.shape[-1]))
     kept = jnp.take_along_axis(flat, survivors, axis=-1)
     pruned = jnp.put_along_axis(jnp.zeros_like(flat), survivors, kept, axis=-1, inplace=False)

@@ -1,4 +1,4 @@
-"""A subspace of adaptive rank by randomised subspace iteration, and the way of moments into it."""
+"""Subspaces of adaptive rank by randomised subspace iteration, and transport of moments."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ _OVERSAMPLE, _ITERATIONS = 8, 2
 def randomised_vectors(
     G: Array, key: Array, rank: int, oversample: int, iterations: int
 ) -> tuple[Array, Array]:
-    """Leading left singular vectors and values of one matrix, approximately.
+    """Approximates the leading left singular vectors and values of one matrix.
 
-    A Gaussian sketch of ``rank + oversample`` columns, orthonormalised after each product with G or
-    its transpose, then the SVD of the small matrix ``Q^T G``. A sketch as wide as the smaller side
-    makes it exact.
+    Uses a Gaussian sketch of ``rank + oversample`` columns, orthonormalised after each product with
+    G or its transpose, then the SVD of the small matrix ``Q^T G``. It is exact if the sketch is as
+    wide as the smaller side.
 
     Args:
         G: (k, l) with k <= l.
         key: a JAX random key.
-        rank: how many.
-        oversample: further columns of the sketch.
+        rank: number of vectors.
+        oversample: additional columns of the sketch.
         iterations: products with ``G G^T`` after the first product with G.
 
     Returns:
@@ -98,7 +98,7 @@ def adaptive_projector(G: Array, count: Array, *, rank: int, eta: float) -> tupl
         key = jax.random.fold_in(jax.random.key(0), count)
         return randomised_vectors(G, key, rank, _OVERSAMPLE, _ITERATIONS)
 
-    # The count goes along for each layer: the mapped function may close over no traced value.
+    # One count per layer, because the mapped function must not close over traced values.
     counts = jnp.broadcast_to(count, G.shape[:-2])
     U, s = one_by_one(of_one, G.ndim - 2)(G, counts)
     ranks = adaptive_rank(s, jnp.sum(G**2, axis=(-2, -1)), eta)
@@ -106,16 +106,16 @@ def adaptive_projector(G: Array, count: Array, *, rank: int, eta: float) -> tupl
 
 
 def moved_moments(P_new: Array, P_old: Array, mu: Array, nu: Array) -> tuple[Array, Array]:
-    """Adam's moments, expressed in another subspace.
+    """Transports Adam's moments to another subspace.
 
     Args:
         P_new: (..., k, r).
         P_old: (..., k, r).
         mu: first moments in the old subspace, (..., r, l).
-        nu: second moments, likewise.
+        nu: second moments in the old subspace, (..., r, l).
 
     Returns:
-        Both in the new subspace.
+        Both moments in the new subspace.
 
     Example:
         >>> import jax.numpy as jnp

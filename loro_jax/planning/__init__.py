@@ -1,1 +1,1 @@
-"""What a run would take: memory, time bounds and collectives, from compiled programs alone."""
+"""Estimates of a run's memory, time and communication, from compiled programs alone."""

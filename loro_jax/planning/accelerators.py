@@ -1,4 +1,4 @@
-"""What accelerators can do at most, by their makers' datasheets."""
+"""Peak performance of accelerators, from their makers' datasheets."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from loro_jax.planning.collectives import Collective
 
 
 class Accelerator(NamedTuple):
-    """Peaks of one device.
+    """Peak performance of one device.
 
     Attributes:
-        flops: dense bfloat16 operations a second.
+        flops: dense bfloat16 operations per second.
         memory: bytes.
-        memory_bandwidth: bytes a second.
-        link_bandwidth: bytes a second that it sends to devices of its node (of its pod: TPU), one
-            half of what the datasheets give for both directions together.
-        network_bandwidth: bytes a second that it sends to other nodes.
-        node: devices of a node.
+        memory_bandwidth: bytes per second.
+        link_bandwidth: bytes per second sent to devices of the same node (TPU: pod), half of the
+            datasheet's figure for both directions.
+        network_bandwidth: bytes per second sent to other nodes.
+        node: devices per node.
     """
 
     flops: float
@@ -28,13 +28,13 @@ class Accelerator(NamedTuple):
     node: int
 
     def seconds(self, exchange: Collective) -> float:
-        """Time of an exchange at full bandwidth; within nodes where all its groups are."""
+        """Returns the time of a collective at full bandwidth, within nodes if all groups are."""
         within = all(len({i // self.node for i in group}) == 1 for group in exchange.groups)
         return exchange.sent / (self.link_bandwidth if within else self.network_bandwidth)
 
 
-# NVIDIA's datasheets of the SXM versions; nodes are DGX systems, with one network card a GPU of
-# 400 Gbit/s (A100: 200). Google's documentation of TPU v5p: 4,800 Gbit/s between chips of a pod.
+# NVIDIA's datasheets of the SXM versions; nodes are DGX systems, with one 400 Gbit/s network card
+# per GPU (A100: 200). Google's documentation of TPU v5p: 4,800 Gbit/s between chips of a pod.
 ACCELERATORS = {
     "h100": Accelerator(989e12, 80e9, 3.35e12, 450e9, 50e9, 8),
     "h200": Accelerator(989e12, 141e9, 4.8e12, 450e9, 50e9, 8),
@@ -44,7 +44,7 @@ ACCELERATORS = {
 
 
 def accelerator_of(device_kind: str) -> Accelerator | None:
-    """Returns the datasheet of a device, by the name that JAX gives it; None if it is not known.
+    """Returns the datasheet of a device by JAX's name of it; None if unknown.
 
     Args:
         device_kind: ``jax.devices()[0].device_kind``.

@@ -1,4 +1,4 @@
-"""What the devices of a compiled program send each other."""
+"""Collectives in compiled programs."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective
 
 
 class Collective(NamedTuple):
-    """An exchange between devices.
+    """A collective operation.
 
     Attributes:
         kind: one of :data:`KINDS`.
-        bytes: of the whole array that the group exchanges, seen from one device: the result of an
-            all-gather, the operand of the others.
-        groups: the devices that exchange with each other, one row a group; of a permute, the pairs
-            (from, to) in which both differ.
-        times: how often a step does it; a loop whose length XLA does not know counts once.
+        bytes: size of the array on one device: the result of an all-gather, the operand of the
+            others.
+        groups: groups of devices, one row per group; of a permute, the pairs (from, to) of
+            different devices.
+        times: executions per step; a loop whose trip count XLA does not know counts once.
     """
 
     kind: str
@@ -33,7 +33,7 @@ class Collective(NamedTuple):
 
     @property
     def sent(self) -> float:
-        """Bytes that one device sends in all, by the algorithms that send the least (a ring's)."""
+        """Bytes that one device sends in total, with algorithms that send the least (rings)."""
         if self.kind == "collective-permute":
             return float(self.bytes * self.times)
         size = max(map(len, self.groups))
@@ -44,15 +44,15 @@ class Collective(NamedTuple):
 def read_collectives(
     hlo: str, devices: int, branch: Callable[[Sequence[int]], int] = max
 ) -> list[Collective]:
-    """The exchanges of one call of a compiled program.
+    """Reads the collectives in one call of a compiled program.
 
     Args:
         hlo: ``compiled.as_text()``.
-        devices: the number of devices that it was compiled for.
+        devices: number of devices that it was compiled for.
         branch: as for :func:`loro_jax.planning.hlo.read_instructions`.
 
     Returns:
-        One entry an instruction that more than one device takes part in.
+        One entry per instruction in which more than one device takes part.
 
     Example:
         >>> hlo = '''
@@ -64,7 +64,7 @@ def read_collectives(
         >>> found.kind, found.bytes, found.groups, found.sent
         ('all-reduce', 32, ((0, 1), (2, 3)), 32.0)
     """
-    # A device that goes on while it waits has two instructions; the first one says it all.
+    # An asynchronous collective is two instructions, of which the first has all information.
     operations = (*KINDS, *(f"{kind}-start" for kind in KINDS))
     read = [_collective(one, devices) for one in read_instructions(hlo, operations, branch)]
     return [one for one in read if one is not None]
@@ -93,7 +93,7 @@ def _listed(text: str) -> tuple[tuple[int, ...], ...]:
 
 
 def _groups(line: str, devices: int) -> tuple[tuple[int, ...], ...]:
-    """The groups of ``replica_groups=``, in any of the three ways in which XLA writes them."""
+    """Parses ``replica_groups=``, in any of XLA's three notations."""
     mesh = re.search(r"replica_groups=mesh\[(.*?)\](?:, device_ids=\((.*?)\))? \{(.*?)\}", line)
     if mesh:
         return _groups_of_axes(*mesh.groups())
@@ -106,11 +106,13 @@ def _groups(line: str, devices: int) -> tuple[tuple[int, ...], ...]:
 
 
 def _groups_of_axes(mesh: str, ids: str | None, axes: str) -> tuple[tuple[int, ...], ...]:
-    """Groups along axes of a mesh, or along parts ``axis:(before)size`` of them."""
+    """Returns groups along axes of a mesh, or along parts ``axis:(before)size`` of axes."""
     sizes = {name: int(size) for name, size in re.findall(r"'(\w+)'=(\d+)", mesh)}
     wanted = re.findall(r"'(\w+)'(?::\((\d+)\)(\d+))?", axes)
     shape: list[int] = []
     chosen: list[int] = []
+    # Split every mesh axis into (before, part, rest) for each part that is named, remember the axes
+    # of the parts, and move these last: every row is then one group.
     for name, size in sizes.items():
         parts = [(int(before), int(part)) for n, before, part in wanted if n == name and before]
         if any(n == name and not before for n, before, _ in wanted):
@@ -128,7 +130,7 @@ def _groups_of_axes(mesh: str, ids: str | None, axes: str) -> tuple[tuple[int, .
 
 
 def _iota(text: str) -> np.ndarray:
-    """``[4,2]T(1,0)``: the numbers from 0 in that shape, transposed so, as one row."""
+    """Parses ``[4,2]T(1,0)``: the numbers from 0 in that shape, transposed and flattened."""
     shape = [int(n) for n in re.findall(r"\d+", text.split("T")[0])]
     numbers = np.arange(math.prod(shape)).reshape(shape)
     if "T" in text:

@@ -1,4 +1,4 @@
-"""``python train.py --dry_run``: what a run would take, before there is a device for it."""
+"""``python train.py --dry_run``: estimates a run's memory, time and communication."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from loro_jax.training.vocabulary import resolve_vocabulary
 
 
 def dry_run(config: Config, devices: int | None) -> None:
-    """Compiles a run's step for simulated devices and prints what it takes.
+    """Compiles a run's step for simulated devices and prints the estimates.
 
     Args:
-        config: the run's.
-        devices: how many; None: as many as ``config.mesh`` says.
+        config: the run's config.
+        devices: number of devices; None: from ``config.mesh``.
 
     Raises:
-        TrainingError: for a bad config, or if nothing says how many devices.
+        TrainingError: for an invalid config, or an unknown number of devices.
     """
     config.validate()
     if config.model.vocab_size == 0:
@@ -46,7 +46,7 @@ def dry_run(config: Config, devices: int | None) -> None:
 
 
 def simulate_devices(count: int) -> None:
-    """Lets JAX see that many CPUs; one there is anyway. Before anything else is asked of JAX."""
+    """Makes JAX simulate several CPU devices; call it before JAX is initialised."""
     if count > 1:
         jax.config.update("jax_platforms", "cpu")
         jax.config.update("jax_num_cpu_devices", count)
@@ -57,14 +57,14 @@ def _devices_of(mesh: MeshConfig) -> int:
     if min(sizes) < 1:
         raise TrainingError(
             f"config.mesh = {mesh.data} x {mesh.fsdp} x {mesh.tensor} (data x fsdp x tensor) "
-            "leaves open how many devices there are; expected --devices=N."
+            "does not determine the number of devices; expected --devices=N."
         )
     return math.prod(sizes)
 
 
 @contextlib.contextmanager
 def quiet_partitioner() -> Iterator[None]:
-    """Keeps what XLA's partitioner says of each array that it moves off standard error."""
+    """Returns a context that suppresses the messages of XLA's partitioner on standard error."""
     logging.captureWarnings(True)
     sys.stderr.flush()
     kept = os.dup(2)
@@ -79,7 +79,7 @@ def quiet_partitioner() -> Iterator[None]:
 
 
 def describe(config: Config, plan: Plan) -> list[str]:
-    """Lines about a plan, all but its times."""
+    """Describes a plan, except for its times."""
     per_device = plan.model_flops / plan.devices
     executed = sum(one.flops for one in plan.products)
     kinds: collections.Counter[str] = collections.Counter()
@@ -89,12 +89,12 @@ def describe(config: Config, plan: Plan) -> list[str]:
     lines = [
         f"{config.method}, {plan.parameters / 1e9:.3g}G parameters, on {plan.devices} device(s) "
         f"({config.mesh.data} x {config.mesh.fsdp} x {config.mesh.tensor}, data x fsdp x tensor); "
-        f"{plan.tokens:,} tokens a step",
+        f"{plan.tokens:,} tokens per step",
         f"  each device holds {_bytes(plan.state_bytes)} of parameters and optimizer state, and "
-        f"within a step at most {_bytes(plan.temporary_bytes)} more (compiled for CPU)",
-        f"  it computes {per_device / 1e12:.3g} TFLOP a step for the model, "
-        f"{executed / 1e12:.3g} with what is computed again or on several devices",
-        f"  it sends {_bytes(plan.sent)} a step" + (f" ({by_kind})" if by_kind else ""),
+        f"at most {_bytes(plan.temporary_bytes)} more within a step (compiled for CPU)",
+        f"  it computes {per_device / 1e12:.3g} TFLOP per step for the model, "
+        f"{executed / 1e12:.3g} with recomputed and replicated products",
+        f"  it sends {_bytes(plan.sent)} per step" + (f" ({by_kind})" if by_kind else ""),
     ]
     if plan.exact_exchanges != plan.exchanges:
         lines.append(f"  and {_bytes(plan.sent_more)} more in an exact one")
@@ -102,7 +102,7 @@ def describe(config: Config, plan: Plan) -> list[str]:
 
 
 def step_times(plan: Plan) -> list[dict[str, object]]:
-    """Expected times on each accelerator, as rows of a table."""
+    """Returns the expected times on each accelerator, as rows of a table."""
     rows: list[dict[str, object]] = []
     for name, accelerator in ACCELERATORS.items():
         computing, exchanging = plan.seconds(accelerator)

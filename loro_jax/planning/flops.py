@@ -7,11 +7,11 @@ from loro_jax.training.config import Config
 
 
 def flops_per_token(config: Config) -> float:
-    """Operations of the forward and the backward pass, per token.
+    """Counts the operations of the forward and the backward pass, per token.
 
-    Counted are products of matrices, two operations a multiplication: projections, attention at
-    half its square (it is causal), and the head. Not counted: norms, activations, the optimizer,
-    and what ``model.remat`` computes again.
+    Counts matrix products, with two operations per multiplication: projections, causal attention
+    (half of the score matrix) and the head. Excludes norms, activations, the optimizer, and the
+    recomputation of ``model.remat``.
 
     Args:
         config: the run's config.

@@ -1,8 +1,7 @@
-"""Reading the text of a compiled program: what it does, and how often.
+"""Parser for the text of compiled programs (HLO): which instructions run, and how often.
 
-XLA's partitioner has then put the exchanges between devices into the program, and all shapes are
-those of one device. Programs can be compiled for any number of simulated devices, so all this is
-known before there is one.
+In a compiled program, XLA's partitioner has inserted the collectives, and all shapes are those on
+one device. Programs can be compiled for any number of simulated devices.
 """
 
 from __future__ import annotations
@@ -13,6 +12,8 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
+# The text has one computation per block: a header "%name (parameters) -> result {", then one
+# instruction per line, "%name = shape operation(%operand, ...), attributes".
 _SHAPE = re.compile(r"\b(pred|bf16|f8e4m3fn|f8e5m2|c64|c128|[fsu]\d+)\[([\d,]*)\]")
 _HEADER = re.compile(r"^(ENTRY )?%(\S+) \(.*\{\s*$")
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%(\S+) = (.*)$")
@@ -21,19 +22,19 @@ _ITEM_BYTES = {"pred": 1, "bf16": 2, "f8e4m3fn": 1, "f8e5m2": 1, "c64": 8, "c128
 
 
 class Shape(NamedTuple):
-    """Of an array on one device."""
+    """Shape and dtype of an array on one device."""
 
     dtype: str
     sizes: tuple[int, ...]
 
     @property
     def entries(self) -> int:
-        """Their number."""
+        """Number of entries."""
         return math.prod(self.sizes)
 
     @property
     def bytes(self) -> int:
-        """Bytes of all entries."""
+        """Size in bytes."""
         return self.entries * (_ITEM_BYTES.get(self.dtype) or max(int(self.dtype[1:]) // 8, 1))
 
 
@@ -41,11 +42,11 @@ class Instruction(NamedTuple):
     """An instruction of a compiled program.
 
     Attributes:
-        operation: what it does: "dot", "all-reduce", "custom-call".
-        results: shapes of what it returns.
-        operands: shapes of what it takes.
+        operation: name of the operation, such as "dot", "all-reduce" or "custom-call".
+        results: shapes of the results.
+        operands: shapes of the operands.
         text: the whole line.
-        times: how often one call of the program does it; a loop whose length XLA does not know
+        times: executions per call of the program; a loop whose trip count XLA does not know
             counts once.
     """
 
@@ -59,16 +60,16 @@ class Instruction(NamedTuple):
 def read_instructions(
     hlo: str, operations: Sequence[str], branch: Callable[[Sequence[int]], int] = max
 ) -> list[Instruction]:
-    """The instructions of some kinds that one call of a program meets, with loops multiplied out.
+    """Reads the instructions that one call of a program executes, counting those in loops.
 
     Args:
         hlo: ``compiled.as_text()``.
-        operations: those wanted.
-        branch: which branch of a conditional is read: that with the most (``max``) or the fewest
-            (``min``) instructions. A step of LORO takes the former when it is exact.
+        operations: names of the operations to read.
+        branch: which branch of a conditional to read: that with the most (``max``) or the fewest
+            (``min``) instructions. An exact step of LORO takes the former.
 
     Returns:
-        One entry an instruction and a place that it is called from.
+        One entry per instruction and call site.
 
     Example:
         >>> hlo = '''
@@ -82,13 +83,14 @@ def read_instructions(
     """
     computations, entry = _computations(hlo)
 
+    # Number of instructions of a computation, with those that it calls: ranks branches.
     @functools.cache
     def size(name: str) -> int:
         lines = computations.get(name, {}).values()
         return len(lines) + sum(size(called) for line in lines for called, _ in calls(line))
 
     def calls(line: str) -> Iterator[tuple[str, int]]:
-        """Names of the computations that a line calls, and how often."""
+        """Yields the computations that a line calls, and how often."""
         operation = _operation(line)
         if operation == "while":
             count = re.search(r'known_trip_count"?:\s*\{"?n"?:\s*"?(\d+)', line)
@@ -100,9 +102,11 @@ def read_instructions(
             names += re.findall(r"%([^\s,}]+)", listed[1]) if listed else []
             yield names[[size(n) for n in names].index(branch([size(n) for n in names]))], 1
         else:
+            # Fusions and calls; the reducers of all-reduce and reduce are read too, harmlessly.
             for name in re.findall(r"\b(?:to_apply|calls)=%([^\s,)}]+)", line):
                 yield name, 1
 
+    # Cached, because a computation may be called from several places.
     @functools.cache
     def inside(name: str) -> tuple[Instruction, ...]:
         lines = computations.get(name, {})
@@ -119,7 +123,7 @@ def read_instructions(
 
 
 def _computations(hlo: str) -> tuple[dict[str, dict[str, str]], str]:
-    """Lines by the name of their result, by the name of their computation; and the first one's."""
+    """Splits a program into lines by computation and result; returns them and the entry's name."""
     found: dict[str, dict[str, str]] = {}
     entry, current = "", ""
     for line in hlo.splitlines():
@@ -150,6 +154,7 @@ def _shapes(text: str) -> tuple[Shape, ...]:
 def _instruction(operation: str, line: str, lines: dict[str, str]) -> Instruction:
     result, _, rest = line.partition(f" {operation}(")
     operands: list[Shape] = []
+    # Operands are given by name: their shapes are those in their definitions.
     for name in re.findall(r"%([^\s,()]+)", rest.partition(")")[0]):
         definition = lines.get(name, "")
         operands += _shapes(definition.partition(f" {_operation(definition)}(")[0])

@@ -1,10 +1,10 @@
-"""Parameters and memory of every method for one model, beside the figures of the paper's Table 1.
+"""Parameters and memory of every method for one model, compared with the paper's Table 1.
 
-Nothing is allocated: shapes and dtypes come from abstract evaluation of the very functions that
-train. Counted are weights (trained and fixed), their gradients and the optimizer's state, not
-activations; GB are 1e9 bytes. The paper's Mem column counts weights and optimizer state in
-bfloat16, and no gradients; here Adam's second moments are float32 beside bfloat16 weights, too, so
-what stands beside the paper's figures is counted as the paper counts.
+Nothing is allocated: shapes and dtypes come from abstract evaluation of the functions that train.
+Weights (trained and frozen), their gradients and the optimizer's state are counted, activations are
+not; GB are 1e9 bytes. The paper's Mem column counts weights and optimizer state in bfloat16, and no
+gradients. Here Adam's second moments are float32 even for bfloat16 weights, so the columns that are
+compared with the paper are counted in its way.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from models.llama import PRESETS, preset
 MODELS = ("60m", "130m", "350m", "1b")
 
 # Table 1 of Mo et al., ICLR 2025: (parameters in millions, memory in GB) of each model, for the
-# ranks of PRESETS. Its 60M entry for low-rank weights, 0.24 GB, is not what it counts elsewhere:
+# ranks of PRESETS. Its 60M entry for low-rank weights, 0.24 GB, is inconsistent with the others:
 # six bytes for each of 43M parameters are 0.26 GB.
 PAPER: dict[str, tuple[tuple[int, float], ...]] = {
     "full": ((58, 0.35), (134, 0.81), (368, 2.21), (1339, 8.04)),
@@ -35,12 +35,12 @@ PAPER: dict[str, tuple[tuple[int, float], ...]] = {
 
 
 class Held(NamedTuple):
-    """What training by one method holds.
+    """Parameters and bytes held in training by one method.
 
     Attributes:
-        trainable: parameters with a gradient.
-        total: parameters of the model, with its fixed ones.
-        weights: bytes of all of them.
+        trainable: number of trainable parameters.
+        total: number of parameters, including frozen ones.
+        weights: bytes of all parameters.
         optimizer: bytes of the optimizer's state.
         gradients: bytes of the gradients.
     """
@@ -53,7 +53,7 @@ class Held(NamedTuple):
 
 
 def held_by(config: Config) -> Held:
-    """Counts what a run holds between and within its steps, without activations.
+    """Counts a run's parameters and bytes, without activations.
 
     Args:
         config: the run's config.
@@ -70,7 +70,7 @@ def held_by(config: Config) -> Held:
         (12192, True, True)
     """
     state = jax.eval_shape(make_program(config).init)
-    # Indices of a sparse matrix take memory; parameters they are not.
+    # Indices of a sparse matrix take memory but are not parameters.
     fixed = [
         leaf
         for leaf in jax.tree.leaves(state.fixed)
@@ -88,18 +88,18 @@ def held_by(config: Config) -> Held:
 
 
 def memory_rows(model: str, rank: int | None = None) -> list[dict[str, Any]]:
-    """One row a method.
+    """Returns one row per method.
 
     Args:
         model: a preset of ``models.llama``.
-        rank: of factors and projected gradients; None: the preset's.
+        rank: rank of factors and projected gradients; None: the preset's.
 
     Returns:
-        Rows with parameters in millions and GB for bfloat16 and float32. Where Table 1 of the paper
-        has the method and the model at this rank, also its figures, and how far ours are from them.
+        Rows with parameters in millions and GB for bfloat16 and float32. If Table 1 of the paper
+        has the method and the model at this rank, also its figures and the differences.
 
     Raises:
-        TrainingError: for an unknown model, or a rank that does not fit.
+        TrainingError: for an unknown model, or a rank that is too large.
     """
     if model not in PRESETS:
         raise TrainingError(f"--model={model}: expected one of {', '.join(PRESETS)}.")

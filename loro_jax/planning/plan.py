@@ -1,10 +1,9 @@
-"""What a run would take on devices that are not there: its step, compiled for simulated ones.
+"""Estimates of a run on missing devices, from its step compiled for simulated ones.
 
-Nothing is allocated. The program is the one that XLA makes for the mesh, for CPUs in place of the
-accelerators: who holds what, which products each device computes and who sends what to whom are the
-same. Bytes are the most that an accelerator needs, for a CPU computes and exchanges bfloat16 in
-float32, and all-reduces gradients of split parameters where a GPU or a TPU splits them in the same
-exchange, which sends half as much.
+Nothing is allocated. XLA compiles the program for the mesh, with CPUs in place of accelerators:
+sharding, products per device and collectives are the same. Bytes are upper bounds, because a CPU
+computes and communicates bfloat16 in float32, and all-reduces gradients of sharded parameters where
+a GPU or a TPU reduce-scatters them, which sends half as much.
 """
 
 from __future__ import annotations
@@ -28,11 +27,11 @@ from models.loss import Batch
 
 
 class Product(NamedTuple):
-    """A product of matrices on one device.
+    """A matrix product on one device.
 
     Attributes:
         flops: operations of all its calls in a step.
-        bytes: of its operands and its result, likewise.
+        bytes: bytes of operands and results of all its calls in a step.
     """
 
     flops: float
@@ -43,15 +42,15 @@ class Plan(NamedTuple):
     """A compiled step.
 
     Attributes:
-        devices: of the mesh.
-        parameters: trained ones.
-        state_bytes: parameters and optimizer state that one device holds.
-        temporary_bytes: what else it holds within a step.
-        tokens: of a step, over all devices.
-        model_flops: of a step, over all devices, as :func:`flops_per_token` counts.
-        products: of an approximate step on one device, recomputed ones among them.
-        exchanges: of an approximate step.
-        exact_exchanges: of an exact step, those of an approximate one among them.
+        devices: number of devices in the mesh.
+        parameters: number of trained parameters.
+        state_bytes: bytes of parameters and optimizer state on one device.
+        temporary_bytes: bytes of temporaries on one device within a step.
+        tokens: tokens per step, over all devices.
+        model_flops: operations per step, over all devices, as :func:`flops_per_token` counts.
+        products: products of an approximate step on one device, including recomputed ones.
+        exchanges: collectives of an approximate step.
+        exact_exchanges: collectives of an exact step, including those of an approximate one.
     """
 
     devices: int
@@ -71,16 +70,16 @@ class Plan(NamedTuple):
 
     @property
     def sent_more(self) -> float:
-        """Bytes that one device sends in an exact step besides these."""
+        """Additional bytes that one device sends in an exact step."""
         return sum(exchange.sent for exchange in self.exact_exchanges) - self.sent
 
     def seconds(self, accelerator: Accelerator) -> tuple[float, float]:
-        """Least time of an approximate step at the peaks of an accelerator.
+        """Returns lower bounds on the times of an approximate step, at an accelerator's peaks.
 
         Returns:
-            Seconds of computing (each product as its operations or its bytes allow, then one pass
-            over parameters and state), and of exchanges. A step takes at least the larger one, and
-            their sum where nothing overlaps.
+            Seconds of computation (each product bound by operations or bytes, plus one pass over
+            parameters and state), and of communication. A step takes at least the larger of both,
+            and their sum without overlap.
         """
         computing = sum(
             max(one.flops / accelerator.flops, one.bytes / accelerator.memory_bandwidth)
@@ -95,14 +94,14 @@ def make_plan(config: Config, devices: int | None = None) -> Plan:
 
     Args:
         config: a validated config with a vocabulary.
-        devices: how many of JAX's devices, the first ones, stand for the run's; None: all.
+        devices: number of JAX's devices to use, from the first on; None: all.
 
     Returns:
         The plan.
 
     Raises:
-        TrainingError: if the mesh does not make so many devices, or the batch does not split over
-            it.
+        TrainingError: if the mesh does not match the number of devices, or the batch can't be
+            sharded over it.
 
     Example:
         >>> from models import LlamaConfig
@@ -136,7 +135,7 @@ def make_plan(config: Config, devices: int | None = None) -> Plan:
 
 
 def _held(state: object) -> int:
-    """Bytes that one device holds of a sharded tree."""
+    """Returns the bytes of a sharded tree on one device."""
     return sum(
         math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
         for leaf in jax.tree.leaves(state)
@@ -144,7 +143,7 @@ def _held(state: object) -> int:
 
 
 def _product(dot: Instruction, item: int) -> Product:
-    """``item``: bytes of an entry on an accelerator; a CPU may compute in a wider dtype."""
+    """Counts operations and bytes of a product, at ``item`` bytes per entry (CPUs use more)."""
     contracted = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", dot.text)
     axes = [int(n) for n in contracted[1].split(",") if n] if contracted else []
     depth = math.prod(dot.operands[0].sizes[axis] for axis in axes)

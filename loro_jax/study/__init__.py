@@ -1,1 +1,1 @@
-"""Comparisons of methods on equal terms, their reports and their results."""
+"""Comparisons of methods under equal conditions, with reports and results."""

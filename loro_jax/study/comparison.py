@@ -29,7 +29,7 @@ from loro_jax.training.config import Config, differences
 from loro_jax.training.loop import train
 from loro_jax.training.metrics import read_rows
 
-_PATIENCE = 10.0  # seconds between two looks at runs that another process has claimed
+_PATIENCE = 10.0  # seconds between two checks of runs that another process has locked
 
 
 class StoppedError(Exception):
@@ -52,21 +52,22 @@ def compare(
     out: str,
     command: str = "",
 ) -> list[Result]:
-    """Runs a comparison, or what is missing of one, and writes its table and plots.
+    """Runs a comparison, or the missing runs of one, and writes its table and plots.
 
     Args:
-        base: the config that all runs share.
-        arms: what is compared.
-        seeds: seeds of initialisation and order; the first one's runs choose the learning rate.
-        grids: learning rates by the name of the arm.
-        out: the comparison's directory.
-        command: what started it, for the report.
+        base: config shared by all runs.
+        arms: arms to compare.
+        seeds: seeds of initialisation and data order; the first one's runs choose the learning
+            rate.
+        grids: learning rates by name of the arm.
+        out: directory of the comparison.
+        command: command line, for the report.
 
     Returns:
         All results, in the order of the runs.
 
     Raises:
-        TrainingError: for a bad config, or directories of other runs.
+        TrainingError: for an invalid config, or directories of other runs.
         StoppedError: if a signal ended a run.
     """
     directory = pathlib.Path(out)
@@ -85,11 +86,11 @@ def compare(
                 write_report(base, results, directory, command)
         if complete:
             return results
-        time.sleep(_PATIENCE)  # another process is at the rest
+        time.sleep(_PATIENCE)  # another process is running the rest
 
 
 def _finish(base: Config, run: Run, directory: pathlib.Path) -> Result | None:
-    """Trains a run to its end, unless it has ended already; None: another process is at it."""
+    """Trains a run to its end, if not done yet; None: another process is running it."""
     config = config_of(base, run)
     workdir = directory / run.name
     note_path = directory / f"{run.name}.diverged.txt"
@@ -104,7 +105,7 @@ def _finish(base: Config, run: Run, directory: pathlib.Path) -> Result | None:
         with contextlib.redirect_stdout(io.StringIO()):
             outcome = train(config, str(workdir))
     except InUseError:
-        print(f"{run.name}: another process is at it", flush=True)
+        print(f"{run.name}: running in another process", flush=True)
         return None
     except DivergedError as error:
         note = str(error).split(";")[0]
@@ -119,7 +120,7 @@ def _finish(base: Config, run: Run, directory: pathlib.Path) -> Result | None:
 
 
 def _belongs(config: Config, workdir: pathlib.Path) -> bool:
-    """Whether a directory holds a run of this very config."""
+    """Returns whether a directory holds a run with this config."""
     try:
         stored = json.loads((workdir / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -138,6 +139,6 @@ def _result(run: Run, workdir: pathlib.Path, perplexity: float | None, note: str
     curve = [(row["tokens"], row["loss"]) for row in rows]
     seconds = 0.0
     for before, row in zip([{"tokens": 0}, *rows], rows, strict=False):
-        if row["tokens_per_second"] > 0:  # 0 where the machine slept
+        if row["tokens_per_second"] > 0:  # 0 if the machine was suspended
             seconds += (row["tokens"] - before["tokens"]) / row["tokens_per_second"]
     return Result(run, perplexity, note, curve, seconds)

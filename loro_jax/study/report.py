@@ -1,4 +1,4 @@
-"""The table and the plots of a comparison."""
+"""Table and plots of a comparison."""
 
 from __future__ import annotations
 
@@ -19,17 +19,17 @@ from loro_jax.training.config import Config
 from loro_jax.training.fields import set_field
 from loro_jax.training.methods import settled
 
-# Names beside the points of a plot, while they can be read; the legend has them in any case.
+# Most points that are labelled in a plot; the legend lists all of them in any case.
 _NAMED_POINTS = 12
 
 
 class Arm(NamedTuple):
-    """What is compared: a method, with fields of the config set its own way.
+    """An arm of a comparison: a method with its own values of config fields.
 
     Attributes:
-        name: in the table, and of its directory.
+        name: name in the table, and of its directory.
         method: a name from :data:`loro_jax.training.config.METHODS`.
-        changes: fields, dotted, and their values.
+        changes: dotted fields and their values.
     """
 
     name: str
@@ -41,9 +41,9 @@ class Run(NamedTuple):
     """One run of a comparison.
 
     Attributes:
-        arm: what it is a run of.
-        learning_rate: its peak learning rate.
-        seed: its seed.
+        arm: arm of the run.
+        learning_rate: peak learning rate.
+        seed: seed of the run.
     """
 
     arm: Arm
@@ -52,17 +52,17 @@ class Run(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Its directory below the comparison's."""
+        """Path of its directory, relative to the comparison's."""
         return f"{self.arm.name}/lr{self.learning_rate:g}/seed{self.seed}"
 
 
 class Result(NamedTuple):
-    """How a run ended.
+    """Result of a run.
 
     Attributes:
-        run: which one.
+        run: the run.
         perplexity: its last validation perplexity; None if it diverged.
-        note: why, then.
+        note: reason if it diverged.
         curve: tokens and training loss of its rows.
         seconds: time of its steps, without evaluations and checkpoints.
     """
@@ -94,10 +94,10 @@ def write_report(
     """Writes ``table.md``, ``table.json`` and ``curves.png`` into a comparison's directory.
 
     Args:
-        base: the config that all runs share.
+        base: config shared by all runs.
         results: all results so far.
-        directory: where to write.
-        command: what made them.
+        directory: directory of the comparison.
+        command: command line of the comparison.
     """
     rows = summary(base, results)
     with replacing(directory / "table.md") as path:
@@ -116,16 +116,16 @@ def write_report(
 
 
 def summary(base: Config, results: list[Result]) -> list[dict[str, Any]]:
-    """One row an arm, the best first; diverged ones last.
+    """Summarises results in one row per arm, sorted by perplexity, diverged arms last.
 
     Args:
-        base: the config that all runs share.
+        base: config shared by all runs.
         results: all results.
 
     Returns:
-        Rows: best learning rate, mean and spread (largest less smallest) of the perplexity over the
-        seeds at that rate, parameters, memory, tokens a second, FLOPs per token and minutes of a
-        run, and what diverged.
+        Rows: best learning rate, mean and spread (largest minus smallest) of the perplexity over
+        the seeds at that rate, parameters, memory, tokens per second, FLOPs per token, minutes per
+        run, and diverged runs.
     """
     rows = []
     for arm in dict.fromkeys(result.run.arm for result in results):
@@ -142,7 +142,7 @@ def summary(base: Config, results: list[Result]) -> list[dict[str, Any]]:
         row |= {"spread": None, "seeds": 0, "tokens/s": None, "minutes": None}
         if finished:
             best = min(finished, key=lambda result: result.perplexity or 0).run.learning_rate
-            # The grid was run with the first seed: the rate with most seeds is the chosen one.
+            # Only the chosen rate was run with all seeds.
             by_rate: dict[float, list[Result]] = {}
             for result in finished:
                 by_rate.setdefault(result.run.learning_rate, []).append(result)
@@ -201,7 +201,7 @@ def _as_json(result: Result) -> dict[str, Any]:
 def _plot(
     base: Config, results: list[Result], rows: list[dict[str, Any]], path: pathlib.Path
 ) -> None:
-    """Loss against tokens and against FLOPs for the best rate; perplexity against memory."""
+    """Plots loss against tokens and FLOPs at the best rate, and perplexity against memory."""
     figure = Figure(figsize=(18, 6), layout="constrained")
     axes = figure.subplots(1, 3)
     colours = matplotlib.colormaps["turbo"]

@@ -1,4 +1,4 @@
-"""How smoothly runs went, and how well conditioned their products ended: read from run directories.
+"""Loss spikes after exact steps, and condition numbers of products, from run directories.
 
 For every run below a directory (one of python -m loro_jax compare, say):
 
@@ -39,7 +39,7 @@ _BEFORE, _BEHIND = 10, 5
 def main(arguments: Sequence[str]) -> int:
     """Runs ``python -m loro_jax stability``; returns the exit status."""
     parser = Parser("python -m loro_jax stability", __doc__)
-    parser.add_argument("directory", type=pathlib.Path, help="with runs somewhere below it")
+    parser.add_argument("directory", type=pathlib.Path, help="directory that contains runs")
     parser.add_argument("--json", help="write the results to this file, too")
     options = parser.parse_args(arguments)
     options.command = " ".join([parser.prog, *arguments])
@@ -73,7 +73,7 @@ def _row(run: pathlib.Path, name: str) -> dict[str, Any]:
 
 
 def exact_steps(config: Config) -> list[int]:
-    """The exact steps of a run of LORO, counted from 1; none of other methods.
+    """Returns the exact steps of a run, counted from 1; empty for methods other than LORO.
 
     Example:
         >>> exact_steps(Config(steps=100, exact_every=30))
@@ -85,14 +85,14 @@ def exact_steps(config: Config) -> list[int]:
 
 
 def spikes_behind(losses: dict[int, float], steps: Sequence[int]) -> list[float]:
-    """Height of the loss behind steps, over what it was before, where both are known.
+    """Returns the rise of the loss after given steps, where all needed rows exist.
 
     Args:
-        losses: by step.
+        losses: losses by step.
         steps: the steps.
 
     Returns:
-        One number a step.
+        One number per step.
 
     Example:
         >>> losses = {step: 2.0 for step in range(1, 60)} | {22: 2.5}
@@ -111,13 +111,13 @@ def spikes_behind(losses: dict[int, float], steps: Sequence[int]) -> list[float]
 
 
 def condition_numbers(model: Llama) -> tuple[list[float], list[float]]:
-    """Condition numbers of all products, and of all factors.
+    """Computes the condition numbers of all products and of all factors.
 
     Args:
-        model: with factorised projections.
+        model: model with low-rank projections.
 
     Returns:
-        (of the products, of the factors), each matrix of a stack by itself.
+        (those of the products, those of the factors), one per matrix and layer.
 
     Raises:
         TrainingError: if the model has no factors.

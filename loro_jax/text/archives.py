@@ -1,8 +1,8 @@
-"""Packed files, unpacked as streams: gzip, xz, zstd and bzip2.
+"""Streaming decompression of gzip, xz, zstd, bzip2 and lzma files.
 
-An archive may be several streams, one after the other, with zero bytes between and after them (the
-padding of .xz files and tapes): all of them are read. Anything else after a stream is an error,
-raised when all before it has been handed out.
+A file may consist of several streams, with zero bytes between and after them (the padding of .xz
+files and tapes); all of them are read. Anything else after a stream is an error, raised after
+everything before it has been yielded.
 """
 
 from __future__ import annotations
@@ -19,18 +19,18 @@ from typing import Any, BinaryIO
 
 from backports import zstd
 
-# Bytes that are read at a time, and that a decoder hands out at a time at most.
+# Bytes read at a time, and upper bound on a decoder's output per call.
 _BLOCK = 1 << 15
 
 UTF8_MARK = b"\xef\xbb\xbf"
 
-# How a stream begins. zstd allows frames that hold no content before, between and after the others.
+# Magic numbers. zstd allows skippable frames before, between and after the others.
 _BEGINNINGS = {
     "gzip": re.compile(rb"\x1f\x8b\x08"),
     "xz": re.compile(rb"\xfd7zXZ\0"),
     "zstd": re.compile(rb"\x28\xb5\x2f\xfd|[\x50-\x5f]\x2a\x4d\x18"),
     "bzip2": re.compile(rb"BZh[1-9](?:1AY&SY|\x17rE8P\x90)"),
-    "lzma": re.compile(rb"[\x01-\xe0]\0(?:\0|[\x10-\xf0]\0\0)"),  # known by its name
+    "lzma": re.compile(rb"[\x01-\xe0]\0(?:\0|[\x10-\xf0]\0\0)"),  # identified by file name only
 }
 _LONGEST_BEGINNING = 10
 
@@ -46,10 +46,10 @@ SUFFIXES = {
 
 
 class ArchiveError(Exception):
-    """What can't be unpacked.
+    """A file can't be decompressed.
 
     Attributes:
-        cut: whether it ended in the middle of a stream, so that its last document may be cut off.
+        cut: whether it ends in the middle of a stream, so that its last document may be truncated.
     """
 
     def __init__(self, reason: str, cut: bool):
@@ -58,11 +58,11 @@ class ArchiveError(Exception):
 
 
 class _DecoderError(ArchiveError):
-    """What a decoder says is wrong."""
+    """A decoder's own error."""
 
 
 def packing_of(beginning: bytes) -> str | None:
-    """The format of an archive that begins with these bytes; None if they begin none.
+    """Returns the compression format of a file with these first bytes; None if unknown.
 
     Example:
         >>> packing_of(b"BZh91AY&SY..."), packing_of(b"BZh")
@@ -75,17 +75,17 @@ def packing_of(beginning: bytes) -> str | None:
 
 
 def unpack(file: BinaryIO, packing: str) -> Iterator[bytes]:
-    """Unpacks all streams of an archive.
+    """Decompresses all streams of a file.
 
     Args:
-        file: the archive, at its beginning.
-        packing: its format, one of the values of ``SUFFIXES``.
+        file: the file, at its beginning.
+        packing: compression format, one of the values of ``SUFFIXES``.
 
     Yields:
-        The content, without the byte order mark that a stream may begin with.
+        The content, without byte order marks at the beginning of streams.
 
     Raises:
-        ArchiveError: at the end of all that can be unpacked, if that is not the end of the file.
+        ArchiveError: after all content that can be decompressed, if that is not the whole file.
     """
     data, first = b"", True
     while True:
@@ -107,13 +107,13 @@ def unpack(file: BinaryIO, packing: str) -> Iterator[bytes]:
         first = False
 
 
-# What yields the content of a stream, and returns what was read of the file after it.
+# Yields the content of a stream and returns the bytes that were read beyond its end.
 _Stream = Generator[bytes, None, bytes]
 
 
 def _unmarked(stream: _Stream) -> _Stream:
-    """A stream without a byte order mark at its beginning."""
-    beginning: bytes | None = b""  # until it is long enough for a mark
+    """Removes a byte order mark at the beginning of a stream."""
+    beginning: bytes | None = b""  # buffered until long enough for a mark
     while True:
         try:
             out = next(stream)
@@ -130,7 +130,7 @@ def _unmarked(stream: _Stream) -> _Stream:
 
 
 def _stream(file: BinaryIO, data: bytes, packing: str) -> _Stream:
-    """The content of one stream, up to the byte before an error."""
+    """Yields the content of one stream, up to the last byte before an error."""
     start = file.tell() - len(data)
     decoded, calls = _decoded(file, data, packing), 0
     while True:
@@ -139,7 +139,7 @@ def _stream(file: BinaryIO, data: bytes, packing: str) -> _Stream:
         except StopIteration as end:
             return end.value
         except _DecoderError:
-            # What a decoder makes in the call that fails is lost; so all calls again, but that one.
+            # The failing call's output is lost: decode again, and repeat that call byte by byte.
             file.seek(start)
             again, rest = _decoded(file, file.read(len(data)), packing, calls), bytearray()
             with contextlib.suppress(ArchiveError):
@@ -152,7 +152,7 @@ def _stream(file: BinaryIO, data: bytes, packing: str) -> _Stream:
 
 
 def _decoded(file: BinaryIO, data: bytes, packing: str, coarse: float = math.inf) -> _Stream:
-    """The content of one stream, call by call; after ``coarse`` calls byte by byte."""
+    """Yields the content of one stream, block by block; after ``coarse`` calls byte by byte."""
     decoder: Any = _DECODERS[packing]()
     for call in itertools.count():
         if decoder.eof:
@@ -188,7 +188,7 @@ class _Gzip:
 
     @property
     def needs_input(self) -> bool:
-        # A full output may leave more to come, though no input is left.
+        # If the output was full, more may follow even without further input.
         return not (self._decoder.unconsumed_tail or self._full)
 
     def decompress(self, data: bytes, max_length: int) -> bytes:
@@ -198,7 +198,7 @@ class _Gzip:
 
 
 def _zstd() -> zstd.ZstdDecompressor:
-    """A decoder for frames of any window (`zstd --long=31`), which reads 128 MiB unless told."""
+    """Returns a decoder for any window size (`zstd --long=31`); the default limit is 128 MiB."""
     parameter = zstd.DecompressionParameter.window_log_max
     return zstd.ZstdDecompressor(options={parameter: parameter.bounds()[1]})
 

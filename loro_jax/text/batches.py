@@ -1,8 +1,8 @@
-"""Batches of sequences: a function of (seed, step) alone.
+"""Batches of sequences, a function of (seed, step) alone.
 
 Grain shuffles, mixes, batches and prefetches; its iterator's state is saved with every checkpoint.
-The order is that of the global batch, of which each process assembles its own rows: any number of
-processes sees the same batches.
+The order is defined for the global batch, of which each process assembles its own rows, so batches
+don't depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ from loro_jax.text.packing import PackedRows, PaddedRows, Rows
 from loro_jax.text.shards import TokenShards
 from loro_jax.text.streams import PackedStreams
 
-# Seeds of the sources that are mixed lie this far apart.
+# Distance between the seeds of mixed sources.
 _SEED_STEP = 1_000_003
 
-# Sequences in an endless dataset. (Grain's own endless repetition overflows in batches of one.)
+# Length of an endless dataset. (Grain's own endless repetition overflows with a batch size of 1.)
 _ENDLESS = 1 << 48
 
 # Of the arrays that the processes of a run hold, the largest value of each entry, in all of them.
@@ -32,14 +32,14 @@ Agree = Callable[[np.ndarray], np.ndarray]
 
 
 class TrainBatches:
-    """Training batches, endless: an iterator that knows where it is.
+    """Endless iterator over training batches whose position can be saved and restored.
 
     Yields this process's rows of each batch: dicts of ``tokens`` int32 (b, L + 1) and ``mask``
     float32 (b, L).
 
     Args:
-        iterator: Grain's.
-        mine: the numbers of these rows in the global batch.
+        iterator: Grain iterator.
+        mine: indices of this process's rows in the global batch.
         batch_size: rows of the global batch.
         agree: returns the largest value of each entry over all processes; None: there is one
             process.
@@ -64,11 +64,11 @@ class TrainBatches:
         return next(self._iterator)
 
     def position(self) -> dict[str, np.ndarray]:
-        """Where it is, the same in every process and whatever rows each has."""
+        """Returns the position, the same in every process, whatever its rows."""
         state = self._iterator.get_state()
         position = {}
         for name, value in state.items():
-            if np.ndim(value):  # one of each row
+            if np.ndim(value):  # one value per row
                 rows = np.full(self._batch_size, -1, np.int64)
                 rows[self._mine] = value
                 position[name] = rows if self._agree is None else self._agree(rows)
@@ -77,7 +77,7 @@ class TrainBatches:
         return position
 
     def seek(self, position: dict[str, np.ndarray]) -> None:
-        """Goes to where :meth:`position` was called, in this process or others."""
+        """Restores a position saved by :meth:`position`, in this or another process."""
         self._iterator.set_state(
             {
                 name: np.asarray(value)[self._mine].tolist() if np.ndim(value) else int(value)
@@ -86,7 +86,7 @@ class TrainBatches:
         )
 
     def close(self) -> None:
-        """Releases its threads."""
+        """Stops the threads."""
         self._iterator.close()
 
 
@@ -128,7 +128,7 @@ def train_iterator(
             there is one process.
 
     Returns:
-        An iterator over these rows.
+        An endless iterator over these rows.
 
     Raises:
         TrainingError: if a source is too small for one sequence; while iterating, if an id is
@@ -141,7 +141,7 @@ def train_iterator(
 
 
 def _numbered(order: _Order, mine: Sequence[int]) -> grain.DatasetIterator:
-    """Sequences that have numbers, each assembled when its turn comes."""
+    """Iterates over numbered sequences, each assembled when it is read."""
     corpus, length = order.corpus, order.sequence_length
     rows = [_rows(order.data, corpus, source, length, order.seed) for source in corpus.train]
     places = _mixed(order, [len(source) for source in rows])
@@ -155,7 +155,7 @@ def _numbered(order: _Order, mine: Sequence[int]) -> grain.DatasetIterator:
         return {"tokens": tokens, "mask": mask}
 
     batches = places.batch(order.batch_size).map(assemble)
-    # What is encoded on the way takes all cores; shards are read by one thread.
+    # Encoding on the fly uses all cores; reading shards needs one thread.
     threads = order.data.threads or (1 if _counted(corpus) else available_cores())
     ahead = order.data.prefetch
     options = grain.ReadOptions(
@@ -165,17 +165,17 @@ def _numbered(order: _Order, mine: Sequence[int]) -> grain.DatasetIterator:
 
 
 def is_streamed(data: DataConfig, corpus: Corpus) -> bool:
-    """Whether sequences are packed on the way, because the tokens of a source are not counted."""
+    """Returns whether sequences are packed on the fly, because token counts are unknown."""
     return data.shape == "packed" and not _counted(corpus)
 
 
 def _counted(corpus: Corpus) -> bool:
-    """Whether the tokens of all sources are there already, in shards."""
+    """Returns whether all sources are already tokenised, in shards."""
     return all(isinstance(source.documents, TokenShards) for source in corpus.train)
 
 
 def describe(data: DataConfig, corpus: Corpus, sequence_length: int) -> str:
-    """How much there is to train on, in words."""
+    """Describes the amount of training data in words."""
     if is_streamed(data, corpus):
         count = sum(len(source.documents) for source in corpus.train)
         return f"{count:,} training documents, packed on the way"
@@ -199,9 +199,9 @@ def _rows(
 
 
 def _mixed(order: _Order, counts: list[int]) -> grain.MapDataset:
-    """An endless dataset of (source, epoch, place), each epoch of a source in an order of its own.
+    """Returns an endless dataset of (source, epoch, place), every epoch of a source reshuffled.
 
-    Numbers instead of sequences: a process looks at all of them, and reads its own.
+    It holds indices instead of sequences, so that a process only reads the rows it needs.
     """
     orders = []
     for number, count in enumerate(counts):
@@ -220,7 +220,7 @@ def _mixed(order: _Order, counts: list[int]) -> grain.MapDataset:
 
 
 def _streamed(order: _Order, mine: Sequence[int]) -> grain.DatasetIterator:
-    """Sequences packed on the way; weights count documents here."""
+    """Iterates over sequences packed on the fly; weights are shares of documents here."""
     data, vocab_size = order.data, order.corpus.vocab_size
     documents = [source.documents for source in order.corpus.train]
 

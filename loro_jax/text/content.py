@@ -1,4 +1,4 @@
-"""What a file holds, by its name and its first bytes, and which bytes are no text."""
+"""Detection of a file's format by its name and first bytes, and of bytes that are not text."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ import re
 
 from loro_jax.text.archives import SUFFIXES, UTF8_MARK
 
-# First bytes of a file that are looked at, unpacked.
+# Bytes at the beginning of a file, decompressed, that are inspected.
 HEAD = 1 << 16
 
 _JSON_NAMES = {".jsonl", ".json", ".ndjson", ".jsonlines", ".ldjson"}
 
 _READABLE = "expected text, JSON lines or Parquet, the first two also as .gz, .xz, .zst or .bz2"
 
-# What is refused by name, whatever it holds. (Not .br, .sz and the like: text files of several
-# languages end in the codes of these.)
+# Refused by name, whatever the content. (Not .br or .sz, which are also used as language codes at
+# the end of text files' names.)
 _REFUSED_NAMES = {
     **dict.fromkeys((".tar", ".tgz", ".tbz", ".tbz2", ".txz", ".tzst"), "a tar archive"),
     **dict.fromkeys((".zip", ".7z", ".rar"), "an archive of several files"),
@@ -40,22 +40,22 @@ _REFUSED_BEGINNINGS = [
     ),
 ]
 
-# Where texts hold them at all, control characters are rare; UTF-16 is full of them.
+# Control characters are rare in text; UTF-16 read as bytes is full of them.
 _CONTROLS = bytes({*range(1, 9), *range(14, 27), *range(28, 32)})
 
-# The beginning of an object, in an array or not.
+# The beginning of a JSON object, possibly in an array.
 _OBJECT = re.compile(rb'\s*(?:\[\s*)?\{\s*"(?:[^"\\\n]|\\.)*"\s*:')
 
-# A first line of JSON that is not one object a line.
+# First lines of JSON that is not one object per line.
 _NOT_A_LINE = re.compile(rb"\[\s*\{|\[\Z|\{\Z")
 
 
 class NotTextError(Exception):
-    """Bytes that are no text in UTF-8."""
+    """Bytes that are not UTF-8 text."""
 
 
 def decoded(content: bytes) -> str:
-    """The text of a document.
+    """Decodes a document.
 
     Raises:
         NotTextError: if it is not UTF-8, or looks like text of another encoding.
@@ -76,12 +76,12 @@ def decoded(content: bytes) -> str:
 
 
 def named_packing(path: str) -> str | None:
-    """The format of the archive that a file's name says it is."""
+    """Returns the compression format of a file by its name, or None."""
     return SUFFIXES.get(pathlib.Path(path).suffix.lower())
 
 
 def is_table(path: str) -> bool:
-    """Whether a file is a Parquet table, by its name or by both its ends.
+    """Returns whether a file is a Parquet table, by its name or its magic bytes at both ends.
 
     Raises:
         OSError: if it can't be read.
@@ -96,7 +96,7 @@ def is_table(path: str) -> bool:
 
 
 def refused_name(path: str) -> str | None:
-    """Why a file of this name is not read, or None."""
+    """Returns why a file of this name is refused, or None."""
     found = _REFUSED_NAMES.get(_suffix(path))
     if _suffix(path) == ".parquet" and named_packing(path):
         found = "a packed Parquet table"
@@ -104,10 +104,10 @@ def refused_name(path: str) -> str | None:
 
 
 def refused_content(head: bytes) -> str | None:
-    """Why content that begins like this is not read, or None.
+    """Returns why content with these first bytes is refused, or None.
 
     Args:
-        head: its first bytes, unpacked, at least 262 of them where there are as many.
+        head: its first bytes, decompressed, at least 262 unless it is shorter.
 
     Example:
         >>> refused_content("text".encode("utf-16"))
@@ -122,15 +122,16 @@ def refused_content(head: bytes) -> str | None:
 
 
 def is_json(path: str, head: bytes, whole_files: bool) -> bool:
-    """Whether a file is read as JSON lines.
+    """Returns whether a file is read as JSON lines.
 
     Args:
-        path: its name.
-        head: its first bytes, unpacked.
+        path: name of the file.
+        head: its first bytes, decompressed.
         whole_files: whether a text file is one document, whatever it begins with.
 
     Returns:
-        Whether its name says so, or it begins with an object and most of its first lines fit.
+        True if its name says so, or if it begins with an object and most of its first lines look
+        like JSON.
 
     Example:
         >>> is_json("a.txt", b'{"text": "one"}', False), is_json("a.txt", b"{one}", False)
@@ -140,28 +141,28 @@ def is_json(path: str, head: bytes, whole_files: bool) -> bool:
         return True
     if whole_files or not _OBJECT.match(head.replace(UTF8_MARK, b"", 1)):
         return False
-    # Most of its lines, so that a bad one among them does not make it prose.
+    # Most, not all, so that a single bad line does not turn JSON into prose.
     lines = _first_lines(head)
     return 2 * sum(line.startswith((b"{", b"[", b'"', b"}", b"]")) for line in lines) > len(lines)
 
 
 def refused_json(head: bytes) -> str | None:
-    """Why JSON that begins like this is not read as one object a line, or None."""
+    """Returns why JSON with these first bytes can't be read as one object per line, or None."""
     first, *others = _first_lines(head) or [b""]
     if not _NOT_A_LINE.match(first) or (others and (_is_value(first) or _is_value(others[0]))):
         return None  # bad lines among others are bad documents
     kind = "a JSON array" if first.startswith(b"[") else "JSON objects over several lines"
-    return f"{kind}; expected a JSON object a line (as `jq -c` writes them)"
+    return f"{kind}; expected one JSON object per line (as `jq -c` writes them)"
 
 
 def _suffix(path: str) -> str:
-    """The end of a name, without that of an archive, in lower case."""
+    """Returns a name's suffix in lower case, without that of a compression format."""
     name = pathlib.Path(path)
     return (name.with_suffix("") if named_packing(path) else name).suffix.lower()
 
 
 def _first_lines(head: bytes) -> list[bytes]:
-    """Up to eight lines that are not blank."""
+    """Returns up to eight non-blank lines."""
     lines = (line.strip() for line in head.replace(UTF8_MARK, b"").split(b"\n"))
     return list(itertools.islice(filter(None, lines), 8))
 

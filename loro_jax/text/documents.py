@@ -1,8 +1,7 @@
-"""Parts of a source, read one behind the other, from any place on.
+"""Sequential reading of the parts of a source, resumable at any document.
 
-A part is what is read from its beginning: a file, or a range of records. All documents of a source
-come in one order, whoever reads them; where a reading was interrupted, it goes on from a
-:class:`Position`.
+A part is a file or a range of records and is always read from its beginning. All documents of a
+source have one fixed order; an interrupted reading resumes from a :class:`Position`.
 """
 
 from __future__ import annotations
@@ -13,10 +12,10 @@ from typing import Any, NamedTuple
 
 from loro_jax.text.readers import Tally
 
-# One document in a hundred validates where nobody names a validation set.
+# One document in a hundred is held out if no validation set is given.
 VALIDATION_SHARE = 100
 
-# Documents that travel together end where one of these is reached.
+# Limits of a chunk: it ends when either is reached.
 _CHUNK_DOCUMENTS = 256
 _CHUNK_CHARACTERS = 1 << 20
 
@@ -25,11 +24,11 @@ class Part(NamedTuple):
     """A part of a source.
 
     Attributes:
-        name: what it is called: a path, mostly.
-        size: bytes or records; a part of another size is another part.
-        setting: the field of the config that names the source ("config.data.source").
-        split: "train", "validation", or None: each document goes where a hash of its text says.
-        read: yields its texts, and counts them in a tally.
+        name: its name, usually a path.
+        size: bytes or records; part of the part's identity.
+        setting: the config field that names the source ("config.data.source").
+        split: "train", "validation", or None: decided per document by a hash of its text.
+        read: yields its texts and counts them in a tally.
     """
 
     name: str
@@ -40,12 +39,12 @@ class Part(NamedTuple):
 
 
 class Position(NamedTuple):
-    """A place between two documents.
+    """A position between two documents.
 
     Attributes:
-        part: number of the part.
-        documents: documents of that part that lie before the place.
-        counts: what the tallies, by setting, had counted when the part began.
+        part: index of the part.
+        documents: number of documents of that part before the position.
+        counts: counts of the tallies, by setting, at the beginning of the part.
     """
 
     part: int
@@ -54,12 +53,12 @@ class Position(NamedTuple):
 
 
 class Chunk(NamedTuple):
-    """Consecutive documents.
+    """Consecutive documents, encoded together.
 
     Attributes:
         splits: "train" or "validation", for each document.
         texts: the documents.
-        end: the position behind the last one.
+        end: the position after the last one.
     """
 
     splits: list[str]
@@ -68,7 +67,7 @@ class Chunk(NamedTuple):
 
 
 def digest(text: str) -> int:
-    """64 bits of a text's hash."""
+    """Returns 64 bits of a text's hash."""
     whole = hashlib.sha256(text.encode("utf-8", errors="surrogatepass")).digest()
     return int.from_bytes(whole[:8], "big")
 
@@ -78,8 +77,8 @@ class PartReader:
 
     Args:
         parts: what to read, in this order.
-        skip: whether to go on however many documents are bad.
-        held_out: digests of texts that are left out of the training split.
+        skip: whether to continue however many documents are bad.
+        held_out: digests of texts that are excluded from the training split.
 
     Example:
         >>> part = Part("a", 2, "SOURCE", "train", lambda tally: iter(["one", "two"]))
@@ -93,7 +92,7 @@ class PartReader:
         self._tallies = {part.setting: Tally(part.setting, skip) for part in parts}
 
     def chunks(self, start: Position | None = None) -> Iterator[Chunk]:
-        """All documents behind a position (from the beginning by default), in order.
+        """Yields all documents after a position (by default all), in order.
 
         Raises:
             TrainingError: from the tallies.
@@ -140,12 +139,12 @@ class PartReader:
         return "train"
 
     def notes(self) -> list[str]:
-        """Lines on what has been skipped."""
+        """Returns one line per setting on the documents that were skipped."""
         reports = [tally.report() for tally in self._tallies.values()]
         return [report for report in reports if report is not None]
 
     def bad(self) -> dict[str, int]:
-        """Numbers of bad documents by reason."""
+        """Returns the number of bad documents by reason."""
         total: dict[str, int] = {}
         for tally in self._tallies.values():
             for reason, count in tally.bad.items():

@@ -1,4 +1,4 @@
-"""Texts to ids, several chunks at a time, in order."""
+"""Parallel encoding of texts to ids, in order."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ from loro_jax.text.tokenizers.tokenizer import Tokenizer
 
 
 def available_cores() -> int:
-    """Cores that this process may use."""
+    """Returns the number of cores that this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def token_dtype(vocab_size: int) -> Any:
-    """The smallest unsigned dtype that holds all ids: uint16 up to 65,536 of them, or uint32."""
+    """Returns the smallest unsigned dtype that holds all ids: uint16 up to 65,536, or uint32."""
     return np.uint16 if vocab_size <= 1 << 16 else np.uint32
 
 
 def encode_document(text: str, tokenizer: Tokenizer) -> np.ndarray:
-    """One document's ids, closed by the end-of-text id, int32 (n,)."""
+    """Encodes one document, closed by the end-of-text id, int32 (n,)."""
     return _encode([text], tokenizer)[0]
 
 
 def encode_chunks(
     chunks: Iterable[Chunk], tokenizer: Tokenizer, threads: int = 0, bos: bool = False
 ) -> Iterator[tuple[Chunk, list[np.ndarray]]]:
-    """Encodes chunks by several threads (tokenizers work outside Python's lock).
+    """Encodes chunks in several threads (tokenizers release Python's GIL).
 
     Args:
         chunks: chunks of documents.
         tokenizer: their tokenizer.
-        threads: how many at a time; 0: as many as there are cores.
+        threads: number of threads; 0: one per core.
         bos: whether each document begins with the beginning-of-text ids.
 
     Yields:
@@ -46,7 +46,7 @@ def encode_chunks(
         of dtype :func:`token_dtype`.
 
     Raises:
-        TrainingError: if the tokenizer yields an id that is outside its vocabulary.
+        TrainingError: if the tokenizer yields an id outside its vocabulary.
     """
     threads = threads or available_cores()
     dtype = token_dtype(tokenizer.vocab_size)
@@ -84,7 +84,7 @@ def _encode(
 
 
 def check_ids(ids: np.ndarray, vocab_size: int, place: str) -> None:
-    """Raises TrainingError if an id is outside the vocabulary; it would train on nonsense."""
+    """Raises TrainingError for an id outside the vocabulary, which JAX would not report."""
     if ids.size and not (ids.min() >= 0 and ids.max() < vocab_size):
         wrong = int(ids[(ids < 0) | (ids >= vocab_size)][0])
         raise TrainingError(

@@ -1,4 +1,4 @@
-"""The tokens of a run: sources opened, mixed, and split into training and validation."""
+"""The corpus of a run: sources opened, mixed, and split into training and validation."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from loro_jax.text.sources import (
 from loro_jax.text.tfds_source import tfds_texts
 from loro_jax.text.tokenizers.tokenizer import Tokenizer
 
-# Documents of a source's validation split that are used: enough for ten million tokens.
+# Most validation documents used per source: enough for ten million tokens.
 MAX_VALIDATION_DOCUMENTS = 50_000
 
 
 class TrainingSource(NamedTuple):
-    """One of the sources that are mixed.
+    """One of the mixed sources.
 
     Attributes:
-        name: what errors call it.
+        name: name in error messages.
         documents: ids of its training documents, each closed by the end-of-text id. Either
-            :class:`TokenShards`, or encoded when asked for.
-        weight: its share of the sequences, before normalisation.
+            :class:`TokenShards`, or encoded on access.
+        weight: unnormalised share of the sequences.
     """
 
     name: str
@@ -46,18 +46,18 @@ class TrainingSource(NamedTuple):
 
 
 class Corpus(NamedTuple):
-    """All that a run reads.
+    """Training and validation tokens of a run.
 
     Attributes:
         train: training sources.
         validation_tokens: the fixed validation set, int32 (S, L + 1).
         validation_mask: float32 (S, L).
-        train_stream: the training tokens in order (N,), or None where several sources or a large
+        train_stream: the training tokens in order (N,), or None if several sources or a large
             one make it meaningless or too long.
-        pad_id: the id that fills short sequences.
-        vocab_size: ids of the tokenizer.
-        fingerprint: changes with the tokens, or with the dataset they are read from.
-        notes: what the user should know about the reading.
+        pad_id: the padding id.
+        vocab_size: number of ids of the tokenizer.
+        fingerprint: identifies the tokens, or the dataset they are read from.
+        notes: messages for the user, such as skipped documents.
     """
 
     train: tuple[TrainingSource, ...]
@@ -71,7 +71,7 @@ class Corpus(NamedTuple):
 
 
 class _Source(NamedTuple):
-    """One source, opened; ``validation`` is None where ``config.data.validation`` replaces it."""
+    """An opened source; ``validation`` is None if ``config.data.validation`` replaces it."""
 
     train: Sequence[np.ndarray]
     validation: Sequence[np.ndarray] | None
@@ -89,12 +89,13 @@ def load_corpus(data: DataConfig, sequence_length: int, tokenizer: Tokenizer) ->
         tokenizer: the run's.
 
     Returns:
-        The corpus. No training document is in its validation set, unless ``config.data.validation``
-        brings some of a "tfds:" or prepared source, whose texts are not compared.
+        The corpus. Training and validation documents are disjoint, unless
+        ``config.data.validation`` overlaps with a "tfds:" or prepared source, whose texts are not
+        compared.
 
     Raises:
-        TrainingError: if files are missing, unreadable or hold no text, or a prepared directory is
-            of another tokenizer.
+        TrainingError: if files are missing, unreadable or hold no text, or a prepared directory
+            was written with another tokenizer.
     """
     weighted = weighted_sources(data.source)
     opened = [_open(entry.source, data, tokenizer) for entry in weighted]
@@ -165,13 +166,13 @@ def _hash(array: np.ndarray) -> str:
 def _encoded(
     reader: PartReader, config: DataConfig, tokenizer: Tokenizer
 ) -> dict[str, TokenShards]:
-    """All that a reader yields, in memory, by split."""
+    """Encodes all documents of a reader in memory, by split."""
     documents: dict[str, list[np.ndarray]] = {"train": [], "validation": []}
     for chunk, encoded in encode_chunks(reader.chunks(), tokenizer, config.threads):
         for split, ids in zip(chunk.splits, encoded, strict=True):
             documents[split].append(ids)
     if config.validation is None and not documents["validation"] and len(documents["train"]) > 1:
-        # Too few for one in a hundred.
+        # Too few documents for one in a hundred: hold out the last one.
         documents["validation"].append(documents["train"].pop())
     dtype = token_dtype(tokenizer.vocab_size)
     return {
@@ -182,7 +183,7 @@ def _encoded(
 def _validation_set(
     data: DataConfig, length: int, sources: list[Sequence[np.ndarray]], tokenizer: Tokenizer
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The fixed set: equal parts of each source's where its size is limited."""
+    """Builds the fixed validation set, with equal parts per source if its size is limited."""
     limit = -(-data.max_eval_sequences // len(sources))
     rows: list[Row] = []
     for documents in sources:
@@ -213,7 +214,7 @@ def _validation_rows(
 
 
 def _enough(documents: Sequence[np.ndarray], tokens: int | None) -> Iterator[np.ndarray]:
-    """Documents until there are as many tokens."""
+    """Yields documents until they hold the given number of tokens."""
     total = 0
     for i in range(min(len(documents), MAX_VALIDATION_DOCUMENTS)):
         yield documents[i]

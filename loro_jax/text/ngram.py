@@ -1,4 +1,4 @@
-"""Perplexity of unigram and bigram models: what a network has to beat to have learnt anything."""
+"""Perplexity of unigram and bigram models, the baselines that a network has to beat."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-# Absolute discount of Kneser-Ney smoothing; 0.75 is the customary value.
+# Absolute discount of Kneser-Ney smoothing; 0.75 is the usual value.
 DISCOUNT = 0.75
 
 
@@ -48,12 +48,12 @@ def ngram_perplexity(
     counts_V = np.bincount(train_N, minlength=vocab_size) + 1.0
     unigram_M = counts_V[targets_M] / counts_V.sum()
 
-    # Bigrams as single integers, sorted, so that each is looked up by bisection.
+    # Bigrams as single sorted integers, for lookup by bisection.
     bigrams, bigram_counts = np.unique(train_N[:-1] * vocab_size + train_N[1:], return_counts=True)
     contexts, followers = np.divmod(bigrams, vocab_size)
     context_counts_V = np.bincount(train_N[:-1], minlength=vocab_size)
     distinct_followers_V = np.bincount(contexts, minlength=vocab_size)
-    # Kneser-Ney's lower order: how many contexts a token follows. The half keeps unseen ids alive.
+    # Kneser-Ney's lower order: the number of contexts a token follows; 0.5 avoids zeros.
     continuation_V = np.bincount(followers, minlength=vocab_size) + 0.5
     continuation_V /= continuation_V.sum()
 

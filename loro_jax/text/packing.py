@@ -1,7 +1,7 @@
-"""From documents to sequences of one length, by a number each.
+"""Packing of documents into numbered sequences of one length.
 
-``packed``: windows of the stream of all documents, each closed by the end-of-text id. ``padded``:
-one document a sequence, truncated or filled up. Either way a sequence is a row of L + 1 ids, of
+``packed``: windows over the stream of all documents, each closed by the end-of-text id. ``padded``:
+one document per sequence, truncated or padded. Either way a sequence is a row of L + 1 ids, of
 which the first L are inputs and the last L targets, and a mask (L,) of the targets that count.
 """
 
@@ -34,17 +34,17 @@ class Rows(Protocol):
     """Numbered sequences, which may differ from epoch to epoch."""
 
     def __len__(self) -> int:
-        """Sequences in an epoch."""
+        """Returns the number of sequences in an epoch."""
 
     def row(self, epoch: int, place: int) -> Row:
-        """One of them."""
+        """Returns the sequence with index ``place`` in an epoch."""
 
 
 class EncodedTexts(Sequence[np.ndarray]):
-    """Documents that are encoded whenever they are asked for.
+    """Documents encoded on every access.
 
     Args:
-        texts: their texts.
+        texts: texts of the documents.
         tokenizer: their tokenizer.
     """
 
@@ -60,12 +60,12 @@ class EncodedTexts(Sequence[np.ndarray]):
 
 
 class PackedRows:
-    """Windows of a stream of tokens, cut at another offset in each epoch.
+    """Windows over a stream of tokens, with a random offset in each epoch.
 
     Args:
-        split: the documents; more than ``length`` tokens of them.
+        split: the documents, with more than ``length`` tokens in total.
         length: L.
-        seed: of the offsets.
+        seed: seed of the offsets.
 
     Example:
         >>> import numpy as np
@@ -78,9 +78,11 @@ class PackedRows:
     def __init__(self, split: TokenShards, length: int, seed: int):
         self._split = split
         self._length = length
+        # One window fewer than fit, so that every offset below ``length`` leaves room for all.
         self._count = max((split.tokens - length) // length, 1)
         choices = min(length, split.tokens - self._count * length)
 
+        # Cached, because every row needs it; rows of a few epochs may be read alternately.
         @functools.lru_cache(maxsize=4)
         def offset(epoch: int) -> int:
             return int(np.random.default_rng((seed, epoch)).integers(choices))
@@ -91,19 +93,19 @@ class PackedRows:
         return self._count
 
     def row(self, epoch: int, place: int) -> Row:
-        """Window number ``place`` of an epoch."""
+        """Returns window ``place`` of an epoch."""
         start = place * self._length + self._offset(epoch)
         tokens = self._split.read(start, start + self._length + 1)
         return Row(tokens, np.ones(self._length, np.float32))
 
 
 class PaddedRows:
-    """One document a row.
+    """One document per row, truncated or padded.
 
     Args:
-        documents: their ids.
+        documents: ids of the documents.
         length: L.
-        pad_id: fills what a document leaves.
+        pad_id: the padding id.
     """
 
     def __init__(self, documents: Sequence[np.ndarray], length: int, pad_id: int):
@@ -115,7 +117,7 @@ class PaddedRows:
         return len(self._documents)
 
     def row(self, epoch: int, place: int) -> Row:
-        """Document number ``place``, in any epoch."""
+        """Returns document ``place``, in any epoch."""
         del epoch
         if isinstance(self._documents, TokenShards):
             ids = self._documents.head(place, self._length + 1)
@@ -125,7 +127,7 @@ class PaddedRows:
 
 
 def padded_row(ids: np.ndarray, length: int, pad_id: int) -> Row:
-    """A document truncated or padded to one sequence."""
+    """Truncates or pads a document to one sequence."""
     kept = ids[: length + 1]
     tokens = np.full(length + 1, pad_id, np.int32)
     tokens[: len(kept)] = kept
@@ -135,7 +137,7 @@ def padded_row(ids: np.ndarray, length: int, pad_id: int) -> Row:
 
 
 def consecutive_rows(stream: np.ndarray, length: int, pad_id: int) -> list[Row]:
-    """Windows that predict every token of a stream but the first, the last one padded."""
+    """Cuts a stream into windows that predict every token but the first; the last is padded."""
     count = -(-(len(stream) - 1) // length)
     padded = np.full(count * length + 1, pad_id, np.int32)
     padded[: len(stream)] = stream

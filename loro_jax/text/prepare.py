@@ -1,8 +1,8 @@
-"""Tokenises a source once, into a prepared directory.
+"""Tokenisation of a source, once, into a prepared directory.
 
-Documents are read in order by one thread, encoded by several, and written in order: the shards do
-not depend on the number of threads, nor on interruptions. Behind each shard the place in the source
-is recorded, where the same command goes on after a kill.
+Documents are read in order by one thread, encoded by several, and written in order: the shards
+depend neither on the number of threads nor on interruptions. After each shard the position in the
+source is recorded, from which the same command resumes after a kill.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ from loro_jax.text.shards import make_shard
 from loro_jax.text.sources import no_document, source_parts
 from loro_jax.text.tokenizers.tokenizer import Tokenizer
 
-# Tokens of a shard, over both splits: 256 MB at two bytes each.
+# Tokens per shard, over both splits: 256 MB at two bytes each.
 SHARD_TOKENS = 1 << 27
 
-# Raised when texts are read in another way: numbers of documents mean other places then.
+# Incremented when reading changes, because recorded positions then mean other documents.
 READER = 2
 
 _LOCK = "prepare.lock"
@@ -48,15 +48,15 @@ _LOCK = "prepare.lock"
 
 @dataclasses.dataclass
 class Progress:
-    """How far a preparation is.
+    """Progress of a preparation.
 
     Attributes:
-        part: number of the part that is being read.
-        parts: how many there are.
+        part: index of the part being read.
+        parts: number of parts.
         documents: documents written so far.
-        tokens: their tokens.
-        seconds: time since this process began.
-        new_tokens: tokens that this process has encoded.
+        tokens: tokens of these documents.
+        seconds: time since this process started.
+        new_tokens: tokens encoded by this process.
     """
 
     part: int
@@ -76,16 +76,16 @@ def prepare(
     threads: int = 0,
     report: Callable[[Progress], None] = lambda _: None,
 ) -> dict[str, Any]:
-    """Writes the shards of a source, or what is still missing of them.
+    """Writes the shards of a source, or those still missing.
 
     Args:
-        config: its ``source``, ``validation``, ``text_field``, ``text_files``, ``bad_documents``
-            and ``data_dir`` count; ``tokenizer`` is recorded as a name.
+        config: uses ``source``, ``validation``, ``text_field``, ``text_files``, ``bad_documents``
+            and ``data_dir``; ``tokenizer`` is recorded as a name.
         tokenizer: the tokenizer.
-        out: the directory to write; made when missing.
-        shard_tokens: tokens at which a shard is closed.
-        threads: threads that encode; 0: as many as there are cores.
-        report: called with the progress now and then.
+        out: the directory to write; created if missing.
+        shard_tokens: number of tokens at which a shard is closed.
+        threads: encoding threads; 0: one per core.
+        report: called with the progress after each chunk.
 
     Returns:
         The manifest.
@@ -127,7 +127,7 @@ def prepare(
 def _request(
     config: DataConfig, tokenizer: Tokenizer, parts: list[Part], shard_tokens: int
 ) -> dict[str, Any]:
-    """What the shards depend on: a preparation goes on only with the same."""
+    """Returns everything the shards depend on; a preparation resumes only if it is unchanged."""
     inputs = json.dumps([[part.name, part.size, part.split] for part in parts])
     fields = ("source", "validation", "text_field", "text_files", "bad_documents")
     return {
@@ -143,7 +143,7 @@ def _request(
 
 @contextlib.contextmanager
 def _claimed(directory: pathlib.Path, request: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """What the directory holds already of this request; no other process may write meanwhile."""
+    """Locks the directory and yields the record of the shards it already holds."""
     try:
         if directory.exists() and not directory.is_dir():
             raise TrainingError(f"--out={directory} is a file; expected a directory.")
@@ -151,8 +151,8 @@ def _claimed(directory: pathlib.Path, request: dict[str, Any]) -> Iterator[dict[
         present = {entry.name for entry in directory.iterdir()} if directory.exists() else set()
         if present and not present & known:
             raise TrainingError(
-                f"--out={directory} is not empty and no prepared directory (it holds "
-                f"{min(present)!r}); name another."
+                f"--out={directory} is not empty and not a prepared directory (it holds "
+                f"{min(present)!r}); choose another."
             )
         directory.mkdir(parents=True, exist_ok=True)
         lock = (directory / _LOCK).open("w")
@@ -166,7 +166,7 @@ def _claimed(directory: pathlib.Path, request: dict[str, Any]) -> Iterator[dict[
         try:
             record = _record(directory, request)
             if not record.get("complete"):
-                # From here on the directory can be told from one of something else.
+                # Marks the directory as a prepared one from now on.
                 _write_json(directory / PROGRESS, record)
             yield record
         finally:
@@ -182,7 +182,7 @@ def _record(directory: pathlib.Path, request: dict[str, Any]) -> dict[str, Any]:
             record = json.loads(path.read_text(encoding="utf-8"))
             stored = record["request"]
         except (OSError, ValueError, KeyError, TypeError):
-            raise TrainingError(f"{path} can't be read; name another --out.") from None
+            raise TrainingError(f"{path} can't be read; choose another --out.") from None
         differing = [
             f"{key}: {stored.get(key)!r} there, {value!r} now"
             for key, value in request.items()
@@ -190,15 +190,15 @@ def _record(directory: pathlib.Path, request: dict[str, Any]) -> dict[str, Any]:
         ]
         if differing:
             raise TrainingError(
-                f"--out={directory} holds a preparation of something else "
-                f"({'; '.join(differing)}); name another."
+                f"--out={directory} holds another preparation "
+                f"({'; '.join(differing)}); choose another directory."
             )
         return record | {"complete": complete} if complete else record
     return {"format": FORMAT, "request": request, "shards": [], "position": None}
 
 
 class _Writer:
-    """Collects documents, and writes them as shards."""
+    """Collects documents and writes them as shards."""
 
     def __init__(self, directory: pathlib.Path, record: dict[str, Any], tokenizer: Tokenizer):
         self._directory = directory
@@ -208,18 +208,18 @@ class _Writer:
         self.waiting = 0
 
     def totals(self) -> tuple[int, int]:
-        """Documents and tokens that are on disk."""
+        """Returns the numbers of documents and tokens on disk."""
         shards = self._record["shards"]
         return sum(s["documents"] for s in shards), sum(s["tokens"] for s in shards)
 
     def add(self, splits: list[str], documents: list[np.ndarray]) -> None:
-        """Takes documents, each of a split, until the next flush."""
+        """Holds documents of either split until the next flush."""
         for split, document in zip(splits, documents, strict=True):
             self._documents[split].append(document)
             self.waiting += len(document)
 
     def flush(self, position: Position | None) -> None:
-        """Writes a shard of each split that has documents, then how far this is."""
+        """Writes a shard for each split that has documents, then the position."""
         for split, documents in self._documents.items():
             if documents:
                 self._write_shard(split, documents)
@@ -249,7 +249,7 @@ class _Writer:
         )
 
     def finish(self, config: DataConfig, reader: PartReader) -> dict[str, Any]:
-        """Writes the rest and the manifest."""
+        """Writes the remaining documents and the manifest."""
         self.flush(None)
         splits = {}
         for split in SPLITS:
@@ -283,7 +283,7 @@ def _write_json(path: pathlib.Path, content: dict[str, Any]) -> None:
 
 
 def _replace(path: pathlib.Path, write: Callable[[Any], Any]) -> None:
-    """Writes a file beside its place, to the disk, and moves it there."""
+    """Writes a file to a temporary name, syncs it to disk and renames it."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         with temporary.open("wb") as file:

@@ -1,7 +1,7 @@
-"""Prepared directories: shards on disk, with a manifest that says what is in them.
+"""Prepared directories: shards on disk, described by a manifest.
 
-``manifest.json`` is written last, so a directory that has one is complete. While it is being
-prepared, ``progress.json`` lists the shards that are done.
+``manifest.json`` is written last, so a directory that has one is complete. During preparation,
+``progress.json`` lists the finished shards.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ SPLITS = ("train", "validation")
 
 
 class Prepared(NamedTuple):
-    """An open directory.
+    """An opened prepared directory.
 
     Attributes:
         train: its training documents.
         validation: its validation documents.
-        fingerprint: changes with the tokens of either.
-        notes: what is missing, where that is allowed.
+        fingerprint: identifies the tokens of both splits.
+        notes: messages on skipped shards.
     """
 
     train: TokenShards
@@ -40,12 +40,12 @@ class Prepared(NamedTuple):
 
 
 def is_prepared(source: str) -> bool:
-    """Whether ``config.data.source`` names a directory."""
+    """Returns whether ``config.data.source`` names a directory."""
     return pathlib.Path(source).expanduser().is_dir()
 
 
 def read_manifest(directory: pathlib.Path) -> dict[str, Any]:
-    """The manifest of a complete directory.
+    """Reads the manifest of a complete directory.
 
     Raises:
         TrainingError: if there is none, or it can't be read.
@@ -76,16 +76,16 @@ def open_prepared(source: str, tokenizer: Tokenizer, skip: bool) -> Prepared:
     """Opens the shards of a prepared directory.
 
     Args:
-        source: its path.
+        source: path of the directory.
         tokenizer: the run's tokenizer.
-        skip: whether to go on without shards that are missing or damaged.
+        skip: whether to skip missing or damaged shards.
 
     Returns:
         Both splits.
 
     Raises:
-        TrainingError: if the directory is incomplete, or of another tokenizer, or, unless
-            ``skip``, a shard is not what the manifest says.
+        TrainingError: if the directory is incomplete, was written with another tokenizer, or a
+            shard does not match the manifest and ``skip`` is False.
     """
     directory = pathlib.Path(source).expanduser()
     manifest = read_manifest(directory)
@@ -108,7 +108,7 @@ def open_prepared(source: str, tokenizer: Tokenizer, skip: bool) -> Prepared:
             problem = f"{source}: shard {entry['name']} can't be used ({reason})"
             if not skip:
                 raise TrainingError(
-                    f"{problem}; restore it, prepare the source again, or go on without it by "
+                    f"{problem}; restore it, prepare the source again, or skip it with "
                     'config.data.bad_documents = "skip".'
                 ) from None
             notes.append(f"{problem}; its {entry['documents']:,} documents are skipped")
@@ -127,7 +127,7 @@ def open_prepared(source: str, tokenizer: Tokenizer, skip: bool) -> Prepared:
 
 
 def _open_shard(directory: pathlib.Path, entry: dict[str, Any]) -> Shard:
-    """Maps a shard; its lengths, not all of its bytes, are compared with the manifest."""
+    """Memory-maps a shard; compares its lengths, not its bytes, with the manifest."""
     shard = map_shard(directory / entry["name"])
     found = (len(shard.tokens), len(shard.ends), int(shard.ends[-1]) if len(shard.ends) else 0)
     expected = (entry["tokens"], entry["documents"], entry["tokens"])
@@ -146,7 +146,7 @@ def verify(directory: pathlib.Path) -> list[str]:
         directory: the directory.
 
     Returns:
-        One line for each file that is missing or differs; none where all is well.
+        One line for each file that is missing or differs.
 
     Raises:
         TrainingError: if there is no manifest.
@@ -166,13 +166,13 @@ def verify(directory: pathlib.Path) -> list[str]:
 
 
 def file_sha256(path: pathlib.Path) -> str:
-    """Hexadecimal SHA-256 of a file."""
+    """Returns the hexadecimal SHA-256 of a file."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _allow_open_files(count: int) -> None:
-    """Raises the soft limit of open files: every mapping holds one."""
+    """Increases the soft limit of open files, because every mapping holds one."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < count:
         with contextlib.suppress(ValueError, OSError):

@@ -1,9 +1,9 @@
-"""Documents of local files, one after the other, with an account of what could not be read.
+"""Reading of documents from local files, with a tally of those that could not be read.
 
-By a file's name or its content: JSON lines hold a JSON object a line (lines end with a line feed
-alone: texts may hold U+2028 and the like), Parquet a table, anything else is plain text, whose
-documents are separated by blank lines. Archives (archives.py) are unpacked on the way. Files are
-read as streams: an archive needs no more memory than its longest document.
+The format is detected by a file's name and content: JSON lines with one object per line (only line
+feeds end lines, because texts may contain U+2028 and similar), Parquet tables, or plain text, whose
+documents are separated by blank lines. Compressed files are decompressed on the fly (archives.py).
+Files are streamed: memory is bounded by the longest document.
 """
 
 from __future__ import annotations
@@ -31,32 +31,32 @@ from loro_jax.text.tally import MOST_BAD, Tally
 
 __all__ = ["LONGEST_DOCUMENT", "MOST_BAD", "Tally", "read_documents"]
 
-# A text longer than this is taken for a broken file rather than a document.
+# A longer text is considered a broken file, not a document.
 LONGEST_DOCUMENT = 50_000_000
 
-# A line of white space alone, whatever Unicode calls so, in UTF-8.
+# A line of Unicode white space only, in UTF-8.
 _BLANK = re.compile(
     rb"(?:[\t\x0b-\r\x1c- ]|\xc2[\x85\xa0]|\xe1\x9a\x80|\xe2\x80[\x80-\x8a\xa8\xa9\xaf]"
     rb"|\xe2\x81\x9f|\xe3\x80\x80)*\Z"
 )
-_END_OF_FILE = b"\x1a"  # in texts of CP/M and DOS
+_END_OF_FILE = b"\x1a"  # written by CP/M and DOS
 _MARKS_OF_LINES = re.compile(rb"(?:\A|(?<=\n))(?:\xef\xbb\xbf)+")
 
 
 def read_documents(path: str, tally: Tally, text_field: str, whole_files: bool) -> Iterator[str]:
-    """Texts of one file, in order; those without any but white space are left out.
+    """Yields the texts of one file in order, skipping those of white space only.
 
     Args:
         path: the file.
-        tally: counts what comes, and what can't be read.
+        tally: counts good and bad documents.
         text_field: the field of a JSON object, or the column of a table, that holds the text.
-        whole_files: whether a plain text file is one document, instead of one a paragraph.
+        whole_files: whether a plain text file is one document, instead of one per paragraph.
 
     Yields:
         Texts.
 
     Raises:
-        TrainingError: from the tally, or for a table without such a column of texts.
+        TrainingError: from the tally, or for a table without such a text column.
     """
     for place, text in _texts(path, tally, text_field, whole_files):
         if len(text) > LONGEST_DOCUMENT:
@@ -69,7 +69,7 @@ def read_documents(path: str, tally: Tally, text_field: str, whole_files: bool) 
 def _texts(
     path: str, tally: Tally, text_field: str, whole_files: bool
 ) -> Iterator[tuple[str, str]]:
-    """Places and texts, of a file of any kind."""
+    """Yields places and texts of a file of any format."""
     try:
         reason = refused_name(path)
         table = reason is None and is_table(path)
@@ -84,12 +84,12 @@ def _texts(
 
 
 class _Content:
-    """The unpacked bytes of a file. What can't be read at its end counts as one bad document.
+    """The decompressed bytes of a file; an unreadable rest counts as one bad document.
 
     Attributes:
         path: the file.
-        tally: counts what can't be read.
-        cut: once it has been read, whether its last document may be cut off.
+        tally: counts bad documents.
+        cut: after reading, whether the last document may be truncated.
     """
 
     def __init__(self, path: str, tally: Tally):
@@ -100,7 +100,7 @@ class _Content:
         self._chunks = self._read()
 
     def head(self) -> bytes:
-        """Its first bytes, which are still to be read."""
+        """Returns the first bytes without consuming them."""
         chunks, size = [], 0
         for chunk in self._chunks:
             chunks.append(chunk)
@@ -128,7 +128,7 @@ class _Content:
 
 
 def _streamed(content: _Content, text_field: str, whole_files: bool) -> Iterator[tuple[str, str]]:
-    """Places and texts of what is no table."""
+    """Yields places and texts of a file that is not a table."""
     head = content.head()
     place, reason = "the file", refused_content(head)
     json_lines = is_json(content.path, head, whole_files)
@@ -137,7 +137,7 @@ def _streamed(content: _Content, text_field: str, whole_files: bool) -> Iterator
     if reason is not None:
         content.tally.add_lost(content.path, place, reason)
     elif json_lines:
-        only_cr = b"\r" in head and b"\n" not in head  # neither may be part of a text
+        only_cr = b"\r" in head and b"\n" not in head  # valid JSON contains neither inside a string
         lines = _lines(_with_line_feeds(content) if only_cr else content)
         yield from _json_lines(content, lines, text_field)
     else:
@@ -145,9 +145,9 @@ def _streamed(content: _Content, text_field: str, whole_files: bool) -> Iterator
 
 
 def _unpacked(path: str) -> Iterator[bytes]:
-    """The content of a file, without the byte order mark that it may begin with."""
+    """Yields the decompressed content of a file, without a byte order mark."""
     with open(path, "rb") as file:
-        # A file may be packed though its name does not say so, or in another format.
+        # The content decides: a file may be compressed although its name says otherwise.
         packing = packing_of(file.peek(16)) or named_packing(path)
         if packing is not None:
             yield from unpack(file, packing)
@@ -159,9 +159,9 @@ def _unpacked(path: str) -> Iterator[bytes]:
 
 
 def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    """Lines without the line feeds that end them, nor marks that they begin with.
+    """Splits chunks into lines, without line feeds and leading byte order marks.
 
-    The last one, perhaps empty, is what follows the last line feed.
+    The last line, possibly empty, is everything after the last line feed.
     """
     rest: list[bytes] = []
     for chunk in chunks:
@@ -176,7 +176,7 @@ def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def _with_last(pieces: Iterable[bytes]) -> Iterator[tuple[bytes, bool]]:
-    """Each piece, and whether it is the last."""
+    """Yields each piece with whether it is the last."""
     before = None
     for piece in pieces:
         if before is not None:
@@ -187,7 +187,7 @@ def _with_last(pieces: Iterable[bytes]) -> Iterator[tuple[bytes, bool]]:
 
 
 def _unmarked(line: bytes) -> bytes:
-    """A line without a byte order mark: files that have one may have been joined."""
+    """Removes byte order marks from a line: files that begin with one may have been joined."""
     while line.startswith(UTF8_MARK):
         line = line.removeprefix(UTF8_MARK)
     return line
@@ -203,19 +203,19 @@ def _json_lines(
         try:
             text = _text(decoded(line), text_field)
         except NotTextError as error:
-            if not (last and content.cut):  # which is counted already
+            if not (last and content.cut):  # otherwise already counted
                 content.tally.add_bad(content.path, place, str(error))
             continue
         yield place, text
 
 
 def _text(line: str, text_field: str) -> str:
-    """The text of a JSON line."""
+    """Returns the text of a JSON line."""
     try:
         row = json.loads(line)
     except json.JSONDecodeError:
         row = None
-    except ValueError:  # Python's limit against inputs that take quadratic time
+    except ValueError:  # Python limits the length of integers, whose parsing takes quadratic time
         raise NotTextError("not readable as JSON (a number of thousands of digits)") from None
     except RecursionError:
         raise NotTextError("not readable as JSON (nested too deeply)") from None
@@ -230,7 +230,7 @@ def _text(line: str, text_field: str) -> str:
 
 
 def _has_lone_surrogates(text: str) -> bool:
-    """Whether a JSON escape has put something into the text that no encoding can hold."""
+    """Returns whether a text holds lone surrogates, from JSON escapes."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -246,7 +246,7 @@ def _plain(content: _Content, whole_files: bool) -> Iterator[tuple[str, str]]:
         pieces = _paragraphs(_lines(chunks))
     for number, (piece, last) in enumerate(_with_last(pieces), 1):
         if last and content.cut:
-            return  # half a document, which is counted already
+            return  # a truncated document, already counted
         place = f"document {number}"
         try:
             yield place, decoded(piece)
@@ -255,12 +255,12 @@ def _plain(content: _Content, whole_files: bool) -> Iterator[tuple[str, str]]:
 
 
 def _with_line_feeds(chunks: Iterable[bytes]) -> Iterator[bytes]:
-    """The same text, whose lines end with line feeds alone, instead of CR LF, CR CR LF or CR."""
+    """Converts the line ends CR LF, CR CR LF and CR to LF."""
     rest = b""
     for chunk in chunks:
         chunk = rest + chunk
         whole = chunk.rstrip(b"\r")
-        rest = chunk[len(whole) :]  # a line feed may follow
+        rest = chunk[len(whole) :]  # a line feed may follow in the next chunk
         if b"\r" in whole:
             whole = re.sub(rb"\r+\n", b"\n", whole).replace(b"\r", b"\n")
         yield whole
@@ -268,9 +268,9 @@ def _with_line_feeds(chunks: Iterable[bytes]) -> Iterator[bytes]:
 
 
 def _paragraphs(lines: Iterable[bytes]) -> Iterator[bytes]:
-    """Lines between blank ones, together.
+    """Joins lines between blank ones into paragraphs.
 
-    The last paragraph, perhaps empty, is what follows the last blank line that is whole.
+    The last paragraph, possibly empty, is everything after the last complete blank line.
     """
     paragraph: list[bytes] = []
     for line, last in _with_last(lines):

@@ -1,6 +1,6 @@
-"""Tokens in shards: two arrays each, the ids of all documents in order and where each ends.
+"""Shards of tokens: the ids of all documents in order, and the end of each document.
 
-On disk a shard is a pair of ``.npy`` files, which are mapped, not read.
+On disk a shard is a pair of ``.npy`` files, which are memory-mapped.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ import numpy as np
 
 
 class Shard(NamedTuple):
-    """Consecutive documents.
+    """Tokens of consecutive documents.
 
     Attributes:
-        tokens: their ids, each document closed by the end-of-text id, uint16 or uint32 (N,).
-        ends: where each document ends in ``tokens``, int64 (D,).
-        name: what errors call it.
+        tokens: ids, each document closed by the end-of-text id, uint16 or uint32 (N,).
+        ends: end of each document in ``tokens``, int64 (D,).
+        name: name in error messages.
     """
 
     tokens: np.ndarray
@@ -28,12 +28,12 @@ class Shard(NamedTuple):
 
 
 def make_shard(documents: Sequence[np.ndarray], dtype: Any, name: str) -> Shard:
-    """A shard in memory.
+    """Creates a shard in memory.
 
     Args:
         documents: ids of each document, closed by the end-of-text id.
         dtype: dtype of the shard's ids.
-        name: its name.
+        name: name of the shard.
 
     Returns:
         The shard.
@@ -48,10 +48,10 @@ def map_shard(path: pathlib.Path) -> Shard:
 
     Raises:
         OSError: if a file can't be opened.
-        ValueError: if it is no array.
+        ValueError: if a file does not hold an array.
     """
     arrays = [
-        # A plain array over the mapping: slicing a memmap makes a new one each time.
+        # A plain view of the mapping, because slicing a memmap creates a new memmap object.
         np.asarray(np.load(f"{path}.{name}.npy", mmap_mode="r", allow_pickle=False))
         for name in ("tokens", "ends")
     ]
@@ -59,7 +59,7 @@ def map_shard(path: pathlib.Path) -> Shard:
 
 
 class TokenShards(Sequence[np.ndarray]):
-    """Documents of all shards; also one stream of tokens.
+    """Sequence of the documents of several shards, also readable as one stream of tokens.
 
     Args:
         shards: the shards, in order.
@@ -84,11 +84,11 @@ class TokenShards(Sequence[np.ndarray]):
         return self._document_ends[-1] if self._shards else 0
 
     def __getitem__(self, index: Any) -> Any:
-        """Ids of a document, closed by the end-of-text id, int32 (n,)."""
+        """Returns the ids of a document, closed by the end-of-text id, int32 (n,)."""
         return self.head(index, None)
 
     def head(self, index: int, count: int | None) -> np.ndarray:
-        """The first ids of a document (all of them by default), int32."""
+        """Returns the first ``count`` ids of a document (None: all), int32."""
         if not 0 <= index < len(self):
             raise IndexError(index)
         number = bisect.bisect_right(self._document_ends, index)
@@ -101,7 +101,7 @@ class TokenShards(Sequence[np.ndarray]):
         )
 
     def read(self, start: int, stop: int) -> np.ndarray:
-        """Tokens ``start`` to ``stop`` of the stream, int32."""
+        """Returns tokens ``start`` to ``stop`` of the stream, int32."""
         pieces = []
         number = bisect.bisect_right(self._token_ends, start)
         while start < stop:
@@ -114,7 +114,7 @@ class TokenShards(Sequence[np.ndarray]):
         return np.concatenate(pieces or [np.empty(0, np.int32)]).astype(np.int32)
 
     def stream(self) -> np.ndarray:
-        """All tokens in order, without a copy where there is one shard, (N,)."""
+        """Returns all tokens in order, (N,); not copied if there is only one shard."""
         if len(self._shards) == 1:
             return self._shards[0].tokens
         return self.read(0, self.tokens)

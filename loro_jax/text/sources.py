@@ -1,7 +1,7 @@
-"""Sources of documents, by what ``config.data.source`` may say.
+"""Sources of documents, as named by ``config.data.source``.
 
-The embedded corpus, local files and prepared tensorflow-datasets, as lists of parts; several of
-them with weights.
+The embedded corpus, local files and tensorflow-datasets, as lists of parts; several sources may be
+mixed with weights.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ class Weighted(NamedTuple):
     """One of several sources.
 
     Attributes:
-        source: what a ``config.data.source`` of it alone would be.
-        weight: its share in the training sequences, before normalisation.
+        source: the source, as in ``config.data.source``.
+        weight: unnormalised share of the training sequences.
     """
 
     source: str
@@ -36,7 +36,7 @@ class Weighted(NamedTuple):
 
 
 def weighted_sources(source: str) -> list[Weighted]:
-    """Takes ``SOURCE,WEIGHT;SOURCE,WEIGHT;...`` apart; anything without a semicolon is one source.
+    """Parses ``SOURCE,WEIGHT;SOURCE,WEIGHT;...``; anything without a semicolon is one source.
 
     Args:
         source: ``config.data.source``.
@@ -45,7 +45,7 @@ def weighted_sources(source: str) -> list[Weighted]:
         The sources.
 
     Raises:
-        TrainingError: if one of several has no weight above zero.
+        TrainingError: if one of several sources has no positive weight.
 
     Example:
         >>> weighted_sources("wiki/*.jsonl,3;books/*.txt,1")[0]
@@ -69,15 +69,15 @@ def weighted_sources(source: str) -> list[Weighted]:
 
 
 def source_parts(source: str, config: DataConfig) -> tuple[list[Part], frozenset[int]]:
-    """Everything there is to read of one source, validation first.
+    """Lists the parts of one source, validation first.
 
     Args:
         source: "embedded", "tfds:NAME", or a glob of files.
-        config: the data group of a run's config; its ``validation``, where given, takes the place
-            of the source's own.
+        config: the data group of a run's config; its ``validation``, if given, replaces the
+            validation split of the source.
 
     Returns:
-        (parts, digests of the validation texts that must not be trained on).
+        (parts, digests of the validation texts, which must not be trained on).
 
     Raises:
         TrainingError: if files are missing or can't be read.
@@ -96,26 +96,28 @@ def source_parts(source: str, config: DataConfig) -> tuple[list[Part], frozenset
     if config.validation is None:
         return parts, frozenset()
     held_out = validation_parts(config.validation, config)
-    tally = Tally("config.data.validation", skip=True)  # judged when they are read for good
+    tally = Tally("config.data.validation", skip=True)  # bad ones are reported on encoding
     digests = frozenset(digest(text) for part in held_out for text in part.read(tally))
     others = [part._replace(split="train") for part in parts if part.split != "validation"]
     return [*held_out, *others], digests
 
 
 def validation_parts(pattern: str, config: DataConfig) -> list[Part]:
-    """The files that ``config.data.validation`` names."""
+    """Lists the files that ``config.data.validation`` names."""
     return _file_parts(pattern, "config.data.validation", config, "validation")
 
 
 def shares_text(source: str, other: str) -> bool:
-    """Whether two sources read a file, or a dataset, in common; prepared ones, what they are of.
+    """Returns whether two sources have a file or dataset in common.
+
+    Prepared directories count as the sources they were written from.
 
     Args:
-        source: as ``config.data.source`` says it.
-        other: the other one.
+        source: a source, as in ``config.data.source``.
+        other: another source.
 
     Returns:
-        Whether they do, as far as their files are still there.
+        Whether they share one, as far as their files still exist.
 
     Example:
         >>> shares_text("embedded", "embedded,1;none/*.txt,3")
@@ -140,11 +142,11 @@ _NAMES = {"train": "training", "validation": "validation"}
 
 
 def no_document(split: str) -> str:
-    """The end of an error about a source without any document for a split."""
+    """Returns the end of the error for a source without any document for a split."""
     hint = " (name validation files with config.data.validation)" if split == "validation" else ""
     return (
         f"leaves no {_NAMES[split]} document; expected text in documents separated by blank lines, "
-        f"one JSON object a line, or a table{hint}."
+        f"one JSON object per line, or a table{hint}."
     )
 
 
@@ -162,7 +164,7 @@ def _embedded(name: str, split: str) -> Part:
 
 
 def _file_parts(pattern: str, setting: str, config: DataConfig, split: str | None) -> list[Part]:
-    """All files that match, in the order of their names."""
+    """Lists all matching files as parts, sorted by name."""
     paths = _matching(pattern)
     if not paths:
         raise TrainingError(
@@ -183,7 +185,7 @@ def _file_parts(pattern: str, setting: str, config: DataConfig, split: str | Non
 
 
 def _matching(pattern: str) -> list[str]:
-    """The files that a glob matches, in the order of their names."""
+    """Returns the files that a glob matches, sorted by name."""
     expanded = str(pathlib.Path(pattern).expanduser())
     return [path for path in sorted(glob.glob(expanded, recursive=True)) if os.path.isfile(path)]
 

@@ -1,9 +1,9 @@
-"""Packed sequences of documents that are encoded on the way, whose tokens nobody has counted.
+"""Packing of documents that are encoded on the fly, without knowing their token counts.
 
-Each row of the global batch is a stream of its own: row r of B reads documents r, r + B, r + 2B
-and so on of the order, one behind the other, and cuts them into windows. A batch is therefore a
-function of (seed, step), however many processes share the rows, and nothing of a document is lost:
-what a window leaves of it begins the next one.
+Each row of the global batch is a separate stream: row r of B reads documents r, r + B, r + 2B, ...
+of the order, concatenates them and cuts them into windows. A batch is therefore a function of
+(seed, step), however many processes share the rows, and no token is lost: the rest of a document
+begins the next window.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ import numpy as np
 
 @dataclasses.dataclass
 class _Stream:
-    """One row's place.
+    """Position of one row.
 
     Attributes:
-        taken: documents it has read.
-        rest: ids of the last one that no window has used up, int32.
+        taken: number of documents read.
+        rest: ids of the last document that no window has used yet, int32.
     """
 
     taken: int
@@ -31,14 +31,15 @@ class _Stream:
 
 
 class PackedStreams(grain.IterDataset):
-    """Batches of windows, endless.
+    """Endless dataset of batches of windows.
 
     Args:
-        order: ids of documents in the order of training, endless: a Grain dataset of int32 arrays.
-        rows: numbers of this process's rows in the global batch.
+        order: encoded documents in the order of training: an endless Grain dataset of int32
+            arrays.
+        rows: indices of this process's rows in the global batch.
         batch_size: rows of the global batch.
         length: L.
-        threads: rows that are filled at a time.
+        threads: number of rows filled in parallel.
     """
 
     def __init__(
@@ -61,7 +62,7 @@ class PackedStreams(grain.IterDataset):
 
 
 class _PackedIterator(grain.DatasetIterator):
-    """Its state says, for each row, how many documents were read and what is left of the last."""
+    """Iterator whose state is, per row, the number of documents read and the tokens left."""
 
     def __init__(self, dataset: PackedStreams):
         super().__init__()
@@ -82,8 +83,8 @@ class _PackedIterator(grain.DatasetIterator):
             stream.taken += 1
             size += len(pieces[-1])
         tokens = np.concatenate(pieces) if len(pieces) > 1 else stream.rest
-        # The last target is the next window's first input. All that is left lies in the last
-        # document, because without it there was no window.
+        # The last target is also the next window's first input. The rest is part of the last
+        # document only, because the window was not full without it.
         stream.rest = tokens[length:]
         return tokens[: length + 1]
 
@@ -91,19 +92,19 @@ class _PackedIterator(grain.DatasetIterator):
         return self._dataset.order[row + number * self._dataset.batch_size]
 
     def get_state(self) -> dict[str, Any]:
-        """Documents read and tokens left, row by row."""
+        """Returns the numbers of documents read and of tokens left, per row."""
         return {
             "taken": [stream.taken for stream in self._streams.values()],
             "left": [len(stream.rest) for stream in self._streams.values()],
         }
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Goes to where :meth:`get_state` was called."""
+        """Restores a state returned by :meth:`get_state`."""
         for row, taken, left in zip(self._streams, state["taken"], state["left"], strict=True):
             rest = self._document(row, taken - 1) if taken else np.empty(0, np.int32)
             self._streams[row] = _Stream(taken, rest[len(rest) - left :])
 
     def close(self) -> None:
-        """Releases the threads."""
+        """Stops the threads."""
         super().close()
         self._pool.shutdown(wait=False, cancel_futures=True)

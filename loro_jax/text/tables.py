@@ -1,4 +1,4 @@
-"""Texts of Parquet files, a row group at a time."""
+"""Streaming of texts from Parquet files, by row groups."""
 
 from __future__ import annotations
 
@@ -13,36 +13,35 @@ from loro_jax.text.archives import UTF8_MARK
 from loro_jax.text.content import NotTextError, decoded
 from loro_jax.text.tally import Tally
 
-# Rows that are read at a time; however long they are, they are in memory together.
+# Rows read at a time; all of them are in memory together, however long.
 _ROWS = 256
 
-# Types of columns that can hold text. Where all is null, Arrow may know no other type.
+# Types of columns that can hold text. Arrow may type an all-null column as "null".
 _TEXTS = (
     *("string", "large_string", "string_view"),
     *("binary", "large_binary", "binary_view", "fixed_size_binary", "null"),
 )
 
-# What pyarrow raises for damaged, encrypted or unsupported files.
+# Errors that pyarrow raises for damaged, encrypted or unsupported files.
 _ERRORS = (pyarrow.ArrowException, OSError, ValueError, RuntimeError, OverflowError)
 
 
 def table_texts(path: str, tally: Tally, text_field: str) -> Iterator[tuple[str, str]]:
-    """Places and texts of a table, which needs little more memory than a row group.
+    """Yields places and texts of a table, in little more memory than one row group.
 
     Args:
         path: the file.
-        tally: counts what can't be read: single rows, all rows of a row group after a damaged
-            place, or the table.
-        text_field: the column, of strings, or of bytes that are UTF-8.
+        tally: counts unreadable rows, row groups from a damaged row on, or tables.
+        text_field: name of the column, of strings or UTF-8 bytes.
 
     Yields:
         (place, text) of each row.
 
     Raises:
-        TrainingError: from the tally, or if there is no such column.
+        TrainingError: from the tally, or if there is no such text column.
     """
     try:
-        # Columns are read by pieces, not whole ahead of time.
+        # Read columns in pieces, not whole ahead of time.
         table = pyarrow.parquet.ParquetFile(
             path, buffer_size=1 << 20, pre_buffer=False, page_checksum_verification=True
         )
@@ -72,13 +71,13 @@ def table_texts(path: str, tally: Tally, text_field: str) -> Iterator[tuple[str,
 
 
 class _DamageError(Exception):
-    """Why the rest of a row group can't be read."""
+    """The rest of a row group can't be read."""
 
 
 def _values(table: pyarrow.parquet.ParquetFile, group: int, column: str) -> Iterator[Any]:
-    """The values of a row group; a ``_DamageError`` ends them early."""
+    """Yields the values of a row group; ends early with a ``_DamageError``."""
     done = 0
-    for size in (_ROWS, 1):  # one at a time up to a damaged place, from which nothing can be read
+    for size in (_ROWS, 1):  # after an error, one by one up to the damaged row
         seen = 0
         batches = table.iter_batches(size, [group], columns=[column], use_threads=False)
         try:
@@ -96,15 +95,15 @@ def _values(table: pyarrow.parquet.ParquetFile, group: int, column: str) -> Iter
 
 
 def _python(values: pyarrow.Array) -> list[Any]:
-    """Values as Python's; None for one that has none."""
+    """Converts values to Python; None for null."""
     try:
         return values.to_pylist()
-    except UnicodeDecodeError:  # Parquet's strings are not checked, nor are Arrow's
+    except UnicodeDecodeError:  # neither Parquet nor Arrow validates strings
         return [_bytes(value) for value in values]
 
 
 def _bytes(value: pyarrow.Scalar) -> bytes | None:
-    """A string as it is stored."""
+    """Returns the stored bytes of a string."""
     if isinstance(value, pyarrow.DictionaryScalar):
         value = value.value
     return value.as_buffer().to_pybytes() if value.is_valid else None
@@ -119,7 +118,7 @@ def _text(value: Any, column: str) -> str:
 
 
 def _check_column(path: str, schema: pyarrow.Schema, column: str) -> None:
-    """Raises TrainingError unless there is one such column, of texts."""
+    """Raises TrainingError unless there is exactly one such column and it holds text."""
     count = schema.names.count(column)
     if count != 1:
         raise TrainingError(
@@ -144,6 +143,6 @@ def _is_text(kind: pyarrow.DataType) -> bool:
 
 
 def _line(error: BaseException) -> str:
-    """An error in one line."""
+    """Returns an error's message as one printable line."""
     line = " ".join(str(error).split())[:200]
     return "".join(character if character.isprintable() else "?" for character in line)

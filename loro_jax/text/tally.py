@@ -1,4 +1,4 @@
-"""An account of the documents that were read, and of those that could not be."""
+"""Counts of documents that were read, and of those that could not be."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ from typing import Any
 
 from loro_jax.errors import TrainingError
 
-# Share of bad documents beyond which reading stops, unless told to go on.
+# Share of bad documents above which reading stops, unless they are to be skipped.
 MOST_BAD = 0.001
 
 
 class Tally:
-    """Counts good and bad documents, and stops the reading when too many are bad.
+    """Counts good and bad documents, and stops reading if too many are bad.
 
     Args:
-        setting: what errors call the files ("config.data.source").
-        skip: whether to go on however many are bad.
+        setting: the config field that names the files ("config.data.source").
+        skip: whether to continue however many are bad.
 
     Attributes:
         good: documents read.
-        bad: counts of bad ones by reason.
-        first: file, place and reason of the first bad one, or None.
+        bad: numbers of bad documents by reason.
+        first: file, place and reason of the first bad document, or None.
 
     Example:
         >>> tally = Tally("config.data.source", skip=True)
@@ -39,42 +39,42 @@ class Tally:
         self.first: str | None = None
 
     def add_bad(self, path: str, place: str, reason: str, count: int = 1) -> None:
-        """Counts a document that could not be read, or several from a place on.
+        """Counts one unreadable document, or several from a place on.
 
         Raises:
-            TrainingError: if this makes too many of the first thousand, or of all since.
+            TrainingError: if too many documents are bad, of the first thousand or of all so far.
         """
         self._count(path, place, reason, count)
         self._judge(at_least=round(1 / MOST_BAD))
 
     def add_lost(self, path: str, place: str, reason: str) -> None:
-        """Counts, as one, all documents behind a place from where a file can't be read.
+        """Counts all documents after a place from which a file can't be read as one bad document.
 
         Raises:
-            TrainingError: unless all is skipped: nobody knows how many they are.
+            TrainingError: unless bad documents are skipped, because their number is unknown.
         """
         self._count(path, place, reason)
         self._stop()
 
     def close(self) -> None:
-        """Judges all that has been read.
+        """Checks the share of bad documents at the end.
 
         Raises:
-            TrainingError: if too much of it was bad.
+            TrainingError: if too many documents are bad.
         """
         self._judge()
 
     def counts(self) -> dict[str, Any]:
-        """All it has counted, as JSON takes it."""
+        """Returns the counts in a JSON-compatible form."""
         return {"good": self.good, "bad": dict(self.bad), "first": self.first}
 
     def restore(self, counts: dict[str, Any]) -> None:
-        """Goes back to what :meth:`counts` returned."""
+        """Restores counts returned by :meth:`counts`."""
         self.good, self.first = counts["good"], counts["first"]
         self.bad = collections.Counter(counts["bad"])
 
     def report(self) -> str | None:
-        """A line on what was skipped; None if nothing was."""
+        """Returns a line on the skipped documents; None if there are none."""
         if not self.bad:
             return None
         reasons = ", ".join(f"{count} {reason}" for reason, count in self.bad.most_common())
@@ -93,6 +93,6 @@ class Tally:
         if not self._skip:
             raise TrainingError(
                 f"{self._setting}: {self.first} ({self.bad.total()} bad of "
-                f"{self.good + self.bad.total()} documents so far; {MOST_BAD:.1%} may be, or any "
-                'number with config.data.bad_documents = "skip").'
+                f"{self.good + self.bad.total()} documents so far; {MOST_BAD:.1%} is allowed, or "
+                'any number with config.data.bad_documents = "skip").'
             )

@@ -1,4 +1,4 @@
-"""Prepared tensorflow-datasets: records by index, without TensorFlow."""
+"""Prepared tensorflow-datasets, read by record index, without TensorFlow."""
 
 from __future__ import annotations
 
@@ -10,19 +10,19 @@ from loro_jax.text.config import DataConfig
 from loro_jax.text.documents import VALIDATION_SHARE, Part
 from loro_jax.text.readers import Tally
 
-# Records of a split that are read as one part.
+# Records per part.
 _PART_RECORDS = 100_000
 
 
 class TfdsTexts(Sequence[str]):
-    """The texts of some records.
+    """Sequence of the texts of some records.
 
     Args:
         records: a tfds data source.
-        indices: which of them.
+        indices: indices of the records.
         field: the feature that holds the text.
-        name: what errors call the records.
-        tally: counts what was read.
+        name: name in error messages.
+        tally: counts good and bad records.
     """
 
     def __init__(self, records: Any, indices: Sequence[int], field: str, name: str, tally: Tally):
@@ -36,7 +36,7 @@ class TfdsTexts(Sequence[str]):
         return len(self._indices)
 
     def __getitem__(self, place: Any) -> Any:
-        """The text; an empty one for a record that is bad, unless the tally stops the reading."""
+        """Returns the text; an empty one for a bad record, unless the tally stops reading."""
         index = self._indices[place]
         return _text(self._records, index, self._field, self._name, self._tally) or ""
 
@@ -44,20 +44,20 @@ class TfdsTexts(Sequence[str]):
 def tfds_texts(
     source: str, config: DataConfig, tally: Tally
 ) -> tuple[TfdsTexts, TfdsTexts, dict[str, Any]]:
-    """Training and validation texts, by index.
+    """Opens training and validation texts, accessible by index.
 
-    Where the dataset has no validation split, every hundredth record validates.
+    If the dataset has no validation split, every hundredth record is held out.
 
     Args:
         source: "tfds:NAME".
         config: the data group of a run's config.
-        tally: counts what will be read.
+        tally: counts good and bad records.
 
     Returns:
-        (training texts, validation texts, what tells this dataset from others).
+        (training texts, validation texts, an identity of the dataset).
 
     Raises:
-        TrainingError: if the dataset is not there as ArrayRecord files, or has no such field.
+        TrainingError: if the dataset has no ArrayRecord files, or no such field.
     """
     builder, sources = _open(source, config)
     records = sources["train"]
@@ -78,7 +78,7 @@ def tfds_texts(
 
 
 def tfds_parts(source: str, config: DataConfig) -> list[Part]:
-    """Parts of both splits, validation first; without a validation split, of the one there is.
+    """Lists the parts of both splits, validation first, or of the only split.
 
     Args:
         source: "tfds:NAME".
@@ -126,7 +126,7 @@ def _text(records: Any, index: int, field: str, name: str, tally: Tally) -> str 
     except UnicodeDecodeError:
         tally.add_bad(name, f"record {index}", "not UTF-8")
         return None
-    except Exception as error:  # whatever ArrayRecord's reader raises for a file that is gone
+    except Exception as error:  # ArrayRecord's reader raises various errors for a missing file
         reason = str(error).strip().split("\n")[0][:200]
         tally.add_bad(name, f"record {index}", f"can't be read ({reason})")
         return None
@@ -135,7 +135,7 @@ def _text(records: Any, index: int, field: str, name: str, tally: Tally) -> str 
 
 
 class _AllBut(Sequence[int]):
-    """0 to ``count`` without the multiples of ``step``."""
+    """The numbers from 0 to ``count`` without the multiples of ``step``."""
 
     def __init__(self, count: int, step: int):
         self._count = count - -(-count // step)
@@ -149,13 +149,13 @@ class _AllBut(Sequence[int]):
 
 
 def _open(source: str, config: DataConfig) -> tuple[Any, Any]:
-    import tensorflow_datasets as tfds  # heavy, and needed here alone
+    import tensorflow_datasets as tfds  # slow to import, only needed here
 
     name = source.removeprefix("tfds:")
     try:
         builder = tfds.builder(name, data_dir=config.data_dir, file_format="array_record")
         sources = builder.as_data_source()
-    except Exception as error:  # tfds raises a different class for each thing that can be missing
+    except Exception as error:  # tfds raises different classes for different missing things
         reason = str(error).strip().split("\n")[0]
         raise TrainingError(
             f"config.data.source = {source!r} can't be opened in data_dir = "

@@ -1,9 +1,9 @@
-"""Checkpoints: state, place in the data and counters together, checked when they are read.
+"""Checkpoints of training state, data position and counters, verified by checksums when read.
 
-Orbax writes each checkpoint beside its place and renames it, so a kill at any moment leaves the
-earlier ones whole. What Orbax does not notice is a byte that has changed on disk: every checkpoint
-therefore carries a checksum of its arrays, computed on the devices. Nothing in it depends on how
-many devices or processes there were.
+Orbax writes each checkpoint to a temporary name and renames it, so earlier ones survive a kill at
+any moment. Orbax does not detect bytes that change on disk: every checkpoint therefore has a
+checksum of its arrays, computed on the devices. A checkpoint does not depend on the number of
+devices or processes.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ Array = jax.Array
 
 
 class Restored(NamedTuple):
-    """What a checkpoint holds.
+    """Content of a checkpoint.
 
     Attributes:
-        step: its step.
+        step: step of the checkpoint.
         state: the restored state.
-        progress: the counters saved with it.
+        progress: the counters and data position saved with it.
     """
 
     step: int
@@ -41,16 +41,16 @@ class Restored(NamedTuple):
 
 
 class Checkpoints:
-    """The checkpoints of one run directory.
+    """Saves and restores the checkpoints of a run directory.
 
     Args:
-        directory: where they are; made when missing.
-        keep: how many of the latest to keep.
-        warn: called with a line to print when a checkpoint turns out to be damaged.
+        directory: directory of the checkpoints; created if missing.
+        keep: number of checkpoints to keep.
+        warn: called with a line to print for each damaged checkpoint.
     """
 
     def __init__(self, directory: pathlib.Path, keep: int, warn: Callable[[str], None]):
-        # Orbax logs each save, and dumps a traceback where it meets a file it can't read.
+        # Orbax logs every save, and a traceback for every file it can't read.
         logging.getLogger("absl").setLevel(logging.CRITICAL)
         self._directory = directory
         self._keep = keep
@@ -73,11 +73,11 @@ class Checkpoints:
             raise cannot_write(self._directory, error) from None
 
     def save(self, step: int, state: Any, progress: dict[str, Any]) -> None:
-        """Saves in the background; waits for the save before it. Does nothing if it exists.
+        """Saves in the background, after the previous save has ended; skips an existing checkpoint.
 
         Args:
-            step: behind which the state is.
-            state: all that changes on the devices.
+            step: number of steps taken.
+            state: the training state, on the devices.
             progress: numbers and small arrays, the same in every process.
         """
         self.wait()
@@ -94,10 +94,10 @@ class Checkpoints:
         self._pending_step = step
 
     def wait(self) -> None:
-        """Waits until the last save is on disk.
+        """Waits until the last checkpoint is on disk.
 
         Raises:
-            TrainingError: if it could not be written; the checkpoints before it are whole.
+            TrainingError: if it could not be written; earlier checkpoints are intact.
         """
         pending, self._pending = self._pending, None
         if pending is None:
@@ -110,27 +110,27 @@ class Checkpoints:
     def _cannot_write(self, step: int, error: Exception) -> TrainingError:
         self._failed = True
         reason = str(error).strip().split("\n")[0][:200] or type(error).__name__
-        if is_first():  # half a checkpoint takes room that the next try needs
+        if is_first():  # free the space of the incomplete checkpoint for the next attempt
             for half in self._directory.glob(f"{step}.orbax-checkpoint-tmp*"):
                 shutil.rmtree(half, ignore_errors=True)
         return TrainingError(
             f"the checkpoint of step {step} can't be written to {self._directory} ({reason}); "
-            "earlier checkpoints are whole: make room and run the same command again."
+            "earlier checkpoints are intact: make room and run the same command again."
         )
 
     def restore(self, abstract_state: Any) -> Restored | None:
-        """Restores the newest checkpoint that is whole.
+        """Restores the newest intact checkpoint.
 
-        Damaged ones behind it are moved out of the way, to ``damaged_checkpoints/``, and reported.
+        Damaged ones after it are moved to ``damaged_checkpoints/`` and reported.
 
         Args:
             abstract_state: shapes, dtypes and shardings of the state.
 
         Returns:
-            What it holds; None when there is no checkpoint.
+            Its content; None if there is no checkpoint.
 
         Raises:
-            TrainingError: if there are checkpoints and none of them is whole.
+            TrainingError: if all checkpoints are damaged.
         """
         steps = sorted((c.step for c in self._checkpointer.checkpoints), reverse=True)
         damaged: list[tuple[int, str]] = []
@@ -167,7 +167,7 @@ class Checkpoints:
             together(functools.partial(self._move, step, target))
             self._warn(
                 f"checkpoint {step} is damaged ({reason}); moved to {target}, "
-                f"going on from the one of step {good_step}."
+                f"resuming from the checkpoint of step {good_step}."
             )
         self._open()
 
@@ -180,45 +180,45 @@ class Checkpoints:
                 raise cannot_write(target, error) from None
 
     def close(self) -> None:
-        """Waits for a save under way and releases the directory."""
+        """Waits for a save in progress and releases the directory."""
         try:
             self.wait()
         finally:
             try:
                 self._checkpointer.close()
-            except Exception as error:  # a failed save is told again, which has been told
+            except Exception as error:  # a failed save is raised again
                 if not self._failed:
                     raise self._cannot_write(self._pending_step, error) from None
 
 
 def read_checkpoint(path: pathlib.Path, abstract_state: Any) -> Any:
-    """The state of one checkpoint; nothing on disk is touched.
+    """Reads the state of one checkpoint without changing anything on disk.
 
     Args:
-        path: the checkpoint's directory.
+        path: directory of the checkpoint.
         abstract_state: shapes, dtypes and shardings of the state.
 
     Returns:
         The state.
 
     Raises:
-        ValueError: if a byte of it has changed; or whatever Orbax raises when it can't be read.
+        ValueError: if its checksum does not match. Orbax raises various errors for damaged files.
     """
     content = ocp.load_checkpointables(path.absolute(), {"state": _checked(abstract_state)})
     return _check(content["state"])
 
 
 def _checked(abstract_state: Any) -> dict[str, Any]:
-    """A state as it is stored, with its checksum."""
+    """Returns the abstract content of a stored state, with its checksum."""
     leaves = jax.tree.leaves(abstract_state)
-    # On the devices of now: those that wrote the checkpoint may not be there.
+    # On the current devices: those that wrote the checkpoint may no longer exist.
     everywhere = jax.sharding.NamedSharding(leaves[0].sharding.mesh, jax.sharding.PartitionSpec())
     checksum = jax.ShapeDtypeStruct((len(leaves),), jnp.uint32, sharding=everywhere)
     return {"state": abstract_state, "checksum": checksum}
 
 
 def _check(stored: dict[str, Any]) -> Any:
-    """The state, if its checksum is the stored one."""
+    """Returns the state if its checksum matches the stored one; raises ValueError otherwise."""
     if not np.array_equal(_checksum(stored["state"]), stored["checksum"]):
         raise ValueError("its checksum does not match")
     return stored["state"]
@@ -233,9 +233,9 @@ def _unused(path: pathlib.Path) -> pathlib.Path:
 
 @jax.jit
 def _checksum(tree: Any) -> Array:
-    """One uint32 per leaf: its words, each weighted by its place, summed modulo 2^32.
+    """Computes one uint32 per leaf: the sum of its words, weighted by position, modulo 2^32.
 
-    Integer sums do not depend on their order, so the value is the same on any mesh.
+    Integer sums do not depend on the order of summation, so the value is the same on any mesh.
     """
 
     def leaf_checksum(leaf: Array) -> Array:

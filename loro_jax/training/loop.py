@@ -1,4 +1,4 @@
-"""The loop: steps, evaluations, checkpoints, and what ends it early."""
+"""The training loop: steps, evaluations, checkpoints and early stops."""
 
 from __future__ import annotations
 
@@ -35,10 +35,10 @@ from models.loss import Batch
 
 
 class Outcome(NamedTuple):
-    """How a run ended.
+    """Result of a run.
 
     Attributes:
-        exit_status: 0 when all steps are done, 128 + the signal's number when one stopped it.
+        exit_status: 0 if all steps are done, 128 + the signal's number if a signal stopped it.
         val_ppl: the last validation perplexity, or None.
     """
 
@@ -48,17 +48,17 @@ class Outcome(NamedTuple):
 
 @lapack_by_one_thread()
 def train(config: Config, workdir: str, command: str = "python train.py") -> Outcome:
-    """Trains, or continues, the run of a directory.
+    """Trains a model, or resumes the run in a directory.
 
-    Everything that a user can get wrong is checked before the directory is touched.
+    All settings are validated before the directory is changed.
 
     Args:
         config: the run's config.
-        workdir: its directory.
-        command: how the program was called, for the closing lines.
+        workdir: the run directory.
+        command: command line of the program, for the closing lines.
 
     Returns:
-        How it ended.
+        The result.
 
     Raises:
         TrainingError: for a bad config or corpus, a directory of another run, a damaged set of
@@ -73,9 +73,9 @@ def train(config: Config, workdir: str, command: str = "python train.py") -> Out
             with others_alive():
                 run.loop()
         except LostProcessError:
-            raise  # closing would wait for the lost one
+            raise  # closing would wait for the lost process
         except BaseException:
-            with contextlib.suppress(Exception):  # the first error is the one to tell
+            with contextlib.suppress(Exception):  # report the first error
                 run.close()
             raise
         run.close()
@@ -91,7 +91,7 @@ def train(config: Config, workdir: str, command: str = "python train.py") -> Out
 
 
 class _Inputs(NamedTuple):
-    """What a run is made of, checked."""
+    """Validated inputs of a run."""
 
     config: Config
     devices: jax.sharding.Mesh
@@ -120,7 +120,7 @@ class _Dispatched(NamedTuple):
 
 
 class _Run:
-    """One process's part of a run. Holds what the loop's pieces share."""
+    """One process's part of a run: the state shared by the functions of the loop."""
 
     def __init__(self, inputs: _Inputs, directory: RunDirectory, signals: _StopSignals):
         config, devices, corpus = inputs.config, inputs.devices, inputs.corpus
@@ -176,12 +176,12 @@ class _Run:
         self._clock = _Clock(self._tokens)
 
     def loop(self) -> None:
-        """Takes all steps that are left, unless a signal or a loss that is not finite ends it."""
+        """Takes all remaining steps, unless a signal or a non-finite loss stops the run."""
         config = self._config
         in_flight: _Dispatched | None = None
         for step in range(self._start + 1, config.steps + 1):
             dispatched = self._dispatch(step)
-            # The metrics of the step before, now that the device has this one to work on.
+            # Collect the previous step's metrics while the device works on this step.
             if in_flight is not None:
                 self._collect(in_flight)
             in_flight = dispatched
@@ -201,12 +201,12 @@ class _Run:
         if self._signals.received is not None:
             name = signal.Signals(self._signals.received).name
             self._display.say(
-                f"stopped by {name} behind step {step}; checkpoint written, "
-                "run the same command to go on"
+                f"stopped by {name} after step {step}; checkpoint written, "
+                "run the same command to resume"
             )
 
     def _stops(self, step: int) -> bool:
-        """Whether a signal ends the run here; all processes stop behind the same step."""
+        """Returns whether a signal stops the run; all processes stop after the same step."""
         if jax.process_count() == 1:
             return self._signals.received is not None
         if step % self._config.log_every:
@@ -228,7 +228,7 @@ class _Run:
         return _Dispatched(step, metrics)
 
     def _collect(self, dispatched: _Dispatched) -> None:
-        """Fetches a step's metrics, checks them, and writes its row if it is due."""
+        """Fetches and checks a step's metrics; writes its row every ``log_every`` steps."""
         step = dispatched.step
         values = {name: float(value) for name, value in dispatched.metrics.items()}
         self._tokens += int(values.pop("tokens"))
@@ -243,7 +243,7 @@ class _Run:
             self._display.training(row)
 
     def _put_whole(self, batch: Batch) -> Batch:
-        """A batch of which every process holds all rows."""
+        """Puts a batch of which every process holds all rows on the devices."""
         size = len(batch.inputs)
         return meshes.put_batch(self._devices, batch, range(size), size)
 
@@ -284,14 +284,14 @@ class _Run:
             self._checkpoints.save(step, self._state, progress)
 
     def finish(self, ngrams: NgramPerplexity | None) -> float:
-        """Draws the plot of a complete run and returns its last validation perplexity."""
+        """Plots a complete run and returns its last validation perplexity."""
         rows = read_rows(self._path / "metrics.jsonl")
         plot_run(rows, self._path / "plot.png", ngrams, f"{self._config.method}, {self._path.name}")
         return next(row["val_ppl"] for row in reversed(rows) if "val_ppl" in row)
 
     def close(self) -> None:
-        """Releases files; waits for a checkpoint under way."""
-        with contextlib.ExitStack() as stack:  # each is closed, whatever another one raises
+        """Closes all files; waits for a checkpoint in progress."""
+        with contextlib.ExitStack() as stack:  # closes each, even if another one raises
             stack.callback(self._checkpoints.close)
             if self._metrics is not None:
                 stack.callback(self._metrics.close)
@@ -299,7 +299,7 @@ class _Run:
 
 
 class _Clock:
-    """Tokens per second of training, without evaluations and checkpoints; and waits for data."""
+    """Measures tokens per second without evaluations and checkpoints, and time spent on data."""
 
     def __init__(self, tokens: int) -> None:
         self.restart(tokens)
@@ -308,7 +308,7 @@ class _Clock:
         self._since, self._tokens, self._waited = time.monotonic(), tokens, 0.0
 
     def rates(self, tokens: int) -> dict[str, float]:
-        """Tokens per second since the last call, and the share of that time spent on waiting."""
+        """Returns tokens per second since the last call, and the share of time waiting for data."""
         elapsed = max(time.monotonic() - self._since, 1e-9)
         found = {
             "tokens_per_second": round((tokens - self._tokens) / elapsed, 1),
@@ -319,23 +319,23 @@ class _Clock:
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
-        """A context whose time does not count."""
+        """Returns a context whose time does not count."""
         started = time.monotonic()
         yield
         self._since += time.monotonic() - started
 
     @contextlib.contextmanager
     def waiting(self) -> Iterator[None]:
-        """A context whose time is a wait for data."""
+        """Returns a context whose time counts as waiting for data."""
         started = time.monotonic()
         yield
         self._waited += time.monotonic() - started
 
 
 class _StopSignals:
-    """Notes the first SIGTERM or SIGINT; the loop then stops behind the step it is in.
+    """Records the first SIGTERM or SIGINT, so that the loop stops after the current step.
 
-    A second one interrupts at once.
+    A second signal interrupts immediately.
     """
 
     def __init__(self) -> None:

@@ -1,10 +1,10 @@
-"""Devices, and what lies where on them.
+"""Device meshes, and the sharding of batches, parameters and optimizer state.
 
-The batch is split over ``data`` and ``fsdp``. Parameters (and with them Adam's moments) are copied
-along ``data``, split along ``fsdp`` by their longest axis, and along ``tensor`` by the axis on
-which a projection's products need no exchange: outputs of q, k, v, gate and up, inputs of o and
-down. Between factors that leaves exchanges of the rank's size alone. All of it is GSPMD's automatic
-mode: the step is written for one device. Activations: see :mod:`models.layout`.
+The batch is sharded over ``data`` and ``fsdp``. Parameters (and Adam's moments) are replicated over
+``data``, sharded over ``fsdp`` along their longest axis, and over ``tensor`` along the axis that
+needs no communication in a projection's products: outputs of q, k, v, gate and up, inputs of o and
+down. The products between factors then only exchange arrays of the rank's size. All of this is
+GSPMD's automatic mode: the step is written for one device. Activations: see :mod:`models.layout`.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ from loro_jax.errors import TrainingError
 from loro_jax.training.config import Config, MeshConfig
 from models.loss import Batch
 
-# Projections whose input axis is split over `tensor`; the others' output axis is.
+# Projections sharded over `tensor` along their input axis; the others along their output axis.
 ROW_PARALLEL = ("o", "down")
 
 
 def make_mesh(config: MeshConfig, devices: int | None = None) -> Mesh:
-    """A mesh of devices with the axes data, fsdp and tensor.
+    """Creates a device mesh with the axes data, fsdp and tensor.
 
     Args:
-        config: their sizes.
-        devices: how many of the devices there are; None: all of them.
+        config: sizes of the axes.
+        devices: number of devices to use, from the first on; None: all.
 
     Raises:
         TrainingError: if the sizes do not multiply to the number of devices.
@@ -44,7 +44,7 @@ def make_mesh(config: MeshConfig, devices: int | None = None) -> Mesh:
     if min(sizes.values()) < 1 or int(np.prod(list(sizes.values()))) != devices:
         raise TrainingError(
             f"config.mesh = {config.data} x {config.fsdp} x {config.tensor} (data x fsdp x tensor) "
-            f"does not make {devices} device(s); at most one axis may be -1 (all that are left)."
+            f"does not make {devices} device(s); at most one axis may be -1 (the remaining ones)."
         )
     return jax.make_mesh(
         tuple(sizes.values()),
@@ -66,24 +66,24 @@ def check_batch(config: Config, mesh: Mesh) -> None:
 
 
 def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """Sequences split over ``data`` and ``fsdp``."""
+    """Returns the sharding of a batch: sequences over ``data`` and ``fsdp``."""
     return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
 
 
 def rows_here(mesh: Mesh, batch_size: int) -> list[int]:
-    """Rows of the global batch that the devices of this process work on."""
+    """Returns the rows of the global batch that belong to the devices of this process."""
     slices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
     rows = np.arange(batch_size)
     return sorted(set(np.concatenate([rows[index] for index in slices]).tolist()))
 
 
 def put_batch(mesh: Mesh, batch: Batch, rows: Sequence[int], batch_size: int) -> Batch:
-    """A batch on the devices.
+    """Puts a batch on the devices.
 
     Args:
-        mesh: the devices.
-        batch: this process's rows of it.
-        rows: their numbers, from :func:`rows_here`.
+        mesh: the device mesh.
+        batch: this process's rows of the batch.
+        rows: indices of these rows, from :func:`rows_here`.
         batch_size: rows of the global batch.
 
     Returns:
@@ -94,7 +94,7 @@ def put_batch(mesh: Mesh, batch: Batch, rows: Sequence[int], batch_size: int) ->
     def put(array: np.ndarray) -> jax.Array:
         def part(index: Any) -> np.ndarray:
             first, last, _ = index[0].indices(batch_size)
-            # Rows of one device lie together in the batch, and so they do among those here.
+            # A device's rows are contiguous in the global batch, and so they are in this process.
             start = bisect.bisect_left(rows, first)
             return array[start : start + last - first]
 
@@ -105,12 +105,12 @@ def put_batch(mesh: Mesh, batch: Batch, rows: Sequence[int], batch_size: int) ->
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """A copy on every device."""
+    """Returns the sharding of an array that is replicated on every device."""
     return NamedSharding(mesh, PartitionSpec())
 
 
 def tree_shardings(mesh: Mesh, tree: Any) -> Any:
-    """A sharding for each leaf of parameters or optimizer state (moments lie like parameters)."""
+    """Returns a sharding for each leaf of parameters or optimizer state (moments as parameters)."""
     return jax.tree_util.tree_map_with_path(
         lambda path, leaf: NamedSharding(mesh, _partition(mesh, path, leaf.shape)), tree
     )
@@ -122,8 +122,9 @@ def _partition(mesh: Mesh, path: Any, shape: tuple[int, ...]) -> PartitionSpec:
     tensor_axis = _tensor_axis(names, len(shape))
     if tensor_axis is not None and shape[tensor_axis] % mesh.shape["tensor"] == 0:
         axes[tensor_axis] = "tensor"
-    # Scanned layers keep their leading axis whole: each device needs every layer in turn.
+    # The axis of scanned layers is not sharded, because each device needs every layer.
     candidates = [i for i in range("blocks" in names, len(shape)) if axes[i] is None]
+    # `fsdp` takes the longest remaining axis that it divides; without one the leaf is replicated.
     for i in sorted(candidates, key=lambda i: -shape[i]):
         if shape[i] % mesh.shape["fsdp"] == 0 and shape[i] > 1:
             axes[i] = "fsdp"
@@ -136,6 +137,8 @@ def _tensor_axis(names: list[str], ndim: int) -> int | None:
         return None
     leaf = names[-1]
     row_parallel = len(names) > 1 and names[-2] in ROW_PARALLEL
+    # Of two factors only the one next to the split activations is sharded: B (m x r) by outputs, or
+    # A (r x n) by inputs. The other one is replicated over `tensor`.
     if leaf in ("W", "embedding"):
         return ndim - 1 if row_parallel else ndim - 2
     if leaf == "B" and not row_parallel:

@@ -1,4 +1,4 @@
-"""Metrics on disk: ``metrics.jsonl`` (one JSON object a row) and TensorBoard event files."""
+"""Metrics on disk: ``metrics.jsonl`` (one JSON object per row) and TensorBoard event files."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from loro_jax.errors import cannot_write
 
 
 def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
-    """Rows of a metrics file, up to the first torn one (a killed process may leave half a line)."""
+    """Reads a metrics file up to the first incomplete row, as a killed process may leave it."""
     if not path.exists():
         return []
     rows = []
@@ -34,11 +34,11 @@ class MetricsWriter:
 
     Args:
         directory: the run directory.
-        resume_step: rows behind this step are dropped: the run is about to write them again.
+        resume_step: rows after this step are dropped, because the run will write them again.
         tensorboard: whether to write event files too.
 
     Raises:
-        TrainingError: if the files can't be written; so do all methods.
+        TrainingError: if the files can't be written; also raised by all methods.
     """
 
     def __init__(self, directory: pathlib.Path, resume_step: int, tensorboard: bool):
@@ -46,7 +46,7 @@ class MetricsWriter:
         self._events_path = directory / "tensorboard"
         self._events: _Events | None = None
         kept = [row for row in read_rows(self._path) if row["step"] <= resume_step]
-        # Written beside and renamed: a kill here must not cost the rows that are kept.
+        # Written to a temporary name and renamed, so that a kill here does not lose the kept rows.
         temporary = self._path.with_suffix(".jsonl.tmp")
         try:
             with temporary.open("w", encoding="utf-8") as file:
@@ -54,7 +54,7 @@ class MetricsWriter:
                 file.flush()
                 os.fsync(file.fileno())
             temporary.replace(self._path)
-            # Unbuffered: what can't be written must not be tried again when the file is closed.
+            # Unbuffered: a failed write must not be retried when the file is closed.
             self._file = self._path.open("ab", buffering=0)
         except OSError as error:
             temporary.unlink(missing_ok=True)
@@ -67,7 +67,7 @@ class MetricsWriter:
                 raise cannot_write(self._events_path, error) from None
 
     def write(self, row: dict[str, Any]) -> None:
-        """Writes one row; ``step`` names its step. It is out of this process when this returns."""
+        """Writes one row; ``step`` is its step. The operating system has it when this returns."""
         try:
             _append(self._file, (json.dumps(row) + "\n").encode("utf-8"))
         except OSError as error:
@@ -75,7 +75,7 @@ class MetricsWriter:
         self._to_events(lambda events: events.write(row))
 
     def sync(self) -> None:
-        """Forces the rows onto the disk, before a checkpoint that counts on them."""
+        """Syncs the rows to disk, before a checkpoint that relies on them."""
         try:
             os.fsync(self._file.fileno())
         except OSError as error:
@@ -97,10 +97,10 @@ class MetricsWriter:
 
 
 class _Events:
-    """TensorBoard's event files, written by the caller.
+    """Writes TensorBoard event files synchronously.
 
-    tensorboardX's SummaryWriter writes by a thread: where that meets a full disk it dies with a
-    traceback, and the run waits for it for ever.
+    tensorboardX's SummaryWriter writes in a thread: on a full disk the thread dies with a
+    traceback, and the run waits for it forever.
     """
 
     def __init__(self, directory: pathlib.Path, purge_step: int):
@@ -130,7 +130,7 @@ class _Events:
         )
 
     def _write(self, events: list[dict[str, Any]]) -> None:
-        """Appends events as TensorFlow's records: length and content, each with its checksum."""
+        """Appends events as TFRecords: length and content, each with its checksum."""
         records = b""
         for fields in events:
             data = self._event(wall_time=time.time(), **fields).SerializeToString()

@@ -13,7 +13,7 @@ from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 from loro_jax.errors import cannot_write
 from loro_jax.text.ngram import NgramPerplexity
 
-# Readable in print and by the colour-blind (Okabe and Ito's palette).
+# Okabe and Ito's palette, safe for print and for colour-blind readers.
 _BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#777777"
 
 
@@ -25,8 +25,8 @@ def plot_run(
     Args:
         rows: the rows of ``metrics.jsonl``.
         path: the file to write.
-        ngrams: perplexities to mark as horizontal lines, where they are known.
-        title: headline.
+        ngrams: perplexities to mark by horizontal lines; None: none.
+        title: title of the plot.
 
     Raises:
         TrainingError: if it can't be written.
@@ -80,4 +80,4 @@ def plot_run(
 
 
 def _log(perplexity: Any) -> Any:
-    return np.log(np.maximum(perplexity, 1e-20))  # the axis asks about zero, too
+    return np.log(np.maximum(perplexity, 1e-20))  # Matplotlib evaluates it at zero, too

@@ -1,8 +1,8 @@
-"""Several processes as one run: how they meet, agree, and part.
+"""Multi-process runs: connecting, sharing errors, and exiting.
 
-Every process runs the same program on its own devices; JAX joins these to one mesh. What only one
-of them may do (files, what a person sees) the first does. An error of one is an error of all, so
-that none waits for another that is gone.
+Every process runs the same program on its own devices, which JAX joins to one mesh. The first
+process alone writes files and terminal output. An error in one process is raised in all, so that
+none waits for a process that has exited.
 """
 
 from __future__ import annotations
@@ -20,19 +20,19 @@ from loro_jax.errors import LostProcessError, TrainingError
 
 T = TypeVar("T")
 
-# Bytes of an error's message that travel to the other processes.
+# Bytes of an error message that are sent to the other processes.
 _MESSAGE_BYTES = 2048
 
 
 class Cluster(NamedTuple):
-    """How the processes of a run find each other.
+    """Cluster configuration of a run.
 
     Attributes:
-        coordinator: HOST:PORT of the first one, reached by all; None: as the environment says.
-        processes: how many there are; None: as the environment says.
-        process: the number of this one, from 0; None: as the environment says.
-        discover: whether to join others at all when nothing above says so.
-        heartbeat_seconds: silence after which a process is taken for dead.
+        coordinator: HOST:PORT of the first process, reachable by all; None: from the environment.
+        processes: number of processes; None: from the environment.
+        process: index of this process, from 0; None: from the environment.
+        discover: whether to connect to other processes if none of the above is given.
+        heartbeat_seconds: time without heartbeat after which a process counts as dead.
     """
 
     coordinator: str | None = None
@@ -43,16 +43,16 @@ class Cluster(NamedTuple):
 
 
 def connect(cluster: Cluster) -> None:
-    """Joins the other processes; to be called before anything else of JAX.
+    """Connects to the other processes; call it before any other function of JAX.
 
-    SLURM, Open MPI, Kubernetes and TPU pods say in the environment who is where; elsewhere the
-    three fields of ``cluster`` do.
+    SLURM, Open MPI, Kubernetes and TPU pods describe the cluster in the environment; elsewhere
+    the first three fields of ``cluster`` are needed.
 
     Args:
-        cluster: what the user said. Without any of it, there is one process and nothing happens.
+        cluster: the user's settings; with the defaults nothing happens.
 
     Raises:
-        TrainingError: if they don't say who is where, or don't meet.
+        TrainingError: if the cluster is not described, or the processes can't connect.
     """
     said = (cluster.coordinator, cluster.processes, cluster.process)
     if not cluster.discover and said == (None, None, None):
@@ -75,16 +75,16 @@ def connect(cluster: Cluster) -> None:
     except (ValueError, RuntimeError) as error:
         reason = str(error).strip().split("\n")[0][:200]
         raise TrainingError(
-            f"the processes of the run don't meet ({reason}); expected --coordinator=HOST:PORT, "
-            "--processes=N and --process=I of each, or an environment (SLURM, Open MPI, "
-            "Kubernetes, a TPU pod) that says as much."
+            f"could not connect to the other processes ({reason}); expected "
+            "--coordinator=HOST:PORT, --processes=N and --process=I for each, or an environment "
+            "(SLURM, Open MPI, Kubernetes, a TPU pod) that sets them."
         ) from None
 
 
 def leave(status: int) -> int:
-    """What a failing process ends with; among several, it ends here.
+    """Returns the exit status of a failing process; in a multi-process run, exits here.
 
-    The others may be gone, or wait in the middle of a step, and JAX would wait for them.
+    The others may have exited, or wait in the middle of a step, and JAX would wait for them.
     """
     if jax.distributed.is_initialized():
         sys.stdout.flush()
@@ -94,21 +94,21 @@ def leave(status: int) -> int:
 
 
 def is_first() -> bool:
-    """Whether this process is the one that writes and shows."""
+    """Returns whether this process is the one that writes files and terminal output."""
     return jax.process_index() == 0
 
 
 def together(action: Callable[[], T]) -> T:
-    """Does something in every process; what one of them raises, all raise.
+    """Runs an action in every process; a TrainingError in one of them is raised in all.
 
     Args:
-        action: without communication between processes in it.
+        action: the action; it must not communicate between processes.
 
     Returns:
-        What it returned here.
+        The action's result in this process.
 
     Raises:
-        TrainingError: that of the action here, or of the first process where it raised one.
+        TrainingError: the error in this process, or else in the first process that raised one.
     """
     if jax.process_count() == 1:
         return action()
@@ -130,32 +130,32 @@ def together(action: Callable[[], T]) -> T:
 
 
 def largest(array: np.ndarray) -> np.ndarray:
-    """The largest value of each entry over all processes."""
+    """Returns the entrywise maximum over all processes."""
     return array if jax.process_count() == 1 else _gathered(array).max(axis=0)
 
 
 def _gathered(array: np.ndarray) -> np.ndarray:
-    """The arrays of all processes, stacked."""
+    """Stacks the arrays of all processes."""
     with others_alive():
         return np.asarray(multihost_utils.process_allgather(array))
 
 
 class others_alive:  # noqa: N801 - a context manager, read as a phrase
-    """A context in which the end of another process is an error of its own.
+    """Context manager that raises LostProcessError if another process exits.
 
     Raises:
-        LostProcessError: where JAX says that a message to or from another process failed.
+        LostProcessError: if communication with another process failed.
     """
 
     def __enter__(self) -> None:
-        """Nothing to do."""
+        """Does nothing."""
 
     def __exit__(self, kind: type | None, error: BaseException | None, _: object) -> None:
-        """Turns JAX's error into ours."""
+        """Converts JAX's error to ours."""
         if isinstance(error, jax.errors.JaxRuntimeError) and jax.process_count() > 1:
             reason = str(error).strip().split("\n")[0][:200]
             raise LostProcessError(
                 f"process {jax.process_index()} of {jax.process_count()} lost another one "
-                f"({reason}); stopped. The last whole checkpoint is kept: run the same command "
-                "again, with as many processes as you like."
+                f"({reason}); stopped. The last complete checkpoint is kept: run the same command "
+                "again, with any number of processes."
             ) from None

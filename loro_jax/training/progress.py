@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: a bar on a terminal, plain lines elsewhere."""
+"""Display of a run's progress: a bar on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ class ProgressDisplay:
     Args:
         total_steps: length of the run.
         start_step: steps already taken when it was resumed.
-        file: where to write; standard output unless told.
-        quiet: show nothing at all.
+        file: file to write to; None: standard output.
+        quiet: whether to show nothing.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class ProgressDisplay:
             )
 
     def say(self, line: str) -> None:
-        """Prints a line of its own, above the bar where there is one."""
+        """Prints a separate line, above the bar if there is one."""
         self._console.print(line, markup=False)
 
     def close(self) -> None:

@@ -1,4 +1,4 @@
-"""The directory of a run: claimed by one run at a time, for one config and one text."""
+"""Run directories, each locked by one process and tied to one config and one corpus."""
 
 from __future__ import annotations
 
@@ -13,21 +13,20 @@ from loro_jax.training.processes import is_first, together
 
 
 class RunDirectory:
-    """Claims a run directory for a config; a context manager.
+    """Context manager that locks a run directory for a config.
 
-    A fresh directory gets the resolved config and the fingerprint of the text; one that holds
-    another run's is refused before anything in it is touched. Of several processes the first does
-    all this; for the others it is only a path.
+    The resolved config and the fingerprint of the text are written to a new directory; a directory
+    of another run is refused before anything in it is changed. With several processes only the
+    first one does this.
 
     Args:
-        path: the directory; made when missing.
+        path: the directory; created if missing.
         config: the run's config.
-        fingerprint: of the tokens that it reads.
+        fingerprint: fingerprint of the run's tokens.
 
     Raises:
-        TrainingError: if the directory holds a run of another config or text, or files of something
-            else.
-        InUseError: if another process has claimed it.
+        TrainingError: if the directory holds a run with another config or text, or other files.
+        InUseError: if another process has locked it.
     """
 
     def __init__(self, path: str | pathlib.Path, config: Config, fingerprint: str):
@@ -42,7 +41,7 @@ class RunDirectory:
         self._check_data(config, fingerprint)
         try:
             self.path.mkdir(parents=True, exist_ok=True)
-            # The config comes last: with it the directory is a run's.
+            # Written last: its existence marks a complete run directory.
             _write_once(self._data_path, json.dumps({"fingerprint": fingerprint}) + "\n")
             _write_once(self._config_path, config.to_json())
         except OSError as error:
@@ -63,7 +62,7 @@ class RunDirectory:
             if differing:
                 raise TrainingError(
                     f"--workdir={self.path} holds a run of another config "
-                    f"({'; '.join(differing)}). Use another --workdir, or the same config to go on."
+                    f"({'; '.join(differing)}). Use another --workdir, or this config to resume."
                 )
         elif self.path.exists():
             if not self.path.is_dir():
@@ -72,8 +71,8 @@ class RunDirectory:
             others = [entry.name for entry in self.path.iterdir() if entry.name not in own]
             if others:
                 raise TrainingError(
-                    f"--workdir={self.path} is not empty and no run directory (it holds "
-                    f"{others[0]!r}, and no config.json); use another --workdir."
+                    f"--workdir={self.path} is not empty and not a run directory (it holds "
+                    f"{others[0]!r} but no config.json); use another --workdir."
                 )
 
     def _check_data(self, config: Config, fingerprint: str) -> None:
@@ -88,7 +87,7 @@ class RunDirectory:
         if stored != fingerprint:
             raise TrainingError(
                 f"config.data.source = {config.data.source!r} is not the text that the run in "
-                f"--workdir={self.path} has read so far (fingerprint {fingerprint}, there "
+                f"--workdir={self.path} has read so far (fingerprint {fingerprint}, expected "
                 f"{stored}). Restore the text, or use another --workdir."
             )
 

@@ -1,4 +1,4 @@
-"""Runs that start from the weights of another model, in Hugging Face's format."""
+"""Initialisation of runs with the weights of a model in Hugging Face's format."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from loro_jax.training.step import TrainState, joined
 from models.huggingface import CheckpointError, check_parameters, read_config, read_parameters
 from models.llama import Llama
 
-# What a model is, whatever its projections are made of and however it is computed.
+# Fields of the architecture, independent of the projections' kind and of precision.
 _ARCHITECTURE = (
     "vocab_size",
     "hidden_size",
@@ -34,15 +34,15 @@ _ARCHITECTURE = (
 
 
 def with_architecture(config: Config) -> Config:
-    """The config with the architecture of the model that its run starts from.
+    """Replaces the architecture of a config with that of the model in ``init_from``.
 
-    Rank, kind of projections and precision stay the config's.
+    Rank, kind of projections and precision are kept.
 
     Args:
-        config: of a run.
+        config: config of a run.
 
     Returns:
-        The config itself where ``init_from`` names nothing.
+        The new config; the same one if ``init_from`` is None.
 
     Raises:
         TrainingError: if the directory can't be read.
@@ -58,9 +58,10 @@ def with_architecture(config: Config) -> Config:
 
 
 def check_start(config: Config, tokenizer: Tokenizer) -> None:
-    """Raises TrainingError if a run can't start from what ``init_from`` names; reads no tensor.
+    """Raises TrainingError if a run can't start from ``init_from``, without reading tensors.
 
-    Its projections must be what the run's can be made of, its tokenizer one of as many ids.
+    The stored projections must be convertible to the run's, and the tokenizers must have the same
+    number of ids.
     """
     if config.init_from is None:
         return
@@ -83,19 +84,19 @@ def check_start(config: Config, tokenizer: Tokenizer) -> None:
 
 
 def start_from(config: Config, state: TrainState) -> tuple[TrainState, str]:
-    """A fresh state with the weights of another model.
+    """Loads the weights of another model into a new state.
 
     Args:
         config: from :func:`with_architecture`, with an ``init_from``.
-        state: a fresh one.
+        state: a new state.
 
     Returns:
-        (the state, a line that says where the weights are from and what was left out of them).
+        (the state, a line that names the source and the truncation errors).
 
     Raises:
         TrainingError: if the directory can't be read, or does not fit the run's projections.
     """
-    assert config.init_from is not None  # the caller asked
+    assert config.init_from is not None  # checked by the caller
     fresh = {"params": state.params, "fixed": state.fixed}
     wanted = joined(state.params, state.fixed)
     try:

@@ -1,4 +1,4 @@
-"""How many threads the libraries around XLA take."""
+"""Thread limits of the libraries besides XLA."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from threadpoolctl import threadpool_limits
 
 @contextlib.contextmanager
 def lapack_by_one_thread() -> Iterator[None]:
-    """Leaves the cores to XLA: on CPU, LAPACK factorises with one thread while this lasts.
+    """Limits LAPACK to one thread in this context, to leave the CPU's cores to XLA.
 
-    JAX calls SciPy's OpenBLAS, which has as many threads as there are cores and lets them wait for
-    more work, turning, when theirs is done; meanwhile XLA's threads share the cores with them. For
-    an exact step that costs more than two threads gain (``python -m loro_jax.bench exact_step``,
-    with and without ``OPENBLAS_NUM_THREADS=1``).
+    JAX calls SciPy's OpenBLAS, which has one thread per core and lets them spin while they wait for
+    more work, on the cores that XLA's threads need. For an exact step this costs more than a second
+    thread gains (``python -m loro_jax.bench exact_step``, with and without
+    ``OPENBLAS_NUM_THREADS=1``).
 
     Example:
         >>> from threadpoolctl import threadpool_info

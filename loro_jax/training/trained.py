@@ -1,4 +1,4 @@
-"""What a run directory holds, for those who use the model and do not train it."""
+"""Loading of trained models from run directories, for inference."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ from models.llama import Llama
 
 
 class Trained(NamedTuple):
-    """A model that a run has made.
+    """A trained model.
 
     Attributes:
-        config: of the run.
-        step: of the checkpoint.
+        config: config of the run.
+        step: step of the checkpoint.
         model: the model.
         tokenizer: its tokenizer.
     """
@@ -36,11 +36,11 @@ class Trained(NamedTuple):
 
 
 def load_run(path: str | pathlib.Path, step: int | None = None) -> Trained:
-    """Reads a run's model; a run that is under way is not disturbed.
+    """Loads a run's model, without disturbing a run in progress.
 
     Args:
         path: the run directory.
-        step: of the checkpoint; None: the last one that is complete.
+        step: step of the checkpoint; None: the last complete one.
 
     Returns:
         The model, on the devices of the default mesh.
@@ -60,22 +60,22 @@ def load_run(path: str | pathlib.Path, step: int | None = None) -> Trained:
             f"{', '.join(map(str, found))}."
         )
     chosen = found[-1] if step is None else step
-    # All devices of now hold all of it, whatever the run's mesh was.
+    # Replicated on all current devices, whatever the run's mesh was.
     devices = make_mesh(dataclasses.replace(config.mesh, data=-1, fsdp=1, tensor=1))
     program = make_program(config, devices)
     try:
         state = read_checkpoint(checkpoints / str(chosen), abstract_state(program, devices))
-    except Exception as error:  # what a damaged file raises depends on the file
+    except Exception as error:  # damaged files raise various errors
         reason = str(error).strip().split("\n")[0][:120]
         raise TrainingError(f"{checkpoints / str(chosen)} can't be read ({reason}).") from None
     model = merge_model(config, state.params, state.fixed)
     tokenizer = load_tokenizer(config.data.tokenizer, config.data.eos_id, config.data.pad_id)
-    tokenizer.adds_bos = False  # runs are trained on documents that do not begin with it
+    tokenizer.adds_bos = False  # documents do not begin with it in training
     return Trained(config, chosen, model, tokenizer)
 
 
 def load_model(path: str | pathlib.Path) -> tuple[Llama, Tokenizer]:
-    """The model in a run directory, or in one of Hugging Face's format.
+    """Loads the model in a run directory or a directory in Hugging Face's format.
 
     Args:
         path: the directory.
@@ -84,8 +84,8 @@ def load_model(path: str | pathlib.Path) -> tuple[Llama, Tokenizer]:
         (the model, its tokenizer).
 
     Raises:
-        TrainingError: if it is neither, or can't be read, or has no tokenizer.
-        CheckpointError: if it is of Hugging Face's format and damaged.
+        TrainingError: if it is neither, can't be read, or has no tokenizer.
+        CheckpointError: if it is in Hugging Face's format and damaged.
     """
     directory = pathlib.Path(path)
     content = _config_of_hugging_face(directory)
@@ -98,14 +98,14 @@ def load_model(path: str | pathlib.Path) -> tuple[Llama, Tokenizer]:
     model, _ = read_model(directory)
     pad = content.get("pad_token_id")
     tokenizer = load_tokenizer(str(directory), eos_id=list(dict.fromkeys(eos_ids)) or None)
-    # Padding is masked: an id that the tokenizer does not have changes nothing.
+    # Padding is masked, so an id that the tokenizer does not have may be ignored.
     if isinstance(pad, int) and 0 <= pad < tokenizer.vocab_size:
         tokenizer.pad_id = pad
     return model, tokenizer
 
 
 def run_config(path: str | pathlib.Path) -> Config | None:
-    """The config of a run directory; None for a directory of Hugging Face's format.
+    """Loads the config of a run directory; None for a directory in Hugging Face's format.
 
     Args:
         path: the directory.
@@ -119,7 +119,7 @@ def run_config(path: str | pathlib.Path) -> Config | None:
     return load_config(directory / "config.json")
 
 
-# Either makes a config.json one of Hugging Face's; a run's has neither.
+# Either key identifies a config.json of Hugging Face's format; a run's has neither.
 _OF_HUGGING_FACE = {"model_type", "architectures"}
 
 
@@ -129,7 +129,7 @@ def _config_of_hugging_face(directory: pathlib.Path) -> dict[str, Any] | None:
 
 
 def _content(path: pathlib.Path, strict: bool = False) -> dict[str, Any] | None:
-    """A JSON object; None without the file, and for another file, which ``strict`` refuses."""
+    """Reads a JSON object; None if missing or invalid. ``strict``: raises if invalid."""
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
@@ -146,7 +146,7 @@ def _content(path: pathlib.Path, strict: bool = False) -> dict[str, Any] | None:
 
 
 def _ids(path: pathlib.Path, content: dict[str, Any]) -> list[int]:
-    """The ids that end a text, of which some models have several; -1 and null: none."""
+    """Returns the end-of-text ids, possibly several; -1 and null mean none."""
     value = content.get("eos_token_id")
     found = value if isinstance(value, list) else [value]
     for one in found:
@@ -158,23 +158,23 @@ def _ids(path: pathlib.Path, content: dict[str, Any]) -> list[int]:
 
 
 def load_config(path: pathlib.Path) -> Config:
-    """The config that a run has stored.
+    """Loads the config stored in a run directory.
 
     Args:
-        path: its ``config.json``.
+        path: path of ``config.json``.
 
     Returns:
-        The config; fields that an earlier version did not have are at their defaults.
+        The config; fields missing in files of earlier versions have their defaults.
 
     Raises:
-        TrainingError: if the file is missing or no run's config.
+        TrainingError: if the file is missing or not a run's config.
     """
     try:
         config = _build(Config, upgraded(json.loads(path.read_text(encoding="utf-8"))))
         config.validate()
     except FileNotFoundError:
         raise TrainingError(
-            f"{path.parent} is no run directory: it holds no config.json."
+            f"{path.parent} is not a run directory: it holds no config.json."
         ) from None
     except (OSError, ValueError, TypeError, AttributeError, TrainingError) as error:
         raise TrainingError(f"{path} can't be read as a run's config ({error}).") from None
@@ -182,7 +182,7 @@ def load_config(path: pathlib.Path) -> Config:
 
 
 def _build(kind: Any, content: dict[str, Any]) -> Any:
-    """A dataclass, with those in it, from nested dicts."""
+    """Builds a dataclass, and dataclasses within it, from nested dicts."""
     types = typing.get_type_hints(kind)
     unknown = content.keys() - types.keys()
     if unknown:

@@ -1,4 +1,4 @@
-"""The model's vocabulary, from the tokenizer's."""
+"""Vocabulary size of the model, from the tokenizer's."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from loro_jax.training.config import Config
 
 
 def resolve_vocabulary(config: Config, tokenizer: Tokenizer) -> tuple[Config, str]:
-    """Sets ``model.vocab_size`` where it is 0: the tokenizer's ids, rounded up.
+    """Sets a ``model.vocab_size`` of 0 to the tokenizer's number of ids, rounded up.
 
-    Matrix units work on tiles: an embedding and a head whose rows are a multiple of
-    ``data.vocab_multiple`` fill them, and divide among devices. The ids on top are never a target.
+    Matrix units work on tiles: an embedding and a head whose number of rows is a multiple of
+    ``data.vocab_multiple`` fill them, and can be sharded. The additional ids are never targets.
 
     Args:
         config: the run's config.
-        tokenizer: its tokenizer.
+        tokenizer: the run's tokenizer.
 
     Returns:
-        (the config with its vocabulary, a line that says what both vocabularies are).
+        (the resolved config, a line that describes both vocabularies).
 
     Raises:
         TrainingError: if the tokenizer has more ids than the model.
@@ -39,7 +39,7 @@ def resolve_vocabulary(config: Config, tokenizer: Tokenizer) -> tuple[Config, st
         raise TrainingError(
             f"config.model.vocab_size = {size} is smaller than the vocabulary of "
             f"config.data.tokenizer = {config.data.tokenizer!r}, which has {own} ids "
-            "(0: as many as that, rounded up)."
+            "(0: that number, rounded up)."
         )
     line = (
         f"tokenizer: {own:,} ids, end of text {tokenizer.eos_id}, padding {tokenizer.pad_id}; "

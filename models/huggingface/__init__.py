@@ -1,14 +1,15 @@
-"""LLaMA checkpoints of Hugging Face's format, read and written.
+"""Reading and writing LLaMA checkpoints in Hugging Face's format.
 
-A directory holds ``config.json``, ``model.safetensors`` (or several, with an index) and the files
-of a tokenizer. Merged, its projections are dense and any program reads it; factored, it is ours
-alone (``model_type`` "loro_llama") and holds each projection as it was trained:
+A directory holds ``config.json``, ``model.safetensors`` (or several files and an index) and the
+files of a tokenizer. In the merged form all projections are dense, and any program can read it. The
+factored form (``model_type`` "loro_llama") is specific to this project and holds each projection as
+it was trained:
 
     model.layers.0.self_attn.q_proj.B        (out x r)
     model.layers.0.self_attn.q_proj.A        (r x in)
 
-and whatever else its kind has (``weight``: the fixed matrix of "lora"; ``values`` and ``columns``
-of "sltrain"). All other names are those of the merged form.
+and the other variables of its kind (``weight``: the frozen matrix of "lora"; ``values`` and
+``columns`` of "sltrain"). All other names are those of the merged form.
 """
 
 from models.huggingface.errors import CheckpointError

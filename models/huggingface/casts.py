@@ -1,4 +1,4 @@
-"""Tensors in another dtype, or an error that names the one that does not fit."""
+"""Checked casts of tensors to another dtype."""
 
 from __future__ import annotations
 
@@ -11,19 +11,19 @@ from models.huggingface.errors import CheckpointError
 
 
 def cast(value: np.ndarray, dtype: Any, name: str) -> np.ndarray:
-    """Floating-point numbers in a dtype.
+    """Casts a floating-point tensor.
 
     Args:
-        value: of a tensor.
-        dtype: of the result.
-        name: of the tensor, for messages.
+        value: the tensor.
+        dtype: dtype of the result.
+        name: name of the tensor, for messages.
 
     Returns:
-        The same numbers, rounded.
+        The rounded tensor.
 
     Raises:
-        CheckpointError: if some are infinite or no numbers, are infinite in the dtype, or all of
-            them are 0 there and were not.
+        CheckpointError: if an entry is infinite or NaN, overflows in the dtype, or all entries
+            underflow to 0.
 
     Example:
         >>> cast(np.array([1e5, 1.0]), np.float16, "norm")
@@ -37,7 +37,7 @@ def cast(value: np.ndarray, dtype: Any, name: str) -> np.ndarray:
         first = tuple(int(i) for i in np.argwhere(bad)[0])
         raise CheckpointError(
             f"{name} holds {float(value[first])} at {list(first)} ({int(bad.sum())} of {value.size}"
-            " entries are no finite numbers)."
+            " entries are not finite)."
         )
     with np.errstate(all="ignore"):
         result = value.astype(dtype)

@@ -1,4 +1,4 @@
-"""What goes with a model and is neither its network nor its tensors: token ids and a tokenizer."""
+"""Companion files of a model: its tokenizer, and the ids of special tokens."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ _IDS = ("bos_token_id", "eos_token_id", "pad_token_id")
 
 
 def read_companions(directory: pathlib.Path) -> dict[str, bytes]:
-    """The files of a directory that go with its model into another.
+    """Reads the files that are copied along with a model.
 
     Args:
-        directory: of Hugging Face's format.
+        directory: directory in Hugging Face's format.
 
     Returns:
-        Contents by name: a tokenizer's, chat templates and ``generation_config.json``, as they are.
-        Folders that are named like such a file are no part of them.
+        Contents by file name, unchanged: the tokenizer's files, chat templates and
+        ``generation_config.json``. Folders with such a name are skipped.
 
     Raises:
         CheckpointError: if one can't be read, or ``generation_config.json`` holds no JSON object.
@@ -49,7 +49,7 @@ def read_companions(directory: pathlib.Path) -> dict[str, bytes]:
         if not path.is_file():
             continue
         if path.name == GENERATION:
-            read_json(path)  # raises where it is damaged: it may hold ids that end a text
+            read_json(path)  # raises if damaged: it may hold ids that end a text
         try:
             found[path.relative_to(directory).as_posix()] = path.read_bytes()
         except OSError as error:
@@ -58,19 +58,19 @@ def read_companions(directory: pathlib.Path) -> dict[str, bytes]:
 
 
 def read_token_ids(content: Mapping[str, Any], where: str) -> dict[str, int | list[int] | None]:
-    """The ids of special tokens in a ``config.json``.
+    """Reads the ids of special tokens from a ``config.json``.
 
     Args:
-        content: of the file.
-        where: the file, for messages.
+        content: content of the file.
+        where: name of the file, for messages.
 
     Returns:
-        ``bos_token_id``, ``eos_token_id`` and ``pad_token_id``, those that are there, as they are;
-        None for a padding id of -1, as the first LLaMA checkpoints say that there is none; 1 as
-        the first id where only the last is said, as in transformers.
+        Those of ``bos_token_id``, ``eos_token_id`` and ``pad_token_id`` that are present. An id of
+        -1 becomes None: the first LLaMA checkpoints use it for "no padding". A missing
+        ``bos_token_id`` becomes 1 if there is an ``eos_token_id``, as in transformers.
 
     Raises:
-        CheckpointError: for anything but whole numbers, a list of them, or null.
+        CheckpointError: for anything but an integer, a list of integers, or null.
 
     Example:
         >>> read_token_ids({"eos_token_id": [2, 3], "pad_token_id": -1}, "config.json")
@@ -92,14 +92,14 @@ def read_token_ids(content: Mapping[str, Any], where: str) -> dict[str, int | li
 
 
 def complete_ids(token_ids: TokenIds | None) -> dict[str, int | list[int] | None]:
-    """Ids of special tokens for ``config.json``, with one that begins a text.
+    """Completes ids of special tokens for ``config.json`` with the one that begins a text.
 
     Args:
-        token_ids: ``eos_token_id`` and others; None: nothing is known of them.
+        token_ids: ``eos_token_id`` and others; None: unknown.
 
     Returns:
-        The same; where nothing says what begins a text, the id that ends one does, because a
-        document begins after the end of the one before. (Programs would take LLaMA's id 1.)
+        The ids. A missing ``bos_token_id`` becomes the first ``eos_token_id``, because in training
+        a document follows the end of the previous one. (Other programs would assume LLaMA's 1.)
 
     Example:
         >>> complete_ids({"eos_token_id": [7, 9]})
@@ -114,7 +114,7 @@ def complete_ids(token_ids: TokenIds | None) -> dict[str, int | list[int] | None
 
 
 def generation_config(ids: TokenIds) -> bytes:
-    """A ``generation_config.json`` that says how a text begins and ends, and no more.
+    """Returns a ``generation_config.json`` that holds the ids of special tokens alone.
 
     Example:
         >>> json.loads(generation_config({"eos_token_id": 2, "pad_token_id": None}))

@@ -1,4 +1,4 @@
-"""Their ``config.json`` and our :class:`models.llama.LlamaConfig`."""
+"""Conversion between Hugging Face's ``config.json`` and :class:`models.llama.LlamaConfig`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from models.llama import LlamaConfig
 
 MERGED, FACTORED = "llama", "loro_llama"
 
-# Fields of ours by theirs, where the value is the same.
+# Our field names by Hugging Face's, for fields with the same value.
 _SAME = {
     "vocab_size": "vocab_size",
     "hidden_size": "hidden_size",
@@ -35,11 +35,11 @@ _REQUIRED = (
     "num_hidden_layers",
     "num_attention_heads",
 )
-# What transformers takes where a file is silent and our default differs.
+# Defaults of transformers that differ from ours.
 _THEIR_DEFAULTS = {"max_position_embeddings": 2048}
-# Architectures that say what model_type does where it is missing.
+# Architectures that identify a LLaMA if model_type is missing.
 _NAMES = (["LlamaForCausalLM"], ["LLaMAForCausalLM"])
-# Fields that a factored directory has on top.
+# Additional fields of a factored directory.
 _FACTORED_FIELDS = (
     "scope",
     "rank",
@@ -53,12 +53,12 @@ _FACTORED_FIELDS = (
 
 
 def to_huggingface(config: LlamaConfig, dtype: str, factored: bool) -> dict[str, Any]:
-    """Our config as theirs.
+    """Converts a config to Hugging Face's format.
 
     Args:
-        config: a model's.
-        dtype: of the stored tensors.
-        factored: whether the projections are stored as they are, or merged.
+        config: config of a model.
+        dtype: dtype of the stored tensors.
+        factored: whether factors are stored, instead of merged projections.
 
     Returns:
         The content of a ``config.json``.
@@ -87,17 +87,17 @@ def to_huggingface(config: LlamaConfig, dtype: str, factored: bool) -> dict[str,
 
 
 def from_huggingface(content: dict[str, Any], where: str) -> LlamaConfig:
-    """Their config as ours: dense, or as a factored directory says.
+    """Converts a config from Hugging Face's format: dense, or as a factored directory says.
 
     Args:
-        content: of a ``config.json``.
-        where: the file, for messages.
+        content: content of a ``config.json``.
+        where: name of the file, for messages.
 
     Returns:
-        The config, in float32; what is stored in another dtype is for the caller to say.
+        The config, in float32 whatever the dtype of the stored tensors.
 
     Raises:
-        CheckpointError: for a field that is missing, or that asks for what our network does not do.
+        CheckpointError: for a field that is missing or not supported by our network.
 
     Example:
         >>> theirs = to_huggingface(LlamaConfig(num_layers=2), "float32", factored=False)
@@ -115,7 +115,7 @@ def from_huggingface(content: dict[str, Any], where: str) -> LlamaConfig:
     fields = _fields(full, where)
     head = fields.get("head_dim") or fields["hidden_size"] / max(fields["num_heads"], 1)
     check_fields(full, max(head, 1), where)
-    # What is the usual case is not said in ours.
+    # Our config leaves these two None in the usual case.
     if fields.get("num_kv_heads") == fields["num_heads"]:
         del fields["num_kv_heads"]
     if fields.get("head_dim", 0) * fields["num_heads"] == fields["hidden_size"]:
@@ -125,7 +125,7 @@ def from_huggingface(content: dict[str, Any], where: str) -> LlamaConfig:
     if kind == FACTORED:
         factored = content.get("loro") or {}
         if not isinstance(factored, dict):
-            raise CheckpointError(f"{where}: loro = {reprlib.repr(factored)} is no JSON object.")
+            raise CheckpointError(f"{where}: loro = {reprlib.repr(factored)} is not a JSON object.")
         wrong = [name for name in _FACTORED_FIELDS if name not in factored]
         if wrong:
             raise CheckpointError(f"{where}: loro.{wrong[0]} is missing.")
@@ -143,7 +143,7 @@ def from_huggingface(content: dict[str, Any], where: str) -> LlamaConfig:
 
 
 def _fields(full: dict[str, Any], where: str) -> dict[str, Any]:
-    """Ours of the fields that have the same value in both."""
+    """Reads the fields that have the same value in both formats."""
     fields: dict[str, Any] = {}
     for theirs, ours in _SAME.items():
         if theirs == "tie_word_embeddings":

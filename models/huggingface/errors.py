@@ -1,7 +1,7 @@
-"""What goes wrong with a directory."""
+"""The error for directories that can't be read or written."""
 
 from loro_jax.errors import TrainingError
 
 
 class CheckpointError(TrainingError, ValueError):
-    """A directory that can't be read or written: in one line what, and what was expected."""
+    """A directory can't be read or written; one line says why and what was expected."""

@@ -1,9 +1,8 @@
-"""Fields of a ``config.json`` that would mean another network than LLaMA's.
+"""Checks for fields of a ``config.json`` that require a network other than LLaMA.
 
-Configs in the wild carry what the programs that wrote them needed: training settings, names of
-files, defaults of generation, fields of other architectures at values that change nothing. What
-can't change the network is passed over, whoever wrote it; a field below at a value that would
-change it is an error. A field that is null counts as absent.
+Configs in the wild carry training settings, file names, generation defaults, and fields of other
+architectures at values that change nothing. Fields that don't change the network are ignored; a
+field listed below is an error if its value would change it. A null field counts as absent.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ from typing import Any
 
 from models.huggingface.errors import CheckpointError
 
-# Another network where they say anything but "no".
+# Switches that must be off: any true value but "none" requires another network.
 _SWITCHES = frozenset(
     {
         # biases
@@ -69,7 +68,7 @@ _SWITCHES = frozenset(
         "scale_embedding",
     }
 )
-# The values at which these change nothing; all else is another network.
+# Fields with the values that change nothing; any other value requires another network.
 _VALUES: dict[str, tuple[Any, ...]] = {
     "hidden_act": ("silu", "swish"),
     "hidden_activation": ("silu", "swish"),
@@ -89,15 +88,15 @@ _VALUES: dict[str, tuple[Any, ...]] = {
 
 
 def check_fields(content: Mapping[str, Any], head_size: float, where: str) -> None:
-    """Raises if a field means another network.
+    """Raises if a field requires another network.
 
     Args:
-        content: of a ``config.json``.
-        head_size: entries of a head.
-        where: the file, for messages.
+        content: content of a ``config.json``.
+        head_size: size of a head.
+        where: name of the file, for messages.
 
     Raises:
-        CheckpointError: with the name of the field.
+        CheckpointError: names the field.
 
     Example:
         >>> check_fields({"_model_name_or_path": "x", "sliding_window": None}, 64, "config.json")
@@ -126,17 +125,17 @@ expected False.
 
 
 def _check_windows(content: Mapping[str, Any], where: str) -> None:
-    """Raises where a layer sees less than all tokens before its own, or no positions."""
+    """Raises for layers with a sliding window that takes effect, or without rotary embeddings."""
     kinds = content.get("layer_types")
     if kinds is not None and (
         not isinstance(kinds, list) or any(kind != "full_attention" for kind in kinds)
     ):
         _refuse("layer_types", kinds, '"full_attention" everywhere', where)
-    turned = content.get("no_rope_layers")  # 1 where positions are used
+    turned = content.get("no_rope_layers")  # 1 for layers with rotary embeddings
     if turned is not None and (not isinstance(turned, list) or not all(turned)):
         _refuse("no_rope_layers", turned, "1 everywhere", where)
     window = content.get("sliding_window")
-    # Unused where a switch says so, and where it holds the longest text.
+    # Without effect if switched off, or if it covers the longest sequence.
     if not window or content.get("use_sliding_window") is False:
         return
     longest = content.get("max_position_embeddings", 2048)
@@ -155,15 +154,15 @@ def _is_number(value: Any) -> bool:
 
 
 def whole_number(content: Mapping[str, Any], name: str, where: str) -> int | None:
-    """A whole number of a config, None where it is absent.
+    """Reads an integer field; None if absent.
 
     Args:
-        content: of the config.
-        name: of the field.
-        where: the file, for messages.
+        content: content of the config.
+        name: name of the field.
+        where: name of the file, for messages.
 
     Raises:
-        CheckpointError: for anything else.
+        CheckpointError: if the field is anything else.
 
     Example:
         >>> whole_number({"hidden_size": 64.0}, "hidden_size", "config.json")
@@ -178,16 +177,16 @@ def whole_number(content: Mapping[str, Any], name: str, where: str) -> int | Non
 def number(
     content: Mapping[str, Any], name: str, where: str, expected: str = "a number"
 ) -> float | None:
-    """A finite number of a config, None where it is absent.
+    """Reads a finite number; None if absent.
 
     Args:
-        content: of the config.
-        name: of the field.
-        where: the file, for messages.
-        expected: what messages call it.
+        content: content of the config.
+        name: name of the field.
+        where: name of the file, for messages.
+        expected: the expectation in messages.
 
     Raises:
-        CheckpointError: for anything else.
+        CheckpointError: if the field is anything else.
     """
     value = content.get(name)
     if value is not None and not (_is_number(value) and abs(value) < float("inf")):

@@ -1,7 +1,6 @@
-"""Files of a directory: tensors, several where one file would be too large, and JSON.
+"""Files of a checkpoint directory: tensors, sharded if large, and JSON.
 
-Nothing is ever seen half-written: a directory is filled under another name and takes its own when
-it is complete.
+A directory is written under a temporary name and renamed when it is complete.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ import tempfile
 from collections.abc import Iterable, Iterator
 from typing import Any
 
-import ml_dtypes  # comes with JAX; teaches NumPy bfloat16
+import ml_dtypes  # a dependency of JAX; registers bfloat16 with NumPy
 import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
@@ -29,17 +28,17 @@ DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bf
 
 @contextlib.contextmanager
 def new_directory(out: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
-    """A directory to fill, which becomes ``out`` if nothing fails and vanishes if something does.
+    """Yields a temporary directory, renamed to ``out`` on success and removed on failure.
 
     Args:
-        out: must not exist, or be an empty directory.
+        out: the final path; must not exist, or must be an empty directory.
 
     Raises:
-        CheckpointError: if it does, or its parent can't be written to.
+        CheckpointError: if ``out`` exists or can't be written.
     """
     target = pathlib.Path(out)
     if target.exists() and (not target.is_dir() or any(target.iterdir())):
-        raise CheckpointError(f"{target} exists already; expected a name that is free.")
+        raise CheckpointError(f"{target} exists already; expected a path that does not exist.")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = pathlib.Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
@@ -49,7 +48,7 @@ def new_directory(out: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
         yield partial
         partial.chmod(0o755)
         partial.replace(target)
-    except (OSError, SafetensorError) as error:  # a full disk is either, as the file may be
+    except (OSError, SafetensorError) as error:  # a full disk raises either
         reason = getattr(error, "strerror", None) or error
         raise CheckpointError(f"{target} can't be written ({reason}).") from None
     finally:
@@ -59,15 +58,15 @@ def new_directory(out: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
 def write_tensors(
     directory: pathlib.Path, tensors: Iterable[tuple[str, np.ndarray]], shard_bytes: int
 ) -> int:
-    """Writes tensors as they come, holding one file's worth of them.
+    """Writes tensors as they arrive, holding at most one shard in memory.
 
     Args:
-        directory: where.
+        directory: directory to write to.
         tensors: names and values.
-        shard_bytes: size that a file does not exceed, unless a single tensor does.
+        shard_bytes: upper bound on a shard's size, unless a single tensor is larger.
 
     Returns:
-        Bytes of all tensors.
+        Total bytes of the tensors.
     """
     parts: list[list[str]] = []
     held: dict[str, np.ndarray] = {}
@@ -76,7 +75,7 @@ def write_tensors(
     def flush() -> None:
         part = directory / f"part-{len(parts)}"
         save_file(held, part, metadata={"format": "pt"})
-        part.chmod(0o644)  # safetensors makes it the owner's alone
+        part.chmod(0o644)  # safetensors makes it readable by the owner only
         parts.append(list(held))
         held.clear()
 
@@ -102,13 +101,13 @@ def write_tensors(
 
 
 def read_json(path: pathlib.Path) -> dict[str, Any]:
-    """A JSON object from a file.
+    """Reads a JSON object from a file.
 
     Raises:
-        CheckpointError: if there is none.
+        CheckpointError: if the file is missing, can't be read or holds no JSON object.
     """
     try:
-        # With or without a mark of the byte order, as editors leave it.
+        # Some editors write a byte order mark.
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise CheckpointError(f"{path} is missing.") from None

@@ -1,8 +1,8 @@
-"""Their names of our parameters."""
+"""Hugging Face's names of our parameters."""
 
 from __future__ import annotations
 
-# Parts of a block by our module and projection.
+# Hugging Face's names of projections by our module and attribute.
 PROJECTIONS = {
     ("attention", "q"): "self_attn.q_proj",
     ("attention", "k"): "self_attn.k_proj",
@@ -20,7 +20,7 @@ HEAD = "lm_head.weight"
 
 
 def layer_prefix(layer: int) -> str:
-    """What the names of a layer's tensors begin with.
+    """Returns the prefix of the names of a layer's tensors.
 
     Example:
         >>> layer_prefix(3)
@@ -30,7 +30,7 @@ def layer_prefix(layer: int) -> str:
 
 
 def variable_name(variable: str) -> str:
-    """Their name of a projection's variable.
+    """Returns Hugging Face's name of a projection's variable.
 
     Example:
         >>> variable_name("W"), variable_name("B")

@@ -1,4 +1,4 @@
-"""The parameters in a directory, in the form that a model wants them."""
+"""Reading the parameters of a directory in the form that a model needs."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ from models.llama import Llama, LlamaConfig
 
 
 class LayerError(NamedTuple):
-    """What a truncated SVD left out.
+    """Truncation error of a projection's SVD.
 
     Attributes:
-        name: of the projection, theirs.
-        shape: of the matrix.
-        rank: kept.
+        name: Hugging Face's name of the projection.
+        shape: shape of the matrix.
+        rank: rank kept.
         error: ``|W - B A| / |W|`` in the Frobenius norm; 0 for a matrix of zeros.
-        zero: whether the matrix is all zeros, and its factors with it: a point from which no
-            gradient leads away.
+        zero: whether the matrix, and so both factors, are zero: a stationary point, where all
+            gradients vanish.
     """
 
     name: str
@@ -53,24 +53,24 @@ class LayerError(NamedTuple):
 def read_parameters(
     directory: str | os.PathLike[str], wanted: dict[str, Any]
 ) -> tuple[dict[str, Any], list[LayerError]]:
-    """The parameters of a directory in the form that a model wants.
+    """Reads the parameters of a directory in the form that a model needs.
 
-    A projection that wants factors and finds a matrix takes its truncated SVD; one that wants a
-    matrix and factors beside it (adapters) takes the matrix and keeps the factors it has.
+    A low-rank projection stored as a matrix is factorised by its truncated SVD; an adapter
+    (a matrix with factors) takes the stored matrix and keeps its own factors.
 
     Args:
-        directory: with ``config.json`` and safetensors.
+        directory: directory with ``config.json`` and safetensors.
         wanted: parameters and fixed arrays of the model, a nested dict: their shapes, dtypes and,
             for adapters, values.
 
     Returns:
-        (arrays on the host in the places of ``wanted``, the error of each projection that was
-        factorised).
+        (arrays on the host in the structure of ``wanted``, the error of each factorised
+        projection).
 
     Raises:
         CheckpointError: for a missing, extra or damaged tensor, a wrong shape, numbers that are
-            not finite or that the wanted dtype can't hold, or projections that can't be made of
-            those stored.
+            not finite or that the wanted dtype can't hold, or projections that can't be converted
+            from the stored form.
     """
     tensors, num_layers = _checked(pathlib.Path(directory), wanted)
 
@@ -105,20 +105,20 @@ def read_parameters(
 
 
 def check_parameters(directory: str | os.PathLike[str], wanted: dict[str, Any]) -> None:
-    """Raises what :func:`read_parameters` would, without reading a tensor.
+    """Checks a directory as :func:`read_parameters` does, without reading tensors.
 
     Args:
-        directory: with ``config.json`` and safetensors.
-        wanted: as there; shapes and dtypes will do.
+        directory: directory with ``config.json`` and safetensors.
+        wanted: as in :func:`read_parameters`; shapes and dtypes suffice.
 
     Raises:
-        CheckpointError: as there.
+        CheckpointError: as :func:`read_parameters`, but for the values of tensors.
     """
     _checked(pathlib.Path(directory), wanted)
 
 
 def _checked(path: pathlib.Path, wanted: dict[str, Any]) -> tuple[Tensors, int]:
-    """The tensors of a directory, and its number of layers, if they are what is wanted."""
+    """Opens the tensors of a directory and checks them; returns them and the number of layers."""
     config = from_huggingface(read_json(path / "config.json"), str(path / "config.json"))
     tensors = Tensors(path, config.tie_embeddings)
     _check(config, tensors, path)
@@ -126,24 +126,24 @@ def _checked(path: pathlib.Path, wanted: dict[str, Any]) -> tuple[Tensors, int]:
         own = f"{layer_prefix(0)}{theirs}"
         stored, places = _stored(tensors, own), wanted["blocks"][part][name]
         if stored == {"weight"} and ("W" in places or set(places) == {"B", "A"}):
-            continue  # their shapes follow from the config, which the caller has compared
+            continue  # shapes follow from the config, which the caller has compared
         if stored != {variable_name(variable) for variable in places}:
             raise CheckpointError(
-                f"{path}: {own} is stored as {', '.join(sorted(stored))}; the model wants "
-                f"{', '.join(sorted(map(variable_name, places)))}, which can't be made of that."
+                f"{path}: {own} is stored as {', '.join(sorted(stored))}; expected "
+                f"{', '.join(sorted(map(variable_name, places)))}, which can't be made of it."
             )
         for variable, like in sorted(places.items()):
             shape = tensors.shape(f"{own}.{variable_name(variable)}")
             if shape != tuple(like.shape[1:]):
                 raise CheckpointError(
-                    f"{path}: {own}.{variable_name(variable)} has shape {shape}; the model wants "
+                    f"{path}: {own}.{variable_name(variable)} has shape {shape}; expected "
                     f"{tuple(like.shape[1:])}."
                 )
     return tensors, config.num_layers
 
 
 def _stored(tensors: Tensors, projection: str) -> set[str]:
-    """What a projection is stored as."""
+    """Returns the names of a projection's stored variables."""
     prefix = f"{projection}."
     return {name.removeprefix(prefix) for name in tensors.names if name.startswith(prefix)}
 
@@ -154,7 +154,7 @@ def _projection(
     places: dict[str, Any],
     read: Callable[[str, Any], np.ndarray],
 ) -> tuple[dict[str, np.ndarray], list[LayerError]]:
-    """One projection of all layers, stacked, in the form that is wanted."""
+    """Reads one projection of all layers, stacked, in the form that the model needs."""
 
     def stacked(variable: str) -> np.ndarray:
         like = places[variable]
@@ -173,7 +173,7 @@ def _projection(
 
 
 def _factorise(W: np.ndarray, rank: int, name: str) -> tuple[dict[str, np.ndarray], LayerError]:
-    """Balanced factors of a matrix, and what they leave out."""
+    """Computes balanced factors of a matrix, and their truncation error."""
     full = jnp.asarray(W, at_least_float32(W.dtype))
     B, A = from_dense(full, rank)
     size = float(jnp.linalg.norm(full))
@@ -183,7 +183,7 @@ def _factorise(W: np.ndarray, rank: int, name: str) -> tuple[dict[str, np.ndarra
 
 
 def _expected(config: LlamaConfig) -> Iterator[tuple[str, Any]]:
-    """Names of the tensors that a config asks for, and what says their shapes and dtypes."""
+    """Yields names, shapes and dtypes of the tensors that a config needs."""
     model = nnx.eval_shape(lambda: Llama(config, nnx.Rngs(0)))
     state = nnx.to_pure_dict(nnx.state(model))
     yield EMBEDDING, state["embedding"]
@@ -196,7 +196,7 @@ def _expected(config: LlamaConfig) -> Iterator[tuple[str, Any]]:
 
 
 def _layer(blocks: Any, layer: int) -> Iterator[tuple[str, Any]]:
-    """Their names of a layer's tensors, and ours stacked."""
+    """Yields Hugging Face's names of a layer's tensors with our stacked arrays."""
     prefix = layer_prefix(layer)
     for (part, name), theirs in PROJECTIONS.items():
         for variable, value in blocks[part][name].items():
@@ -218,7 +218,7 @@ def _check(config: LlamaConfig, tensors: Tensors, path: pathlib.Path) -> None:
     for name, like in expected.items():
         if tensors.shape(name) != tuple(like.shape):
             raise CheckpointError(
-                f"{path}: {name} has shape {tensors.shape(name)}; config.json asks for "
+                f"{path}: {name} has shape {tensors.shape(name)}; config.json requires "
                 f"{tuple(like.shape)}."
             )
     floating = (n for n, like in expected.items() if jnp.issubdtype(like.dtype, jnp.floating))

@@ -1,4 +1,4 @@
-"""Reading a directory of Hugging Face's format as a model of ours."""
+"""Reading a model from a directory in Hugging Face's format."""
 
 from __future__ import annotations
 
@@ -26,24 +26,24 @@ def read_model(
     mlp_rank: int | None = None,
     dtype: str | None = None,
 ) -> tuple[Llama, list[LayerError]]:
-    """Reads a model, dense or factored, or factorises a dense one.
+    """Reads a dense or factored model, or factorises a dense one.
 
     Args:
-        directory: with ``config.json`` and safetensors.
+        directory: directory with ``config.json`` and safetensors.
         rank: factorise dense projections by their truncated SVD (balanced factors) at this rank;
-            None: take them as they are. Where only grouped keys and values have too few rows for
-            it, attention has their number of rows as its rank.
-        attn_rank: the same for q, k, v and o; None: ``rank``.
-        mlp_rank: the same for gate, up and down; None: ``rank``.
-        dtype: of parameters and products; None: as stored.
+            None: keep the stored form. If only grouped keys and values have fewer rows, the rank of
+            attention is reduced to their number of rows.
+        attn_rank: rank of q, k, v and o; None: ``rank``.
+        mlp_rank: rank of gate, up and down; None: ``rank``.
+        dtype: dtype of parameters and products; None: as stored.
 
     Returns:
-        (the model, the error of each projection that was factorised).
+        (the model, the error of each factorised projection).
 
     Raises:
-        CheckpointError: for anything but a LLaMA; a missing, extra or damaged tensor; a wrong
-            shape; numbers that are not finite or that the dtype can't hold; a rank that does not
-            fit.
+        CheckpointError: for a directory that holds no LLaMA; a missing, extra or damaged tensor; a
+            wrong shape; numbers that are not finite or that the dtype can't hold; a rank that is
+            too large.
 
     Example:
         >>> import tempfile
@@ -76,7 +76,7 @@ def read_model(
 def _with_ranks(
     config: LlamaConfig, rank: int | None, attn_rank: int | None, mlp_rank: int | None
 ) -> LlamaConfig:
-    """A dense config with ranks, attention's no larger than k and v have room for."""
+    """Adds ranks to a dense config, attention's at most the number of rows of k and v."""
     attn, mlp = (rank if own is None else own for own in (attn_rank, mlp_rank))
     if attn_rank is None and attn is not None:
         sides = {name: min(shape) for name, shape in config.shapes("attn").items()}
@@ -90,21 +90,21 @@ def _with_ranks(
 
 
 def read_config(directory: str | os.PathLike[str], *, dtype: str | None = None) -> LlamaConfig:
-    """The config of the model in a directory.
+    """Reads the config of the model in a directory.
 
     Args:
-        directory: with ``config.json`` and safetensors.
-        dtype: of parameters and products; None: as stored.
+        directory: directory with ``config.json`` and safetensors.
+        dtype: dtype of parameters and products; None: as stored.
 
     Returns:
         The config.
 
     Raises:
-        CheckpointError: if it is missing or not one of a LLaMA, or the dtype is unknown.
+        CheckpointError: if it is missing or not that of a LLaMA, or if the dtype is unknown.
     """
     path = pathlib.Path(directory)
     if not path.is_dir():
-        raise CheckpointError(f"{path} is no directory.")
+        raise CheckpointError(f"{path} is not a directory.")
     config = from_huggingface(read_json(path / "config.json"), str(path / "config.json"))
     chosen = dtype or Tensors(path, config.tie_embeddings).dtype()
     if chosen not in DTYPES:

@@ -1,9 +1,8 @@
-"""Rotary positions as a ``config.json`` says them, in the fields of today and of earlier.
+"""Rotary embeddings in a ``config.json``, in the formats before and since transformers 5.
 
-Base and scaling stand in ``rope_parameters``, or (before transformers 5) the base in ``rope_theta``
-and the scaling in ``rope_scaling``. Where there are several, what transformers 5 makes of them is
-what holds: ``rope_scaling`` comes before ``rope_parameters``, and a base inside the one that is
-taken comes before the one outside.
+Base and scaling are in ``rope_parameters``, or (before transformers 5) the base in ``rope_theta``
+and the scaling in ``rope_scaling``. If both are present, precedence is that of transformers 5:
+``rope_scaling`` over ``rope_parameters``, and a base inside the chosen one over ``rope_theta``.
 """
 
 from __future__ import annotations
@@ -19,10 +18,10 @@ from models.rope import RopeScaling
 
 
 def write_rotary(config: LlamaConfig) -> dict[str, Any]:
-    """The fields about rotary positions, for programs of today and of earlier.
+    """Returns the fields for rotary embeddings, in both formats.
 
     Args:
-        config: a model's.
+        config: config of a model.
 
     Returns:
         ``rope_theta``, ``rope_scaling`` and ``rope_parameters``.
@@ -43,26 +42,25 @@ def write_rotary(config: LlamaConfig) -> dict[str, Any]:
         }
     return {
         "rope_theta": config.rope_theta,
-        # With its base, because transformers 5 takes this one of the two.
+        # Contains the base too, because transformers 5 prefers this field to rope_parameters.
         "rope_scaling": None if scaling.kind == "none" else rope,
         "rope_parameters": rope,
     }
 
 
 def read_rotary(content: Mapping[str, Any], length: int, where: str) -> tuple[float, RopeScaling]:
-    """The base of the rotary frequencies and what slows them down.
+    """Reads the base and the scaling of the rotary frequencies.
 
     Args:
-        content: of a ``config.json``.
-        length: the longest sequence that the model takes.
-        where: the file, for messages.
+        content: content of a ``config.json``.
+        length: longest sequence that the model accepts.
+        where: name of the file, for messages.
 
     Returns:
         (base, scaling).
 
     Raises:
-        CheckpointError: for a kind of scaling that is not supported, and for numbers that are
-            missing or none.
+        CheckpointError: for an unsupported kind of scaling, or a missing or invalid number.
 
     Example:
         >>> scaling = {"type": "linear", "factor": 2.0}
@@ -72,13 +70,13 @@ def read_rotary(content: Mapping[str, Any], length: int, where: str) -> tuple[fl
     for place in ("rope_scaling", "rope_parameters"):
         found = content.get(place)
         if found is not None and not isinstance(found, dict):
-            raise CheckpointError(f"{where}: {place} = {reprlib.repr(found)} is no JSON object.")
+            raise CheckpointError(f"{where}: {place} = {reprlib.repr(found)} is not a JSON object.")
         if found:
             break
     found = {name: value for name, value in (found or {}).items() if value is not None}
     inside = f"{where}: {place}"
     for name, value in found.items():
-        # One set of parameters for each kind of layer, sections for pictures, or half-turned heads.
+        # Parameters per kind of layer, or sections for images (multimodal rotary embeddings).
         if isinstance(value, dict) or name == "mrope_section":
             raise CheckpointError(f"{inside}.{name} = {reprlib.repr(value)} is not supported.")
     if found.get("partial_rotary_factor", 1) != 1:
@@ -98,7 +96,7 @@ def _scaling(
 ) -> RopeScaling:
     kind = found.get("rope_type", found.get("type", "default"))
     if kind == "default":
-        return RopeScaling()  # whatever else is there, as in transformers
+        return RopeScaling()  # all other fields are ignored, as in transformers
     if kind not in ("linear", "llama3"):
         raise CheckpointError(
             f"{where[1]}: rope_type = {kind!r} is not supported; expected default, linear or "
@@ -114,7 +112,7 @@ def _scaling(
     if kind == "linear":
         return RopeScaling("linear", values[0])
     factor, low, high = values
-    # Outside it comes first, in transformers 5; inside it is where the format has it.
+    # The format has it inside the scaling; transformers 5 prefers the outer field if present.
     name = "original_max_position_embeddings"
     original = whole_number(content, name, where[0]) or whole_number(found, name, where[1])
     return RopeScaling("llama3", factor, low, high, original or length)

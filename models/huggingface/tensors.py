@@ -1,4 +1,4 @@
-"""Tensors of a directory's safetensors files, each read when it is asked for."""
+"""Lazily read tensors of a directory's safetensors files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from models.huggingface.errors import CheckpointError
 from models.huggingface.files import INDEX, SINGLE, read_json
 from models.huggingface.names import EMBEDDING, HEAD
 
-# Floating-point types of the format that NumPy lacks and the library does not make up for.
+# Floating-point types of the format that neither NumPy nor safetensors reads.
 _EIGHT_BITS: dict[str, Any] = {
     "F8_E4M3": ml_dtypes.float8_e4m3fn,
     "F8_E5M2": ml_dtypes.float8_e5m2,
@@ -23,25 +23,25 @@ _EIGHT_BITS: dict[str, Any] = {
     "F8_E5M2FNUZ": ml_dtypes.float8_e5m2fnuz,
 }
 _FLOATING = ("F64", "F32", "BF16", "F16", *_EIGHT_BITS)
-# What some files store although it follows from the config.
+# Stored in some files although computed from the config.
 _COMPUTED = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
 
 
 class Tensors:
-    """The tensors of a directory, by the names that a LLaMA with a head has for them.
+    """The tensors of a directory, by the names of a LLaMA with a head.
 
-    ``model.safetensors`` comes before an index and its files where both are there, as in
-    transformers; an index that is damaged or names files that are missing is an error even then.
-    Files of a model without a head name its tensors without "model."; a model whose
-    head is its embedding may be stored with either matrix. Stored rotary frequencies are left out.
+    ``model.safetensors`` takes precedence over an index and its files, as in transformers; an index
+    that is damaged or names missing files is an error even then. The prefix "model.", missing in
+    files of models without a head, is added. A model with tied embeddings may be stored with either
+    matrix. Stored rotary frequencies are ignored.
 
     Args:
         directory: a directory with ``model.safetensors``, or several files and their index.
-        tied: whether the head is the embedding.
+        tied: whether the head shares the embedding's matrix.
 
     Raises:
-        CheckpointError: if a file is missing or damaged, an index names what is not there, or a
-            tied model has two matrices that differ.
+        CheckpointError: if a file is missing or damaged, an index names a missing file, or a tied
+            model has two different matrices.
     """
 
     def __init__(self, directory: pathlib.Path, tied: bool):
@@ -58,7 +58,7 @@ class Tensors:
         for file in sorted(files):
             path = directory / file
             opened, names = _opened(path)
-            # Where several files have a tensor, the index says whose it is.
+            # If several files hold a tensor, the index says which one to read.
             own = [name for name in names if single or index.get(name, file) == file]
             self._files |= {name: (path, opened, name) for name in own}
         self._rename(tied)
@@ -82,7 +82,7 @@ class Tensors:
             raise CheckpointError(
                 f"{self._directory}: config.json ties the head to the embedding, but {HEAD} and "
                 f"{EMBEDDING} differ; expected tie_word_embeddings false (to keep both) or one "
-                "matrix alone."
+                "matrix only."
             )
         del self._files[HEAD]
 
@@ -92,17 +92,17 @@ class Tensors:
         return set(self._files)
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Shape of a tensor that is there."""
+        """Returns the shape of a stored tensor."""
         _, file, stored = self._files[name]
         return tuple(file.get_slice(stored).get_shape())
 
     def kind(self, name: str) -> str:
-        """What a tensor that is there consists of, in the format's words, such as "BF16"."""
+        """Returns the safetensors dtype of a stored tensor, such as "BF16"."""
         _, file, stored = self._files[name]
         return file.get_slice(stored).get_dtype()
 
     def read(self, name: str) -> np.ndarray:
-        """A tensor that is there."""
+        """Reads a stored tensor."""
         path, file, stored = self._files[name]
         kind = self.kind(name)
         try:
@@ -125,9 +125,9 @@ class Tensors:
                 )
 
     def dtype(self) -> str:
-        """The narrowest of our dtypes that holds all floating-point numbers that are there.
+        """Returns the narrowest supported dtype that holds all stored floating-point tensors.
 
-        Those of 64 bits are rounded to 32.
+        Float64 tensors count as float32.
         """
         kinds = {self.kind(name) for name in self._files}
         if kinds & {"F64", "F32"} or {"F16", "BF16"} <= kinds:
@@ -136,7 +136,7 @@ class Tensors:
 
 
 def _no_model(directory: pathlib.Path) -> str:
-    """Why a directory holds no model, with what it holds instead."""
+    """Returns the message for a directory without a model, naming what it holds instead."""
     expected = f"expected {SINGLE} or {INDEX}"
     others = sorted(path.name for path in directory.glob("*.bin"))
     others += sorted(path.name for path in directory.glob("*.safetensors"))
@@ -146,18 +146,18 @@ def _no_model(directory: pathlib.Path) -> str:
 
 
 def _weight_map(path: pathlib.Path) -> dict[str, str]:
-    """Names of files by tensor."""
+    """Reads file names by tensor from an index."""
     found = read_json(path).get("weight_map")
     if not isinstance(found, dict) or not found:
-        raise CheckpointError(f"{path}: weight_map is missing; expected files by tensor.")
+        raise CheckpointError(f"{path}: weight_map is missing; expected file names by tensor.")
     for name, file in found.items():
         if not isinstance(file, str):
-            raise CheckpointError(f"{path}: the file of {name} is {file!r}; expected its name.")
+            raise CheckpointError(f"{path}: the file of {name} is {file!r}; expected a file name.")
     return found
 
 
 def _check_files(directory: pathlib.Path, files: set[str], single: bool) -> None:
-    """Raises if an index names files that are missing."""
+    """Raises if an index names missing files."""
     for file in sorted(files):
         if not (directory / file).exists():
             beside = f" (without the index, {SINGLE} would be read)" if single else ""
@@ -165,7 +165,7 @@ def _check_files(directory: pathlib.Path, files: set[str], single: bool) -> None
 
 
 def _opened(path: pathlib.Path) -> tuple[Any, list[str]]:
-    """A file, and the names of its tensors."""
+    """Opens a file; returns it and the names of its tensors."""
     try:
         file = safe_open(path, framework="np")
         return file, list(file.keys())
@@ -176,9 +176,9 @@ def _opened(path: pathlib.Path) -> tuple[Any, list[str]]:
 
 
 def _bytes(path: pathlib.Path, name: str) -> np.ndarray:
-    """The bytes of a tensor in a file that was found to be whole.
+    """Reads the bytes of a tensor from a file that safetensors has checked.
 
-    The format: the length of a header (8 bytes), the header (JSON), the tensors.
+    The format: the length of the header (8 bytes), the header (JSON), the tensors.
     """
     with path.open("rb") as file:
         start = int.from_bytes(file.read(8), "little")

@@ -1,4 +1,4 @@
-"""Writing a model as a directory of Hugging Face's format."""
+"""Writing a model to a directory in Hugging Face's format."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from models.huggingface.names import (
 )
 from models.llama import Llama
 
-# Hugging Face's programs split larger files than this.
+# Size above which Hugging Face's programs shard files.
 SHARD_BYTES = 5_000_000_000
 
 
@@ -40,26 +40,26 @@ def write_model(
     token_ids: TokenIds | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> int:
-    """Writes a model: merged, as any program reads it, or with its factors.
+    """Writes a model, merged into dense projections or with its factors.
 
     Args:
-        model: what to write.
+        model: the model.
         out: a directory that does not exist yet.
-        dtype: of the tensors: "float32", "bfloat16" or "float16".
-        keep_factors: store B and A, not their product.
-        files: contents of more files by name, such as a tokenizer's.
+        dtype: dtype of the tensors: "float32", "bfloat16" or "float16".
+        keep_factors: store B and A instead of their product.
+        files: contents of additional files by name, such as the tokenizer's.
         token_ids: ``eos_token_id`` (a number or a list), ``bos_token_id`` and ``pad_token_id``, for
-            ``config.json`` and ``generation_config.json``. A text begins with the (first) id that
-            ends one unless they say otherwise.
-        shard_bytes: size from which a file is split.
+            ``config.json`` and ``generation_config.json``. ``bos_token_id`` defaults to the (first)
+            ``eos_token_id``.
+        shard_bytes: upper bound on a file's size.
 
     Returns:
-        Bytes of the tensors.
+        Total bytes of the tensors.
 
     Raises:
         CheckpointError: if ``out`` exists or can't be written, the dtype is unknown, a tensor holds
-            numbers that are not finite or that the dtype can't hold, or the projections have no
-            single matrix to be merged into.
+            numbers that are not finite or that the dtype can't hold, or the projections can't be
+            merged into one matrix.
 
     Example:
         >>> import tempfile
@@ -74,7 +74,7 @@ def write_model(
     config = model.config
     if not keep_factors and config.scope != "none" and config.projection == "cola":
         raise CheckpointError(
-            'projections of kind "cola" are no single matrix (an activation stands between their '
+            'projections of kind "cola" can\'t be merged (there is an activation between their '
             'factors); expected --keep_factors, or a model of projection "low_rank".'
         )
     ids = complete_ids(token_ids)
@@ -92,13 +92,13 @@ def write_model(
 
 
 def zero_matrices(model: Llama) -> list[str]:
-    """Names of a model's matrices that are all zeros, those that are stored whole.
+    """Returns the names of a model's dense matrices that are all zeros.
 
     Args:
         model: the model.
 
     Returns:
-        Names, in the order of the computation; no factors.
+        Names, in the order of the computation, without factors.
 
     Example:
         >>> from models import LlamaConfig
@@ -115,7 +115,7 @@ _Tensors = Iterator[tuple[str, jax.Array]]
 
 
 def _named(model: Llama, layers: _Tensors) -> _Tensors:
-    """All tensors, in the order of the computation."""
+    """Yields all tensors, in the order of the computation."""
     yield EMBEDDING, model.embedding[...]
     yield from layers
     yield NORM, model.norm.scale[...]
@@ -124,7 +124,7 @@ def _named(model: Llama, layers: _Tensors) -> _Tensors:
 
 
 def _matrices(model: Llama) -> _Tensors:
-    """The layers' tensors, a dense matrix for each projection."""
+    """Yields the layers' tensors, a dense matrix for each projection."""
     graphdef, stacked = nnx.split(model.blocks)
     for layer in range(model.config.num_layers):
         block = nnx.merge(graphdef, jax.tree.map(lambda x, layer=layer: x[layer], stacked))
@@ -137,7 +137,7 @@ def _matrices(model: Llama) -> _Tensors:
 
 
 def _factors(model: Llama) -> _Tensors:
-    """The layers' tensors as they were trained."""
+    """Yields the layers' tensors as they were trained."""
     blocks = nnx.to_pure_dict(nnx.state(model.blocks))
     for layer in range(model.config.num_layers):
         prefix = layer_prefix(layer)
@@ -149,7 +149,7 @@ def _factors(model: Llama) -> _Tensors:
 
 
 def _cast(tensors: _Tensors, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
-    """On the host, floating point numbers in one dtype."""
+    """Moves tensors to the host and casts those of floating-point numbers."""
     for name, tensor in tensors:
         value = np.asarray(tensor)
         floating = jax.numpy.issubdtype(value.dtype, jax.numpy.floating)

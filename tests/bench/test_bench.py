@@ -124,7 +124,7 @@ def test_the_benchmark_of_training_steps(monkeypatch, tmp_path, capsys):
     assert rows[0]["state MB"] > rows[1]["state MB"]
     assert all(row["held MB"] >= row["state MB"] + row["temporaries MB"] for row in rows)
     assert bench.main(["train_step", *arguments, "--remat=full=none"]) == 1
-    assert "--remat=full=none says nothing of 'loro'" in capsys.readouterr().err
+    assert "--remat=full=none has no entry for 'loro'" in capsys.readouterr().err
 
 
 def test_the_benchmark_of_training_steps_names_what_it_does_not_know(capsys):
@@ -163,7 +163,7 @@ def test_plans_of_both_models_stand_side_by_side(monkeypatch, tmp_path, capsys):
         assert low_rank[name] < dense[name]
     assert dense["sent GB"] == low_rank["sent GB"] == 0
     assert bench.main(["plan", "--models=tiny", "--meshes=2x2"]) == 1
-    assert "--meshes: expected sizes like 2x4x1, but '2x2' is none" in capsys.readouterr().err
+    assert "--meshes: expected sizes such as 2x4x1, but found '2x2'" in capsys.readouterr().err
 
 
 @pytest.mark.slow

@@ -163,7 +163,7 @@ BAD = {
     ),
     "a wrong shape": (
         lambda p: add(p, "model.norm.weight", np.zeros(31, np.float32)),
-        r"model\.norm\.weight has shape \(31,\); config\.json asks for \(32,\)",
+        r"model\.norm\.weight has shape \(31,\); config\.json requires \(32,\)",
     ),
     "another architecture": (
         lambda p: edit_config(p, model_type="gpt2"),

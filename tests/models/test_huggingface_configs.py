@@ -169,11 +169,11 @@ def test_an_architecture_says_what_a_missing_model_type_would():
         ({"rms_norm_eps": "1e-6"}, "rms_norm_eps = '1e-6'"),
         ({"rope_theta": "big"}, "rope_theta = 'big'"),
         ({"rope_theta": -1.0}, "rope_theta = -1.0; expected a number above 0"),
-        ({"rope_scaling": "linear"}, "rope_scaling = 'linear' is no JSON object"),
+        ({"rope_scaling": "linear"}, "rope_scaling = 'linear' is not a JSON object"),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings = 'yes'"),
         ({"num_attention_heads": 0}, "num_heads"),
         ({"head_dim": 7}, "head_dim must be even"),
-        ({"model_type": "loro_llama", "loro": [1]}, r"loro = \[1\] is no JSON object"),
+        ({"model_type": "loro_llama", "loro": [1]}, r"loro = \[1\] is not a JSON object"),
     ],
 )
 def test_values_of_another_kind_are_named(fields, message):

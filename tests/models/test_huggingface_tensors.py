@@ -140,7 +140,7 @@ def test_of_two_files_with_a_tensor_the_index_chooses(tmp_path):
         (lambda right: '{"weight_map": null}', f"{INDEX}: weight_map is missing"),
         (lambda right: '{"weight_map": {}}', f"{INDEX}: weight_map is missing"),
         (lambda right: '{"weight_map": ["a"]}', f"{INDEX}: weight_map is missing"),
-        (lambda right: '{"weight_map": {"a": 3}}', "the file of a is 3; expected its name"),
+        (lambda right: '{"weight_map": {"a": 3}}', "the file of a is 3; expected a file name"),
         (lambda right: '{"weight_map": {"a": "b.safetensors"}}', r"b\.safetensors is missing"),
         (lambda right: "\ufeff\x00", "can't be read as JSON"),
     ],

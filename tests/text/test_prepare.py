@@ -199,13 +199,13 @@ def test_another_preparation_is_refused_and_nothing_damaged(tmp_path, source):
     out = tmp_path / "out"
     prepare(data(source), BYTES, str(out))
     before = content(out)
-    with pytest.raises(TrainingError, match=r"something else \(shard_tokens: .* 99 now"):
+    with pytest.raises(TrainingError, match=r"another preparation \(shard_tokens: .* 99 now"):
         prepare(data(source), BYTES, str(out), shard_tokens=99)
     write_source(tmp_path / "texts", documents=801)
-    with pytest.raises(TrainingError, match=r"something else \(inputs_sha256"):
+    with pytest.raises(TrainingError, match=r"another preparation \(inputs_sha256"):
         prepare(data(source), BYTES, str(out))
     assert content(out) == before
-    with pytest.raises(TrainingError, match=r"is not empty and no prepared directory"):
+    with pytest.raises(TrainingError, match=r"is not empty and not a prepared directory"):
         prepare(data(source), BYTES, str(tmp_path / "texts"))
     with pytest.raises(TrainingError, match="is a file; expected a directory"):
         prepare(data(source), BYTES, str(tmp_path / "texts" / "0.jsonl"))

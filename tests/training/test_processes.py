@@ -117,8 +117,8 @@ def test_what_does_not_say_who_is_where_is_named(cluster, message):
 @pytest.mark.parametrize(
     ("flags", "message"),
     [
-        (["--coordinator=localhost:1", "--processes=2"], "don't meet .*process id"),
-        (["--distributed"], "don't meet .*coordinator"),
+        (["--coordinator=localhost:1", "--processes=2"], "could not connect .*process id"),
+        (["--distributed"], "could not connect .*coordinator"),
     ],
 )
 @pytest.mark.slow

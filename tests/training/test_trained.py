@@ -104,7 +104,7 @@ def test_a_stored_config_is_read_as_it_was(make_config, tmp_path):
 
 
 def test_what_is_no_run_is_named(run, tmp_path):
-    with pytest.raises(TrainingError, match="is no run directory"):
+    with pytest.raises(TrainingError, match="is not a run directory"):
         load_run(tmp_path)
     with pytest.raises(TrainingError, match="no checkpoint of step 5; expected one of 4, 8"):
         load_run(run[0], step=5)
@@ -223,12 +223,12 @@ def test_no_padding_token_said_as_minus_one(exported, tmp_path):
 
 
 BAD_STARTS = {
-    "nothing": ({"init_from": "nowhere"}, "config.init_from: nowhere is no directory"),
+    "nothing": ({"init_from": "nowhere"}, "config.init_from: nowhere is not a directory"),
     "another rank": (
         {"model": LlamaConfig(rank=4)},
-        r"q_proj\.A has shape \(8, 32\); the model wants \(4, 32\)",
+        r"q_proj\.A has shape \(8, 32\); expected \(4, 32\)",
     ),
-    "factors for a dense model": ({"method": "full"}, "q_proj is stored as A, B; the model wants"),
+    "factors for a dense model": ({"method": "full"}, "q_proj is stored as A, B; expected"),
     "another tokenizer": (
         {"data": DataConfig(tokenizer="bytes")},
         "config.data.tokenizer = 'bytes' has 259 ids, but .* has 2048",
@@ -262,7 +262,7 @@ def test_the_command_imports_and_prints_errors(exported, tmp_path, capsys):
     assert error.startswith("error: ")
     assert error.count("\n") == 1
     assert main(["export", str(tmp_path), str(tmp_path / "out")]) == 1
-    assert "is no run directory" in capsys.readouterr().err
+    assert "is not a run directory" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("text", "size"), [("5GB", 5e9), ("200MB", 2e8), ("1.5k", 1500)])

@@ -1,1 +1,1 @@
-"""Tokenizers: read, trained, and converted to and from Hugging Face's format."""
+"""Tokenizers: reading, training, and conversion to Hugging Face's format."""

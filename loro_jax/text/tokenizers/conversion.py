@@ -1,4 +1,4 @@
-"""Tokenizers as a ``tokenizer.json``, the format that serving programs read."""
+"""Conversion of tokenizers to ``tokenizer.json``, the format that serving programs read."""
 
 from __future__ import annotations
 
@@ -28,21 +28,20 @@ from loro_jax.text.tokenizers.sentencepiece_rules import (
     table_steps,
 )
 
-_SPACE = "\u2581"  # SentencePiece's mark of a space
+_SPACE = "\u2581"  # SentencePiece's symbol for a space
 _BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 
 
 def from_sentencepiece(model: bytes) -> tokenizers.Tokenizer:
-    """A SentencePiece model, BPE or unigram, as a tokenizer of the tokenizers library.
+    """Converts a SentencePiece model, BPE or unigram, to a tokenizer of the tokenizers library.
 
     Args:
         model: contents of the ``.model`` file.
 
     Returns:
-        A tokenizer that gives the same ids and has the control pieces as special tokens. For a
-        unigram model, whose scores SentencePiece adds in single precision over the whole text,
-        the ids of a long text may differ where two ways to cut it are equally good but for
-        rounding.
+        A tokenizer with the same ids, and control pieces as special tokens. For a unigram model,
+        whose scores SentencePiece adds in single precision over the whole text, the ids of a long
+        text may differ where two segmentations are equally good up to rounding.
 
     Raises:
         TrainingError: for another kind of model (words, characters), or one with options that the
@@ -55,7 +54,7 @@ def from_sentencepiece(model: bytes) -> tokenizers.Tokenizer:
         >>> tokenizer.encode("Call me Ishmael.").tokens[:2]
         ['▁C', 'all']
     """
-    # Here, because only an export needs protobuf's machinery.
+    # Imported here, because only an export needs protobuf.
     from sentencepiece import sentencepiece_model_pb2
 
     message: Any = sentencepiece_model_pb2
@@ -81,7 +80,7 @@ def from_sentencepiece(model: bytes) -> tokenizers.Tokenizer:
             unk_token=vocabulary[kind.unk_id][0],
             fuse_unk=True,
             byte_fallback=kind.byte_fallback,
-            # User-defined symbols, cut out of the text, have no merges that would make them.
+            # User-defined symbols, which are cut out of the text, can't be built by merges.
             ignore_merges=bool(pieces["USER_DEFINED"]),
         )
     else:
@@ -97,7 +96,7 @@ def from_sentencepiece(model: bytes) -> tokenizers.Tokenizer:
     tokenizer.decoder = _decoder(proto)
     special = [one.piece for one in proto.pieces if one.type in (piece.CONTROL, piece.UNKNOWN)]
     tokenizer.add_special_tokens([AddedToken(name, special=True) for name in special])
-    # Of other kinds, nothing is as good as the very same.
+    # Other kinds get distinct scores, so that they never tie with another piece.
     words = (piece.NORMAL, piece.USER_DEFINED)
     scores = (
         None
@@ -112,16 +111,16 @@ def from_sentencepiece(model: bytes) -> tokenizers.Tokenizer:
 
 
 def with_control_pieces(model: bytes, ids: Sequence[int]) -> bytes:
-    """Returns a SentencePiece model in which no text holds some pieces.
+    """Returns a SentencePiece model in which some pieces can't come from a text.
 
     Args:
         model: contents of the ``.model`` file.
-        ids: of the pieces that end texts; user-defined symbols among them become control pieces.
+        ids: ids of these pieces; user-defined symbols among them become control pieces.
 
     Returns:
-        The model itself where there are none.
+        The model; unchanged if there are none.
     """
-    # Here, because few models need protobuf's machinery.
+    # Imported here, because few models need protobuf.
     from sentencepiece import sentencepiece_model_pb2
 
     message: Any = sentencepiece_model_pb2
@@ -134,19 +133,19 @@ def with_control_pieces(model: bytes, ids: Sequence[int]) -> bytes:
 
 
 def _scores(proto: Any, piece: Any) -> list[tuple[str, float]]:
-    """Pieces with their scores, which those that aren't ordinary have by their kind."""
+    """Returns pieces with their scores; other than normal pieces get a score by their kind."""
     worst = min((one.score for one in proto.pieces if one.type == piece.NORMAL), default=0.0)
     found = []
     for one in proto.pieces:
         score = one.score if one.type == piece.NORMAL else worst
-        if one.type == piece.USER_DEFINED:  # above all logarithms of probabilities, by its bytes
+        if one.type == piece.USER_DEFINED:  # above all log probabilities, by its number of bytes
             score = 0.1 * (len(one.piece.encode()) - 1)
         found.append((one.piece, score))
     return found
 
 
 def _merges(vocabulary: list[tuple[str, float]], normal: set[str]) -> list[tuple[str, str]]:
-    """Pairs of pieces, in the order in which SentencePiece joins them: by the score of the join."""
+    """Returns the merges in SentencePiece's order, by the score of the merged piece."""
     ids = {name: i for i, (name, _) in enumerate(vocabulary)}
     found = []
     for name, score in vocabulary:
@@ -159,7 +158,7 @@ def _merges(vocabulary: list[tuple[str, float]], normal: set[str]) -> list[tuple
 
 
 def _normalizers(proto: Any, symbols: list[str]) -> list[Any]:
-    """The steps of SentencePiece's normalizer, in its order."""
+    """Returns the steps of SentencePiece's normalizer, in its order."""
     rules = proto.normalizer_spec
     table, suffix = rules.precompiled_charsmap, proto.trainer_spec.treat_whitespace_as_suffix
     fewer, added = rules.remove_extra_whitespaces, rules.add_dummy_prefix
@@ -174,7 +173,7 @@ def _normalizers(proto: Any, symbols: list[str]) -> list[Any]:
         steps.append(normalizers.Prepend(space))
     if space != " ":
         steps.append(normalizers.Replace(" ", space))
-    if added and suffix:  # unless there is no text at all
+    if added and suffix:  # but not for an empty text
         steps.append(normalizers.Replace(Regex(r"(?m)(?<=.)\z"), space))
     if table and added:
         steps.append(normalizers.Replace(SOME_TEXT, ""))
@@ -184,7 +183,7 @@ def _normalizers(proto: Any, symbols: list[str]) -> list[Any]:
 
 
 def _decoder(proto: Any) -> Any:
-    """Pieces to text: the space that was put before it comes off."""
+    """Returns the decoder from pieces to text, which removes the space added in front."""
     rules = proto.normalizer_spec
     steps = [decoders.Replace(_SPACE, " "), decoders.ByteFallback(), decoders.Fuse()]
     if rules.add_dummy_prefix or rules.remove_extra_whitespaces:
@@ -194,12 +193,12 @@ def _decoder(proto: Any) -> Any:
 
 
 def _splits(pieces: dict[str, list[str]], unigram: bool) -> list[Any]:
-    """Where a text is cut before pieces are looked for."""
+    """Returns the pre-tokenizers that split a text before it is segmented into pieces."""
     symbols, splits = pieces["USER_DEFINED"], []
     if symbols and not unigram:  # a unigram model finds them by their scores
         splits.append(pre_tokenizers.Split(Regex(any_of(symbols)), "isolated"))
     if unigram or symbols:
-        # The vocabulary holds names of control pieces and bytes, which must not match in a text.
+        # The vocabulary contains names of control pieces and bytes, which must not match a text.
         names = [*pieces["CONTROL"], *pieces["UNKNOWN"], *pieces["BYTE"]]
         over = collections.Counter(
             piece[i : i + 2] for piece in pieces["NORMAL"] for i in range(len(piece) - 1)
@@ -212,8 +211,8 @@ def _splits(pieces: dict[str, list[str]], unigram: bool) -> list[Any]:
             splits.append(pre_tokenizers.Split(Regex(pattern), "merged_with_next"))
     words = [*pieces["NORMAL"], *symbols]
     if unigram and all(_SPACE not in word[1:] for word in words):
-        # Words one by one, for no piece reaches over a space: long texts take less time, and
-        # rounding is less of an issue.
+        # Split into words, because no piece spans a space: long texts are faster, and rounding
+        # matters less.
         splits.append(pre_tokenizers.Split(_SPACE, "merged_with_next"))
     elif unigram and all(_SPACE not in word[:-1] for word in words):
         splits.append(pre_tokenizers.Split(_SPACE, "merged_with_previous"))
@@ -221,10 +220,10 @@ def _splits(pieces: dict[str, list[str]], unigram: bool) -> list[Any]:
 
 
 def _cut(name: str, over: Mapping[str, int], known: set[str]) -> tuple[str, str]:
-    """Where to cut a name so that it is not found whole.
+    """Returns the two parts of a name, cut so that it is not matched as a whole.
 
-    Best not within a run of unknown characters, for a run counts as one, and then where the fewest
-    pieces reach over.
+    Preferably not within a run of unknown characters, because a run becomes one token, and then
+    where the fewest pieces span the cut.
     """
 
     def cost(at: int) -> tuple[bool, int, int]:
@@ -236,7 +235,7 @@ def _cut(name: str, over: Mapping[str, int], known: set[str]) -> tuple[str, str]
 
 
 def _between(left: str, right: str, symbols: list[str]) -> str:
-    """A pattern of ``right`` after ``left``, but not within a user-defined symbol."""
+    """Returns a pattern for ``right`` after ``left``, but not within a user-defined symbol."""
     found = any_of([right])
     for symbol in symbols:
         start = symbol.find(left + right)
@@ -247,7 +246,7 @@ def _between(left: str, right: str, symbols: list[str]) -> str:
 
 
 def from_bytes() -> tokenizers.Tokenizer:
-    """Returns the byte tokenizer as the tokenizers library has it.
+    """Returns the byte tokenizer as a tokenizer of the tokenizers library.
 
     Every character is unknown and falls back to its bytes.
 
@@ -270,17 +269,17 @@ def tokenizer_files(
     bos_id: int | None = None,
     adds_bos: bool = False,
 ) -> dict[str, bytes]:
-    """What a directory needs beside a model so that its text can be encoded.
+    """Returns the tokenizer files of a checkpoint directory.
 
-    Where no token begins a text, the one that ends it is named as such, for programs that ask for
-    one: a document begins after the end of the one before. It is not put before texts.
+    Without a beginning-of-text token, the end-of-text token is named as such, for programs that
+    need one: in training a document follows the end of the previous one. It is not added to texts.
 
     Args:
         tokenizer: the tokenizer.
-        eos_id: the id that ends a text.
-        pad_id: the id that fills up a batch.
-        bos_id: the id that begins a text; None: none does.
-        adds_bos: whether texts are begun with it.
+        eos_id: the end-of-text id.
+        pad_id: the padding id.
+        bos_id: the beginning-of-text id; None: there is none.
+        adds_bos: whether it is added to texts.
 
     Returns:
         Contents by file name: ``tokenizer.json`` and ``tokenizer_config.json``.
@@ -291,7 +290,7 @@ def tokenizer_files(
         "pad_token": tokenizer.id_to_token(pad_id),
         "add_bos_token": adds_bos,
         "clean_up_tokenization_spaces": False,
-        # Transformers 4 would add token_type_ids, which no LLaMA takes.
+        # Transformers 4 would add token_type_ids, which LLaMA does not accept.
         "model_input_names": ["input_ids", "attention_mask"],
         "bos_token": tokenizer.id_to_token(eos_id),
     }

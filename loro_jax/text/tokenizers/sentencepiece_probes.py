@@ -1,4 +1,4 @@
-"""Whether a converted SentencePiece model gives the model's own ids, tried on texts made of it."""
+"""Check that a converted SentencePiece model gives the same ids, on texts made of its pieces."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ import tokenizers
 from loro_jax.errors import TrainingError
 
 _SPACE = "\u2581"
-# How far the scores of two cuts of a probe may be apart to be equal but for rounding.
+# Largest difference of two segmentations' scores that is attributed to rounding.
 _TIE = 1e-3
 
 
 def check_conversion(
     model: bytes, proto: Any, tokenizer: tokenizers.Tokenizer, scores: Sequence[float] | None
 ) -> None:
-    """Raises if a conversion is not what it says.
+    """Raises if a converted tokenizer gives other ids than the model.
 
     Args:
         model: contents of the ``.model`` file.
         proto: the same, parsed.
-        tokenizer: what was made of it.
-        scores: of the pieces, if the best sum of them decides; equal sums are as good.
+        tokenizer: the converted tokenizer.
+        scores: scores of the pieces, for a model that maximises their sum (ties are accepted).
 
     Raises:
-        TrainingError: if ids differ; it names the options that are not the usual ones.
+        TrainingError: if ids differ; it names the options that are not default.
     """
     texts = list(_probes(proto))
     own = sentencepiece.SentencePieceProcessor(model_proto=model).encode(texts, num_threads=1)
@@ -40,8 +40,8 @@ def check_conversion(
     if wrong:
         raise TrainingError(
             "tokenizer.json: a SentencePiece model with these options can't be expressed there "
-            f"({', '.join(_options(proto))}): its ids for {min(wrong, key=len)[:40]!r} would be "
-            "others. Programs need its .model file."
+            f"({', '.join(_options(proto))}): its ids for {min(wrong, key=len)[:40]!r} would "
+            "differ. Use its .model file."
         )
 
 
@@ -75,7 +75,7 @@ def _options(proto: Any) -> list[str]:
 
 
 def _probes(proto: Any) -> Iterator[str]:
-    """Texts of the pieces of a model, a few at a time, and around its odd ones."""
+    """Yields texts made of a model's pieces, a few at a time, and around its special ones."""
     draw = random.Random(0)
     normal = [one.piece.replace(_SPACE, " ") for one in proto.pieces if one.type == one.NORMAL]
     odd = [one.piece for one in proto.pieces if one.type not in (one.NORMAL, one.BYTE)][:400]

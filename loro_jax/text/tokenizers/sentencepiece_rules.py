@@ -1,11 +1,11 @@
-"""SentencePiece's normalisation as steps of the tokenizers library, character for character.
+"""SentencePiece's normalisation in steps of the tokenizers library, character for character.
 
-SentencePiece rewrites a text by a table: at each place the longest entry that matches there is
-replaced. The tokenizers library has the table too, but looks entries up by the first that matches,
-and for whole clusters of a letter and its marks if they are short, so marks of decomposed text get
-lost. Here clusters are taken apart first, so that the table sees one character at a time; what it
-says of several is what Unicode's composition makes of them (checked for each entry, with the few
-exceptions replaced one by one), and marks that no entry joins are kept apart while it works.
+SentencePiece rewrites a text by a table: at each position the longest matching entry is replaced.
+The tokenizers library supports the table, but takes the first matching entry, and looks up short
+grapheme clusters (a letter with its marks) as a whole, so that marks of decomposed text get lost.
+Here clusters are split first, so that the table is applied to single characters. Entries of several
+characters are covered by Unicode composition (checked for each entry; the few exceptions are
+replaced one by one), and marks that no entry joins are kept apart meanwhile.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from tokenizers import Regex, normalizers
 
 from loro_jax.errors import TrainingError
 
-# Noncharacters, which no text may hold: between characters that stay apart, between those that may
-# be joined, and before the number of a string to put in at the end.
+# Noncharacters, which valid text does not contain: a separator of characters that stay apart, one
+# of characters that may be joined, and a prefix of the number of a string inserted at the end.
 _APART, _JOINED, _LATER = "\ufdd0", "\ufdd1", "\ufdd2"
-_NUMBERS = 0xF0000  # of private use
-# Says that there is a text even if nothing is left of it.
+_NUMBERS = 0xF0000  # private use area
+# Marks a text as not empty even if the table deletes all of it.
 SOME_TEXT = f"{_LATER}{chr(_NUMBERS + 0xEFFF)}"
 # Entries of several characters that are replaced one result at a time; more would be slow.
 _EXCEPTIONS = 256
@@ -34,20 +34,20 @@ def read_rules(table: bytes) -> dict[str, str]:
     """Returns the entries of a ``precompiled_charsmap``: a double-array trie, then strings.
 
     Args:
-        table: its bytes; the trie's size comes first.
+        table: bytes of the table; the trie's size comes first.
 
     Raises:
-        TrainingError: if the bytes are no such table.
+        TrainingError: if the table is truncated.
     """
     size = int.from_bytes(table[:4], "little")
     if size + 4 > len(table) or size % 4:
         raise TrainingError(
-            "tokenizer.json: the SentencePiece model's precompiled_charsmap is cut."
+            "tokenizer.json: the SentencePiece model's precompiled_charsmap is truncated."
         )
     units = np.frombuffer(table[4 : 4 + size], "<u4").astype(np.int64)
     strings = table[4 + size :]
-    # A node's child by a byte is at (the node's base) xor (the byte), and holds that byte: so the
-    # base that a unit would be a child of is known from the unit alone.
+    # The child of a node by a byte is at index base ^ byte and stores the byte as its label, so the
+    # base of its parent follows from the child alone.
     label = units & (1 << 31 | 0xFF)
     real = np.nonzero((label > 0) & (label < 256))[0]
     order = np.argsort(real ^ label[real], kind="stable")
@@ -55,7 +55,7 @@ def read_rules(table: bytes) -> dict[str, str]:
     prefixes, bases = [b""], _offset(units[:1])
     rules: dict[str, str] = {}
     while prefixes:
-        # All children of all nodes of one depth.
+        # All children of all nodes of one depth at once.
         first, last = np.searchsorted(parents, bases), np.searchsorted(parents, bases, "right")
         rows = np.repeat(np.arange(len(bases)), last - first)
         within = np.arange(len(rows)) - np.repeat(
@@ -80,11 +80,11 @@ def _offset(unit: np.ndarray) -> np.ndarray:
 
 
 def table_steps(table: bytes, symbols: Sequence[str]) -> list[Any]:
-    """Returns the normalizers that do what a ``precompiled_charsmap`` does.
+    """Returns normalizers equivalent to a ``precompiled_charsmap``.
 
     Args:
-        table: its bytes.
-        symbols: user-defined symbols, which are left as they are.
+        table: bytes of the ``precompiled_charsmap``.
+        symbols: user-defined symbols, which are left unchanged.
 
     Raises:
         TrainingError: if the table has entries that can't be expressed.
@@ -92,7 +92,7 @@ def table_steps(table: bytes, symbols: Sequence[str]) -> list[Any]:
     rules, tails, several, later, composes = _analysed(table)
     changed = [symbol for symbol in symbols if _one_by_one(rules, symbol) != symbol]
     changed.sort(key=len, reverse=True)
-    # A text that holds our own marks gets them back at the end, too.
+    # Our own markers, if a text contains them, are restored at the end, too.
     results = [*later, _APART, _JOINED, *changed]
     places = {result: f"{_LATER}{chr(_NUMBERS + i)}" for i, result in enumerate(results)}
     steps: list[Any] = [
@@ -102,7 +102,7 @@ def table_steps(table: bytes, symbols: Sequence[str]) -> list[Any]:
         ends = any_of(symbols)
         steps.append(normalizers.Replace(Regex(rf"(?m)(?:{ends})\K(?={tails})"), _APART))
     if several:
-        # At a boundary between two matches of the table, from where the last one ended.
+        # At the boundary between two matches of the table.
         boundary = rf"(?m)(?=.{tails})(?:\G|(?!{tails}))(?>{several}|.)\K(?={tails})"
         steps.append(normalizers.Replace(Regex(boundary), _APART))
     for result, keys in later.items():
@@ -119,34 +119,34 @@ def table_steps(table: bytes, symbols: Sequence[str]) -> list[Any]:
 
 
 def mark_steps(table: bytes, but_spaces: bool) -> list[Any]:
-    """Returns the normalizers that put :data:`SOME_TEXT` before a text.
+    """Returns the normalizers that prepend :data:`SOME_TEXT` to a text.
 
-    A text of characters that the table deletes is not empty, and gets the space that is put before
-    or after every text.
+    A text of which the table deletes all characters does not count as empty: it gets the space that
+    is added before or after every text.
 
     Args:
         table: bytes of the ``precompiled_charsmap``.
-        but_spaces: put it only before texts of which the table deletes something; what else there
-            is shows afterwards, unless it is spaces that count for nothing.
+        but_spaces: prepend it only to texts of which the table deletes everything except spaces;
+            other texts are still recognised as not empty afterwards.
     """
     deleted = [key for key, result in _analysed(table).rules.items() if not result]
     if but_spaces and not deleted:
         return []
     mark = normalizers.Prepend(SOME_TEXT)
     others = _class(deleted).replace("[", "[^", 1) if deleted else "."
-    # Taken away again, for the library miscounts after a match of nothing at the very start.
+    # Removed again, because the library miscounts after an empty match at the very start.
     unless = normalizers.Replace(Regex(rf"(?m)\A{SOME_TEXT}(?={others}*\z)"), "")
     return [mark, unless] if but_spaces else [mark]
 
 
 def space_steps(symbols: Sequence[str]) -> tuple[list[Any], list[Any]]:
-    """Returns the normalizers that take away extra spaces: spaces alone, line feeds etc. stay.
+    """Returns the normalizers that remove extra spaces, but no other white space.
 
     Args:
-        symbols: user-defined symbols. One of spaces alone keeps as many of a run of spaces.
+        symbols: user-defined symbols. One that consists of n spaces keeps n spaces of a run.
 
     Returns:
-        (those before the table's steps, those after them).
+        (normalizers before the table's steps, normalizers after them).
     """
     lengths = sorted({len(one) for one in symbols if len(one) > 1 and not one.strip(" ")})[::-1]
     kept = {n: f"{_LATER}{chr(_NUMBERS + 0xF000 + n)}" for n in lengths}
@@ -161,14 +161,14 @@ def space_steps(symbols: Sequence[str]) -> tuple[list[Any], list[Any]]:
 
 
 class _Analysed(NamedTuple):
-    """What :func:`table_steps` needs to know of a table.
+    """A table as :func:`table_steps` needs it.
 
     Attributes:
-        rules: its entries of one character.
-        tails: the class of characters that may belong to the one before them.
-        several: a pattern of all entries of several characters, or "".
-        later: those of them that composition does not explain, by result.
-        composes: whether composition explains the others.
+        rules: entries of one character.
+        tails: class of the characters that may belong to the previous one.
+        several: pattern of all entries of several characters, or "".
+        later: entries of several characters not covered by composition, by result.
+        composes: whether composition covers the others.
     """
 
     rules: dict[str, str]
@@ -194,7 +194,7 @@ def _analysed(table: bytes) -> _Analysed:
         key = next(iter(later.values()))[0] if later else alone[0]
         raise TrainingError(
             "tokenizer.json: the SentencePiece model's normalization_rule_tsv can't be expressed "
-            f"there, for what it says of {key!r}; programs need its .model file."
+            f"there, because of its entry for {key!r}; use its .model file."
         )
     tails = set(_continuing()).union(*(key[1:] for key in several))
     tails |= {key for key, result in single.items() if result[:1] in tails and result}
@@ -206,14 +206,14 @@ def _one_by_one(single: dict[str, str], text: str) -> str:
 
 
 def _composed(texts: list[str]) -> list[str]:
-    """Texts, composed by the library that will do it later."""
+    """Composes texts by the library that will do it at run time."""
     if not texts:
         return []
     return normalizers.NFC().normalize_str(_APART.join(texts)).split(_APART)
 
 
 def _class(letters: Iterable[str]) -> str:
-    """A character class of a regular expression."""
+    """Returns a character class of a regular expression."""
     points = sorted(map(ord, letters))
     ranges: list[list[int]] = []
     for point in points:
@@ -229,13 +229,13 @@ def _escape(point: int) -> str:
 
 
 def any_of(texts: Iterable[str]) -> str:
-    """Returns a pattern of texts, the longest first."""
+    """Returns a pattern that matches any of the texts, the longest first."""
     ordered = sorted(texts, key=lambda text: (-len(text), text))
     return "|".join("".join(_escape(ord(letter)) for letter in text) for text in ordered)
 
 
 def _pattern(texts: list[str]) -> str:
-    """A pattern that finds the longest of many texts: their prefix tree, equal branches as one."""
+    """Returns a pattern for the longest of many texts: their prefix tree with shared branches."""
     tree: dict[str, Any] = {}
     for text in texts:
         node = tree
@@ -257,8 +257,8 @@ def _branches(node: dict[str, Any]) -> str:
 
 
 def _continuing() -> list[str]:
-    """Characters that join the one before them in a cluster, or may compose with it."""
-    # Joiners, vowels and finals of Hangul, sound marks, skin tones, tags.
+    """Returns characters that extend the previous one's cluster, or may compose with it."""
+    # Joiners, Hangul vowels and finals, halfwidth voiced sound marks, skin tones, tags.
     spans = ((0x200C, 0x200D), (0x1160, 0x11FF), (0xD7B0, 0xD7FB), (0xFF9E, 0xFF9F))
     more = ((0x1F3FB, 0x1F3FF), (0xE0020, 0xE007F))
     points = [point for first, last in spans + more for point in range(first, last + 1)]
@@ -267,6 +267,6 @@ def _continuing() -> list[str]:
 
 
 def _singletons() -> list[str]:
-    """Characters that composition replaces when they are alone."""
+    """Returns characters that composition replaces even when they are alone."""
     points = (*range(0xA0, 0xD800), *range(0xE000, 0x2FA20))
     return [c for c in map(chr, points) if not unicodedata.is_normalized("NFC", c)]

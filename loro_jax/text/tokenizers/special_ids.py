@@ -1,4 +1,4 @@
-"""What every tokenizer does with its special ids: begin a prompt, end a text, fill a batch."""
+"""Handling of special ids: beginning of text, end of text, padding."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ _ROLES = ("bos", "eos", "pad", "unk", "sep", "cls", "mask")
 
 
 class SpecialIds:
-    """The part of a tokenizer that is about special ids.
+    """Base class of tokenizers, for everything about special ids.
 
     Attributes:
         vocab_size: number of ids.
         eos_id: the id that ends a document.
         eos_ids: all ids that end a generated text; ``eos_id`` is the first.
-        pad_id: the id that fills a short sequence.
-        bos_id: the id that begins a text; None: the tokenizer has none.
-        bos_ids: what is put before a text that is begun; usually ``bos_id`` alone.
-        adds_bos: whether prompts are begun so unless told otherwise.
+        pad_id: the padding id.
+        bos_id: the beginning-of-text id; None: the tokenizer has none.
+        bos_ids: ids added before a prompt; usually ``bos_id`` alone.
+        adds_bos: whether they are added by default.
     """
 
     vocab_size: int
@@ -36,23 +36,23 @@ class SpecialIds:
     name: str = "tokenizer"
 
     def encode(self, texts: Sequence[str], special: bool = False) -> list[list[int]]:
-        """Ids of each text; implemented by each tokenizer."""
+        """Encodes texts; implemented by each tokenizer."""
         raise NotImplementedError
 
     def encode_prompt(self, text: str, bos: bool | None = None, special: bool = False) -> list[int]:
-        """Returns the ids that a model continues.
+        """Encodes a prompt for a model to continue.
 
         Args:
             text: the prompt.
-            bos: whether it begins with the beginning-of-text ids; None: as the tokenizer says. They
-                are not put before a text that begins with them already.
-            special: whether special tokens that are written out in the text become their ids.
+            bos: whether to add the beginning-of-text ids, unless the prompt already begins with
+                them; None: the tokenizer's default.
+            special: whether special tokens written out in the text become their ids.
 
         Returns:
-            Ids; none for an empty text that is not begun.
+            Ids; possibly none for an empty text.
 
         Raises:
-            TrainingError: if ``bos`` is asked of a tokenizer that has no such id.
+            TrainingError: if ``bos`` is True and the tokenizer has no such id.
 
         Example:
             >>> from loro_jax.text.tokenizers.tokenizer import ByteTokenizer
@@ -72,14 +72,14 @@ class SpecialIds:
 
 
 def written_out(text: str, names: Mapping[str, int]) -> Iterable[tuple[str, int | None]]:
-    """Yields the parts of a text between special tokens, each with the id of the token after it.
+    """Splits a text at special tokens.
 
     Args:
         text: the text.
-        names: ids by what the special tokens look like.
+        names: ids by the text of special tokens.
 
     Yields:
-        (a part without special tokens, the id of the one that follows or None at the end).
+        (a part without special tokens, the id of the token after it or None at the end).
 
     Example:
         >>> list(written_out("Hi<a>you", {"<a>": 7}))
@@ -94,19 +94,19 @@ def written_out(text: str, names: Mapping[str, int]) -> Iterable[tuple[str, int 
 
 
 class Beside:
-    """What the files beside a tokenizer say about its special tokens.
+    """Special tokens according to the files next to a tokenizer.
 
     Args:
-        directory: where the tokenizer is.
+        directory: directory of the tokenizer.
 
     Attributes:
         tokens: special tokens by role ("eos", "bos", "pad", ...).
-        special: all special tokens, those without a role included.
-        adds_bos: whether texts begin with the beginning-of-text token; None: not said.
-        kind: the class that reads the tokenizer elsewhere, or "".
+        special: all special tokens, including those without a role.
+        adds_bos: whether texts begin with the beginning-of-text token; None: unknown.
+        kind: the tokenizer's class in transformers, or "".
 
     Raises:
-        TrainingError: if a file is no JSON object.
+        TrainingError: if a file holds no JSON object.
     """
 
     def __init__(self, directory: pathlib.Path):
@@ -114,7 +114,7 @@ class Beside:
         mapping = _object(directory / "special_tokens_map.json")
         self.tokens: dict[str, str] = {}
         self.special: set[str] = set()
-        for content in (mapping, config):  # the config is the newer file of the two
+        for content in (mapping, config):  # the config is the newer format and takes precedence
             for role in _ROLES:
                 if (token := _token(content.get(f"{role}_token"))) is not None:
                     self.tokens[role] = token
@@ -139,13 +139,13 @@ def _token(value: Any) -> str | None:
 
 
 def _object(path: pathlib.Path) -> dict[str, Any]:
-    """A JSON object; an empty one where the file is missing."""
+    """Reads a JSON object; an empty one if the file is missing."""
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         return {}
     except (OSError, ValueError):
-        raise TrainingError(f"{path}, beside the tokenizer, can't be read as JSON.") from None
+        raise TrainingError(f"{path}, next to the tokenizer, can't be read as JSON.") from None
     if not isinstance(content, dict):
-        raise TrainingError(f"{path}, beside the tokenizer, holds no JSON object.")
+        raise TrainingError(f"{path}, next to the tokenizer, holds no JSON object.")
     return content

@@ -1,4 +1,4 @@
-"""Tokenizers: text to ids and back.
+"""Tokenizers: from text to ids and back.
 
 ``python -m loro_jax tokenizer SOURCE --out=FILE`` trains one.
 """
@@ -25,17 +25,17 @@ from loro_jax.text.tokenizers.tokenizer_json import HuggingFaceTokenizer
 
 
 class Tokenizer(Protocol):
-    """What the data pipeline and the commands need of a tokenizer.
+    """Interface of tokenizers.
 
     Attributes:
         vocab_size: number of ids.
         eos_id: the id that ends a document.
         eos_ids: all ids that end a generated text; ``eos_id`` is the first.
-        pad_id: the id that fills a short sequence.
-        bos_id: the id that begins a text; None: there is none.
-        bos_ids: what is put before a text that is begun; usually ``bos_id`` alone.
-        adds_bos: whether prompts are begun so unless told otherwise.
-        fingerprint: changes when the mapping from text to ids does.
+        pad_id: the padding id.
+        bos_id: the beginning-of-text id; None: there is none.
+        bos_ids: ids added before a prompt; usually ``bos_id`` alone.
+        adds_bos: whether they are added by default.
+        fingerprint: identifies the mapping from text to ids.
     """
 
     vocab_size: int
@@ -48,16 +48,16 @@ class Tokenizer(Protocol):
     fingerprint: str
 
     def encode(self, texts: Sequence[str], special: bool = False) -> list[list[int]]:
-        """Ids of each text, not begun or ended; ``special``: special tokens in it become ids."""
+        """Encodes texts without adding special ids; ``special``: special tokens become ids."""
 
     def encode_prompt(self, text: str, bos: bool | None = None, special: bool = False) -> list[int]:
-        """Ids for a model to continue; see :meth:`SpecialIds.encode_prompt`."""
+        """Encodes a prompt; see :meth:`SpecialIds.encode_prompt`."""
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of the ids; special ids and those outside the vocabulary vanish."""
+        """Decodes ids; special ids and those outside the vocabulary are dropped."""
 
     def files(self) -> dict[str, bytes]:
-        """Contents, by name, of the files that other programs read this tokenizer from."""
+        """Returns the tokenizer's files for other programs, contents by name."""
 
 
 class SentencePieceTokenizer(SpecialIds):
@@ -65,12 +65,12 @@ class SentencePieceTokenizer(SpecialIds):
 
     Args:
         model: contents of the ``.model`` file.
-        name: what errors call it.
+        name: name in error messages.
         eos_id: the end-of-text id, or several; None: the model's.
-        beside: what the files beside it say; None: nothing.
+        beside: special tokens from the files next to it; None: no such files.
 
     Raises:
-        TrainingError: if the bytes are no SentencePiece model, or nothing says what ends a text.
+        TrainingError: if the bytes are not a SentencePiece model, or has no known end of text.
     """
 
     def __init__(
@@ -103,12 +103,12 @@ class SentencePieceTokenizer(SpecialIds):
         if not all(own.is_control(i) or own.is_unknown(i) or own.is_byte(i) for i in inside):
             self._model = with_control_pieces(model, inside)
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=self._model)
-        # LLaMA's models have no padding piece; padding is masked, so any id will do.
+        # LLaMA's models have no padding piece; padding is masked, so any id works.
         self.pad_id = max(self._named(tokens.get("pad"), self._processor.pad_id()), 0)
         bos = self._named(tokens.get("bos"), self._processor.bos_id())
         if bos >= 0:
             self.bos_id, self.bos_ids = bos, (bos,)
-            # The model itself doesn't say. LLaMA's are read so unless a file beside them objects.
+            # The model file doesn't say; LLaMA adds it, unless a file next to it says otherwise.
             says = None if beside is None else beside.adds_bos
             self.adds_bos = True if says is None else says
         self._control = {
@@ -119,15 +119,15 @@ class SentencePieceTokenizer(SpecialIds):
         self.fingerprint = hashlib.sha256(self._model).hexdigest()[:16]
 
     def _named(self, token: str | None, otherwise: int) -> int:
-        """The id of a piece that a file beside the model names, if the model has it."""
+        """Returns the id of a piece, or ``otherwise`` if the model does not have it."""
         found = self._processor.unk_id() if token is None else self._processor.piece_to_id(token)
         return otherwise if found == self._processor.unk_id() else found
 
     def encode(self, texts: Sequence[str], special: bool = False) -> list[list[int]]:
-        """Ids of each text, not begun or ended; ``special``: special tokens in it become ids."""
+        """Encodes texts without adding special ids; ``special``: special tokens become ids."""
         if special:
             return [self._with_special(text) for text in texts]
-        # The callers have threads of their own.
+        # The callers use threads already.
         return self._processor.encode(list(texts), num_threads=1)
 
     def _with_special(self, text: str) -> list[int]:
@@ -138,11 +138,11 @@ class SentencePieceTokenizer(SpecialIds):
         return ids
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of the ids; special pieces and ids outside the vocabulary vanish."""
+        """Decodes ids; special pieces and ids outside the vocabulary are dropped."""
         return self._processor.decode([int(i) for i in ids if 0 <= i < self.vocab_size])
 
     def files(self) -> dict[str, bytes]:
-        """The model file and, made of it, a ``tokenizer.json`` with its config."""
+        """Returns the model file, and a converted ``tokenizer.json`` with its config."""
         converted = from_sentencepiece(self._model)
         own = {"tokenizer.model": self._model}
         return own | tokenizer_files(
@@ -151,7 +151,7 @@ class SentencePieceTokenizer(SpecialIds):
 
 
 class ByteTokenizer(SpecialIds):
-    """UTF-8 bytes: id = byte + 3, behind pad 0, eos 1, unknown 2 (ByT5's numbering).
+    """UTF-8 bytes: id = byte + 3, after pad 0, eos 1, unknown 2 (ByT5's numbering).
 
     Example:
         >>> tokenizer = ByteTokenizer()
@@ -167,7 +167,7 @@ class ByteTokenizer(SpecialIds):
     name = "bytes"
 
     def encode(self, texts: Sequence[str], special: bool = False) -> list[list[int]]:
-        """Ids of each text, not ended; ``special``: special tokens in it become ids."""
+        """Encodes texts without end-of-text ids; ``special``: special tokens become ids."""
         names = {"<pad>": 0, "</s>": 1, "<unk>": 2} if special else {}
         result = []
         for text in texts:
@@ -179,12 +179,12 @@ class ByteTokenizer(SpecialIds):
         return result
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of the ids; special and unknown ones vanish, broken sequences are U+FFFD."""
+        """Decodes ids; special and unknown ones are dropped, invalid bytes become U+FFFD."""
         kept = bytes(i - 3 for i in ids if 3 <= i < self.vocab_size)
         return kept.decode("utf-8", errors="replace")
 
     def files(self) -> dict[str, bytes]:
-        """A ``tokenizer.json`` of bytes, with its config."""
+        """Returns a ``tokenizer.json`` of bytes, with its config."""
         return tokenizer_files(from_bytes(), self.eos_id, self.pad_id)
 
 
@@ -196,9 +196,9 @@ def load_tokenizer(
     Args:
         name: "embedded", "bytes", the path of a SentencePiece model, or that of a
             ``tokenizer.json`` or of a directory that holds either.
-        eos_id: ``config.data.eos_id``: the id that ends a document; None: the tokenizer's own. Of
-            several, the first ends documents, and each of them a generated text.
-        pad_id: ``config.data.pad_id``: the id that fills a short sequence; None: its own.
+        eos_id: ``config.data.eos_id``: the end-of-text id; None: the tokenizer's. Of several, the
+            first one ends documents, and any of them ends a generated text.
+        pad_id: ``config.data.pad_id``: the padding id; None: the tokenizer's.
 
     Returns:
         A tokenizer.
@@ -247,7 +247,7 @@ def _load(name: str, eos_ids: list[int], pad_id: int | None) -> Tokenizer:
 
 
 def _file_in(directory: pathlib.Path) -> pathlib.Path:
-    """The tokenizer's file in a directory: a tokenizer.json, or else a SentencePiece model."""
+    """Finds the tokenizer in a directory: a tokenizer.json, or else a SentencePiece model."""
     usual = ("tokenizer.json", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
     found = [directory / name for name in usual if (directory / name).is_file()]
     found = found or sorted(directory.glob("*.model"))

@@ -1,11 +1,11 @@
-"""A ``tokenizer.json`` of Hugging Face's tokenizers library as a tokenizer of documents.
+"""Tokenizers in Hugging Face's ``tokenizer.json`` format, used on documents.
 
-Such a file was made to read prompts: whatever in a text looks like a special token becomes one. In
-documents it must not, or a page about tokenizers ends a document in the middle. The library can be
-told to leave alone the tokens that the file calls special, which isn't enough: a unigram, word or
-WordPiece vocabulary that holds "</s>" matches it like any other piece, and some files don't call
-their end of text special. So documents are read by a second tokenizer, the same but for the names
-of its special tokens, which no text can hold.
+Such a file is made for prompts: any text that looks like a special token becomes one. In documents
+that would be wrong: a page about tokenizers would end in the middle. The library has an option not
+to match the tokens that the file declares special, but this is not enough: a unigram, word or
+WordPiece vocabulary that contains "</s>" matches it like any other piece, and some files don't
+declare their end-of-text token special. Documents are therefore encoded by a copy of the tokenizer
+whose special tokens have names that no text contains.
 """
 
 from __future__ import annotations
@@ -24,31 +24,31 @@ from loro_jax.errors import TrainingError
 from loro_jax.text.tokenizers.conversion import tokenizer_files
 from loro_jax.text.tokenizers.special_ids import Beside, SpecialIds
 
-# In the order in which they are looked for.
+# Usual names, in order of preference.
 _USUAL_EOS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "[SEP]")
 _USUAL_PAD = ("<pad>", "<|pad|>", "[PAD]")
 _USUAL_BOS = ("<s>", "<|begin_of_text|>", "<bos>", "<|startoftext|>", "[CLS]")
 _USUAL = {*_USUAL_EOS, *_USUAL_PAD, *_USUAL_BOS, "<unk>", "[UNK]", "<mask>", "[MASK]"}
 
 
-# What a special token looks like where nothing else tells.
+# The usual form of special tokens.
 _MARKED = re.compile(r"<.+>|\[.+\]", re.DOTALL)
 
 
 class HuggingFaceTokenizer(SpecialIds):
     """A ``tokenizer.json`` of Hugging Face's tokenizers library.
 
-    Its special tokens are written nowhere in the file itself: they come from the arguments, or from
-    ``tokenizer_config.json`` beside it, or are found by their usual names.
+    The file does not say what its special tokens are for: they come from the arguments, from
+    ``tokenizer_config.json`` next to it, or are found by their usual names.
 
     Args:
         path: the file.
-        name: what errors call it.
+        name: name in error messages.
         eos_ids: the end-of-text ids; none: find one.
         pad_id: the padding id; None: find it, or take the end-of-text id (padding is masked).
 
     Raises:
-        TrainingError: if the file is no tokenizer, or its end-of-text token can't be told.
+        TrainingError: if the file is not a tokenizer, or its end-of-text token is unknown.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class HuggingFaceTokenizer(SpecialIds):
         hidden, reachable = _with_hidden_names(data, control)
         self._documents, _ = _read(json.dumps(hidden).encode(), name)
         self._documents.encode_special_tokens = True
-        # Where the names of special tokens were within reach of a text, its ids are now others.
+        # If a text could produce special tokens by their names, its ids have changed.
         mark = b" special tokens are text" if reachable else b""
         self.fingerprint = hashlib.sha256(content + mark).hexdigest()[:16]
 
@@ -88,7 +88,7 @@ class HuggingFaceTokenizer(SpecialIds):
         return next((found for found in ids if found is not None), None)
 
     def _find_beginning(self, beside: Beside) -> None:
-        """Sets what a text begins with: by the template of the file, unless its config says so."""
+        """Sets the beginning-of-text ids, from the config or else from the file's template."""
         prefix = self._prefix()
         named = self._find([beside.tokens.get("bos")])
         usual = prefix[0] if prefix else self._find(_USUAL_BOS)
@@ -99,12 +99,12 @@ class HuggingFaceTokenizer(SpecialIds):
         self.adds_bos = says and bool(self.bos_ids)
 
     def _prefix(self) -> tuple[int, ...]:
-        """Ids that the file's template puts before a text."""
+        """Returns the ids that the file's template adds before a text."""
         for letter in ("a", "A", "1", "."):
             try:
                 plain = self._tokenizer.encode(letter, add_special_tokens=False).ids
                 whole = self._tokenizer.encode(letter).ids
-            except Exception:  # a letter outside a vocabulary that has no unknown token
+            except Exception:  # the letter is not in the vocabulary, and there is no unknown token
                 continue
             for start in range(len(whole) - len(plain) + 1) if plain else ():
                 if whole[start : start + len(plain)] == plain:
@@ -112,7 +112,7 @@ class HuggingFaceTokenizer(SpecialIds):
         return ()
 
     def _control(self, data: dict[str, Any], beside: Beside) -> set[str]:
-        """Names of the tokens that no document may produce."""
+        """Returns the names of the tokens that documents must not produce."""
         tokens = self._tokenizer
         model = data["model"]
         added = data.get("added_tokens") or ()
@@ -122,34 +122,34 @@ class HuggingFaceTokenizer(SpecialIds):
         named |= {tokens.id_to_token(one) or "" for one in ids if one is not None}
         if isinstance(model.get("unk_token"), str):
             named.add(model["unk_token"])
-        # A piece of ordinary text stays one, whatever else it is for (some pad with "!").
+        # Pieces of ordinary text stay available even if used as special tokens (some pad with "!").
         own = {one["content"] for one in added}
         named = {token for token in named if token in own or _MARKED.fullmatch(token)}
         found = {token for token in special | named if tokens.token_to_id(token) is not None}
-        # Pairs of a byte-pair encoding start from single characters.
+        # A byte-pair encoding needs its single characters for merges.
         return {token for token in found if len(token) > 1 or "merges" not in model}
 
     def encode(self, texts: Sequence[str], special: bool = False) -> list[list[int]]:
-        """Ids of each text, not begun or ended by special ids.
+        """Encodes texts, without special ids before or after them.
 
         Args:
             texts: texts.
-            special: whether special tokens that are written out in a text become their ids.
+            special: whether special tokens written out in a text become their ids.
         """
         tokenizer = self._tokenizer if special else self._documents
         encoded = tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [one.ids for one in encoded]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of the ids; special tokens and ids outside the vocabulary vanish."""
+        """Decodes ids; special tokens and ids outside the vocabulary are dropped."""
         kept = [int(i) for i in ids if 0 <= i < self.vocab_size and i not in self._control_ids]
         return self._tokenizer.decode(kept, skip_special_tokens=False)
 
     def files(self) -> dict[str, bytes]:
-        """The file as it was read, with a config that names its special tokens.
+        """Returns the file, with a config that names its special tokens.
 
-        Where prompts are not begun (a run's documents are not), what would begin or end texts, or
-        cut them, is left out of the file, so that other programs encode as it was trained.
+        If no beginning-of-text ids are added to prompts (as in training), the file's template,
+        truncation and padding are removed, so that other programs encode texts as in training.
         """
         made = tokenizer_files(
             self._tokenizer, self.eos_id, self.pad_id, self.bos_id, self.adds_bos
@@ -182,14 +182,14 @@ def _read(content: bytes, name: str) -> tuple[tokenizers.Tokenizer, dict[str, An
 
 
 def _with_hidden_names(data: dict[str, Any], control: set[str]) -> tuple[dict[str, Any], bool]:
-    """A tokenizer.json whose control tokens have names that no text holds.
+    """Renames the control tokens of a tokenizer.json so that no text contains them.
 
     Args:
-        data: the content of the file.
+        data: content of the file.
         control: names of the tokens.
 
     Returns:
-        (the content with other names, whether texts could reach a token by its own).
+        (the content with new names, whether a text could produce a token by its old name).
     """
     nonce = secrets.token_hex(16)
     model = dict(data["model"])
@@ -216,6 +216,6 @@ def _with_hidden_names(data: dict[str, Any], control: set[str]) -> tuple[dict[st
 
 
 def _joined(pair: str | Sequence[str], model: dict[str, Any]) -> set[str]:
-    """The two pieces of a merge, and what it makes of them."""
+    """Returns the two pieces of a merge and the merged piece."""
     left, right = pair.split(" ") if isinstance(pair, str) else pair
     return {left, right, left + right.removeprefix(model.get("continuing_subword_prefix") or "")}

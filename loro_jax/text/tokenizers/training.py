@@ -1,8 +1,8 @@
 """Byte-pair encodings trained on your own text.
 
-By the suffix of the file to write: ``.json`` is a byte-level BPE of Hugging Face's tokenizers
-library, ``.model`` a SentencePiece BPE that falls back to bytes, as LLaMA's. Both leave the text as
-it is, split numbers into digits, and have padding 0 and end of text 1.
+The suffix of the output file decides: ``.json`` is a byte-level BPE of Hugging Face's tokenizers
+library, ``.model`` a SentencePiece BPE with byte fallback, as LLaMA's. Neither normalises the text;
+both split numbers into digits, and have padding id 0 and end-of-text id 1.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ def train_byte_level(texts: Iterator[str], vocab_size: int) -> str:
 
     Args:
         texts: documents.
-        vocab_size: ids, at least 258: the bytes and two special tokens.
+        vocab_size: number of ids, at least 258: the bytes and two special tokens.
 
     Returns:
-        The content of its ``tokenizer.json``; it has fewer ids where the texts have no more pairs.
+        Content of its ``tokenizer.json``, with fewer ids if the texts have too few pairs.
     """
     tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Sequence(
@@ -47,22 +47,22 @@ def train_byte_level(texts: Iterator[str], vocab_size: int) -> str:
 
 
 def train_sentencepiece(texts: Iterator[str], vocab_size: int) -> bytes:
-    """Trains a SentencePiece BPE with fallback to bytes.
+    """Trains a SentencePiece BPE with byte fallback.
 
     Args:
-        texts: documents; the whole of them is held in memory.
-        vocab_size: ids, at least 260 and the characters of the texts.
+        texts: documents, all held in memory.
+        vocab_size: number of ids, at least 260 plus the characters of the texts.
 
     Returns:
-        The content of its ``.model`` file.
+        Content of its ``.model`` file.
 
     Raises:
-        TrainingError: if the texts do not allow for as many ids, or need more.
+        TrainingError: if the vocabulary size is too large or too small for the texts.
     """
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            # Line feeds become bytes: SentencePiece reads a line at a time.
+            # SentencePiece reads line by line; line feeds are encoded as bytes.
             sentence_iterator=(line for text in texts for line in text.split("\n") if line),
             model_writer=model,
             vocab_size=vocab_size,

@@ -176,7 +176,7 @@ class TestSpecialIds:
     def test_a_config_beside_that_is_none(self, tmp_path):
         path = self.write(tmp_path, ["</s>"])
         (tmp_path / "tokenizer_config.json").write_text("oops")
-        with pytest.raises(TrainingError, match="beside the tokenizer, can't be read as JSON"):
+        with pytest.raises(TrainingError, match="next to the tokenizer, can't be read as JSON"):
             load_tokenizer(path)
 
 
