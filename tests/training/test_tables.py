@@ -213,11 +213,12 @@ def test_options_reach_the_optimizer(method, options):
     changed = dataclasses.replace(plain, method_options=options)
     changed.validate()
     shapes = {"W": (8, 6)} if METHODS[method].projection is None else {"B": (8, 4), "A": (4, 6)}
-    # Columns of different norms: the inverse of a multiple of the identity would only rescale.
-    scaled = {
-        name: jnp.eye(*shape) * jnp.arange(1, shape[-1] + 1) for name, shape in shapes.items()
+    # Grams that are not diagonal: Adam makes up for the scale of each entry.
+    mixed = {
+        name: jnp.eye(*shape) + jnp.cos(jnp.arange(np.prod(shape))).reshape(shape)
+        for name, shape in shapes.items()
     }
-    params = {"blocks": {"up": scaled}, "bias": jnp.ones(3)}
+    params = {"blocks": {"up": mixed}, "bias": jnp.ones(3)}
     grads = [
         jax.tree.map(lambda p, i=i: jnp.sin(i + jnp.arange(p.size)).reshape(p.shape), params)
         for i in range(2)
