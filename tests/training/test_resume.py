@@ -84,7 +84,9 @@ def test_killed_once_it_ends_bit_for_bit_the_same(uninterrupted, tmp_path):
     assert runs.rows(workdir) == runs.rows(reference)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
+)
 def test_a_signal_between_two_steps_saves_and_the_run_resumes(
     uninterrupted, tmp_path, monkeypatch, number
 ):
@@ -135,6 +137,7 @@ def test_killed_at_several_moments_it_ends_bit_for_bit_the_same(freshly_compiled
     assert (workdir / "plot.png").stat().st_size > 5_000
 
 
+@pytest.mark.slow  # the fast tier compares a killed run with an uninterrupted one
 def test_two_runs_of_one_seed_are_equal_and_of_two_seeds_are_not(uninterrupted, tmp_path):
     source, reference = uninterrupted
     for seed, equal in ((0, True), (1, False)):

@@ -138,7 +138,12 @@ def test_transformers_computes_what_the_run_does_from_text_to_logits(run, export
 
 @pytest.mark.parametrize(
     ("form", "method"),
-    [("merged", "full"), ("merged", "loro"), ("factored", "lowrank"), ("merged", "lora")],
+    [
+        ("merged", "loro"),
+        pytest.param("merged", "full", marks=pytest.mark.slow),
+        pytest.param("factored", "lowrank", marks=pytest.mark.slow),
+        pytest.param("merged", "lora", marks=pytest.mark.slow),
+    ],
 )
 def test_a_run_goes_on_from_exported_weights(run, exported, make_config, tmp_path, form, method):
     # The products have the rank of the run, so a truncated SVD of that rank leaves nothing out.
