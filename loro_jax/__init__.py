@@ -1,7 +1,7 @@
 """LORO for JAX: low-rank Riemannian optimization of (B, A) pairs, as an Optax transformation.
 
-This package's core needs jax and optax alone. The trainer (``loro_jax.training``) needs the
-``train`` extra and, with ``models/``, a checkout of the repository.
+The core of this package needs only jax and optax. The trainer (``loro_jax.training``) needs the
+``train`` extra and a checkout of the repository, which includes ``models/``.
 """
 
 from loro_jax._version import __version__

@@ -1,4 +1,4 @@
-"""``python -m loro_jax NAME [options]``: all commands but ``python train.py``."""
+"""``python -m loro_jax NAME [options]``: all commands except ``python train.py``."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ class Command(NamedTuple):
     """A command.
 
     Attributes:
-        summary: what it does, in a line.
-        module: where it is; imported when it is called.
-        function: of the module, (arguments) -> exit status.
+        summary: one line for the overview.
+        module: the module that implements it, imported only when the command runs.
+        function: the module's function, (arguments) -> exit status.
         networks: whether it needs the networks in ``models/``.
     """
 
@@ -71,7 +71,7 @@ def main(arguments: Sequence[str]) -> int:
     """Runs the command that the first argument names; without one, lists them.
 
     Args:
-        arguments: of the command line.
+        arguments: the command line's arguments.
 
     Returns:
         The exit status.
@@ -109,11 +109,11 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def moved(name: str, arguments: Sequence[str]) -> int:
-    """Runs a command by an old spelling, and says on standard error where it is now.
+    """Runs a command called by its old spelling, and prints the new one on standard error.
 
     Args:
         name: the command.
-        arguments: its own.
+        arguments: its arguments.
 
     Returns:
         The exit status.
@@ -123,7 +123,7 @@ def moved(name: str, arguments: Sequence[str]) -> int:
 
 
 def _networks_are_here() -> bool:
-    """Whether ``models`` is the checkout's, and not just any package of that name."""
+    """Returns whether ``models`` is the checkout's, not another package of that name."""
     found = importlib.util.find_spec("models")
     folders = (found and found.submodule_search_locations) or []
     return any((pathlib.Path(folder) / "llama.py").is_file() for folder in folders)

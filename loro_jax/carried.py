@@ -1,13 +1,13 @@
-"""What is handed to the branch of an exact step in place of the directions.
+"""Passes directions into the branch of an exact step without storing them.
 
-An exact step is a branch of the program, and its directions are made outside of it. Handing over
-directions makes XLA store them, one array as large as each factor, on all steps. Adam's are made of
-its moments, which are stored anyway: handing over the first moments and making the directions of
-them where they are needed stores nothing. The branch returns moves, which then overwrite first
-moments. That is sound only if the next step resets them.
+An exact step is a branch of the program, and its directions are computed outside of it. Passing the
+directions makes XLA store them, one array as large as each factor, on every step. Adam's directions
+are computed from its moments, which are stored anyway: passing the first moments and computing the
+directions inside the branch stores nothing. The branch returns moves, which overwrite the first
+moments. This is sound only if the next step resets them.
 
-With it an approximate step of the pairs, embedding and head of LLaMA-60M takes three quarters to
-four fifths of the time on CPU (``python -m loro_jax.bench approximate_step``).
+It reduces the time of an approximate step of the pairs, embedding and head of LLaMA-60M to three
+quarters to four fifths on CPU (``python -m loro_jax.bench approximate_step``).
 """
 
 from __future__ import annotations
@@ -29,14 +29,14 @@ from loro_jax.directions.protocol import Direction
 
 
 class Carrier(NamedTuple):
-    """How a direction gets into the branch of an exact step, and moves get out of it.
+    """Functions that pass a direction into the branch of an exact step, and moves out of it.
 
     Attributes:
         advance: (gradients, state, parameters, pairs, **extra arguments) -> (carried, state), where
             the carried tree has the parameters' structure.
         finish: (carried, state) -> directions.
-        keep: (state, carried) -> state. What is carried may be a part of the state, which a move
-            then overwrites; this is the state with it put back.
+        keep: (state, carried) -> state. The carried tree may be a part of the state, which a move
+            overwrites; this puts it back into the state.
     """
 
     advance: Callable[..., tuple[Any, Any]]
@@ -45,15 +45,15 @@ class Carrier(NamedTuple):
 
 
 def carrier_of(direction: Direction, may_overwrite: bool) -> Carrier:
-    """Returns how to carry a direction.
+    """Returns how to pass a direction into the branch.
 
     Args:
-        direction: any.
-        may_overwrite: whether moments are reset after an exact step, so that moves may take their
-            place.
+        direction: any direction.
+        may_overwrite: whether moments are reset after an exact step, so that moves may overwrite
+            them.
     """
-    # A first moment of another dtype than the parameters carries neither the direction, which is
-    # made of moments not yet rounded, nor a move, which may need more precision.
+    # A first moment in another dtype than the parameters would round the direction, which is
+    # computed from unrounded moments, and the move, which may need more precision.
     if (
         isinstance(direction, Adam)
         and may_overwrite
@@ -65,15 +65,19 @@ def carrier_of(direction: Direction, may_overwrite: bool) -> Carrier:
 
 
 def _directions(direction: Direction) -> Carrier:
+    """Passes the directions themselves."""
+
     def advance(*arguments: Any, **extra_args: Any) -> tuple[Any, Any]:
         directions, state = direction.update(*arguments, **extra_args)
-        # Keeps XLA from moving the update into a branch, where it would run on one core.
+        # Keeps XLA from moving the direction's update into the branch, which runs on one core of a
+        # CPU.
         return jax.lax.optimization_barrier(directions), state
 
     return Carrier(advance, lambda carried, _: carried, lambda state, _: state)
 
 
 def _first_moments(adam: Adam) -> Carrier:
+    """Passes Adam's first moments, from which the branch computes the directions."""
     b1, b2, eps = adam.b1, adam.b2, adam.eps
 
     def advance(
@@ -81,6 +85,7 @@ def _first_moments(adam: Adam) -> Carrier:
     ) -> tuple[Any, AdamState]:
         del params, pairs, extra_args
         moments = adam_moments(grads, state, b1, b2)
+        # Rounds to the stored dtypes; mu's is the parameters' here (see carrier_of).
         state = jax.tree.map(lambda new, old: new.astype(old.dtype), moments, state)
         return state.mu, state
 

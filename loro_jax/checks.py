@@ -1,7 +1,7 @@
-"""Checks of numbers that optimizers are given as arrays.
+"""Checks of numbers that are passed to optimizers as arrays.
 
-``optax.inject_hyperparams`` hands every number over as an array, by default of the widest dtype
-among the parameters; and a number may come from a user's own arithmetic.
+``optax.inject_hyperparams`` passes every number as an array, by default in the widest dtype of the
+parameters; and a number may be the result of a user's arithmetic.
 """
 
 from __future__ import annotations
@@ -11,24 +11,24 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-# In these a dtype narrower than float32 makes another number of what was meant (0.999 is 1 in
-# bfloat16, 1e-8 is 0 in float16). In others, a learning rate say, it is off by some thousandths.
+# A dtype narrower than float32 changes the meaning of these (0.999 is 1 in bfloat16, 1e-8 is 0 in
+# float16). Others, such as a learning rate, are only off by some thousandths.
 _DELICATE = ("b1", "b2", "eps", "damping", "momentum")
 
 
 def checked_numbers(where: str, **numbers: Any) -> list[Any]:
-    """Returns numbers as they were given, or the real part of what a complex dtype holds.
+    """Returns numbers unchanged, or the real part of arrays with a complex dtype.
 
     Args:
-        where: what was called, for the message.
+        where: the function that was called, for the message.
         numbers: by the names of the arguments: numbers, arrays or anything else (a schedule, None),
-            which is not looked at.
+            which is not checked.
 
     Returns:
         The numbers, in their order.
 
     Raises:
-        ValueError: if the dtype of one can't hold what is meant.
+        ValueError: if the dtype of an array is too narrow for its number.
 
     Example:
         >>> import jax.numpy as jnp
@@ -65,7 +65,7 @@ def _holds_float32(dtype: Any) -> bool:
 def check_orthogonalised_momentum(where: str, momentum: Any, newton_schulz_steps: int) -> None:
     """Raises ValueError for a momentum outside [0, 1), or no iterations.
 
-    What is not a plain number may be traced (a hyperparameter in a state), and can't be read.
+    Other values than plain numbers may be traced (a hyperparameter in a state) and are not checked.
     """
     if isinstance(momentum, float | int) and not 0 <= momentum < 1:
         raise ValueError(f"{where}: momentum must be in [0, 1), but is {momentum}.")
@@ -76,7 +76,7 @@ def check_orthogonalised_momentum(where: str, momentum: Any, newton_schulz_steps
 
 
 def check_not_negative(where: str, **numbers: Any) -> None:
-    """Raises ValueError for a plain number below zero; what may be traced is passed over."""
+    """Raises ValueError for a plain number below zero; values that may be traced are skipped."""
     for name, value in numbers.items():
         if isinstance(value, float | int) and value < 0:
             raise ValueError(f"{where}: {name} must not be negative, but is {value}.")

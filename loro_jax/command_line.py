@@ -1,7 +1,7 @@
-"""Flags and errors, the same in all commands.
+"""Flags and errors shared by all commands.
 
-Flags are written with underscores (``--top_p``); hyphens are read as such. A usage that makes no
-sense ends with status 2, whatever else goes wrong with 1, both with one line.
+Flags are written with underscores (``--top_p``); hyphens are accepted in their place. Wrong usage
+exits with status 2, any other error with 1, each with a one-line message.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from typing import Any, NoReturn, TextIO
 
 from loro_jax.errors import TrainingError
 
-# 128 and the number of SIGPIPE: what a program ends with when nobody reads its output any more.
+# 128 + SIGPIPE: the exit status of a program whose output is no longer read.
 NO_READER = 141
 
 
 class Parser(argparse.ArgumentParser):
-    """Reads options with underscores or hyphens in their names; a wrong one ends in one line.
+    """An argument parser that accepts hyphens for underscores and reports errors in one line.
 
     Args:
-        prog: the command as it is typed.
-        description: what it does, kept as it is set.
-        settings: more of ``argparse.ArgumentParser``.
+        prog: the command as the user types it.
+        description: what the command does; its line breaks are kept.
+        settings: further arguments of ``argparse.ArgumentParser``.
 
     Example:
         >>> parser = Parser("python -m loro_jax generate")
@@ -39,18 +39,18 @@ class Parser(argparse.ArgumentParser):
         super().__init__(prog=prog, description=description, **settings)
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
-        """Parses arguments; of names of options, hyphens become underscores first."""
+        """Parses arguments after replacing hyphens in option names by underscores."""
         args = sys.argv[1:] if args is None else list(args)
         return super().parse_known_args(_with_underscores(args), namespace)
 
     def error(self, message: str) -> NoReturn:
-        """Ends the program with one line and status 2."""
+        """Exits with a one-line message and status 2."""
         print(f"error: {message} ({self.prog} --help lists the options)", file=sys.stderr)
         sys.exit(2)
 
 
 def _with_underscores(arguments: Sequence[str]) -> list[str]:
-    """The arguments up to ``--`` with underscores in the names of options."""
+    """Replaces hyphens in option names by underscores, in the arguments before ``--``."""
     end = arguments.index("--") if "--" in arguments else len(arguments)
     named = [
         re.sub(r"^--[A-Za-z][\w-]*", lambda name: "--" + name[0][2:].replace("-", "_"), argument)
@@ -60,7 +60,7 @@ def _with_underscores(arguments: Sequence[str]) -> list[str]:
 
 
 class Switch(argparse.Action):
-    """An option with its opposite: ``--bos`` and ``--no_bos``.
+    """An on/off option: ``--bos`` and ``--no_bos``.
 
     Example:
         >>> parser = Parser("command")
@@ -86,22 +86,22 @@ class Switch(argparse.Action):
         values: Any,
         option_string: str | None = None,
     ) -> None:
-        """Stores whether the option was given without ``no_``."""
+        """Stores True for ``--name`` and False for ``--no_name``."""
         setattr(namespace, self.dest, not (option_string or "").startswith("--no_"))
 
 
 def failing_in_one_line(
     command: Callable[[], int | None], in_its_words: Callable[[str], str] = str
 ) -> int:
-    """Runs a command; its errors become one line on standard error.
+    """Runs a command and reports its errors in one line on standard error.
 
     Args:
-        command: does the work, and returns an exit status; None: 0.
-        in_its_words: turns a message into one that names the command's own options.
+        command: does the work and returns an exit status; None counts as 0.
+        in_its_words: rewrites an error message to name the command's own options.
 
     Returns:
-        The exit status: 1 for a bad input or a file that can't be read or written, 130 when
-        interrupted, 141 when nobody reads the output any more.
+        The exit status: 1 for invalid input or a file that can't be read or written, 130 after an
+        interrupt, 141 if the output is no longer read.
     """
     try:
         status = command() or 0
@@ -120,10 +120,10 @@ def failing_in_one_line(
 
 
 def drop_output(out: TextIO | None) -> None:
-    """Sends what is still to be written nowhere: Python would try again when it ends.
+    """Discards output that is still buffered: Python would try to flush it again on exit.
 
     Args:
-        out: where it was to be written to; nothing is done unless it is the program's own output.
+        out: the stream; ignored unless it is the program's standard output.
     """
     if out is sys.__stdout__ and sys.__stdout__ is not None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())

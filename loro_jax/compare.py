@@ -1,4 +1,4 @@
-"""``python -m loro_jax.compare``, another name of ``python -m loro_jax compare``."""
+"""``python -m loro_jax.compare``, another name for ``python -m loro_jax compare``."""
 
 import sys
 

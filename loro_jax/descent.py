@@ -1,13 +1,13 @@
-"""Descent on trees of (B, A) pairs and other leaves: the frame that :func:`loro_jax.loro` fills.
+"""Descent on trees of (B, A) pairs and other leaves: the framework behind :func:`loro_jax.loro`.
 
-Every step, a direction (Adam, say) is made of the gradients of all leaves. Then, for the factors of
-each pair W = B A:
+Every step computes a direction (Adam's, for example) from the gradients of all leaves. Then, for
+the factors of each pair W = B A:
 
-* on most steps (approximate, equation 11) ``B -= lr s u_B`` and ``A -= lr s u_A``, with
-  ``s = r / min(m, n)``: the factors' gradients are larger than the product's;
-* on every K-th step (exact, Proposition 4) the product moves along the manifold of rank-r
-  matrices and is retracted to it, with ``lr`` itself. The new factors have a new basis, in which
-  the old moments mean nothing: they are reset, or carried over.
+* most steps are approximate (equation 11): ``B -= lr s u_B`` and ``A -= lr s u_A``, with
+  ``s = r / min(m, n)``, because the factors' gradients are larger than the product's;
+* every K-th step is exact (Proposition 4): the product moves along the tangent space of the rank-r
+  matrices and is retracted to their manifold, with the plain ``lr``. The new factors have a new
+  basis, in which the old moments have no meaning: they are reset, or transported.
 
 All other leaves step along their direction with ``lr`` on every step.
 
@@ -53,13 +53,13 @@ class LoroState(NamedTuple):
 
     Attributes:
         count: steps taken, int32 scalar; never reset.
-        stale: 1 if the last step was exact and the next begins with a refresh, so that the moments
-            below have no meaning any more for the refreshed leaves; else 0. (Zeroing the moments
-            with the exact step itself would cost every step a copy of them: XLA can update a
-            buffer in place only when its new content is also what the update is made of. An int32,
-            as a choice between states by arithmetic makes one of a boolean.)
-        fallbacks: how many exact steps of single matrices the chosen method left to another so
-            far, int32 scalar; see :mod:`loro_jax.exact`.
+        stale: 1 if the last step was exact, so that the next one starts by resetting the moments
+            below; else 0. (Zeroing the moments in the exact step itself would cost every step a
+            copy of them: XLA updates a buffer in place only if the update is computed from its new
+            content. An int32 rather than a boolean, because selecting between states by arithmetic
+            turns a boolean into an integer.)
+        fallbacks: number of exact steps of single matrices so far in which the chosen method fell
+            back to another, int32 scalar; see :mod:`loro_jax.exact`.
         factors: state of the factors' direction (Adam), with ``optax.MaskedNode`` at other leaves.
         regular: state for the other leaves, with ``optax.MaskedNode`` at the factors.
     """
@@ -84,24 +84,24 @@ def riemannian_descent(
     pairs: PairsSpec | None = None,
     mesh: Any | None = None,
 ) -> optax.GradientTransformationExtraArgs:
-    """LORO with any direction and any exact step.
+    """Builds a low-rank Riemannian optimizer from any direction and any exact step.
 
     Args:
-        learning_rate: as for :func:`loro`, like all arguments that are not named here.
-        direction: what turns gradients into directions: :func:`loro_jax.adam`,
+        learning_rate: a number or a schedule, as for :func:`loro`.
+        direction: turns gradients into directions: :func:`loro_jax.adam`,
             :func:`loro_jax.orthogonal`, a :class:`loro_jax.directions.protocol.Direction`, or an
             Optax transformation such as ``optax.trace(0.9)``, which must not scale by a learning
             rate.
         exact_step: takes ``(B, A, dB, dA, learning_rate, step)`` for a batch of pairs of one shape,
-            (N, m, r) and (N, r, n), with the number of the step from 0. It returns the new factors,
-            and may return as a third value an int32 count to add to the state's ``fallbacks``.
-            None if ``exact_every`` is None.
+            (N, m, r) and (N, r, n), with the step counted from 0. It returns the new factors, and
+            optionally an int32 count to add to the state's ``fallbacks``. None if ``exact_every``
+            is None.
         exact_every: K.
         lr_scale: factor on the learning rate of approximate steps; None: the direction's.
         moments: None is "reset". "transport" needs a direction whose state has a first moment
-            ``mu``, and perhaps a second one, ``nu``, as Adam's.
+            ``mu`` and optionally a second one, ``nu``, like Adam's.
         weight_decay: decoupled decay, a number or a pair ``(number, mask)``.
-        regular: for the leaves that are not factors.
+        regular: optimizer of the leaves that are not factors.
         pairs: None, "optional", or a spec.
         mesh: devices that share the exact steps, or the parameters' shardings.
 
@@ -112,7 +112,7 @@ def riemannian_descent(
         ValueError: as :func:`loro`.
 
     Example:
-        Momentum for a direction, and the best approximation by a dense SVD for a retraction:
+        Momentum as the direction, and a dense truncated SVD as the retraction:
 
         >>> import jax, jax.numpy as jnp, optax
         >>> from loro_jax import LowRank, from_dense, riemannian_descent, riemannian_gradient
@@ -129,7 +129,8 @@ def riemannian_descent(
     )
 
     def init(params: Any) -> LoroState:
-        if descent.exact_every is not None:  # approximate steps can be scaled like any other
+        # Without exact steps the updates are linear in the learning rate: scaling them is fine.
+        if descent.exact_every is not None:
             warn_unless_last("loro")
         params = in_arrays(params)
         factors, others = pairs_of(params, pairs).split(params)
@@ -154,6 +155,7 @@ def riemannian_descent(
         found = pairs_of(params, pairs)
         now = _now(descent, found, params, mesh, state.count)
 
+        # The reset that the previous exact step asked for comes first: see LoroState.stale.
         states = _refresh(descent, state, now)
         factor_updates, factor_state, fallbacks = _step_factors(
             descent, now, found.split(grads)[0], states[0], extra_args
@@ -163,6 +165,7 @@ def riemannian_descent(
         )
 
         updates = with_holes_of(given_grads, found.join(grads, factor_updates, other_updates))
+        # Saturates instead of overflowing, like optax.safe_increment.
         fallbacks = jnp.minimum(state.fallbacks, jnp.iinfo(jnp.int32).max - fallbacks) + fallbacks
         return updates, LoroState(
             optax.safe_increment(state.count),
@@ -187,15 +190,15 @@ class _Descent(NamedTuple):
     moments: str
     weight_decay: Any
     mask: Any
-    regular: Any  # a Direction, or a transformation with a learning rate of its own
+    regular: Any  # a Direction, or a transformation with its own learning rate
 
 
 class _Now(NamedTuple):
-    """What one step works with."""
+    """The inputs of one step: parameters, schedules' values, and whether it is exact."""
 
     pairs: Pairs
-    factors: Any  # trees of the parameters
-    others: Any
+    factors: Any  # the parameters that are factors, MaskedNode elsewhere
+    others: Any  # all other parameters, MaskedNode elsewhere
     other_decays: list[bool]
     step: FactorStep
     exact: Array
@@ -211,7 +214,7 @@ def _made(
     weight_decay: WeightDecay,
     regular: Any,
 ) -> _Descent:
-    """Checks the settings and fills in what follows from them."""
+    """Checks the settings and fills in defaults that depend on others."""
     if isinstance(exact_every, numbers.Integral) and exact_every < 1:
         raise ValueError(f"loro: exact_every must be at least 1 (or None), but is {exact_every}.")
     if is_never(exact_every):
@@ -227,7 +230,7 @@ def _made(
     elif not isinstance(regular, Direction):
         regular = optax.with_extra_args_support(regular)
     number, mask = split_weight_decay(weight_decay)
-    # Moments that the next step resets may be overwritten by the moves; others may not.
+    # Only moments that the next step resets may be overwritten by the moves.
     overwritten = moments in ("reset", "reset_factors") and exact_every is not None
     return _Descent(
         learning_rate,
@@ -244,7 +247,7 @@ def _made(
 
 
 def _now(descent: _Descent, pairs: Pairs, params: Any, mesh: Any, count: Array) -> _Now:
-    """Reads the schedules, and sorts what there is into pairs and other leaves."""
+    """Evaluates the schedules, and splits the parameters into pairs and other leaves."""
     rate = descent.learning_rate
     factors, others = pairs.split(params)
     decays, other_decays = pairs.choose(decayed_leaves(descent.mask, params))
@@ -262,7 +265,7 @@ def _now(descent: _Descent, pairs: Pairs, params: Any, mesh: Any, count: Array) 
 
 
 def _is_exact(every: Any, step: Array) -> Array:
-    """Returns whether the step with this number, from 0, is exact."""
+    """Returns whether a step, counted from 0, is exact."""
     if every is None:
         return jnp.bool_(False)
     taken = optax.safe_increment(step)
@@ -270,14 +273,17 @@ def _is_exact(every: Any, step: Array) -> Array:
         period = every(step)
         if period is None or is_never(period):
             return jnp.bool_(False)
+        # A period of 0 means never; the maximum keeps the unused modulo defined.
         return (period > 0) & (taken % jnp.maximum(period, 1) == 0)
     return taken % every == 0
 
 
 def _refresh(descent: _Descent, state: LoroState, now: _Now) -> tuple[Any, Any]:
-    """Resets the moments that the last step has left stale."""
+    """Resets the moments that the last step made stale."""
     factor_state, regular_state = state.factors, state.regular
     stale = state.stale > 0
+    # An Optax transformation passed as `regular` keeps its state: other leaves have no basis that
+    # changes. A direction is reset with the factors', as in the paper's algorithm.
     if descent.moments in ("reset", "reset_factors"):
         fresh = descent.direction.init(now.factors)
         factor_state = refreshed(stale, fresh, factor_state, now.factors)
@@ -290,16 +296,19 @@ def _refresh(descent: _Descent, state: LoroState, now: _Now) -> tuple[Any, Any]:
 def _step_factors(
     descent: _Descent, now: _Now, grads: Any, state: Any, extra_args: dict[str, Any]
 ) -> tuple[Any, Any, Array]:
-    """Returns updates of the factors, exact or approximate, their state, and how many fell back."""
+    """Returns updates of the factors, exact or approximate, their state, and the fallbacks."""
     pairs, carrier, factors = now.pairs, descent.carrier, now.factors
     carried, state = carrier.advance(grads, state, factors, pairs, **extra_args)
+    # Both branches of the conditional must return the dtypes that the moves have.
     carried = jax.tree.map(lambda c, p: c.astype(p.dtype), carried, factors)
     fallbacks = count_of_none(factors)
     if pairs and descent.exact_every is not None:
         take = _exact_with_transport if descent.moments == "transport" else _exact
         carried, state, fallbacks = take(descent, now, carried, state, fallbacks)
 
-    # The approximate step is made outside of the branch, where it fuses with what applies it.
+    # The approximate update is computed outside of the branch, where XLA fuses it with the code
+    # that applies it. After an exact step, `carried` holds the moves and the approximate updates
+    # are discarded.
     directions = pairs.take(carrier.finish(carried, state))
     updates = jax.tree.map(
         lambda move, approximate: jnp.where(now.exact, move, approximate),
@@ -312,9 +321,9 @@ def _step_factors(
 def _exact(
     descent: _Descent, now: _Now, carried: Any, state: Any, fallbacks: Array
 ) -> tuple[Any, Any, Array]:
-    """Puts moves in the place of what is carried if the step is exact; else it passes through.
+    """Replaces the carried tree by the exact step's moves if the step is exact.
 
-    The branch that passes through costs nothing: its results are its arguments, in place.
+    The other branch costs nothing: it returns its arguments, in place.
     """
 
     def moves(carried: list[Both], none: Array) -> tuple[list[Both], Array]:
@@ -326,7 +335,8 @@ def _exact(
         now.exact,
         moves,
         lambda *unchanged: unchanged,
-        # What an exact step makes of a pair varies (over a shard_map) as both sides do.
+        # New factors depend on both sides of a pair, so under a shard_map each varies over the
+        # axes of both; the two branches must agree in this.
         [varying_alike(pair) for pair in now.pairs.take(carried)],
         fallbacks,
     )
@@ -336,7 +346,7 @@ def _exact(
 def _exact_with_transport(
     descent: _Descent, now: _Now, carried: Any, state: Any, fallbacks: Array
 ) -> tuple[Any, Any, Array]:
-    """Does what :func:`_exact` does, and carries the moments of the state along."""
+    """Does the same as :func:`_exact`, and transports the state's moments."""
     names = _moments_of(state)
     moments = [now.pairs.take(getattr(state, name)) for name in names]
 
@@ -344,6 +354,7 @@ def _exact_with_transport(
         updates, count = exact_updates(now.step, directions)
         return updates, transported(now.step, directions, updates, moments), none + count
 
+    # Transported moments depend on both sides of a pair, too, and must vary over the axes of both.
     rows = [varying_alike(row) for row in zip(now.pairs.take(carried), *moments, strict=True)]
     directions, *columns = ([*column] for column in zip(*rows, strict=True))
     moved, moments, fallbacks = _either(
@@ -357,9 +368,9 @@ def _exact_with_transport(
 
 
 def _either(exact: Array, yes: Callable[..., Any], no: Callable[..., Any], *x: Any) -> Any:
-    """Takes one of two branches; outside of a program the one that is wanted, by operations.
+    """Runs one of two branches; outside of jit only that branch, operation by operation.
 
-    ``jax.lax.cond`` would compile both there, and again for each call.
+    Outside of jit ``jax.lax.cond`` would compile both branches, again in each call.
     """
     if isinstance(exact, jax.core.Tracer):
         return jax.lax.cond(exact, yes, no, *x)
@@ -369,10 +380,11 @@ def _either(exact: Array, yes: Callable[..., Any], no: Callable[..., Any], *x: A
 def _step_others(
     descent: _Descent, now: _Now, grads: Any, state: Any, extra_args: dict[str, Any]
 ) -> tuple[Any, Any]:
-    """Returns updates of the leaves that are no factors, and their state."""
+    """Returns updates of the leaves that are not factors, and their state."""
     if not isinstance(descent.regular, Direction):
         return descent.regular.update(grads, state, now.others, **extra_args)
     directions, state = descent.regular.update(grads, state, now.others, Pairs(), **extra_args)
+    # tree.map visits leaves in the order of `other_decays`, so one iterator serves them all.
     flags = iter(now.other_decays)
     rate, weight_decay = now.step.rate, now.step.weight_decay
     updates = jax.tree.map(
@@ -392,6 +404,6 @@ def _check_has_moments(state: Any) -> None:
 
 
 def _moments_of(state: Any) -> list[str]:
-    """The names of the moments that a state has of mu and nu; none without mu."""
+    """Returns which of mu and nu a state has; none without mu."""
     names = [name for name in ("mu", "nu") if hasattr(state, name)]
     return names if "mu" in names else []

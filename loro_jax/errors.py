@@ -1,4 +1,4 @@
-"""The one exception that means: the user can mend this."""
+"""Exceptions that the user can act on."""
 
 from __future__ import annotations
 
@@ -6,27 +6,27 @@ import pathlib
 
 
 class TrainingError(Exception):
-    """A bad input or a run that can't go on. The message is one line for the user to act on."""
+    """Invalid input or a run that can't continue; the one-line message says what to do."""
 
 
 class DivergedError(TrainingError):
-    """A run's loss, or its gradient, is no longer finite."""
+    """A run's loss or gradient is no longer finite."""
 
 
 class LostProcessError(TrainingError):
-    """Another process of the run has ended; the rest must not wait for it."""
+    """Another process of the run has ended; the others must not wait for it."""
 
 
 class InUseError(TrainingError):
-    """Another process works in a run's directory."""
+    """Another process uses a run's directory."""
 
 
 def cannot_write(path: pathlib.Path, error: OSError) -> TrainingError:
-    """Returns what to say when a file of a run can't be written: a full disk, for one.
+    """Returns the error for a file of a run that can't be written, for example on a full disk.
 
     Args:
         path: the file.
-        error: why.
+        error: the cause.
     """
     return TrainingError(
         f"{path} can't be written ({error.strerror or error}); earlier checkpoints are whole: make "

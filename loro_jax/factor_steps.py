@@ -1,7 +1,7 @@
 """The two kinds of step of the factors, approximate and exact, for all pairs of a tree.
 
-A pair travels as (B, A), and what belongs to it (directions, moments, flags) as another such tuple;
-lists of them are in the order of the pairs.
+A pair is a tuple (B, A); its directions, moments and flags are tuples of the same form. Lists of
+them are in the order of the pairs.
 """
 
 from __future__ import annotations
@@ -26,14 +26,15 @@ class FactorStep(NamedTuple):
 
     Attributes:
         rate: the learning rate.
-        number: of the step, from 0.
+        number: the step's number, from 0.
         lr_scale: factor on the learning rate of approximate steps, or None.
         weight_decay: decoupled decay.
         exact_step: see :func:`loro_jax.riemannian_descent`; None if none is taken.
         factors: (B, A) of each pair.
-        decays: whether B and A decay, for each pair.
+        decays: for each pair, whether weight decay applies to B and to A.
         mesh: devices that share the exact steps, or None.
-        shardings: of the factors on that mesh, or None; for each pair, or None alone.
+        shardings: for each pair, the factors' shardings on that mesh or None; None for all if the
+            user gave none.
     """
 
     rate: Any
@@ -47,7 +48,7 @@ class FactorStep(NamedTuple):
     shardings: Sequence[Shardings | None] | None
 
     def scale(self, pair: Both) -> Any:
-        """Returns the approximate step's factor: r / min(m, n) unless the user has set it."""
+        """Returns the approximate step's factor: r / min(m, n) unless it is set."""
         return rank_ratio(*pair) if self.lr_scale is None else self.lr_scale
 
 
@@ -66,21 +67,23 @@ def approximate_updates(step: FactorStep, directions: Sequence[Both]) -> list[Bo
 
 
 def exact_updates(step: FactorStep, directions: Sequence[Both]) -> tuple[list[Both], Array]:
-    """Returns the updates of an exact step of all pairs, and how many fell back (int32).
+    """Returns the updates of an exact step of all pairs, and the number of fallbacks (int32).
 
-    A pair of which one factor has no direction at all takes an approximate step: what is frozen (by
-    ``jax.lax.stop_gradient``, say) stays, and its partner moves as if it were alone.
+    A pair in which one factor's direction is zero takes an approximate step: the frozen factor (by
+    ``jax.lax.stop_gradient``, for example) does not change, and its partner moves as if alone.
     """
 
     def batch_step(outs: tuple[Array, ...], ins: tuple[Array, ...]) -> Any:
         (B, dB), (A, dA) = outs, ins
         B_new, A_new, *count = step.exact_step(B, A, dB, dA, step.rate, step.number)
+        # The count is optional for a user's exact step: without it, no fallback is assumed.
         return (B_new,), (A_new,), *(count or (count_of_none((B_new, A_new)),))
 
     in_dtype = [
         tuple(u.astype(p.dtype) for p, u in zip(pair, direction, strict=True))
         for pair, direction in zip(step.factors, directions, strict=True)
     ]
+    # Each factor goes with its direction, because map_pairs expects arrays of one shape together.
     sides: list[Any] = [
         tuple(zip(pair, direction, strict=True))
         for pair, direction in zip(step.factors, in_dtype, strict=True)
@@ -95,7 +98,8 @@ def exact_updates(step: FactorStep, directions: Sequence[Both]) -> tuple[list[Bo
         approximate_updates(step, in_dtype),
         strict=True,
     ):
-        # Decay shrinks the new factors; the product, by both.
+        # Decay shrinks each new factor, and so the product by the square. It is applied after the
+        # retraction, because it is decoupled from the gradient.
         kept = 1 - step.rate * step.scale(pair) * step.weight_decay
         frozen = is_frozen(direction)
         updates.append(
@@ -113,19 +117,20 @@ def transported(
     updates: Sequence[Both],
     moments: Sequence[Sequence[Both]],
 ) -> list[list[Both]]:
-    """Returns moments carried along with the updates of an exact step.
+    """Returns moments transported into the basis of the factors after an exact step.
 
     Args:
         step: the step.
-        directions: of each pair, to tell which are frozen: their moments stay.
-        updates: of each pair.
-        moments: first moments of each pair, and second ones if there are.
+        directions: directions of each pair; the moments of frozen pairs do not change.
+        updates: updates of each pair.
+        moments: first moments of each pair, and second moments if the state has them.
 
     Returns:
-        The moments, likewise.
+        The moments, in the same structure.
     """
 
     def batch_step(outs: tuple[Array, ...], ins: tuple[Array, ...]) -> Any:
+        # Each side brings its factor, its update, and its part of every moment.
         (B, move_B, *of_B), (A, move_A, *of_A) = outs, ins
         both = zip(of_B, of_A, strict=True)
         moved = transport_moments((B, A), (B + move_B, A + move_A), *both)
@@ -135,6 +140,7 @@ def transported(
     rows = zip(step.factors, updates, *moments, strict=True)
     sides: list[Any] = [tuple(zip(*row, strict=True)) for row in rows]
     moved, _ = map_pairs(batch_step, sides, step.mesh, step.shardings)
+    # A frozen pair took an approximate step and kept its basis, so its moments still fit.
     frozen = [is_frozen(direction) for direction in directions]
     results: list[Any] = [
         [
@@ -147,6 +153,6 @@ def transported(
 
 
 def is_frozen(direction: Both) -> Array:
-    """Whether B or A has no direction at all, for each of a batch: (..., 1, 1)."""
+    """Returns whether the direction of B or A is all zero, for each of a batch: (..., 1, 1)."""
     is_zero = [~jnp.any(u != 0, axis=(-2, -1), keepdims=True) for u in direction]
     return is_zero[0] | is_zero[1]

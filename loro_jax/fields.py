@@ -1,7 +1,7 @@
-"""Fields of a config, stated once: type, default, range and meaning.
+"""Fields of a config, defined once: type, default, range and meaning.
 
-A config is a dataclass whose fields are made by :func:`field`. From them come the check of a config
-(:func:`check`) and its description in ``--help`` (:func:`describe`).
+A config is a dataclass whose fields are created by :func:`field`. :func:`check` validates a config
+by them, and :func:`describe` describes it for ``--help``.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from typing import Any, NamedTuple
 
 
 class Range(NamedTuple):
-    """The values that a field takes.
+    """The values that a field accepts.
 
     Attributes:
-        words: () -> what was expected, to follow "must be". Called late: a table may have grown.
+        words: () -> a phrase to follow "must be". Called late, because a table may have grown.
         holds: value -> whether it is in range.
-        listed: whether the words list all values, so that they need not tell the type.
+        listed: whether the phrase lists all values, so that the type need not be named.
     """
 
     words: Callable[[], str]
@@ -31,7 +31,7 @@ class Range(NamedTuple):
 
 
 def at_least(least: float, below: float = math.inf) -> Range:
-    """Returns the range of numbers from ``least``, up to ``below`` without it."""
+    """Returns the range of numbers from ``least``, included, to ``below``, excluded."""
     words = f"at least {least}" + ("" if below == math.inf else f" and below {below}")
     return Range(
         lambda: words, lambda value: least <= value and (below == math.inf or value < below)
@@ -39,7 +39,7 @@ def at_least(least: float, below: float = math.inf) -> Range:
 
 
 def above(bound: float, most: float = math.inf) -> Range:
-    """Returns the range of finite numbers above ``bound``, up to ``most`` with it."""
+    """Returns the range of finite numbers from ``bound``, excluded, to ``most``, included."""
     words = f"above {bound} and " + ("finite" if most == math.inf else f"at most {most}")
     return Range(lambda: words, lambda value: bound < value <= most and math.isfinite(value))
 
@@ -50,7 +50,7 @@ def between(least: float, most: float) -> Range:
 
 
 def one_of(choices: Collection[str]) -> Range:
-    """Returns the range of some names: a tuple, or the keys of a table, which may grow."""
+    """Returns the range of several names: a tuple, or the keys of a table, which may grow."""
     return Range(lambda: f"one of {', '.join(choices)}", lambda value: value in choices, True)
 
 
@@ -64,8 +64,8 @@ def field(default: Any, expected: Range | None, meaning: str) -> Any:
 
     Args:
         default: its default.
-        expected: its range; None: whatever its type holds.
-        meaning: what it is, for ``--help``.
+        expected: its range; None: all values of its type.
+        meaning: its description, for ``--help``.
 
     Example:
         >>> @dataclasses.dataclass
@@ -84,19 +84,19 @@ def field(default: Any, expected: Range | None, meaning: str) -> Any:
 
 
 def nested(kind: Callable[[], Any], meaning: str) -> Any:
-    """Returns a field that is a config itself, made by ``kind()``."""
+    """Returns a field that is itself a config, created by ``kind()``."""
     return dataclasses.field(default_factory=kind, metadata={"meaning": meaning})
 
 
 def check(config: Any, prefix: str = "") -> None:
-    """Raises ValueError for the first field, groups left out, whose value is not in its range.
+    """Raises ValueError for the first field, except groups, whose value is not in its range.
 
     Args:
         config: an instance of a dataclass of fields.
-        prefix: of the fields' names in messages, ``model.`` say.
+        prefix: prefix of the fields' names in messages, for example ``model.``.
 
     Raises:
-        ValueError: naming the field, its value, and what was expected.
+        ValueError: naming the field, its value, and the expected values.
     """
     types_ = typing.get_type_hints(type(config))
     for one in dataclasses.fields(config):
@@ -120,9 +120,9 @@ class Described(NamedTuple):
 
     Attributes:
         name: dotted, from the config's root.
-        default: as it is written on the command line.
+        default: as written on the command line.
         expected: type and range.
-        meaning: what it is.
+        meaning: its description.
     """
 
     name: str
@@ -136,7 +136,7 @@ def describe(config: Any, prefix: str = "") -> Iterator[Described]:
 
     Args:
         config: an instance of a dataclass of fields; its values are the defaults.
-        prefix: of the fields' names.
+        prefix: prefix of the fields' names.
     """
     types_ = typing.get_type_hints(type(config))
     for one in dataclasses.fields(config):
@@ -154,7 +154,7 @@ def describe(config: Any, prefix: str = "") -> Iterator[Described]:
 
 
 def help_lines(described: Iterator[Described], flag: str = "--config.") -> list[str]:
-    """Returns the lines of a command's help about fields: each with its default, range, meaning.
+    """Returns the lines about fields in a command's help: default, meaning and range of each.
 
     Args:
         described: from :func:`describe`.
@@ -189,7 +189,7 @@ def _words(kind: Any, expected: Range | None) -> str:
 
 
 def _without_none(kind: Any) -> tuple[Any, bool]:
-    """Returns the type of ``T | None``, and whether it was that."""
+    """Returns T for ``T | None``, and whether None was allowed."""
     if typing.get_origin(kind) in (types.UnionType, typing.Union):
         rest = [one for one in typing.get_args(kind) if one is not type(None)]
         return rest[0], len(rest) < len(typing.get_args(kind))

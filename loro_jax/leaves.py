@@ -1,4 +1,4 @@
-"""What the leaves of users' trees may be: Python numbers, holes, and which of them decay."""
+"""Leaves of users' trees: Python numbers, holes, and the mask of weight decay."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-# As in Optax: a tree of booleans like the parameters or a prefix of it, or a function that makes
-# one of the parameters.
+# As in Optax: a tree of booleans like the parameters or a prefix of it, or a function that returns
+# one, given the parameters.
 Mask = Any | Callable[[Any], Any] | None
 # Decoupled weight decay: a number for all leaves, or a pair (number, mask).
 WeightDecay = Any | tuple[Any, Mask]
@@ -19,7 +19,7 @@ _NUMBERS = (bool, int, float, complex, np.ndarray, np.generic)
 
 
 def in_arrays(tree: Any) -> Any:
-    """The tree with arrays of JAX in place of Python's numbers and NumPy's arrays.
+    """Replaces Python numbers and NumPy arrays in a tree by JAX arrays.
 
     Example:
         >>> in_arrays({"scale": 1.0})["scale"].dtype
@@ -33,7 +33,7 @@ def in_arrays(tree: Any) -> Any:
 
 
 def complete(grads: Any, params: Any) -> Any:
-    """Gradients with zeros where they have None and the parameters have an array.
+    """Fills gradients with zeros where they have None and the parameters have an array.
 
     Raises:
         ValueError: if the two trees have different numbers of leaves.
@@ -53,7 +53,7 @@ def complete(grads: Any, params: Any) -> Any:
 
 
 def with_holes_of(grads: Any, updates: Any) -> Any:
-    """Updates with None where the gradients have it, as Optax's own transformations return."""
+    """Puts None into updates where the gradients have None, as Optax's transformations do."""
     holes = [g is None for g in jax.tree.leaves(grads, is_leaf=_is_hole)]
     leaves, structure = jax.tree.flatten(updates, is_leaf=_is_hole)
     kept = [None if hole else leaf for hole, leaf in zip(holes, leaves, strict=True)]
@@ -65,7 +65,7 @@ def _is_hole(leaf: Any) -> bool:
 
 
 def split_weight_decay(weight_decay: WeightDecay) -> tuple[Any, Mask]:
-    """Returns the number and the mask (or None) of a ``weight_decay``.
+    """Splits ``weight_decay`` into the number and the mask (or None).
 
     Raises:
         ValueError: for a tuple that isn't a pair.
@@ -85,7 +85,7 @@ def split_weight_decay(weight_decay: WeightDecay) -> tuple[Any, Mask]:
 
 
 def decayed_leaves(mask: Mask, params: Any) -> list[bool]:
-    """Whether each leaf of the parameters decays.
+    """Returns whether weight decay applies to each leaf of the parameters.
 
     Raises:
         ValueError: if the mask has another structure, or leaves that are not booleans.
@@ -99,8 +99,8 @@ def decayed_leaves(mask: Mask, params: Any) -> list[bool]:
     structure: Any = jax.tree.structure(params)
     if mask is None:
         return [True] * structure.num_leaves
-    # A module that can be called may be a mask as any other tree, so only what is no tree of
-    # booleans is called.
+    # A callable module may also be a mask, like any tree, so a mask is only called if it is not a
+    # tree of booleans.
     flags = None if callable(mask) else _broadcast(mask, params)
     if callable(mask):
         flags = _broadcast(mask, params) or _broadcast(mask(params), params)
@@ -113,7 +113,7 @@ def decayed_leaves(mask: Mask, params: Any) -> list[bool]:
 
 
 def _broadcast(mask: Any, params: Any) -> list[bool] | None:
-    """The flags of a mask for all leaves; None if it does not fit."""
+    """Broadcasts a mask to all leaves; None if it does not fit."""
     if not all(isinstance(flag, bool | np.bool_) for flag in jax.tree.leaves(mask)):
         return None
     try:

@@ -1,8 +1,8 @@
-"""LORO as an Optax transformation: Adam's direction and Proposition 4's exact step.
+"""LORO as an Optax transformation: Adam's direction and the exact step of Proposition 4.
 
 Source: Mo, Huang and Pan, ICLR 2025, Algorithm 1; details that the paper leaves out follow the
 authors' code (bias correction and epsilon as in :mod:`loro_jax.directions.adam`, the exact step
-fed with Adam's directions in place of gradients, computed in float32).
+applied to Adam's directions instead of gradients, computed in float32).
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from loro_jax.exact.update import exact_step, of_moves
 from loro_jax.leaves import WeightDecay, split_weight_decay
 from loro_jax.pairs import PairsSpec
 
-# What becomes of the moments where the user does not say: see the argument `moments`.
+# Default of the argument `moments`, by basis.
 _MOMENTS_OF_BASIS = {"singular": "reset", "nearest": "keep"}
 
 
@@ -40,52 +40,51 @@ def loro(
     mesh: Any | None = None,
     exact_method: str = "auto",
 ) -> optax.GradientTransformationExtraArgs:
-    """Low-rank Riemannian optimizer for trees of (B, A) pairs and other parameters.
+    """Optimizes trees of low-rank pairs (B, A) and other parameters by Riemannian steps.
 
-    It owns the learning rate, because the exact step is not linear in it; so it must be the last
-    of a chain; ``init`` warns if it is not. It needs ``params`` and emits ``W_new - W_old`` for
-    every leaf.
+    The learning rate is part of this transformation, because the exact step is not linear in it.
+    It must therefore be the last in a chain; ``init`` warns if it is not. ``update`` needs
+    ``params`` and returns ``W_new - W_old`` for every leaf.
 
     Frozen factors: a factor without a gradient (zero, as after ``jax.lax.stop_gradient``, or None)
-    stays where it is, on exact steps too. Its partner then takes approximate steps alone, because
-    an exact one gives both factors a new basis. A factor without a partner, where the tree has None
-    or ``optax.masked`` hides the other, is a parameter like all others.
+    does not change, on exact steps either. Its partner then takes only approximate steps, because
+    an exact step gives both factors a new basis. A factor without a partner (the tree has None
+    there, or ``optax.masked`` hides it) is treated as a regular parameter.
 
-    An exact step has no derivative: a program that is differentiated through steps is refused
-    unless ``exact_every`` is None. ``jax.export`` for several platforms at once has to be called
-    inside ``jax.enable_x64(True)``, because the last resort of an exact step is in float64 on some
-    of them; the dtypes of parameters and state stay.
+    An exact step has no derivative: differentiating through steps raises an error unless
+    ``exact_every`` is None. Call ``jax.export`` for several platforms at once inside
+    ``jax.enable_x64(True)``, because the last fallback of an exact step uses float64 on some of
+    them; the dtypes of parameters and state do not change.
 
     Args:
         learning_rate: a number or a schedule; see :func:`loro_jax.with_restarts` for the paper's
             re-warm-up after exact steps.
         exact_every: K. Step t, counted from 0, is exact when ``(t + 1) % K == 0``. None, or a
             number beyond int32: never. Or a function of t that returns K, or 0 for never.
-        direction: what turns gradients into directions: :func:`loro_jax.adam` (None is ``adam()``),
-            :func:`loro_jax.orthogonal`, a direction of your own
-            (:class:`loro_jax.directions.protocol.Direction`), or an Optax transformation that
+        direction: turns gradients into directions: :func:`loro_jax.adam` (None is ``adam()``),
+            :func:`loro_jax.orthogonal`, your own
+            :class:`loro_jax.directions.protocol.Direction`, or an Optax transformation that
             doesn't scale by a learning rate, such as ``optax.scale_by_adam()`` or
             ``optax.trace(0.9)``.
         lr_scale: factor on the learning rate of the factors' approximate steps; None: the
-            direction's own, which is ``r / min(m, n)`` of each pair for Adam and any Optax
+            direction's default, ``r / min(m, n)`` of each pair for Adam and any Optax
             transformation. (The authors' code uses ``r / hidden_size``, the same in a LLaMA.)
-            Directions that are moves, as those of ``orthogonal``, take it on exact steps too.
-        basis: of the factors that an exact step gives: "singular", the paper's, or "nearest", as
-            near to the old ones as balanced factors can be. Averages of parameters (EMA, lookahead,
-            schedule-free) are averages of products only as far as the factors change little: signs
-            and order of singular factors are kept near the old ones for their sake, and where
-            singular values are close "nearest" does better.
-        moments: what becomes of the moments that the direction holds after an exact step. They
-            were averaged in the basis of the old factors, so None follows the basis: "reset" with
-            "singular", "keep" with "nearest". A choice of your own overrides that, and every one is
-            valid with either basis: "reset" zeroes the moments of all leaves when the next step
-            begins, "reset_factors" the factors' alone, "transport" carries the factors' into the
-            new basis (:mod:`loro_jax.exact.transport`; the direction's state needs a ``mu``), and
-            "keep" leaves them. Only moments and their counts are reset: hyperparameters, schedules
-            and noise inside a ``direction`` stay, and so does all state of a ``regular``
-            transformation of Optax.
-        damping: of the inverses in the exact step, see :func:`loro_jax.exact_update`. A number or a
-            schedule; None: none, as in the paper.
+            Directions that are moves, like those of ``orthogonal``, use it on exact steps too.
+        basis: basis of the new factors after an exact step: "singular", the paper's, or "nearest",
+            the balanced factors closest to the old ones. Averages of parameters (EMA, lookahead,
+            schedule-free) approximate averages of products only while the factors change little:
+            signs and order of singular factors are kept close to the old ones for this reason, and
+            "nearest" does better if singular values are close to each other.
+        moments: treatment of the direction's moments after an exact step. They were averaged in
+            the basis of the old factors, so None follows the basis: "reset" with "singular", "keep"
+            with "nearest". Every choice is valid with either basis: "reset" zeroes the moments of
+            all leaves at the start of the next step, "reset_factors" only the factors',
+            "transport" carries the factors' into the new basis (:mod:`loro_jax.exact.transport`;
+            the direction's state needs a ``mu``), and "keep" leaves them unchanged. Only moments
+            and their counts are reset: hyperparameters, schedules and noise inside a ``direction``
+            stay, and so does all state of an Optax transformation passed as ``regular``.
+        damping: damping of the inverses in the exact step, see :func:`loro_jax.exact_update`. A
+            number or a schedule; None: none, as in the paper.
         max_move: trust region of the exact step: its size is cut so that the tangent step is at
             most ``max_move |W|`` (Frobenius). The undamped step of ill-conditioned factors can move
             a product by several times its norm. A number or a schedule; None: no bound, as in the
@@ -94,22 +93,22 @@ def loro(
             ``lr * lr_scale * weight_decay``, on exact steps too). A number for all leaves, or a
             pair ``(number, mask)`` with a mask as in ``optax.adamw``: a tree of booleans like the
             parameters, a prefix of it, or a function of the parameters that returns one.
-        regular: for all leaves that are not factors. A direction, such as ``adam(b1=0.8)``, steps
-            with this learning rate and weight decay; an Optax transformation is used as it is,
-            learning rate included. None: the same direction as the factors', or ``adam()`` if that
-            gives moves of factors.
+        regular: optimizer of all leaves that are not factors. A direction, such as
+            ``adam(b1=0.8)``, uses this learning rate and weight decay; an Optax transformation is
+            used unchanged, including its learning rate. None: the direction of the factors, or
+            ``adam()`` if that direction returns moves of factors.
         pairs: None: detect the pairs automatically, ValueError if there is none; "optional": the
             same, but a tree without pairs takes plain steps of the direction; or a spec, see
             :func:`loro_jax.find_pairs`.
         mesh: devices that share the exact steps, each taking some pairs whole
-            (:mod:`loro_jax.pair_parallel`). None: those that the parameters' types name (explicit
-            axes), or those of ``jax.set_mesh``; where there is neither, XLA decides. With automatic
-            axes better a tree of the parameters' shardings (or a prefix of it, or PartitionSpecs of
-            the mesh of ``jax.set_mesh``): else XLA may shard the whole step as suits its exact
+            (:mod:`loro_jax.pair_parallel`). None: the mesh in the parameters' types (explicit
+            axes), or that of ``jax.set_mesh``; without either, XLA decides. With automatic axes,
+            prefer a tree of the parameters' shardings (or a prefix of it, or PartitionSpecs of the
+            mesh of ``jax.set_mesh``): otherwise XLA may shard the whole step to suit its exact
             branch. Pairs on one device are not divided.
         exact_method: how the exact step is computed: "auto" (the fastest, "graph"), "graph",
-            "gram", or "svd", the reference. The fast ones fall back to the next where they can't be
-            trusted. See :mod:`loro_jax.exact`.
+            "gram", or "svd", the reference. The fast methods fall back to the next one if their
+            result can't be trusted. See :mod:`loro_jax.exact`.
 
     Returns:
         An ``optax.GradientTransformationExtraArgs``.
@@ -117,9 +116,9 @@ def loro(
     Raises:
         ValueError: for an ``exact_every`` below 1, an unknown ``moments``, ``exact_method`` or
             ``basis``, a negative ``damping`` or ``max_move``, an array too narrow for its number;
-            from ``init``, when no pair is found, a pair's shapes or dtypes do not fit, or moments
-            are to be transported and there is none; from ``update``, without ``params``, or when
-            the mask of ``weight_decay`` does not fit.
+            from ``init``, if no pair is found, a pair's shapes or dtypes do not fit, or
+            ``moments="transport"`` and the direction has no moments; from ``update``, without
+            ``params``, or if the mask of ``weight_decay`` does not fit.
 
     Example:
         In a chain, on a dict of one pair and a regular leaf:
@@ -136,7 +135,7 @@ def loro(
         True
 
         Many steps in one compiled loop, re-warmed after each exact step. The best W has rank one
-        here, of two: without damping, steps along the vanishing singular value explode.
+        instead of two here: without damping, steps along the vanishing singular value explode.
 
         >>> tx = loro(with_restarts(lambda step: 0.05, every=10), exact_every=10, damping=0.1)
         >>> def step(carry, _):
@@ -147,7 +146,7 @@ def loro(
         >>> bool(losses[-1] < 0.01 * losses[0])
         True
 
-        Weight decay for matrices alone:
+        Weight decay of matrices only:
 
         >>> matrices = lambda params: jax.tree.map(lambda x: x.ndim > 1, params)
         >>> tx = loro(0.01, weight_decay=(0.1, matrices))
@@ -164,7 +163,7 @@ def loro(
         >>> updates["b"].shape
         (6,)
 
-        With Flax NNX, where attributes ``B`` and ``A`` of one module are a pair:
+        With Flax NNX, where attributes ``B`` and ``A`` of one module form a pair:
 
         >>> from flax import nnx
         >>> class Projection(nnx.Module):

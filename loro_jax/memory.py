@@ -1,4 +1,4 @@
-"""Counts of parameters and bytes in training, from shapes alone."""
+"""Counts of parameters and bytes in training, computed from shapes only."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Footprint:
 
     @property
     def total_bytes(self) -> int:
-        """Weights, gradients and optimizer state."""
+        """Bytes of weights, gradients and optimizer state."""
         return self.weight_bytes + self.gradient_bytes + self.optimizer_bytes
 
 
@@ -51,7 +51,7 @@ def count_bytes(tree: Any) -> int:
 
 
 def footprint(params: Any, opt_state: Any) -> Footprint:
-    """Counts the memory of training; gradients have the parameters' shapes and dtypes.
+    """Counts the memory of training, given that gradients have the parameters' shapes and dtypes.
 
     Args:
         params: tree of arrays or abstract arrays.

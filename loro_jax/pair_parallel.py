@@ -1,20 +1,20 @@
-"""Work on all pairs of a tree: batched by shape, and divided among the devices of a mesh.
+"""Maps a function over all pairs of a tree: batched by shape, divided among a mesh's devices.
 
-An exact step needs each pair whole, and each costs the same; so several devices take some pairs
-each. Factors may have any sharding. Those of one shape travel like this:
+An exact step needs each pair whole, and all pairs of a shape cost the same; so each device takes
+some of the pairs. Factors may have any sharding. Those of one shape are processed as follows:
 
-1. every factor is resharded along its long axis over all devices (from any sharding this is a
-   slice or an all-to-all), and they are stacked;
+1. each factor is resharded along its long axis over all devices (from any sharding this is a
+   slice or an all-to-all), and the factors are stacked;
 2. one all-to-all turns "a slice of every pair" into "some whole pairs" on each device;
-3. each device works on its own pairs;
+3. each device steps its pairs;
 4. one all-to-all turns them into slices again, and each factor is resharded to its original
    sharding.
 
-While it works, no device holds more than its share of the pairs. Gathered are, leaf by leaf, only
-copies: at the end, factors that are replicated over some axis of the mesh, or (with automatic axes,
-where XLA chooses the way) sharded so that it finds no shorter way; at step 1, a shape neither of
-whose axes the number of devices divides. Pairs that do not fill the last round are padded by
-trivial ones.
+In between, no device holds more than its share of the pairs. Factors are gathered only leaf by
+leaf, and only in these cases: at the end, if they are replicated over some axis of the mesh, or
+(with automatic axes, where XLA chooses the collectives) sharded such that XLA finds nothing
+shorter; in 1, if the number of devices divides neither axis of the shape. If the number of devices
+does not divide the number of pairs, trivial pairs are added.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from loro_jax.pairs import Pairs
 
 Array = jax.Array
 
-# (B, and what has its shape), (A, and what has its shape).
+# (B and arrays of its shape), (A and arrays of its shape).
 PairArrays = tuple[tuple[Array, ...], tuple[Array, ...]]
 # The shardings of B and A of a pair.
 Shardings = tuple[NamedSharding, NamedSharding]
@@ -47,23 +47,23 @@ def map_pairs(
 ) -> tuple[list[PairArrays], Array]:
     """Applies a function of a batch of pairs to many pairs, those of one shape together.
 
-    A model has few shapes and many pairs: batches compile once a shape, and keep a GPU busy with
-    matrices that are small each.
+    A model has few shapes and many pairs: batching compiles one program per shape, and keeps a GPU
+    busy although each matrix is small.
 
     Args:
         step: takes arrays (N, m, r) for the output side and (N, r, n) for the input side; returns
             two tuples of such arrays, and a count (int32 scalar).
         pairs: for each pair, arrays (..., m, r) and (..., r, n), the same number of each for all.
-        mesh: divides the work among its devices; None: the mesh that the arrays' types name, or
-            that ``jax.set_mesh`` has set; no division where there is none.
+        mesh: the devices to divide the work among; None: the mesh in the arrays' types, or that of
+            ``jax.set_mesh``; without one the work is not divided.
         shardings: of the output and the input side of each pair; results are returned with the
             same shardings. With automatic axes nothing else fixes them, and XLA may shard the
-            surrounding program as suits the work best. None, for all or for one: as the arrays'
-            types say, or as XLA decides.
+            surrounding program to suit this work. None, for all pairs or one: as in the arrays'
+            types, or as XLA decides.
 
     Returns:
-        For each pair what the function returned, with the leading axes of the pair, and the sum of
-        the counts.
+        The function's results for each pair, with the leading axes of the pair, and the sum of the
+        counts.
 
     Example:
         >>> import jax.numpy as jnp
@@ -100,6 +100,7 @@ _Specs = tuple[PartitionSpec, PartitionSpec] | None
 
 
 def _specs(pair: PairArrays, shardings: Shardings | None, explicit: bool) -> _Specs:
+    """Returns the specs of a pair's sides, given by the user or by explicit types."""
     if shardings is not None:
         return shardings[0].spec, shardings[1].spec
     if not explicit:
@@ -109,6 +110,7 @@ def _specs(pair: PairArrays, shardings: Shardings | None, explicit: bool) -> _Sp
 
 
 def _shapes(pair: PairArrays) -> Any:
+    """Returns the key of the batch that a pair belongs to: shapes and dtypes of all its arrays."""
     return tuple(tuple((x.shape[-2:], x.dtype) for x in side) for side in pair)
 
 
@@ -119,7 +121,7 @@ def _run_here(step: BatchStep, pairs: Sequence[PairArrays]) -> tuple[list[PairAr
 
 
 def _flat(pair: PairArrays) -> PairArrays:
-    """Leading axes as one, of length one where there is none."""
+    """Merges the leading axes into one, of length one if there is none."""
     return jax.tree.map(lambda x: x.reshape(-1, *x.shape[-2:]), pair)
 
 
@@ -141,19 +143,18 @@ def _unstack(stacked: PairArrays, pairs: Sequence[PairArrays]) -> list[PairArray
 def shardings_on_mesh(
     mesh: Any, params: Any, pairs: Pairs
 ) -> tuple[Any, list[Shardings | None] | None]:
-    """Reads an argument ``mesh``: the mesh that it names, and the shardings of each pair on it.
+    """Interprets the argument ``mesh``: returns its mesh, and the shardings of each pair on it.
 
     Args:
         mesh: None, a mesh, or a tree like the parameters or a prefix of it. Its leaves are
-            shardings, or PartitionSpecs of the mesh that ``jax.set_mesh`` has set, or None where
-            nothing is known. A sharding of another kind, such as that of an array on one device,
-            says nothing about a mesh.
+            shardings, PartitionSpecs of the mesh of ``jax.set_mesh``, or None if unknown. Shardings
+            without a mesh, such as that of an array on one device, are ignored.
         params: the parameters.
         pairs: the pairs of the parameters.
 
     Returns:
-        The mesh, or None for the one that is found automatically; and shardings or None for each
-        pair, or None alone where the argument does not say.
+        The mesh, or None to detect it automatically; and shardings or None for each pair, or a
+        single None if the argument gives no shardings.
 
     Raises:
         ValueError: if the tree does not fit, if its shardings are on different meshes, or if there
@@ -171,6 +172,7 @@ def shardings_on_mesh(
                 "loro: mesh holds PartitionSpecs, but no mesh is set that they are of; pass "
                 "NamedShardings, or take steps inside jax.set_mesh(mesh)."
             )
+    # No sharding has a mesh. An empty mesh, unlike None, keeps map_pairs from looking for one.
     if not meshes:
         return jax.sharding.AbstractMesh((), ()), None
     if any(other.abstract_mesh != meshes[0].abstract_mesh for other in meshes):
@@ -192,6 +194,8 @@ def shardings_on_mesh(
 
 
 def _sharding_of_each_leaf(tree: Any, params: Any) -> list[Any]:
+    """Broadcasts a tree of shardings, or a prefix of it, to all leaves of the parameters."""
+
     def is_sharding(x: Any) -> bool:
         return x is None or isinstance(x, jax.sharding.Sharding | PartitionSpec)
 
@@ -225,7 +229,7 @@ def _sharding_of_each_leaf(tree: Any, params: Any) -> list[Any]:
 
 
 def _division(arrays: Sequence[Array], mesh: Any | None) -> _Division | None:
-    """How to divide work on these arrays, or None where there is nothing to divide it among."""
+    """Returns how to divide work on these arrays, or None for a single device or no mesh."""
     if mesh is None:
         meshes = [jax.typeof(x).sharding.mesh for x in arrays]
         named = [mesh for mesh in meshes if AxisType.Explicit in mesh.axis_types]
@@ -235,8 +239,8 @@ def _division(arrays: Sequence[Array], mesh: Any | None) -> _Division | None:
     kinds = dict(zip(mesh.axis_names, mesh.axis_types, strict=True))
     explicit = AxisType.Explicit in kinds.values()
     kind = AxisType.Explicit if explicit else AxisType.Auto
-    # The last axes of a mesh are those that parameters are usually split over. With them first,
-    # what is split over these and copied over the others is already near its place.
+    # Parameters are usually split over the last axes of a mesh. With these first, an array split
+    # over them and replicated over the others is almost in place already.
     axes = tuple(name for name in reversed(mesh.axis_names) if kinds[name] == kind)
     if explicit:
         axes = tuple(name for name in axes if not _mapped_over(name, mesh))
@@ -245,11 +249,11 @@ def _division(arrays: Sequence[Array], mesh: Any | None) -> _Division | None:
 
 
 def _mapped_over(axis: str, mesh: Any) -> bool:
-    """Whether a ``jax.vmap`` around this code maps over an axis of an explicit mesh.
+    """Returns whether a ``jax.vmap`` around this code maps over an axis of an explicit mesh.
 
-    It does where the mapped axis of an array is sharded over it, as in an ensemble with some
-    members on each device. The mesh still has the axis then, but no array in here may be sharded
-    over it. JAX has no public name for this state, so this tries.
+    It does if the mapped axis of an array is sharded over it, as in an ensemble with some members
+    on each device. The mesh still has the axis then, but no array inside may be sharded over it.
+    JAX has no public query for this, so this function tries to shard.
     """
     try:
         jax.eval_shape(
@@ -267,7 +271,7 @@ def _mapped_over(axis: str, mesh: Any) -> bool:
 
 
 class _Division(NamedTuple):
-    """The axes of a mesh that work is divided over."""
+    """The axes of a mesh over which work is divided."""
 
     mesh: Any
     axes: tuple[str, ...]
@@ -275,7 +279,7 @@ class _Division(NamedTuple):
 
     @property
     def ways(self) -> int:
-        """The number of shares."""
+        """Number of shares."""
         return math.prod(self.mesh.shape[axis] for axis in self.axes)
 
     def reshard(self, x: Array, spec: PartitionSpec) -> Array:
@@ -286,8 +290,9 @@ class _Division(NamedTuple):
         return jax.lax.with_sharding_constraint(x, sharding)
 
     def slices(self, x: Array, long_axis: int) -> Array:
-        """Reshards over all devices along the long axis, or the other if that can't be."""
+        """Reshards over all devices along the long axis, or the other if it doesn't divide."""
         spec: list[Any] = [None] * x.ndim
+        # -3 - axis swaps the last two axes: -1 and -2.
         for axis in (long_axis, -3 - long_axis):
             if x.shape[axis] % self.ways == 0:
                 spec[axis] = self.axes
@@ -302,8 +307,8 @@ class _Division(NamedTuple):
     def whole(self, x: Array, long_axis: int, spec: PartitionSpec) -> Array:
         """Reshards slices to a spec.
 
-        Where that leaves axes of the mesh unused, slices are first copied along these: in one go
-        XLA would gather the whole array.
+        If the spec leaves axes of the mesh unused, slices are first replicated along these: in a
+        single step XLA would gather the whole array.
         """
         used = jax.tree.leaves(tuple(spec))
         fewer = self._replace(axes=tuple(axis for axis in self.axes if axis in used))
@@ -314,7 +319,9 @@ class _Division(NamedTuple):
     def run(
         self, step: BatchStep, pairs: Sequence[PairArrays], specs: Sequence[_Specs]
     ) -> tuple[list[PairArrays], Array]:
-        """Does what :func:`_run_here` does, by all devices together."""
+        """Does the same as :func:`_run_here` on all devices together."""
+        # With automatic axes, constraining inputs and outputs keeps the choice of shardings in here
+        # from spreading into the surrounding program.
         if not self.explicit:
             pairs = [self.pinned(pair, spec) for pair, spec in zip(pairs, specs, strict=True)]
         flat = [_flat(self.sliced(pair)) for pair in pairs]
@@ -322,6 +329,7 @@ class _Division(NamedTuple):
         missing = -len(stacked[0][0]) % self.ways
 
         def share(x: Array) -> Array:
+            # Padding by identities: well-conditioned, so that they cause no fallbacks.
             trivial = jnp.broadcast_to(
                 jnp.eye(x.shape[1], x.shape[2], dtype=x.dtype), (missing, *x.shape[1:])
             )
@@ -347,7 +355,7 @@ class _Division(NamedTuple):
         return results, count
 
     def pinned(self, pair: PairArrays, specs: _Specs) -> PairArrays:
-        """Constrains the arrays of a pair to the sharding that they have."""
+        """Constrains the arrays of a pair to their present sharding."""
         if specs is None:
             return pair
         outs, ins = pair

@@ -2,13 +2,13 @@
 
 A pair is a :class:`loro_jax.LowRank` node, or two sibling leaves named ``B`` and ``A`` under one
 parent: entries of a dict, attributes of a dataclass, variables of an ``nnx.State``, boxed Linen
-parameters. All of these show in a leaf's path, so one rule finds them all: pass over the entry by
-which Flax's own boxes hold their array, and take the leaves whose paths agree but for a last entry
-of ``B`` or ``A``.
+parameters. All of these are visible in a leaf's path, so one rule finds them all: skip the entry by
+which Flax's boxes hold their array, and take the leaves whose paths differ only in the last entry,
+``B`` or ``A``.
 
-Names alone can mislead, so two things that look like it are kept out: siblings that are both square
-(the matrices of a state-space model, say: no rank is fixed by such a product), with a warning; and
-a factor that is shared between modules, which a tree shows in one of them alone, with an error.
+Names can mislead, so two cases are excluded: siblings that are both square (the matrices of a
+state-space model, for example; such a product has no fixed rank), with a warning; and a factor
+that modules share, which a tree contains in only one of them, with an error.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from loro_jax.lowrank import LowRank, check_factors, check_real
 
 PairsSpec = Any | Callable[[Any], Any]
 
-# A pair of whatever: arrays, flags, shardings. The first belongs to B, the second to A.
+# A pair of arrays, flags or shardings: the first belongs to B, the second to A.
 Both = tuple[Any, Any]
 
 # Flax's boxes: nnx variables and Linen's parameters with metadata. Each holds its array in an
-# attribute; the classes are known by name, because Flax need not be installed.
+# attribute. The classes are recognised by name, because Flax may not be installed.
 _BOXES = ("Variable", "VariableState", "AxisMetadata")
 
 _Path = tuple[Any, ...]
 
 
 class Pair(NamedTuple):
-    """Where the two factors of a pair stand among ``jax.tree.leaves`` of the parameters."""
+    """The positions of a pair's two factors in ``jax.tree.leaves`` of the parameters."""
 
     name: str
     B: int
@@ -48,9 +48,9 @@ def find_pairs(params: Any, spec: PairsSpec | None = None) -> list[Pair]:
 
     Args:
         params: any pytree of arrays (or of anything with a ``shape``).
-        spec: None to find the pairs automatically. Otherwise a tree of the structure of
-            ``params`` (or a callable that makes one from ``params``) whose leaves are None for a
-            regular parameter and ``"NAME.B"`` or ``"NAME.A"`` for the factors of the pair NAME.
+        spec: None to detect the pairs automatically. Otherwise a tree with the structure of
+            ``params`` (or a callable that returns one, given ``params``) whose leaves are None for
+            a regular parameter and ``"NAME.B"`` or ``"NAME.A"`` for the factors of the pair NAME.
 
     Returns:
         The pairs, in the order of their first leaf.
@@ -73,7 +73,7 @@ def find_pairs(params: Any, spec: PairsSpec | None = None) -> list[Pair]:
     pairs = _found_by_path(params) if spec is None else _named_by_spec(params, leaves, spec)
     for pair in pairs:
         B, A = leaves[pair.B][1], leaves[pair.A][1]
-        # During optax's tree utilities leaves may be placeholders without a shape.
+        # Optax's tree utilities call init with placeholders that have no shape.
         if hasattr(B, "shape") and hasattr(A, "shape"):
             where = f"the pair {pair.name!r} (name it in pairs=..., or leave it out there)"
             check_factors(B, A, where)
@@ -83,13 +83,13 @@ def find_pairs(params: Any, spec: PairsSpec | None = None) -> list[Pair]:
 
 @dataclasses.dataclass(frozen=True)
 class Pairs:
-    """The pairs of one tree of parameters: takes them out of trees like it and puts them back.
+    """The pairs of a parameter tree: takes them out of trees like it and puts them back.
 
-    Whole trees are those with all leaves of the parameters. Trees of factors have
-    ``optax.MaskedNode`` where another leaf is (the first that :meth:`split` returns).
+    Whole trees have all leaves of the parameters. Trees of factors, the first that :meth:`split`
+    returns, have ``optax.MaskedNode`` in place of other leaves.
 
     Attributes:
-        found: where the pairs stand among the leaves of a whole tree.
+        found: positions of the pairs among the leaves of a whole tree.
 
     Example:
         >>> import jax.numpy as jnp
@@ -109,7 +109,7 @@ class Pairs:
         return len(self.found)
 
     def split(self, tree: Any) -> tuple[Any, Any]:
-        """Returns a whole tree twice: with its factors alone, and with all other leaves alone."""
+        """Splits a whole tree into its factors and all other leaves."""
         leaves, structure = jax.tree.flatten(tree)
         hole = optax.MaskedNode()
         factors = [leaf if i in self._indices else hole for i, leaf in enumerate(leaves)]
@@ -117,7 +117,7 @@ class Pairs:
         return jax.tree.unflatten(structure, factors), jax.tree.unflatten(structure, others)
 
     def join(self, like: Any, factors: Any, others: Any) -> Any:
-        """Returns the whole tree of what :meth:`split` would take apart, structured as ``like``."""
+        """Joins the two trees that :meth:`split` returns, with the structure of ``like``."""
         leaves, structure = jax.tree.flatten(like)
         of_factors, of_others = iter(jax.tree.leaves(factors)), iter(jax.tree.leaves(others))
         return jax.tree.unflatten(
@@ -126,27 +126,27 @@ class Pairs:
         )
 
     def take(self, factors: Any) -> list[Both]:
-        """Returns what a tree of factors has for B and A of each pair."""
+        """Returns the leaves of a tree of factors as (B, A) of each pair."""
         leaves = jax.tree.leaves(factors)
         return [(leaves[b], leaves[a]) for b, a in self._places]
 
     def put(self, like: Any, values: Sequence[Both]) -> Any:
-        """Returns a tree of factors, structured as ``like``, with these values for B and A."""
+        """Returns a tree of factors with the structure of ``like`` and these values of (B, A)."""
         leaves, structure = jax.tree.flatten(like)
         for (b, a), (of_B, of_A) in zip(self._places, values, strict=True):
             leaves[b], leaves[a] = of_B, of_A
         return jax.tree.unflatten(structure, leaves)
 
     def map(self, fn: Callable[..., Both], *trees: Any) -> Any:
-        """Returns a tree of ``fn((B, A), ...)`` of each pair, given trees of factors.
+        """Maps ``fn((B, A), ...)`` over the pairs of trees of factors.
 
-        A leaf of no pair (a direction may step other leaves, too) is that of the last tree.
+        Leaves outside of pairs (a direction may step these, too) are taken from the last tree.
         """
         columns = [self.take(tree) for tree in trees]
         return self.put(trees[-1], [fn(*row) for row in zip(*columns, strict=True)])
 
     def choose(self, leaves: Sequence[Any]) -> tuple[list[Both], list[Any]]:
-        """Returns, of the leaves of a whole tree, those of each pair and those of no pair."""
+        """Splits the list of a whole tree's leaves into (B, A) of each pair and the rest."""
         rest = [leaf for i, leaf in enumerate(leaves) if i not in self._indices]
         return [(leaves[pair.B], leaves[pair.A]) for pair in self.found], rest
 
@@ -156,7 +156,7 @@ class Pairs:
 
     @property
     def _places(self) -> list[tuple[int, int]]:
-        """Where the factors of each pair stand among the leaves of a tree of factors."""
+        """Positions of each pair's factors among the leaves of a tree of factors."""
         order = sorted(self._indices)
         return [(order.index(pair.B), order.index(pair.A)) for pair in self.found]
 
@@ -166,8 +166,7 @@ def pairs_of(params: Any, spec: PairsSpec | None = None) -> Pairs:
 
     Args:
         params: the parameters.
-        spec: as for :func:`find_pairs`, or ``"optional"``: found automatically, and there may be
-            none.
+        spec: as for :func:`find_pairs`, or ``"optional"``: detected automatically, possibly none.
 
     Returns:
         The pairs.
@@ -178,7 +177,7 @@ def pairs_of(params: Any, spec: PairsSpec | None = None) -> Pairs:
     check_spec(spec)
     optional = isinstance(spec, str)
     found = find_pairs(params, None if optional else spec)
-    # An empty tree stands for "no parameters here" in optax.tree.map_params and partitions.
+    # optax.tree.map_params and partitions use an empty tree for "no parameters".
     if not found and not optional and jax.tree.leaves(params):
         raise ValueError(
             "loro: no low-rank pair found. Looked for LowRank nodes and for sibling leaves named "
@@ -195,7 +194,7 @@ def check_spec(spec: PairsSpec | None) -> None:
 
 
 def describe_leaves(params: Any, limit: int = 12) -> str:
-    """Paths and shapes of a tree's leaves, for error messages."""
+    """Lists the paths and shapes of a tree's leaves, for error messages."""
     leaves = jax.tree_util.tree_flatten_with_path(params)[0]
     lines = [
         f"{jax.tree_util.keystr(path)}: {tuple(getattr(leaf, 'shape', ()))}"
@@ -207,7 +206,7 @@ def describe_leaves(params: Any, limit: int = 12) -> str:
 
 
 def _found_by_path(params: Any) -> list[Pair]:
-    """Leaves called B and A under one parent."""
+    """Finds leaves named B and A under one parent."""
     by_parent: dict[_Path, dict[str, int]] = {}
     held_back: set[_Path] = set()
     leaves: list[Any] = []
@@ -249,8 +248,8 @@ def _both_square(B: Any, A: Any) -> bool:
 def _check_unshared(name: str, sides: dict[str, int], pairs: list[Pair], leaves: list[Any]) -> None:
     """Raises ValueError if a lone B or A fits the other side of a pair.
 
-    A tree shows a parameter that modules share in one of them alone. An exact step gives a factor
-    another basis, in which whatever else multiplies with it does not fit any more.
+    A tree contains a shared parameter in only one of its modules. An exact step changes the basis
+    of a factor, so another module that multiplies by it would become inconsistent.
     """
     ((side, index),) = sides.items()
     other = "A" if side == "B" else "B"
@@ -267,12 +266,12 @@ def _check_unshared(name: str, sides: dict[str, int], pairs: list[Pair], leaves:
         )
 
 
-# Where there is a hole instead of a leaf: None, or what Optax puts for a leaf that it masks.
+# Stands for a hole instead of a leaf: None, or Optax's node for a masked leaf.
 _NOTHING = object()
 
 
 def _unboxed(params: Any) -> Iterator[tuple[_Path, Any]]:
-    """Leaves with their paths, but for the entries of boxes; also holes."""
+    """Yields leaves and holes with their paths, without the entries of boxes."""
     nodes = jax.tree_util.tree_flatten_with_path(
         params, is_leaf=lambda node: _is_box(node) or not jax.tree.leaves(node)
     )[0]
@@ -294,7 +293,7 @@ def _is_box(node: Any) -> bool:
 
 
 def _paths_of_nodes(params: Any) -> set[_Path]:
-    """Where the LowRank nodes are."""
+    """Returns the paths of the LowRank nodes."""
     found = jax.tree_util.tree_flatten_with_path(
         params, is_leaf=lambda node: isinstance(node, LowRank)
     )[0]
@@ -325,7 +324,7 @@ def _named_by_spec(params: Any, leaves: list[tuple[Any, Any]], spec: PairsSpec) 
 
 
 def _labels(params: Any, spec: PairsSpec) -> list[Any]:
-    """The labels of all leaves; a module that can be called may be a spec as any other tree."""
+    """Returns the labels of all leaves; a callable module may also be a spec, like any tree."""
     structure: Any = jax.tree.structure(params)
     called = callable(spec) and jax.tree_util.all_leaves([spec])
     tree = spec(params) if called else spec
@@ -342,7 +341,7 @@ def _labels(params: Any, spec: PairsSpec) -> list[Any]:
 
 
 def _entry_name(entry: Any) -> str:
-    """The bare name of a path entry, whatever kind of container it comes from."""
+    """Returns the bare name of a path entry, for any kind of container."""
     for attribute in ("key", "name", "idx"):
         if hasattr(entry, attribute):
             return str(getattr(entry, attribute))

@@ -1,7 +1,7 @@
-"""Telling that a transformation comes after LORO in a chain, where none may.
+"""Detects transformations after LORO in a chain, where none is allowed.
 
-A transformation does not see the chain that it is part of. While ``optax.chain`` calls the ``init``
-of its members one by one, though, the stack of calls holds those that are still to come.
+A transformation does not see the chain that it is part of. But while ``optax.chain`` calls the
+``init`` of its members one by one, the call stack holds those that follow.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from types import FrameType
 
 
 def warn_unless_last(name: str) -> None:
-    """Warns if the caller's caller is the ``init`` of a chain's member that is not the last.
+    """Warns if the ``init`` that calls this belongs to a member of a chain that is not the last.
 
     Args:
-        name: of the transformation, for the message.
+        name: the transformation's name, for the message.
     """
     after = 0
     frame: FrameType | None = sys._getframe(1)
@@ -35,7 +35,7 @@ def warn_unless_last(name: str) -> None:
 
 
 def _members_to_come(frame: FrameType) -> int:
-    """How many members of a chain wait for a frame of its ``init``; 0 for other frames."""
+    """Counts the members of a chain that follow, from a frame of its ``init``; 0 for others."""
     variables = frame.f_locals
     if "fn" in variables and ".0" in variables:  # optax.chain
         return operator.length_hint(variables[".0"])

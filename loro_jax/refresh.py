@@ -1,9 +1,9 @@
-"""A refresh: moments of the old factors are dropped, and all else that a state holds stays.
+"""Resets the moments in an optimizer's state after an exact step, and keeps everything else.
 
-A direction may be a chain of transformations, with injected hyperparameters, schedules and noise
-among them. Only moments are made of gradients in the old basis. They are told from the rest by
-their structure: trees like the parameters. What counts the gradients in them (for Adam's bias
-correction) stands next to them, and starts anew with them.
+A direction may be a chain of transformations that includes injected hyperparameters, schedules and
+noise. Only moments are averages of gradients in the old basis. They are recognised by their
+structure, that of the parameters. The count of averaged gradients (for Adam's bias correction) is
+in the same node, and is reset with them.
 """
 
 from __future__ import annotations
@@ -15,18 +15,18 @@ import jax.numpy as jnp
 
 
 def refreshed(stale: jax.Array, fresh: Any, state: Any, params: Any) -> Any:
-    """A state whose moments are those of a fresh one where they are stale.
+    """Resets the moments of a state, and their counts, if they are stale.
 
     Args:
         stale: boolean scalar.
-        fresh: state that ``init`` gives.
+        fresh: the state that ``init`` returns.
         state: state of the same structure.
         params: the parameters of both.
 
     Returns:
-        The state. In each node (a NamedTuple, a dict) that holds a tree of the structure of the
-        parameters, such trees are fresh, and so are integers and booleans that are scalars: the
-        counts of what is in the trees. Numbers, schedules' counts and random keys elsewhere stay.
+        The state. In each node (a NamedTuple, a dict) that contains a tree with the structure of
+        the parameters, such trees are reset, together with integer and boolean scalars, which are
+        their counts. Numbers, schedules' counts and random keys in other nodes are kept.
 
     Example:
         >>> import jax.numpy as jnp, optax

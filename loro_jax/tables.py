@@ -1,4 +1,4 @@
-"""Tables of results: printed in Markdown, and written with what they depend on."""
+"""Tables of results: printed as Markdown, and written to JSON with their environment."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from typing import Any
 
 import jax
 
-# Variables that change how fast a program runs.
+# Environment variables that affect speed.
 _VARIABLES = ("XLA_FLAGS", "GLIBC_TUNABLES", "OPENBLAS_NUM_THREADS", "OMP_NUM_THREADS")
 
 
 def environment() -> dict[str, Any]:
-    """What a result depends on: device, versions, and what the environment asks of libraries."""
+    """Returns the device, versions, and environment variables that results depend on."""
     device = jax.devices()[0]
     return {
         "device": device.device_kind,
@@ -45,9 +45,9 @@ def print_table(rows: list[dict[str, Any]]) -> None:
 
 
 def report(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
-    """Prints the rows, and writes them with the environment and the command that made them.
+    """Prints the rows, and writes them to ``options.json`` with the environment and the command.
 
-    ``options.more`` may hold further tables by name.
+    ``options.more`` may contain further tables by name.
     """
     print(environment())
     print_table(rows)
@@ -63,13 +63,13 @@ def report(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
 
 @contextlib.contextmanager
 def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
-    """Yields a temporary name beside a file's; the file is replaced if nothing is raised.
+    """Yields a temporary path in a file's folder; replaces the file by it if nothing is raised.
 
     Args:
-        path: the file that is to be written, whole or not at all.
+        path: the file to be written completely or not at all.
 
     Yields:
-        Where to write it.
+        The path to write to.
 
     Example:
         >>> import tempfile
@@ -88,7 +88,7 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def _strict(value: Any) -> Any:
-    """The same without numbers that JSON has no word for: null where nothing was measured."""
+    """Replaces numbers that are not finite, which JSON does not allow, by null."""
     if isinstance(value, dict):
         return {name: _strict(part) for name, part in value.items()}
     if isinstance(value, (list, tuple)):

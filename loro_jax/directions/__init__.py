@@ -1,1 +1,1 @@
-"""Turning gradients into directions of descent: one file each, and the protocol they share."""
+"""Directions of descent, computed from gradients: one file for each, and their protocol."""

@@ -1,4 +1,4 @@
-"""Adam as the authors run it: epsilon is added to the uncorrected root."""
+"""Adam as in the authors' code: epsilon is added to the uncorrected root."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class AdamState(NamedTuple):
         count: steps since the state was made or refreshed, int32 scalar.
         mu: first moments, a tree like the parameters.
         nu: second moments, a tree like the parameters: real, and in float32 or wider. In bfloat16
-            ``0.999 v`` is v again, so that v would never fall.
+            ``0.999 v`` rounds to v, so that v would never decrease.
     """
 
     count: jax.Array  # type: ignore[assignment]  # shadows tuple.count, as in Optax
@@ -33,7 +33,7 @@ class AdamState(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Adam(Direction):
-    """What :func:`adam` returns: a direction that knows its constants.
+    """The direction that :func:`adam` returns, with its constants.
 
     Attributes:
         b1: decay of the first moment.
@@ -54,7 +54,7 @@ def adam(
     eps: jax.typing.ArrayLike = 1e-6,
     mu_dtype: Any | None = None,
 ) -> Adam:
-    """Adam as a direction of :func:`loro_jax.loro`, the default one.
+    """Returns Adam as a direction for :func:`loro_jax.loro`, the default.
 
     Args:
         b1: decay of the first moment.
@@ -64,7 +64,7 @@ def adam(
             :func:`scale_by_uncorrected_adam`.
 
     Returns:
-        A direction like gradients; its ``lr_scale`` is r / min(m, n) of each pair.
+        A direction of kind "gradients"; its ``lr_scale`` is r / min(m, n) of each pair.
 
     Raises:
         ValueError: as :func:`scale_by_uncorrected_adam`.
@@ -99,7 +99,7 @@ def scale_by_uncorrected_adam(
     eps: jax.typing.ArrayLike = 1e-6,
     mu_dtype: Any | None = None,
 ) -> optax.GradientTransformation:
-    """Adam's direction with epsilon outside the bias correction.
+    """Rescales gradients by Adam with epsilon outside the bias correction.
 
     With ``m = b1 m + (1 - b1) g`` and ``v = b2 v + (1 - b2) g^2`` after c steps, the direction is
     ``m / (sqrt(v) + eps) * sqrt(1 - b2^c) / (1 - b1^c)``: the first version of the Adam paper, and
@@ -112,8 +112,8 @@ def scale_by_uncorrected_adam(
         b1: decay of the first moment.
         b2: decay of the second moment.
         eps: added to the root of the uncorrected second moment.
-        mu_dtype: dtype of the first moment; None: that of the parameters, or float32 if a decay of
-            b1 would be lost in it, as 0.999 is in bfloat16. For complex parameters its complex
+        mu_dtype: dtype of the first moment; None: that of the parameters, or float32 if the decay
+            by b1 would be lost in it, as 0.999 is in bfloat16. Complex parameters use its complex
             counterpart.
 
     Returns:
@@ -121,8 +121,8 @@ def scale_by_uncorrected_adam(
         rate), in the gradients' dtypes.
 
     Raises:
-        ValueError: for a b1, b2 or eps that is an array of a dtype in which it means something
-            else, or a ``mu_dtype`` in which a decay of b1 is lost.
+        ValueError: for an array b1, b2 or eps whose dtype is too narrow for it, or a ``mu_dtype``
+            in which the decay by b1 is lost.
 
     Example:
         >>> import jax.numpy as jnp
@@ -170,9 +170,9 @@ def scale_by_uncorrected_adam(
 
 
 def decay_is_lost(decay: jax.typing.ArrayLike, dtype: Any) -> bool:
-    """Whether ``decay x`` is rounded to x in a dtype, so that an average in it never falls.
+    """Returns whether ``decay x`` rounds to x in a dtype, so that an average never decreases.
 
-    A traced decay, whose value is not known yet, counts as kept.
+    False for a traced decay, whose value is not known yet.
     """
     if not isinstance(decay, float | int) or not jnp.issubdtype(dtype, jnp.inexact):
         return False
@@ -182,7 +182,7 @@ def decay_is_lost(decay: jax.typing.ArrayLike, dtype: Any) -> bool:
 def adam_moments(
     grads: Any, state: AdamState, b1: jax.typing.ArrayLike, b2: jax.typing.ArrayLike
 ) -> AdamState:
-    """Updates Adam's moments by one gradient; results have the dtypes that the arithmetic gives."""
+    """Updates Adam's moments by one gradient, without rounding them to the state's dtypes."""
     return AdamState(
         optax.safe_increment(state.count),
         jax.tree.map(lambda g, m: b1 * m + (1 - b1) * g, grads, state.mu),
@@ -191,7 +191,7 @@ def adam_moments(
 
 
 def _squared(g: jax.Array, dtype: Any) -> jax.Array:
-    """``|g|^2``, squared in that dtype: float16 has nothing below 6e-8 and above 65504."""
+    """Returns ``|g|^2``, squared in that dtype: float16 has nothing below 6e-8 or above 65504."""
     if jnp.iscomplexobj(g):
         return jnp.square(jnp.real(g)).astype(dtype) + jnp.square(jnp.imag(g)).astype(dtype)
     return jnp.square(g.astype(dtype))
@@ -209,7 +209,7 @@ def adam_direction(
 
 
 def _one_minus_power(decay: jax.typing.ArrayLike, count: jax.Array) -> jax.Array:
-    """``1 - decay^count`` without cancellation: 1 - 0.999 keeps four digits in float32."""
+    """Returns ``1 - decay^count`` without cancellation: 1 - 0.999 has four digits in float32."""
     steps = count.astype(jnp.result_type(float))
     if isinstance(decay, float | int):
         return -jnp.expm1(steps * (math.log(decay) if decay > 0 else -math.inf))

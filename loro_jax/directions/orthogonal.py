@@ -1,20 +1,20 @@
 """Orthogonalised momentum: spectral steepest descent of a product, by moves of its factors.
 
-For W = B A with gradient G, the move of W that gains most among those of the tangent space with a
-bound on the spectral norm is sought in two parts, one for each factor:
+For W = B A with gradient G, the tangent move of W of steepest descent under a bound on the spectral
+norm is approximated in two parts, one for each factor:
 
-* ``dB A`` has the rows of A; over the orthonormal basis ``Q_A^T = (A A^T)^{-1/2} A`` of these the
-  gradient is ``G Q_A = g_B (A A^T)^{-1/2}``. Orthogonalised (all singular values moved to one) it
+* ``dB A`` is in the row space of A; in its orthonormal basis ``Q_A^T = (A A^T)^{-1/2} A`` the
+  gradient is ``G Q_A = g_B (A A^T)^{-1/2}``. Orthogonalised (all singular values set to one) it
   is O_B, and ``dB = O_B (A A^T)^{-1/2}`` moves W by ``O_B Q_A^T``, of spectral norm one;
-* ``dA = (B^T B)^{-1/2} O_A`` likewise, with ``O_A`` from ``(B^T B)^{-1/2} g_A``.
+* in the same way ``dA = (B^T B)^{-1/2} O_A``, with ``O_A`` from ``(B^T B)^{-1/2} g_A``.
 
-Half of each makes a move of norm one at most, whatever factors represent W: B S and S^{-1} A move
-the product as B and A do. The gradients are averaged first, one moment for each factor, half of
-what Adam stores. All is matrix products.
+The mean of the two has norm one at most, for any factors of W: B S and S^{-1} A move the product
+like B and A. The gradients are averaged first, with one moment per factor, half of Adam's state.
+Only matrix products are needed.
 
-The learning rate is the largest singular value that a step may give to the move of W, for a square
-W. Others move by ``sqrt(m / n)`` of that (W is m x n): a matrix of that norm changes the size of
-the entries of ``W x`` by the learning rate, whatever m, n and r are.
+For a square W the learning rate is the largest singular value of the move of W. Other shapes move
+by ``sqrt(m / n)`` times that (W is m x n): a matrix of this norm changes the size of the entries of
+``W x`` by the learning rate, for any m, n and r.
 
 Source: the whitening is that of Cesista, Simal, Crowson and Biderman, "LoRA-Muon", arXiv
 2606.12921, 2026; the shape factor that of Yang, Simon and Bernstein, "A spectral condition for
@@ -55,16 +55,17 @@ def orthogonal(
     newton_schulz_steps: int = 5,
     damping: float = 1e-3,
 ) -> Direction:
-    """Orthogonalised momentum as the direction of :func:`loro_jax.loro`.
+    """Returns orthogonalised momentum as a direction for :func:`loro_jax.loro`.
 
     Args:
         momentum: decay of the averaged gradients.
-        nesterov: look one gradient ahead of the average.
+        nesterov: whether to use Nesterov momentum.
         newton_schulz_steps: iterations of the orthogonalisation.
-        damping: of the inverse roots of ``B^T B`` and ``A A^T``, over their mean eigenvalue.
+        damping: damping of the inverse roots of ``B^T B`` and ``A A^T``, relative to their mean
+            eigenvalue.
 
     Returns:
-        A direction whose results are moves of the factors; its ``lr_scale`` is 1.
+        A direction of kind "moves"; its ``lr_scale`` is 1.
 
     Raises:
         ValueError: for a ``momentum`` outside [0, 1), no iterations, a negative ``damping``, or an
@@ -89,7 +90,7 @@ def orthogonal(
         return momentum * old + (1 - momentum) * grad
 
     def init(params: Any) -> MomentumState:
-        # In bfloat16 an average with a momentum of 0.999 would never fall.
+        # In bfloat16 an average with a momentum of 0.999 would never decrease.
         def zeros(p: Array) -> Array:
             lost = decay_is_lost(momentum, p.dtype)
             return jnp.zeros_like(p, dtype=at_least_float32(p.dtype) if lost else p.dtype)
@@ -115,7 +116,7 @@ def orthogonal(
 def _moves(
     factors: tuple[Array, Array], gradients: tuple[Array, Array], steps: int, damping: float
 ) -> tuple[Array, Array]:
-    """The moves of one pair, or of a stack of pairs of one shape."""
+    """Returns the moves of one pair, or of a stack of pairs of one shape."""
     dtype = at_least_float32(jnp.result_type(*factors))
     B, A, g_B, g_A = (x.astype(dtype) for x in (*factors, *gradients))
     half = 0.5 * (B.shape[-2] / A.shape[-1]) ** 0.5

@@ -1,4 +1,4 @@
-"""What a direction is: the part of a step that turns gradients into directions of descent."""
+"""The protocol of a direction, the part of a step that turns gradients into descent directions."""
 
 from __future__ import annotations
 
@@ -13,22 +13,21 @@ from loro_jax.pairs import Pairs
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Direction:
-    """How the gradients of factors become directions.
+    """A function from gradients of factors to directions, with its state.
 
     Attributes:
         init: parameters -> state.
         update: (gradients, state, parameters, pairs, **extra arguments) -> (directions, state). The
-            trees hold factors alone (``optax.MaskedNode`` elsewhere); ``pairs``, a
-            :class:`loro_jax.pairs.Pairs`, takes (B, A) out of them and puts them back. Used for the
-            other leaves, it is given no pairs.
-        kind: "gradients" for directions that are like gradients of the factors, as Adam's are:
-            an exact step makes a tangent vector of them. "moves" for moves of the factors that are
-            made as they are, times minus the learning rate.
-        lr_scale: factor on the learning rate where the user gives none; None: r / min(m, n) of each
-            pair.
+            trees contain only factors (``optax.MaskedNode`` elsewhere); ``pairs``, a
+            :class:`loro_jax.pairs.Pairs`, takes (B, A) out of them and puts them back. When the
+            direction is used for the other leaves, ``pairs`` is empty.
+        kind: "gradients" for directions that behave like gradients of the factors, such as Adam's:
+            an exact step turns them into a tangent vector. "moves" for moves of the factors, which
+            are applied directly, times minus the learning rate.
+        lr_scale: default factor on the learning rate; None: r / min(m, n) of each pair.
 
     Example:
-        Gradients of each factor, divided by the norm of both:
+        Gradients of both factors, divided by their common norm:
 
         >>> import jax.numpy as jnp, optax
         >>> from loro_jax import LowRank, loro
@@ -50,10 +49,10 @@ class Direction:
 
 
 def as_direction(given: optax.GradientTransformation | Direction) -> Direction:
-    """Returns a direction as it is, and an Optax transformation as one.
+    """Returns a direction unchanged, and converts an Optax transformation into one.
 
     Raises:
-        ValueError: for anything else, such as ``orthogonal`` that was not called.
+        ValueError: for anything else, such as ``orthogonal`` without a call.
     """
     if isinstance(given, Direction):
         return given

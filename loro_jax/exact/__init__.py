@@ -1,4 +1,4 @@
-"""The exact step of one pair, computed in three ways.
+"""The exact step of one pair, by three methods.
 
 Each takes a pair, its directions and a :class:`StepSize`, and returns the balanced factors of the
 truncated SVD of ``W - lr grad`` (Proposition 4; notation of :mod:`loro_jax.exact.tangent`):
@@ -6,12 +6,12 @@ truncated SVD of ``W - lr grad`` (Proposition 4; notation of :mod:`loro_jax.exac
 * :mod:`~loro_jax.exact.subspace`: Gram matrices and one r x r eigendecomposition, the default
   ("auto");
 * :mod:`~loro_jax.exact.gram`: CholeskyQR2 and one 2r x 2r eigendecomposition;
-* :mod:`~loro_jax.exact.reference`: Householder QR and SVD, in float64 where there is one.
+* :mod:`~loro_jax.exact.reference`: Householder QR and SVD, in float64 if available.
 
-The first is the fastest and the last always right. :mod:`~loro_jax.exact.fallback` falls back from
-one to the next where a method says that it can't be trusted. The first two factorise by
-:mod:`~loro_jax.linalg.cholesky`, and once by an eigendecomposition. Which of all balanced
-factors they return, :mod:`~loro_jax.exact.basis` says.
+The first is the fastest, and the last is always accurate. :mod:`~loro_jax.exact.fallback` falls
+back from one to the next if a method reports that its result can't be trusted. The first two use
+:mod:`~loro_jax.linalg.cholesky` and one eigendecomposition. :mod:`~loro_jax.exact.basis` chooses
+among all balanced factors.
 """
 
 from loro_jax.exact.basis import BASES, check_basis

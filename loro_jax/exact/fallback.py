@@ -18,8 +18,8 @@ from loro_jax.linalg.batching import maps_by_a_loop, one_by_one, varying_alike
 
 Array = jax.Array
 
-# The methods by name, each with its fallbacks: a pair is tried with one after the other until one
-# trusts its result. The last is the reference.
+# The methods by name, each with its fallbacks, which are tried in this order until one trusts its
+# result. The last is the reference.
 _FALLBACKS: dict[str, tuple[Callable[..., ExactStep], ...]] = {
     "graph": (graph_step, gram_step, svd_step),
     "gram": (gram_step, svd_step),
@@ -54,7 +54,7 @@ def retract(
     size: StepSize,
     basis: str = "singular",
 ) -> ExactStep:
-    """Takes exact steps of a batch of pairs; ``ok`` says which needed no fallback.
+    """Takes exact steps of a batch of pairs; ``ok`` is True for pairs without a fallback.
 
     Args:
         method: "auto" (which is "graph"), "graph", "gram" or "svd".
@@ -63,24 +63,25 @@ def retract(
         dB: directions of B, (N, m, r).
         dA: directions of A, (N, r, n).
         size: one step size for each pair, shapes (N,).
-        basis: "singular" or "nearest", of the new factors.
+        basis: basis of the new factors, "singular" or "nearest".
 
     Returns:
         The new factors and ``ok`` (N,).
     """
     if len(B) == 0:
         return _unwritten(B, A)
-    # A loop's index does not index NumPy's arrays.
+    # NumPy arrays can't be indexed by the traced index of a loop.
     arguments = jax.tree.map(jnp.asarray, (B, A, dB, dA, size))
     return _retract(_AUTO if method == "auto" else method, basis, *varying_alike(arguments))
 
 
-# Jitted for calls outside of any program: without that, each of them would trace its loops and
-# branches again, and compile them again.
+# Jitted for calls outside of jit, which would otherwise trace and compile loops and branches in
+# each call. The custom_jvp refuses derivatives, with a message that says what to do.
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 @functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
 def _retract(method: str, basis: str, *arguments: Any) -> ExactStep:
     methods = [functools.partial(step, basis=basis) for step in _FALLBACKS[method]]
+    # The reference has no fallback. (one_by_one loops on CPU and batches elsewhere.)
     if method == "svd":
         return one_by_one(methods[0], 1)(*arguments)
 
@@ -89,6 +90,8 @@ def _retract(method: str, basis: str, *arguments: Any) -> ExactStep:
             return _in_phases(methods[1:], basis, *arguments)
         return _one_after_the_other(methods, *arguments)
 
+    # On CPU LAPACK calls must not be batched (see one_by_one), and in a loop each pair takes only
+    # the fallbacks that it needs. Accelerators need the parallelism of a batch.
     return jax.lax.platform_dependent(
         *arguments,
         cpu=one_after_the_other,
@@ -105,29 +108,32 @@ def _no_derivative(method: str, basis: str, primals: Any, tangents: Any) -> Any:
 
 
 def _one_pair(methods: _Methods, *arguments: Any) -> ExactStep:
+    """Steps one pair by the first method, with the others as fallbacks."""
     step = methods[0](*arguments)
     return _or_fallback(step, methods[1:], *arguments)
 
 
 def _or_fallback(step: ExactStep, fallbacks: _Methods, *arguments: Any) -> ExactStep:
-    """Returns the step, or that of the fallbacks if its method does not trust it."""
+    """Returns the step, or the fallbacks' step if its method does not trust it."""
     if not fallbacks:
         return step
+    # `ok` stays that of the first method, because the count of fallbacks is made from it.
     return jax.lax.cond(
         step.ok, lambda: step, lambda: _one_pair(fallbacks, *arguments)._replace(ok=step.ok)
     )
 
 
 def _in_phases(fallbacks: _Methods, basis: str, *arguments: Any) -> ExactStep:
-    """Steps in chunks, each chunk's eigendecompositions one directly after the other.
+    """Steps pairs in chunks, with all eigendecompositions of a chunk in one phase.
 
-    An eigendecomposition wakes threads of OpenBLAS, which keep spinning when it is done, on the
-    cores that products need.
+    After an eigendecomposition the threads of OpenBLAS keep spinning for a while, on the cores that
+    matrix products need. In phases this happens once per chunk instead of once per pair.
     """
     B, A, dB, dA, size = arguments
+    # Chunks of equal size: the largest divisor of the number of pairs within the memory bound.
     most = min(len(B), COEFFICIENTS // (7 * B.shape[-1] ** 2))
     at_a_time = max((n for n in range(1, most + 1) if len(B) % n == 0), default=1)
-    # Also under a vmap one after the other: there a branch is a real branch.
+    # Under a vmap, too, pairs are processed one by one: a batched `cond` would run both branches.
     space_of = maps_by_a_loop(new_space)
     balance_of = maps_by_a_loop(by_singular_vectors)
 
@@ -140,6 +146,7 @@ def _in_phases(fallbacks: _Methods, basis: str, *arguments: Any) -> ExactStep:
     def some(k: Any, new: ExactStep) -> ExactStep:
         first = k * at_a_time
 
+        # Factors are read from the results, where those of this chunk are still the old ones.
         def pair(i: Any, new: ExactStep) -> Any:
             return jax.tree.map(lambda x: x[first + i], (new.B, new.A, dB, dA, size))
 
@@ -156,6 +163,7 @@ def _in_phases(fallbacks: _Methods, basis: str, *arguments: Any) -> ExactStep:
 
 
 def _one_after_the_other(methods: _Methods, *arguments: Any) -> ExactStep:
+    """Steps pairs one by one, each with its own fallbacks."""
     B, A, dB, dA, size = arguments
     step_of = maps_by_a_loop(functools.partial(_one_pair, methods))
 
@@ -167,7 +175,7 @@ def _one_after_the_other(methods: _Methods, *arguments: Any) -> ExactStep:
 
 
 def _unwritten(B: Array, A: Array) -> ExactStep:
-    """New factors are written over the old, so that no memory has to be filled beforehand."""
+    """Returns the old factors as the initial result, which new ones overwrite in place."""
     return varying_alike(ExactStep(B, A, jnp.zeros(len(B), bool)))
 
 
@@ -176,12 +184,13 @@ def _with_pair(new: ExactStep, i: Any, one: ExactStep) -> ExactStep:
 
 
 def _as_a_batch(methods: _Methods, *arguments: Any) -> ExactStep:
-    """Steps all at once; the whole batch takes each fallback that any of its pairs needs."""
+    """Steps all pairs at once; the whole batch takes a fallback if any of its pairs needs it."""
     step = jax.vmap(methods[0])(*arguments)
     if len(methods) == 1:
         return step
 
     def with_fallback() -> ExactStep:
+        # Pairs that needed no fallback keep their result, whatever the rest of the batch does.
         other, fine = _as_a_batch(methods[1:], *arguments), step.ok[:, None, None]
         B, A = jnp.where(fine, step.B, other.B), jnp.where(fine, step.A, other.A)
         return ExactStep(B, A, step.ok)

@@ -1,26 +1,26 @@
-"""The exact step of one pair by the graph of its new column space: the default.
+"""The default exact step of one pair, which writes its new column space as a graph.
 
 The step moves ``W = Q_b^T L_b^T L_a Q_a`` (rows of Q_b, Q_a orthonormal, r x m and r x n) to
 ``T = Q_b^T S Q_a + Q_b^T z + c^T Q_a``: S is r x r, z (r x n) is orthogonal to Q_a and c (r x m) to
-Q_b. When the step is not larger than the smallest singular value of W, T has r large singular
-values and r small ones, of second order in the step; and the space of its r leading left singular
-vectors is close to Q_b's. So that space is the graph of a small X (r x r): the columns of
-``Q_b^T + c^T X``.
+Q_b. If the step is not larger than the smallest singular value of W, T has r large singular values
+and r small ones, of second order in the step, and the space of its r leading left singular vectors
+is close to that of Q_b. This space is then the graph of a small X (r x r): it is spanned by the
+columns of ``Q_b^T + c^T X``.
 
-* Subspace iteration with ``T T^T`` in terms of X reads ``X <- N^T (S N^T + z z^T)^{-1}`` with
-  ``N = S + X^T c c^T``. From X = 0 it gives ``X_1 = S^T K`` with ``K = (S S^T + z z^T)^{-1}``, and
-  with this one inverse its fixed point is also that of ``X <- X_1 + (I - X S) c c^T X K``: four
-  small products a round. The smaller the dropped singular values are beside the kept ones, the
-  faster it converges.
+* In terms of X, subspace iteration with ``T T^T`` is ``X <- N^T (S N^T + z z^T)^{-1}`` with
+  ``N = S + X^T c c^T``. From X = 0 it gives ``X_1 = S^T K`` with ``K = (S S^T + z z^T)^{-1}``. Its
+  fixed point is also that of ``X <- X_1 + (I - X S) c c^T X K``, which reuses this one inverse:
+  four small products per iteration. The smaller the dropped singular values are relative to the
+  kept ones, the faster it converges.
 * With ``G = I + X^T c c^T X = L L^T`` the new product is ``(Q_b^T + c^T X) G^{-1} (N Q_a + z)``,
   and the eigenvectors of the r x r matrix ``L^{-1} (N N^T + z z^T) L^{-T}`` give balanced factors.
   They only choose a basis: their rounding errors cancel in the product.
 
-All of S, ``z z^T`` and ``c c^T`` come from three r x r products of tall matrices on each side, and
+S, ``z z^T`` and ``c c^T`` are computed from three r x r products of tall matrices on each side, and
 the new factors are linear combinations of B and dB, and of A and dA: ten tall products of 2 r^2 m
-flops in all for a square W. No orthonormal basis of tall size is formed. The price is that the
-condition number of the factors is squared (``B^T B`` is inverted by Cholesky), so the method says
-whether it can be trusted.
+flops in total for a square W. No tall orthonormal basis is formed. The disadvantage is that the
+condition number of the factors is squared (``B^T B`` is inverted by Cholesky), so the method
+reports whether its result can be trusted.
 
 Source: subspaces as graphs over an estimate, which solve a Riccati equation, are from Demmel,
 "Three methods for refining estimates of invariant subspaces", Computing 38, 1987; this iteration
@@ -48,17 +48,17 @@ from loro_jax.linalg.precision import matmul
 
 Array = jax.Array
 
-# Largest norm |L^{-1}| (Frobenius, of a factor with its columns scaled to length one) that one
-# Cholesky pass is trusted with, over its least possible value sqrt(r).
+# Largest norm |L^{-1}| (Frobenius, of a factor with its columns scaled to length one) for which one
+# Cholesky pass is trusted, relative to its minimum sqrt(r).
 LARGEST_INVERSE = 8.0
 
-# Largest error of W, over eps |T|, that the iteration may leave by its own estimate.
+# Largest estimated error of W, relative to eps |T|, that the iteration may leave.
 LARGEST_REMAINDER = 8.0
 
-# Most rounds of the iteration: where it converges so slowly, another method is as fast.
+# Maximal number of iterations: if more are needed, another method is as fast.
 MOST_ITERATIONS = 8
 
-# Smallest kept singular value, over the largest: ``S S^T`` is inverted, too.
+# Smallest kept singular value, relative to the largest: ``S S^T`` is inverted, too.
 SMALLEST_KEPT = 5e-3
 
 
@@ -75,48 +75,57 @@ class NewSpace(NamedTuple):
     inp_move: Array
     squares: Array  # M M^T, r x r
     overlaps: tuple[Array, Array]  # Q B and M A^T
-    ok: Array  # whether it is trusted, but for the singular values
+    ok: Array  # whether it is trusted, before the check of the singular values
 
 
 def graph_step(
     B: Array, A: Array, dB: Array, dA: Array, size: StepSize, basis: str = "singular"
 ) -> ExactStep:
-    """Exact step of one pair; arguments as for ``svd_step``. Check ``ok`` before use.
+    """Takes the exact step of one pair; arguments as for ``svd_step``. Check ``ok`` before use.
 
-    Platforms other than CPU map it over a batch; on CPU :mod:`~loro_jax.exact.fallback` takes its
-    parts.
+    On platforms other than CPU it is mapped over a batch; on CPU :mod:`~loro_jax.exact.fallback`
+    calls its two parts.
     """
     space = new_space(B, A, dB, dA, size)
-    # On the way to the nearest basis any will do.
+    # Rotating to the nearest basis can start from any balanced basis, so the cheaper one is used.
     balance_of = by_products if basis == "nearest" else by_singular_vectors
     return balanced_factors(B, A, dB, dA, space, balance_of(space.squares), basis)
 
 
 def new_space(B: Array, A: Array, dB: Array, dA: Array, size: StepSize) -> NewSpace:
-    """Where the step leads; arguments as for ``svd_step``."""
+    """Computes the new product's column space; arguments as for ``svd_step``."""
     r = A.shape[0]
+    # B = Q_b^T L_b^T and A = L_a Q_a, with Q_b = L_b^{-1} B^T and Q_a = L_a^{-1} A never formed.
     out, inp = cholesky_with_inverse(matmul(B.T, B)), cholesky_with_inverse(matmul(A, A.T))
-    # What takes a factor's gradient to the side's piece of the full one: Q_b G = to_left dA and
-    # Q_a G^T = to_right dB^T.
+    # These take a factor's gradient to the full gradient's projection on that side:
+    # Q_b G = to_left dA and Q_a G^T = to_right dB^T.
     to_left = damped_inverse(out.L, out.inverse, size.damping)
     to_right = damped_inverse(inp.L, inp.inverse, size.damping)
     core = matmul(matmul(to_left, matmul(dA, A.T)), inp.inverse.T)  # Q_b G Q_a^T
-    inner = matmul(matmul(to_right, matmul(dB.T, B)), out.inverse.T)  # the same by way of dB
+    inner = matmul(matmul(to_right, matmul(dB.T, B)), out.inverse.T)  # Q_a G^T Q_b^T, from dB
+    # Gram matrices of the parts orthogonal to Q_a and Q_b, by Pythagoras, so that no tall matrix is
+    # projected. Without the learning rate up to here: the trust region may still reduce it.
     zz = matmul(matmul(to_left, matmul(dA, dA.T)), to_left.T) - matmul(core, core.T)
     cc = matmul(matmul(to_right, matmul(dB.T, dB)), to_right.T) - matmul(inner, inner.T)
     W_core = matmul(out.L.T, inp.L)
+    # The three parts are orthogonal, so their squares add; rounding may make a trace negative.
     grad_norm = jnp.sqrt(jnp.maximum(jnp.sum(core**2) + jnp.trace(zz) + jnp.trace(cc), 0))
     W_norm = jnp.linalg.norm(W_core)
     rate = limited_rate(size, grad_norm, W_norm)
     S, zz, cc = W_core - rate * core, rate**2 * zz, rate**2 * cc
 
     graph = _graph_of_leading_space(S, zz, cc)
+    # L^{-1} of the module's G = L L^T makes the columns of Q_b^T + c^T X orthonormal.
     X_t = graph.X.T
     whiten = cholesky_with_inverse(jnp.eye(r, dtype=S.dtype) + matmul(X_t, graph.overlap)).inverse
     N = S + graph.overlap.T
 
-    # Q = whiten (Q_b + X^T c) and M = whiten (N Q_a + z), in terms of B, dB, A and dA.
+    # Q = whiten (Q_b + X^T c) and M = whiten (N Q_a + z), in terms of B, dB, A and dA: with
+    # c = -rate (to_right dB^T - inner Q_b) and z = -rate (to_left dA - core Q_a), each is one
+    # combination of two tall matrices, which is applied only when the basis is known, too.
     along = rate * matmul(whiten, X_t)
+    # Trusted are only well-conditioned factors, because their Gram matrices are inverted, and steps
+    # smaller than W, so that the new leading space can be a graph over the old one.
     inverse_norm = jnp.maximum(out.scaled_inverse_norm, inp.scaled_inverse_norm)
     return NewSpace(
         out=matmul(whiten + matmul(along, inner), out.inverse),
@@ -140,10 +149,11 @@ def balanced_factors(
     balance: Balance,
     basis: str = "singular",
 ) -> ExactStep:
-    """The new factors, balanced, in the basis of that name."""
+    """Returns the new balanced factors in the given basis."""
     placed = rotated_to_nearest if basis == "nearest" else ordered_like
     balance = placed(balance, *space.overlaps)
     left, right = balance.left, balance.right
+    # The r x r coefficients are multiplied first: this way each factor needs two tall products.
     B_new = matmul(B, matmul(left, space.out).T) - matmul(dB, matmul(left, space.out_move).T)
     A_new = matmul(matmul(right, space.inp), A) - matmul(matmul(right, space.inp_move), dA)
     ok = space.ok & balance.ok & (balance.least > SMALLEST_KEPT * balance.largest)
@@ -151,19 +161,19 @@ def balanced_factors(
 
 
 class _Graph(NamedTuple):
-    """The leading left space of T as a graph over Q_b."""
+    """The leading left singular space of T as a graph over Q_b."""
 
     X: Array
     overlap: Array  # c c^T X
-    converged: Array  # by an estimate of the error of W that the iteration has left
+    converged: Array  # by an estimate of the remaining error of W
 
 
 def _graph_of_leading_space(S: Array, zz: Array, cc: Array) -> _Graph:
-    """The fixed point of ``X <- X_1 + (I - X S) c c^T X K`` from X_1; see the module."""
+    """Iterates ``X <- X_1 + (I - X S) c c^T X K`` from X_1; see the module's docstring."""
     inverse = cholesky_with_inverse(matmul(S, S.T) + zz).inverse
     K = matmul(inverse.T, inverse)
     X_1 = matmul(S.T, K)
-    # X as a whole moves W by about |c|, so a relative change of X moves it by that much of |c|.
+    # X moves W by about |c| in total, so a relative change of X moves it by that fraction of |c|.
     c_norm = jnp.sqrt(jnp.maximum(jnp.trace(cc), 0))
     tiny = jnp.finfo(S.dtype).tiny
     relative = c_norm / jnp.maximum(jnp.linalg.norm(X_1), tiny)
@@ -179,23 +189,23 @@ def _graph_of_leading_space(S: Array, zz: Array, cc: Array) -> _Graph:
 def _iterated(
     S: Array, cc: Array, X_1: Array, K: Array, c_norm: Array, relative: Array, enough: Array
 ) -> tuple[Array, Array]:
-    """The estimate of the error of W that is left, shape (..., 1, 1), and X."""
+    """Iterates to convergence; returns the estimated error of W, shape (..., 1, 1), and X."""
     tiny = jnp.finfo(S.dtype).tiny
 
     def unfinished(last: _Iterate) -> Array:
-        # Where it meets no numbers, no comparison holds and it stops.
+        # With NaN no comparison holds, so the iteration stops.
         return (last.remainder > enough) & (last.round < MOST_ITERATIONS)
 
     def again(last: _Iterate) -> _Iterate:
         cc_X = matmul(cc, last.X)
         X = X_1 + matmul(cc_X - matmul(last.X, matmul(S, cc_X)), K)
         change = _norm(X - last.X)
-        # The changes shrink by a factor that differs from direction to direction. The slowest may
-        # be one of r, so its factor is at most sqrt(r) times the ratio of the norms.
+        # The rate of convergence differs between directions. The slowest may be one of r, so its
+        # factor is at most sqrt(r) times the ratio of the norms.
         ratio = S.shape[-1] ** 0.5 * change / jnp.maximum(last.change, tiny)
         remainder = relative * change * jnp.minimum(ratio, 1.0)
         new = _Iterate(last.round + 1, X, change, remainder)
-        # Members of a batch that are done wait for the others.
+        # Members of a batch that have converged keep their values while others iterate.
         going = unfinished(last)
         return jax.tree.map(lambda x, y: jnp.where(going, x, y), new, last)
 

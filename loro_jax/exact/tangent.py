@@ -7,14 +7,14 @@ the thin QR decompositions B = Q_B R_B and A^T = Q_A R_A:
 * Tangent projection of G at W: ``P_U G + (I - P_U) G P_V`` with ``P_U = Q_B Q_B^T`` and
   ``P_V = Q_A Q_A^T``. Two of its pieces are known without G: ``Q_B^T G = R_B^{-T} g_A`` and
   ``G Q_A = g_B R_A^{-1}`` (Proposition 3).
-* Retraction: the rank-r truncated SVD of ``W - lr grad``. That matrix has rank at most 2r and
-  lives in the column spaces of ``[Q_B, Q_B']`` and ``[Q_A, Q_A']``, where ``Q_B'`` spans what
-  ``G Q_A`` has outside Q_B, and ``Q_A'`` likewise; so the SVD is one of a 2r x 2r core
-  (Proposition 4). :mod:`loro_jax.exact` has three ways to compute it.
+* Retraction: the rank-r truncated SVD of ``W - lr grad``. The column and row spaces of that matrix,
+  of rank at most 2r, are spanned by ``[Q_B, Q_B']`` and ``[Q_A, Q_A']``: ``Q_B'`` is a basis of the
+  part of ``G Q_A`` orthogonal to Q_B, and ``Q_A'`` of the part of ``G^T Q_B`` orthogonal to Q_A. So
+  only a 2r x 2r core needs an SVD (Proposition 4). :mod:`loro_jax.exact` has three methods for it.
 
-Algorithm 2 as printed in the paper has slips (``-lr R_b`` for ``-lr R_b'``, ``[Q_b, Q_b]`` for
-``[Q_b, Q_b']``, A where its transpose is factorised, the full SVD where its leading r triplets are
-meant); the formulas here follow Proposition 4, and the authors' code agrees with them.
+Algorithm 2 as printed in the paper has misprints (``-lr R_b`` for ``-lr R_b'``, ``[Q_b, Q_b]`` for
+``[Q_b, Q_b']``, A instead of its transpose in the QR, the full SVD instead of its leading r
+triplets); the formulas here follow Proposition 4, and the authors' code agrees with them.
 
 Source: Mo, Huang and Pan, "LORO: Parameter and Memory Efficient Pretraining via Low-rank
 Riemannian Optimization", ICLR 2025.
@@ -39,7 +39,7 @@ Array = jax.Array
 class Side(NamedTuple):
     """An orthonormal basis of the columns of a factor X, and its pseudo-inverse.
 
-    Directions that X does not have, where it lacks rank, are zero in both.
+    If X is rank-deficient, the missing directions are zero in both.
     """
 
     Q: Array  # like X
@@ -47,10 +47,7 @@ class Side(NamedTuple):
 
 
 class Tangent(NamedTuple):
-    """A tangent vector at W = B A, in blocks of width r.
-
-    It stands for ``Q_B core Q_A^T + out_perp Q_A^T + Q_B in_perp``.
-    """
+    """The tangent vector ``Q_B core Q_A^T + out_perp Q_A^T + Q_B in_perp`` at W = B A."""
 
     core: Array  # r x r
     out_perp: Array  # m x r, orthogonal to Q_B
@@ -59,11 +56,11 @@ class Tangent(NamedTuple):
 
 @in_full_precision
 def tangent_projection(out: Side, inp: Side, g_B: Array, g_A: Array) -> Tangent:
-    """Proposition 3 in blocks, for the sides of B and of A^T.
+    """Projects onto the tangent space by Proposition 3, given the sides of B and of A^T.
 
-    For true gradients the core can be had from either factor (``R_B^{-T} g_A Q_A`` equals
+    For true gradients the core can be computed from either factor (``R_B^{-T} g_A Q_A`` equals
     ``Q_B^T g_B R_A^{-1}``). For Adam's directions the two differ, and parity with the authors' code
-    needs the former.
+    requires the former.
     """
     left = out.inverse.T @ g_A  # Q_B^T G, r x n
     right = g_B @ inp.inverse  # G Q_A, m x r
@@ -74,7 +71,7 @@ def tangent_projection(out: Side, inp: Side, g_B: Array, g_A: Array) -> Tangent:
 def with_sides(fn: Callable[..., Any], batch_axes: int) -> Callable[..., Any]:
     """Maps ``fn(side of B, side of A^T, B, A, ...)`` over pairs of any rank.
 
-    The sides are made by QR, and once more by SVD if any of the pairs lacks rank.
+    The sides are computed by QR, and again by SVD if any of the pairs is rank-deficient.
 
     Args:
         fn: function of one pair that returns matrices.
@@ -106,19 +103,19 @@ def with_sides(fn: Callable[..., Any], batch_axes: int) -> Callable[..., Any]:
 
 
 def _smallest_kept(X: Array) -> float:
-    """The least singular value, over the largest, that is not taken for zero."""
+    """Returns the smallest singular value, relative to the largest, that is not counted as zero."""
     return max(X.shape) * float(jnp.finfo(X.dtype).eps)
 
 
 def _side_by_qr(X: Array) -> tuple[Side, Array]:
-    """The side, and whether X has full rank."""
+    """Returns the side, and whether X has full rank."""
     Q, R = jnp.linalg.qr(X)
     diagonal = jnp.diagonal(R)
     inverse = solve_triangular(
         R + jnp.diag((diagonal == 0).astype(R.dtype)), jnp.eye(R.shape[0], dtype=R.dtype)
     )
     condition = jnp.linalg.norm(R) * jnp.linalg.norm(inverse)
-    # Where there are no numbers, an SVD would find none either.
+    # Written so that NaN counts as full rank: an SVD of NaN would not help.
     return Side(Q, inverse), jnp.all(diagonal != 0) & ~(condition * _smallest_kept(X) > 1)
 
 
@@ -132,19 +129,20 @@ def _side_by_svd(X: Array) -> Side:
 
 
 def riemannian_gradient(B: Array, A: Array, gB: Array, gA: Array) -> Array:
-    """Riemannian gradient at W = B A as a full matrix (Proposition 3). For checks and study.
+    """Returns the Riemannian gradient at W = B A as a full matrix, for checks (Proposition 3).
 
-    It is the projection of the full gradient G onto the tangent space of the rank-r matrices at W,
-    computed from the gradients of the factors, ``gB = G A^T`` and ``gA = B^T G``, alone.
+    This is the projection of the full gradient G onto the tangent space of the rank-r matrices at
+    W, computed only from the gradients of the factors, ``gB = G A^T`` and ``gA = B^T G``.
 
     Args:
-        B: output-side factor, shape (..., m, r). Directions that it lacks carry no gradient.
-        A: input-side factor, shape (..., r, n); likewise.
+        B: output-side factor, shape (..., m, r). If it is rank-deficient, the missing directions
+            have no gradient.
+        A: input-side factor, shape (..., r, n), with the same remark.
         gB: gradient of B, same shape as B.
         gA: gradient of A, same shape as A.
 
     Returns:
-        Array of shape (..., m, n): as large as a dense weight, so not for the optimizer.
+        Array of shape (..., m, n), as large as a dense weight; the optimizer never forms it.
 
     Raises:
         ValueError: as :func:`exact_update`.
@@ -169,12 +167,12 @@ def riemannian_gradient(B: Array, A: Array, gB: Array, gA: Array) -> Array:
 
 
 def as_gradients(B: Array, A: Array, dB: Array, dA: Array) -> tuple[Array, Array]:
-    """Returns gradients whose tangent vector is the move ``dB A + B dA``, as an exact step takes.
+    """Returns gradients for an exact step whose tangent vector is the move ``dB A + B dA``.
 
-    :func:`loro_jax.exact_update` makes a tangent vector of gradients: ``g_B (A A^T)^{-1} A``
-    outside the columns of B, and ``B (B^T B)^{-1} g_A`` in them. For these it is the whole move.
-    (:func:`multiply_by_grams` lacks the term ``(B^T dB) A`` of ``g_A``: its tangent vector is the
-    move without what ``dB A`` has in the columns of B.)
+    :func:`loro_jax.exact_update` turns gradients into the tangent vector ``g_B (A A^T)^{-1} A``
+    projected outside the columns of B, plus ``B (B^T B)^{-1} g_A``. For these gradients it equals
+    the whole move. (:func:`multiply_by_grams` lacks the term ``(B^T dB) A`` of ``g_A``: its tangent
+    vector omits the part of ``dB A`` in the columns of B.)
 
     Args:
         B: shape (..., m, r).
@@ -205,10 +203,10 @@ def as_gradients(B: Array, A: Array, dB: Array, dA: Array) -> tuple[Array, Array
 def multiply_by_grams(B: Array, A: Array, d_B: Array, d_A: Array) -> tuple[Array, Array]:
     """Returns ``d_B (A A^T)`` and ``(B^T B) d_A``, in float32 or wider.
 
-    As gradients their tangent vector is ``(I - P_U) d_B A + B d_A``: the two directions each in its
-    own part of the tangent space, as for preconditioned gradients d, of which they undo the
-    division by the Grams. :func:`as_gradients` differs by one term, ``(B^T d_B) A`` added to the
-    second, which keeps ``P_U d_B A`` too.
+    Used as gradients, their tangent vector is ``(I - P_U) d_B A + B d_A``: each direction in its
+    part of the tangent space. For preconditioned gradients d this undoes the division by the Gram
+    matrices. :func:`as_gradients` adds the term ``(B^T d_B) A`` to the second, which keeps
+    ``P_U d_B A`` too.
 
     Example:
         >>> import jax.numpy as jnp
@@ -223,7 +221,7 @@ def multiply_by_grams(B: Array, A: Array, d_B: Array, d_A: Array) -> tuple[Array
 
 
 def check_directions(B: Array, A: Array, dB: Array, dA: Array, where: str) -> None:
-    """Raises ValueError unless the factors make a real pair and the directions fit them."""
+    """Raises ValueError unless the factors form a real pair and the directions fit them."""
     check_factors(B, A, where)
     check_real(B, A, where)
     if dB.shape != B.shape or dA.shape != A.shape:

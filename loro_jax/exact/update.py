@@ -1,4 +1,4 @@
-"""The exact step of one pair or of batches of pairs (Proposition 4), as an optimizer takes it."""
+"""The exact step of one pair or batches of pairs (Proposition 4), for use in optimizers."""
 
 from __future__ import annotations
 
@@ -32,13 +32,13 @@ def exact_update(
     damping: jax.typing.ArrayLike | None = None,
     basis: str = "singular",
 ) -> tuple[Array, Array]:
-    """Exact Riemannian step of one pair or a batch of pairs (Proposition 4).
+    """Takes an exact Riemannian step of one pair or a batch of pairs (Proposition 4).
 
     Moves W = B A against the Riemannian gradient and retracts by the truncated SVD:
-    ``W' = SVD_r(W - learning_rate * grad)``, where grad is the tangent vector that the directions
-    dB and dA stand for (:func:`riemannian_gradient`). W itself is never formed: all work is on
-    blocks of width r. The new factors are balanced: both have the square roots of the singular
-    values of W'. That determines them up to a rotation of the inner index, which ``basis`` chooses.
+    ``W' = SVD_r(W - learning_rate * grad)``, where grad is the tangent vector of the directions dB
+    and dA (:func:`riemannian_gradient`). W is never formed: all matrices have width r. The new
+    factors are balanced: the singular values of both are the square roots of those of W'. This
+    determines them up to a rotation of the inner index, which ``basis`` chooses.
 
     Args:
         B: output-side factor, shape (..., m, r).
@@ -46,26 +46,27 @@ def exact_update(
         dB: gradient (or direction) of B, same shape as B.
         dA: gradient (or direction) of A, same shape as A.
         learning_rate: step size, a scalar.
-        method: "graph", "gram" or "svd", from fast to always right; pairs that one can't do
-            accurately fall back to the next. "auto" is "graph". See :mod:`loro_jax.exact`.
+        method: "graph", "gram" or "svd", from the fastest to the most accurate; pairs for which a
+            method is not accurate fall back to the next. "auto" is "graph". See
+            :mod:`loro_jax.exact`.
         max_move: trust region. The step is cut so that ``learning_rate |grad| <= max_move |W|`` in
             Frobenius norms; W then moves by at most ``2 max_move |W|``, because the retraction at
             most doubles the distance. None: no bound, as in the paper.
         damping: d >= 0. The gradient's ``(B^T B)^{-1}`` and ``(A A^T)^{-1}`` become
-            ``(B^T B + d |B|^2 / r I)^{-1}`` and likewise for A: steps along small singular values
-            are shortened, others hardly. None: none, as in the paper.
-        basis: "singular", the paper's: the inner index counts singular values. "nearest": B' and A'
-            as near to B and A as balanced factors of W' can be, so that what was averaged in the
-            basis of the old factors still fits. See :mod:`loro_jax.exact.basis`.
+            ``(B^T B + d |B|^2 / r I)^{-1}`` and its counterpart for A: steps along small singular
+            values are shortened, others hardly change. None: none, as in the paper.
+        basis: "singular", the paper's: the inner index orders singular values. "nearest": the
+            balanced factors B' and A' of W' closest to B and A, so that averages in the basis of
+            the old factors remain valid. See :mod:`loro_jax.exact.basis`.
 
     Returns:
         B' and A', same shapes and dtypes as B and A. Computed in float32, or wider if the
         factors are.
 
     Raises:
-        ValueError: if the shapes do not make a pair of rank r <= min(m, n), or the factors are not
-            of a real floating-point dtype, or dB and dA differ in shape from them, or the method or
-            the basis is unknown.
+        ValueError: if the shapes do not form a pair of rank r <= min(m, n), the factors do not have
+            a real floating-point dtype, the shapes of dB and dA differ from theirs, or the method
+            or the basis is unknown.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -96,13 +97,13 @@ def counted_exact_update(
     where: str,
     basis: str = "singular",
 ) -> tuple[Array, Array, Array]:
-    """:func:`exact_update`, and how many pairs of the batch the method could not do (int32)."""
+    """Does the same as :func:`exact_update`, and counts the pairs that fell back (int32)."""
     check_directions(B, A, dB, dA, where)
     check_method(method, where)
     check_basis(basis, where)
     dtype = at_least_float32(jnp.promote_types(B.dtype, A.dtype))
     batch_shape = B.shape[:-2]
-    # One batch axis, of length one where there is none.
+    # Leading axes become one, of length one if there is none.
     Bs, As, dBs, dAs = (x.reshape(-1, *x.shape[-2:]).astype(dtype) for x in (B, A, dB, dA))
     sizes = jax.tree.map(lambda x: jnp.broadcast_to(jnp.asarray(x, dtype), Bs.shape[:1]), size)
     step = retract(method, Bs, As, dBs, dAs, sizes, basis)
@@ -121,14 +122,14 @@ def exact_step(
     damping: Any | None = None,
     where: str = "exact_step",
 ) -> StepOfPairs:
-    """Makes the exact step that :func:`loro_jax.riemannian_descent` takes of Proposition 4.
+    """Makes the exact step of Proposition 4 for :func:`loro_jax.riemannian_descent`.
 
     Args:
         method: as for :func:`exact_update`.
-        basis: likewise.
-        max_move: likewise, or a schedule.
-        damping: likewise, or a schedule.
-        where: what was called, for error messages.
+        basis: as for :func:`exact_update`.
+        max_move: as for :func:`exact_update`, or a schedule.
+        damping: as for :func:`exact_update`, or a schedule.
+        where: the function that was called, for error messages.
 
     Returns:
         A function of B, A, their directions, the learning rate and the number of the step.
@@ -151,12 +152,12 @@ def exact_step(
 
 
 def of_moves(step: StepOfPairs, lr_scale: Any | None) -> StepOfPairs:
-    """Makes an exact step of directions that are moves of the factors, not gradients.
+    """Makes an exact step for directions that are moves of the factors, not gradients.
 
     Args:
-        step: an exact step of gradients.
-        lr_scale: factor on the learning rate, which moves take on exact steps too; None: r /
-            min(m, n).
+        step: an exact step for gradients.
+        lr_scale: factor on the learning rate, which applies to moves on exact steps too; None:
+            r / min(m, n).
     """
 
     def take(

@@ -1,4 +1,4 @@
-"""The methods that LORO is compared with; each file says what its method does and by whom it is."""
+"""The methods that LORO is compared with; each file describes its method and names the source."""
 
 from loro_jax.peers.adarankgrad import adarankgrad
 from loro_jax.peers.fira import fira

@@ -3,15 +3,15 @@
 Source: Refael et al., ICLR 2025 (arXiv 2410.17881). A weight's subspace is renewed when Adam has
 converged inside it, or after a period. The new subspace is found by randomised SVD; its rank r is
 the smallest with ``|G - P P^T G|^2 <= eta |G|^2`` (Frobenius). With ``C = P_new^T P_old`` the
-moments are transported to it: ``M <- C M``. Then follow Adam on ``R = P^T G`` and the step
+moments are transported to it: ``M <- C M``. Then Adam is applied to ``R = P^T G``, and the step is
 ``-lr alpha P N``.
 
 Shapes are static under jit, so every projector and moment has the largest rank; columns of P beyond
 the adaptive rank are zero, and so are the rows of R, M, V and N. Smaller ranks therefore save no
-memory here; ``rank`` in the state says how small the state could be.
+memory here; ``rank`` in the state shows how small the state could be.
 
 The rules above are from the paper's abstract and from summaries of it, not from its pseudo-code.
-The defaults of ``eta`` and ``tolerance``, and the following rules, are choices made here.
+The defaults of ``eta`` and ``tolerance``, and the following rules, are choices of this library.
 
 * Second moments are transported by ``V <- (C * C) V`` (entrywise square), which is exact for
   uncorrelated coordinates and never negative. ``C V``, the rule of first moments, may be negative.
@@ -74,19 +74,20 @@ def adarankgrad(
 ) -> optax.GradientTransformationExtraArgs:
     """Creates AdaRankGrad for the projected leaves, with Adam for the others.
 
-    State is float32 or wider, whatever the parameters' dtype, and has the size of the largest rank.
+    The state is float32 or wider for any dtype of the parameters, and has the size of the largest
+    rank.
 
     Args:
-        learning_rate: as all arguments but ``eta`` and ``tolerance``, see
-            :func:`loro_jax.peers.galore.galore`.
+        learning_rate: see :func:`loro_jax.peers.galore.galore`, as for all arguments except ``eta``
+            and ``tolerance``.
         rank: the largest rank of a projector.
         projected: which leaves to project.
         update_every: T. Steps 0, T, 2T, ... renew all subspaces.
-        scale: alpha, on the projected leaves' updates.
-        eta: share of the gradient's squared norm that the subspace may lose, if the largest rank
+        scale: alpha, a factor on the projected leaves' updates.
+        eta: fraction of the gradient's squared norm that the subspace may lose, if the largest rank
             can reach it.
         tolerance: a subspace is renewed early when the projected gradient's norm is below this
-            share of its value when the subspace was computed. 0: never early.
+            fraction of its value when the subspace was computed. 0: never early.
         b1: decay of Adam's first moment.
         b2: decay of Adam's second moment.
         eps: Adam's epsilon.

@@ -1,17 +1,16 @@
-"""Fira: GaLore's update plus the remaining gradient, scaled as Adam scales the projected part.
+"""Fira: GaLore's update plus the rest of the gradient, scaled like the projected part by Adam.
 
 Source: Chen et al., NeurIPS 2025 (arXiv 2410.01623). With ``R = P^T G`` and Adam's direction N of
 R, the part of the gradient that GaLore drops is ``S = G - P R``. Adam has no moments for it, so
-each column is multiplied by what Adam did to the norm of the same column of R (the paper's
-norm-based scaling): ``phi_j = |N_j| / |R_j|``. Columns run along the larger side, whichever that
-is. Then the norm-growth
-limiter: where ``|S_t| > gamma |S_(t-1)|`` (Frobenius, a norm for each matrix, after its own
-limiting), S_t is shortened to ``gamma |S_(t-1)|``. The update is ``alpha P N + S``.
+each column is multiplied by the factor by which Adam changed the norm of the same column of R (the
+paper's norm-based scaling): ``phi_j = |N_j| / |R_j|``. Columns are counted along the larger side.
+Then the norm-growth limiter is applied: if ``|S_t| > gamma |S_(t-1)|`` (Frobenius, one norm per
+matrix, after limiting), S_t is scaled down to ``gamma |S_(t-1)|``. The update is ``alpha P N + S``.
 
 As in the authors' code, 1e-8 is added to ``|R_j|``, alpha is not applied to S, and the first S is
-not limited. Unlike there, N includes Adam's bias correction before its norm is taken, and epsilon
-is added to the corrected root, as in the other methods here; and a previous norm of zero does not
-limit S, because an S that was zero once would have to stay near zero forever.
+not limited. Unlike there, N includes Adam's bias correction before its norm is computed, and
+epsilon is added to the corrected root, as in the other methods here; and a previous norm of zero
+does not limit S, because otherwise an S that was zero once would stay near zero forever.
 """
 
 from __future__ import annotations
@@ -49,7 +48,7 @@ class FiraState(NamedTuple):
 
 
 def norm_scaling(N: Array, R: Array) -> Array:
-    """Returns how much Adam changed the norm of each column of a projected gradient.
+    """Returns the factor by which Adam changed the norm of each column of a projected gradient.
 
     Args:
         N: Adam's direction, (..., r, l).
@@ -106,15 +105,17 @@ def fira(
 ) -> optax.GradientTransformationExtraArgs:
     """Creates Fira for the projected leaves, with Adam for the others.
 
-    State is float32 or wider, whatever the parameters' dtype: GaLore's and one number per matrix.
+    The state is float32 or wider for any dtype of the parameters: GaLore's and one number per
+    matrix.
 
     Args:
-        learning_rate: as all arguments but ``gamma``, see :func:`loro_jax.peers.galore.galore`.
+        learning_rate: see :func:`loro_jax.peers.galore.galore`, as for all arguments except
+            ``gamma``.
         rank: r of every projector.
         projected: which leaves to project.
         update_every: T.
-        scale: alpha, on the update within the subspace.
-        gamma: the remainder's norm grows at most by this factor in a step.
+        scale: alpha, a factor on the update within the subspace.
+        gamma: largest factor by which the remainder's norm grows in a step.
         b1: decay of Adam's first moment.
         b2: decay of Adam's second moment.
         eps: Adam's epsilon.

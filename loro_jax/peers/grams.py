@@ -1,4 +1,4 @@
-"""Dividing directions of the factors by the Gram matrices of the other factor."""
+"""Division of a factor's directions by the Gram matrix of the other factor."""
 
 from __future__ import annotations
 
@@ -17,10 +17,11 @@ Array = jax.Array
 def divide_by_grams(
     B: Array, A: Array, g_B: Array, g_A: Array, damping: jax.typing.ArrayLike
 ) -> tuple[Array, Array]:
-    """``g_B (A A^T + damping I)^-1`` and ``(B^T B + damping I)^-1 g_A``, of shapes (..., m, r) etc.
+    """Returns ``g_B (A A^T + damping I)^-1`` and ``(B^T B + damping I)^-1 g_A``.
 
-    Computed and returned in float32 or wider. Zero factors and zero damping give finite results:
-    see :func:`loro_jax.peers.preconditioned.scale_by_preconditioner`.
+    Shapes are (..., m, r) and (..., r, n); computed and returned in float32 or wider. Zero factors
+    and zero damping give finite results: see
+    :func:`loro_jax.peers.preconditioned.scale_by_preconditioner`.
 
     Example:
         >>> import jax.numpy as jnp
@@ -42,10 +43,10 @@ def divide_by_grams(
 
 
 def _inverse_root(gram: Array, damping: Array) -> Array:
-    """X with ``X^T X = (gram + damping I)^-1``."""
+    """Returns X with ``X^T X = (gram + damping I)^-1``."""
     r = gram.shape[0]
     damped = gram + damping * jnp.eye(r, dtype=gram.dtype)
-    # What rounding leaves of eigenvalues near zero may be negative: the shift is larger.
+    # Rounding may make eigenvalues near zero negative; the shift is larger than that.
     return cholesky_with_inverse(damped, shift=r * float(jnp.finfo(gram.dtype).eps)).inverse
 
 

@@ -4,15 +4,15 @@ For a pair W = B A with the gradients ``g_B = G A^T`` and ``g_A = B^T G``,
 
     ``d_B = g_B (A A^T + delta I)^-1``    and    ``d_A = (B^T B + delta I)^-1 g_A``.
 
-Without damping, the product's move ``d_B A + B d_A = G P_V + P_U G`` does not depend on which
-factors represent W, nor on how ill-conditioned they are. Steps along d itself are ScaledGD (Tong,
-Ma and Chi); d handed to Adam in the place of the gradient is scaled AdamW (Zhang and Pilanci).
+Without damping, the product's move ``d_B A + B d_A = G P_V + P_U G`` depends neither on the choice
+of factors for W nor on their conditioning. Steps along d are ScaledGD (Tong, Ma and Chi); Adam
+applied to d instead of the gradient is scaled AdamW (Zhang and Pilanci).
 
-LORO's exact step asks for gradients, whose Grams it divides out by itself. So a direction d is
-multiplied by the Grams again before: with ``d_B (A A^T)`` and ``(B^T B) d_A`` that step moves W
-along ``(I - P_U) d_B A + B d_A``, the directions' own tangent vector, at their own scale. For
-Adam's directions this is the exact step of scaled AdamW; for d without damping and Adam it is the
-Riemannian gradient.
+LORO's exact step expects gradients and divides them by the Gram matrices. So a direction d is first
+multiplied by the Gram matrices: with ``d_B (A A^T)`` and ``(B^T B) d_A`` the exact step moves W
+along ``(I - P_U) d_B A + B d_A``, the tangent vector of the directions at their original scale. For
+Adam's directions this is the exact step of scaled AdamW; for d without damping and Adam it is a
+step along the Riemannian gradient.
 
 Sources: Tong, Ma and Chi, "Accelerating Ill-Conditioned Low-Rank Matrix Estimation via Scaled
 Gradient Descent", JMLR 2021; Zhang and Pilanci, "Riemannian Preconditioned LoRA for Fine-Tuning
@@ -44,22 +44,23 @@ def scale_by_preconditioner(
     """Multiplies the gradients of each pair's factors by the damped inverse of a Gram matrix.
 
     Args:
-        damping: delta >= 0, added to the diagonals of ``A A^T`` and ``B^T B``. In float32 a Gram
-            does not tell eigenvalues below r * 1e-7 of its diagonal from zero; these are raised to
-            about that, so that all is finite with factors of any rank, zero included.
-        pairs: None to find the pairs by themselves, or a spec: see :func:`loro_jax.find_pairs`.
+        damping: delta >= 0, added to the diagonals of ``A A^T`` and ``B^T B``. In float32,
+            eigenvalues of a Gram matrix below r * 1e-7 of its diagonal can't be distinguished from
+            zero; they are raised to about this value, so that results are finite for factors of any
+            rank, including zero.
+        pairs: None to detect the pairs automatically, or a spec: see :func:`loro_jax.find_pairs`.
 
     Returns:
-        A stateless ``optax.GradientTransformation`` that needs ``params``. Leaves that are no
+        A stateless ``optax.GradientTransformation`` that needs ``params``. Leaves that are not
         factors pass through, and so does a tree without pairs. Computed in float32 or wider, and
         returned in the gradients' dtypes.
 
     Raises:
-        ValueError: for a negative ``damping``; from ``update``, without ``params``, or when a
-            pair's shapes do not fit.
+        ValueError: for a negative ``damping``; from ``update``, without ``params``, or if a pair's
+            shapes do not fit.
 
     Example:
-        Scaled AdamW in a chain of one's own:
+        Scaled AdamW as a chain:
 
         >>> import jax, jax.numpy as jnp, optax
         >>> from loro_jax import LowRank
@@ -106,10 +107,10 @@ def preconditioned_direction(
 
     Args:
         damping: as for :func:`scale_by_preconditioner`.
-        then: what makes directions of them; None: Adam.
+        then: turns them into directions; None: Adam.
 
     Returns:
-        A direction; the leaves that are no factors have that of their plain gradients.
+        A direction; for leaves that are not factors it uses the plain gradients.
     """
     inner = adam() if then is None else as_direction(then)
 
@@ -136,19 +137,19 @@ def preconditioned(
     exact_method: str = "auto",
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
-    """Scaled AdamW, with LORO's exact steps in between if wanted.
+    """Optimizes by scaled AdamW, optionally with LORO's exact steps.
 
     Args:
         learning_rate: a number or a schedule.
         damping: delta, see :func:`scale_by_preconditioner`.
         exact_every: K; step t, counted from 0, is exact when ``(t + 1) % K == 0``. None: never.
-        direction: what makes directions of preconditioned gradients; None: Adam. With
+        direction: turns preconditioned gradients into directions; None: Adam. With
             ``optax.identity()`` the method is ScaledGD.
         max_move: trust region of the exact step.
         exact_method: how the exact step is computed.
-        **options: passed on to :func:`loro_jax.riemannian_descent`: ``lr_scale`` (1 by default,
-            also on matrices that are not square), ``moments`` (but "transport" is for moments of
-            plain gradients), ``weight_decay``, ``regular``, ``pairs`` and ``mesh``.
+        **options: passed to :func:`loro_jax.riemannian_descent`: ``lr_scale`` (1 by default, for
+            matrices that are not square, too), ``moments`` (except "transport", which is for
+            moments of plain gradients), ``weight_decay``, ``regular``, ``pairs`` and ``mesh``.
 
     Returns:
         An ``optax.GradientTransformationExtraArgs`` with a :class:`loro_jax.LoroState`.

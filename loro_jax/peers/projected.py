@@ -1,7 +1,7 @@
-"""The Optax shell around methods that project the gradients of some dense leaves.
+"""The Optax transformation shared by methods that project gradients of dense leaves.
 
-A method says how a projected matrix begins and how it steps; the shell splits the tree, runs plain
-Adam on the other leaves, and applies learning rate and weight decay.
+A method defines the initial state and the step of one projected matrix; this module splits the
+tree, runs plain Adam on the other leaves, and applies learning rate and weight decay.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from loro_jax.peers.projection import AdamConstants, adam, as_shaped, smaller_si
 
 Array = jax.Array
 Projected = Any | Callable[[Any], Any]
-# What a state holds for one leaf: projector, mu, nu, and whatever the method adds.
+# The state of one leaf: projector, mu, nu, and further arrays of the method.
 Slots = tuple[Array, ...]
 
 
@@ -28,13 +28,13 @@ class ProjectedSettings(NamedTuple):
     Attributes:
         learning_rate: a number or a schedule.
         rank: r of every projector, or the largest r.
-        projected: which leaves to project: a tree of bools of the parameters' structure, or a
-            callable that makes it from the parameters. A projected leaf is (..., m, n); leading
+        projected: which leaves to project: a tree of bools with the parameters' structure, or a
+            callable that returns it, given the parameters. A projected leaf is (..., m, n); leading
             axes are layers, each with its own projector.
         update_every: T. Steps 0, T, 2T, ... compute new projectors.
-        scale: alpha, on the updates within the subspace.
+        scale: alpha, a factor on the updates within the subspace.
         constants: Adam's decays and epsilon, as in ``optax.scale_by_adam``.
-        weight_decay: decoupled decay of all leaves, ``lr * weight_decay`` a step.
+        weight_decay: decoupled decay of all leaves, ``lr * weight_decay`` per step.
     """
 
     learning_rate: optax.ScalarOrSchedule
@@ -46,7 +46,7 @@ class ProjectedSettings(NamedTuple):
     weight_decay: float
 
     def checked(self, where: str) -> ProjectedSettings:
-        """Returns the settings; raises ValueError for those that no method can use."""
+        """Returns the settings; raises ValueError for values that no method can use."""
         for name, value in (("rank", self.rank), ("update_every", self.update_every)):
             if not isinstance(value, int) or isinstance(value, bool) or value < 1:
                 raise ValueError(
@@ -78,20 +78,19 @@ def projected_descent(
 
     Args:
         where: name of the method, for messages.
-        settings: those that all methods share.
+        settings: the settings that all methods share.
         state_type: NamedTuple of ``count``, ``projector``, ``mu``, ``nu`` and the method's own
-            fields. All but the count are trees of the parameters' structure; a leaf that is not
-            projected has a scalar zero in each tree except ``mu`` and ``nu``.
-        begin: from the shape (..., k, l), k <= l, and the dtype of a matrix to its first slots.
-        step: from a gradient (..., k, l), the slots and the count (from 0) to the direction and the
-            new slots.
+            fields. All except the count are trees with the parameters' structure; a leaf that is
+            not projected has a scalar zero in each tree except ``mu`` and ``nu``.
+        begin: (shape (..., k, l) with k <= l, dtype) of a matrix -> its initial slots.
+        step: (gradient (..., k, l), slots, count from 0) -> (direction, new slots).
 
     Returns:
         An ``optax.GradientTransformationExtraArgs``.
 
     Raises:
         ValueError: from ``init``, if ``projected`` does not fit the parameters or the rank exceeds
-            the smaller side of a leaf; from ``update``, without ``params`` if there is a weight
+            the smaller side of a leaf; from ``update``, without ``params`` if there is weight
             decay.
     """
     learning_rate, weight_decay = settings.learning_rate, settings.weight_decay
@@ -101,7 +100,7 @@ def projected_descent(
         count = jnp.zeros([], jnp.int32)
         treedef: Any
         leaves, treedef = jax.tree.flatten(params)
-        if not leaves:  # also Optax's placeholder for a whole tree of parameters
+        if not leaves:  # includes Optax's placeholder for a tree of parameters
             fields = len(jax.eval_shape(lambda: begin((1, 1), jnp.float32)))
             return state_type(count, *[params] * fields)
         flags = _flags(params, settings.projected, settings.rank, where)
@@ -158,8 +157,8 @@ def _begin(leaf: Array, flag: bool, begin: Callable[[tuple[int, ...], Any], Slot
     if flag:
         *batch, m, n = leaf.shape
         return begin((*batch, min(m, n), max(m, n)), dtype)
-    # Scalars in place of what plain Adam does not need: every tree keeps an array at every leaf,
-    # and none is empty, so containers and checkpoints need no special case.
+    # Scalars replace the arrays that plain Adam does not need: every tree has an array at every
+    # leaf, and none is empty, so containers and checkpoints need no special case.
     projector, _, _, *others = jax.eval_shape(lambda: begin((1, 1), dtype))
     mu, nu = jnp.zeros(leaf.shape, dtype), jnp.zeros(leaf.shape, dtype)
     return (

@@ -1,14 +1,14 @@
 """Low-rank training that balances its factors every K steps.
 
-An ordinary step of the factors, after which ``B A`` is factorised anew by its SVD,
-``B = U S^(1/2)`` and ``A = S^(1/2) V^T``, and Adam starts anew: the product does not move, its
-factors do. LORO without its Riemannian step.
+After an ordinary step of the factors, ``B A`` is factorised by its SVD, ``B = U S^(1/2)`` and
+``A = S^(1/2) V^T``, and Adam's moments are reset: this changes the factors but not the product. It
+is LORO without its Riemannian step.
 
 * :func:`lowrank_restarts`: plain low-rank AdamW with "weight refactorization" and "momentum reset"
   (Glentis et al., "Scalable Parameter and Memory Efficient Pretraining for LLM", 2025, arXiv
   2505.22922).
-* :func:`svd_projection`: LORO's approximate steps, scaled by r / min(m, n), with the retraction
-  alone in the place of its exact step.
+* :func:`svd_projection`: LORO's approximate steps, scaled by r / min(m, n), with only the
+  retraction instead of its exact step.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from loro_jax.lowrank import balance, rank_ratio
 
 
 def balanced_step(lr_scale: float | None) -> Callable[..., tuple[jax.Array, jax.Array]]:
-    """A step of the factors followed by a balanced factorisation of their product.
+    """Makes a step of the factors followed by a balanced factorisation of their product.
 
     Args:
         lr_scale: factor on the learning rate; None: r / min(m, n) of each pair.
@@ -60,17 +60,17 @@ def lowrank_restarts(
     lr_scale: float | None = 1.0,
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
-    """Low-rank AdamW whose factors are balanced, and whose moments are dropped, every K steps.
+    """Optimizes by low-rank AdamW; balances the factors and resets the moments every K steps.
 
     Args:
         learning_rate: a number or a schedule.
         every: K.
         direction: ``optax.scale_by_adam()`` by default.
         lr_scale: factor on the learning rate of the factors; None: r / min(m, n).
-        **options: passed on to :func:`loro_jax.riemannian_descent`, ``moments`` say.
+        **options: passed to :func:`loro_jax.riemannian_descent`, for example ``moments``.
 
     Returns:
-        An ``optax.GradientTransformationExtraArgs``; its updates have to be the last of a chain.
+        An ``optax.GradientTransformationExtraArgs``, which must be the last in a chain.
 
     Raises:
         ValueError: as :func:`loro_jax.riemannian_descent`.
@@ -98,7 +98,7 @@ def lowrank_restarts(
 def svd_projection(
     learning_rate: optax.ScalarOrSchedule, *, every: int = 500, **options: Any
 ) -> optax.GradientTransformationExtraArgs:
-    """LORO with the retraction alone in the place of its exact step.
+    """Optimizes by LORO with only the retraction instead of its exact step.
 
     Args:
         learning_rate: a number or a schedule.
@@ -106,7 +106,7 @@ def svd_projection(
         **options: as for :func:`lowrank_restarts`.
 
     Returns:
-        An ``optax.GradientTransformationExtraArgs``; its updates have to be the last of a chain.
+        An ``optax.GradientTransformationExtraArgs``, which must be the last in a chain.
 
     Example:
         >>> import jax.numpy as jnp

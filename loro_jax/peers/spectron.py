@@ -9,13 +9,13 @@ For a pair W = B A, with sigma(X) the largest singular value of X and eta the le
 
 The product then moves by ``-rho (O_B A + B O_A) + rho^2 O_B O_A``, of spectral norm at most
 ``rho (sigma(A) + sigma(B) + rho) <= eta`` while ``rho <= 1``. The Newton-Schulz polynomial may
-overshoot, ``sigma(O) <= 1.203``, so what holds for sure is ``1.203 eta``. And the two norms are
-estimates from below, by a power iteration that resumes where it stopped a step ago: the bound is
-loose in the first steps, until its vectors have turned towards the singular ones.
+overshoot, ``sigma(O) <= 1.203``, so the guaranteed bound is ``1.203 eta``. The two norms are lower
+estimates, by a power iteration that starts from the vectors of the last step: the bound is loose in
+the first steps, until these are close to the singular vectors.
 
 Source: Janson, Oyallon and Belilovsky, "Stabilizing Native Low-Rank LLM Pretraining",
 arXiv 2602.12429, 2026; constants that its summaries do not give are those of NVIDIA's
-Emerging-Optimizers, but for the momentum, 0.95 (there 0.9).
+Emerging-Optimizers, except for the momentum, 0.95 (there 0.9).
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class SpectronState(NamedTuple):
 
     Attributes:
         momentum: averaged gradients, a tree like the factors.
-        vectors: where the power iterations stand: (..., m, 1) for each B, (..., 1, n) for each A.
+        vectors: vectors of the power iterations: (..., m, 1) for each B, (..., 1, n) for each A.
     """
 
     momentum: Any
@@ -49,14 +49,14 @@ class SpectronState(NamedTuple):
 
 
 def spectron_direction(momentum: float = 0.95, newton_schulz_steps: int = 5) -> Direction:
-    """Spectron's moves of the factors, as a direction.
+    """Returns Spectron's moves of the factors as a direction.
 
     Args:
         momentum: beta, the decay of the averaged gradients.
         newton_schulz_steps: Newton-Schulz iterations on the momentum.
 
     Returns:
-        A direction whose results are moves of the factors; its ``lr_scale`` is 1.
+        A direction of kind "moves"; its ``lr_scale`` is 1.
 
     Raises:
         ValueError: for a ``momentum`` outside [0, 1), or no iterations.
@@ -94,22 +94,22 @@ def spectron(
     weight_decay: WeightDecay = 0.0,
     **options: Any,
 ) -> optax.GradientTransformationExtraArgs:
-    """Spectron for the factors of all pairs, Adam for all other leaves.
+    """Optimizes the factors of all pairs by Spectron, and all other leaves by Adam.
 
     Args:
-        learning_rate: a number or a schedule. ``lr_scale`` times that is eta, the bound on the
-            spectral norm of the product's update, and so of another size than Adam's.
+        learning_rate: a number or a schedule. eta is ``lr_scale`` times this: it bounds the
+            spectral norm of the product's update, so its scale differs from Adam's.
         momentum: beta, the decay of the averaged gradients.
         newton_schulz_steps: Newton-Schulz iterations on the momentum.
         weight_decay: decoupled decay; each step shrinks a leaf by its learning rate (for a factor
             eta, not rho) times this. Or a pair ``(number, mask)``.
-        **options: passed on to :func:`loro_jax.riemannian_descent`: ``lr_scale`` (1 by default),
-            ``regular`` (by default the Adam that LORO uses, :func:`loro_jax.adam`) and ``pairs``.
+        **options: passed to :func:`loro_jax.riemannian_descent`: ``lr_scale`` (1 by default),
+            ``regular`` (by default LORO's Adam, :func:`loro_jax.adam`) and ``pairs``.
 
     Returns:
         An ``optax.GradientTransformationExtraArgs`` with a :class:`loro_jax.LoroState`; it needs
-        ``params``, and its updates have the parameters' dtypes. Factors narrower than float32 are
-        stepped in float32.
+        ``params``, and its updates have the parameters' dtypes. Steps of factors narrower than
+        float32 are computed in float32.
 
     Raises:
         ValueError: for a ``momentum`` outside [0, 1), no iterations, a negative ``weight_decay``;
@@ -140,12 +140,12 @@ def spectron(
 
 
 def _start(X: Array) -> Array:
-    """A unit vector for the power iteration on the longer side of a factor."""
+    """Returns a unit vector to start the power iteration on the longer side of a factor."""
     return start_vector(X) if X.shape[-2] >= X.shape[-1] else start_vector(X.mT).mT
 
 
 def _largest_singular_value(X: Array, vector: Array) -> tuple[Array, Array]:
-    """The estimate after one more iteration, (..., 1, 1), and the vector."""
+    """Runs one more iteration; returns the estimate, (..., 1, 1), and the vector."""
     if X.shape[-2] >= X.shape[-1]:
         return power_iteration(_widened(X), vector)
     sigma, left = power_iteration(_widened(X).mT, vector.mT)

@@ -10,8 +10,8 @@ from loro_jax.linalg.precision import matmul
 
 Array = jax.Array
 
-# Columns of the sketch beyond the rank, and subspace iterations: usual values, with which the
-# subspace is that of the SVD up to rounding where singular values fall off.
+# Columns of the sketch beyond the rank, and subspace iterations: usual values, for which the
+# subspace equals that of the SVD up to rounding if singular values decay.
 _OVERSAMPLE, _ITERATIONS = 8, 2
 
 
@@ -79,7 +79,7 @@ def adaptive_projector(G: Array, count: Array, *, rank: int, eta: float) -> tupl
 
     Args:
         G: (..., k, l) with k <= l.
-        count: the step, which fixes the sketch: a state needs no random key.
+        count: the step, which seeds the sketch, so that the state needs no random key.
         rank: r, the largest rank.
         eta: see :func:`adaptive_rank`.
 

@@ -1,21 +1,21 @@
-"""SwitchLoRA: single vectors of B and A are swapped for spare ones, a few at every step.
+"""SwitchLoRA: every step swaps a few single vectors of B and A for spare ones.
 
 The weight is W0 + s B A with a frozen W0. A switch replaces a row of A (or a column of B) by a
-candidate and moves the difference into W0: the function stays, the directions that can be learned
-change. Row k of A and column k of B are each other's counterparts, since the gradient of one is a
-product with the other. So a switch of one leaves its own Adam moments valid and spoils those of
-its counterpart: they are zeroed, and the counterpart is held for N = 5 updates.
+candidate and adds the difference to W0: the function stays the same, but other directions can be
+learned. Row k of A and column k of B are counterparts, because the gradient of one is a product
+with the other. So a switch of one leaves its Adam moments valid and invalidates those of its
+counterpart: these are zeroed, and the counterpart is frozen for N = 5 updates.
 
-Order within a training step: gradients, :func:`switch`, :func:`hold` on the gradients, Adam,
-:func:`thaw`. The gradients may come from before the switch: that of a switched vector depends on
-the function and on its counterpart alone, and both are as before.
+The order in a training step is: gradients, :func:`switch`, :func:`hold` on the gradients, Adam,
+:func:`thaw`. The gradients may be from before the switch, because the gradient of a switched vector
+depends only on the function and on its counterpart, and neither changes.
 
 Source: Zhou, Wang, Xu, "SwitchLoRA: Switched Low-Rank Adaptation Can Learn Full-Rank
-Information", arXiv 2406.06564, and the authors' code (github.com/asfsdsf/SwitchLoRA), which
-settles details: vectors and candidates take turns, and B runs half a round ahead of A. Rows of A
-take turns in a circle of r, spare vectors in a circle of q. A vector that leaves takes the place of
-the one that replaces it and so waits for q switches until it is back: the same order as in the
-authors' code, which keeps all r + q vectors in one circle.
+Information", arXiv 2406.06564, and for details the authors' code (github.com/asfsdsf/SwitchLoRA):
+vectors and candidates take turns, with B half a round ahead of A. Rows of A take turns in a circle
+of r, spare vectors in a circle of q. A vector that is switched out takes the place of its
+replacement and so returns after q switches: the same order as in the authors' code, which keeps all
+r + q vectors in one circle.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ Pair = tuple[Array, Array]
 
 
 class Candidates(NamedTuple):
-    """The spare vectors of one weight, q = min(m, n) - r a side, and how many were used.
+    """The spare vectors of one weight, q = min(m, n) - r per side, and the number of switches.
 
     Attributes:
         B: spare columns, shape (..., m, q).
         A: spare rows, shape (..., q, n).
-        switched: switches a side so far, int32 of shape (...); it says whose turn is next.
+        switched: switches per side so far, int32 of shape (...); it determines the next turn.
     """
 
     B: Array
@@ -49,13 +49,13 @@ class Candidates(NamedTuple):
 
 
 class SwitchState(NamedTuple):
-    """All of one weight that a switch changes.
+    """All parts of one weight that a switch changes.
 
     Attributes:
         W0: frozen weight (..., m, n); leading axes are layers.
         B: (..., m, r).
         A: (..., r, n).
-        candidates: the spare vectors; they take in what is switched out.
+        candidates: the spare vectors, which vectors that are switched out join.
         moments: pairs (for_B, for_A), as ``((mu_B, mu_A), (nu_B, nu_A))``.
         frozen: remaining steps of each column of B and row of A, :func:`nothing_frozen` at first.
     """
@@ -79,22 +79,22 @@ def switch(
     ratio: float = 0.1,
     freeze_steps: int = 5,
 ) -> SwitchState:
-    """Switches a few rows of A and as many columns of B, and keeps W0 + s B A.
+    """Switches a few rows of A and the same number of columns of B; keeps W0 + s B A.
 
-    At a step ``r / interval * switch_frequency(step)`` vectors a side are switched on average,
-    rounded up or down at random, layer by layer; never a frozen one. Adam's bias correction should
-    start anew with zeroed moments, as in the authors' optimizer: where it counts the updates of
-    each vector, pass the counts as one more pair of moments, (..., 1, r) and (..., r, 1).
+    On average ``r / interval * switch_frequency(step)`` vectors per side are switched in a step,
+    rounded up or down at random for each layer, but never frozen ones. Adam's bias correction
+    should restart with zeroed moments, as in the authors' optimizer: if updates are counted for
+    each vector, pass the counts as another pair of moments, (..., 1, r) and (..., r, 1).
 
     Args:
         key: a JAX random key, a new one for every step and weight.
         step: the step, from 0; may be traced.
-        state: of the weight.
-        scale: s; the authors' is 1 / r.
+        state: the weight's state.
+        scale: s; the authors use 1 / r.
         total_steps: length of the run.
-        interval: steps at the start in which every vector has its turn once.
-        ratio: the part of the run after which a third of the frequency is left.
-        freeze_steps: N, the updates for which a counterpart is held.
+        interval: initial number of steps in which every vector is switched once.
+        ratio: the fraction of the run after which the frequency has fallen to a third.
+        freeze_steps: N, the number of updates for which a counterpart is frozen.
 
     Returns:
         The state after the switches, in the shapes and dtypes of the input.
@@ -131,9 +131,9 @@ def switch(
 
 
 def switch_frequency(step: jax.typing.ArrayLike, total_steps: int, ratio: float = 0.1) -> Array:
-    """``exp(-theta step)``: how often vectors switch at a step, relative to step 0.
+    """Returns ``exp(-theta step)``, the frequency of switches relative to step 0.
 
-    theta is such that a third is left at ``ratio * total_steps``; the authors' code leaves 0.3.
+    theta is such that it is a third at ``ratio * total_steps``; in the authors' code it is 0.3.
 
     Raises:
         ValueError: if ``total_steps`` or ``ratio`` is not positive.
@@ -152,7 +152,7 @@ def switch_frequency(step: jax.typing.ArrayLike, total_steps: int, ratio: float 
 
 
 def nothing_frozen(B: Array) -> Pair:
-    """The freezing state of a fresh run: int32 zeros (..., r) for columns of B and rows of A."""
+    """Returns the initial freezing state: int32 zeros (..., r) for columns of B and rows of A."""
     zeros = jnp.zeros((*B.shape[:-2], B.shape[-1]), jnp.int32)
     return zeros, zeros
 
@@ -160,8 +160,8 @@ def nothing_frozen(B: Array) -> Pair:
 def hold(for_B: Array, for_A: Array, frozen: Pair) -> Pair:
     """Zeroes the gradients of frozen columns and rows.
 
-    Adam does not move a vector whose moments and gradient are zero. An optimizer with weight
-    decay does: hold its updates too.
+    Adam does not move a vector whose moments and gradient are zero. With weight decay it does, so
+    apply this to the updates, too.
 
     Example:
         >>> hold(jnp.ones((1, 2)), jnp.ones((2, 1)), (jnp.array([0, 2]), jnp.zeros(2)))[0].tolist()
@@ -171,7 +171,7 @@ def hold(for_B: Array, for_A: Array, frozen: Pair) -> Pair:
 
 
 def thaw(frozen: Pair) -> Pair:
-    """Counts one update: frozen vectors come a step closer to moving again.
+    """Counts one update: reduces the remaining steps of frozen vectors by one.
 
     Example:
         >>> [held.tolist() for held in thaw((jnp.array([0, 2]), jnp.array([5, 1])))]
@@ -200,7 +200,7 @@ def _check_state(state: SwitchState) -> None:
 
 
 def _check_rest(interval: float, freeze_steps: int) -> None:
-    """Raises ValueError unless vectors can rest."""
+    """Raises ValueError unless enough vectors can be frozen."""
     if freeze_steps < 0 or interval <= 0 or interval < 2 * freeze_steps:
         raise ValueError(
             f"switch: expected 0 <= freeze_steps and interval >= 2 * freeze_steps, since only half "
@@ -210,7 +210,7 @@ def _check_rest(interval: float, freeze_steps: int) -> None:
 
 
 def _most_switches(r: int, q: int, interval: float) -> int:
-    """The most vectors that one call can switch on a side; it sets the shapes under ``jit``."""
+    """Returns the most vectors that one call can switch per side; a static shape under ``jit``."""
     return min(int(r // interval) + 1, r // 2, q)
 
 
@@ -222,11 +222,11 @@ def _switch_one(
     key: Array,
     state: SwitchState,
 ) -> SwitchState:
-    """Switches ``rate`` vectors a side of a single weight, rounded at random, at most ``most``."""
+    """Switches ``rate`` vectors per side of one weight, rounded at random, at most ``most``."""
     W0, B, A, candidates, moments, frozen = state
     r, q = A.shape[0], candidates.A.shape[0]
-    # B runs half a round ahead. It is followed by the frozen rows of A, as A is by the frozen
-    # columns of B, so a side may continue for half a round less the frozen vectors.
+    # B is half a round ahead. The frozen rows of A follow it, as the frozen columns of B follow A,
+    # so a side can advance by half a round minus the number of frozen vectors.
     ahead = r // 2
     busy = jnp.maximum((frozen[0] > 0).sum(), (frozen[1] > 0).sum())
     number = jnp.floor(rate) + (jax.random.uniform(key) < rate % 1)
@@ -275,9 +275,9 @@ def _swap_rows(
     chosen: Array,
     scale: float,
 ) -> tuple[Array, Array, Array]:
-    """Exchanges the chosen rows of A and spare rows and keeps W + scale B A.
+    """Swaps the chosen rows of A with spare rows; keeps W + scale B A.
 
-    For columns of B, call it with everything transposed.
+    For columns of B, call it with all arguments transposed.
     """
     old, waiting = A[rows], spare[places]
     new = jnp.where(chosen[:, None], waiting.astype(A.dtype), old)
@@ -290,11 +290,11 @@ def _swap_rows(
 def initialise_switchlora(key: Array, m: int, n: int, r: int) -> tuple[Array, Array]:
     """Draws B (m, r) and A (r, n) with the standard deviations of SwitchLoRA.
 
-    Uniform entries around zero with ``std(B) = sqrt(g) (r / sqrt(m n))^(1/4)`` and
-    ``std(A) = sqrt(g) (r sqrt(m) / n^(3/2))^(1/4)``, where g = sqrt(1/3). With the scale s = 1/r
-    that the rule presumes, s B A has the standard deviation g / sqrt(n) of a fresh dense layer,
-    and a step in B moves the product as much as one in A. B is not zero: a run that shall start
-    from a given W starts with W0 = W - s B A.
+    Entries are uniform around zero with ``std(B) = sqrt(g) (r / sqrt(m n))^(1/4)`` and
+    ``std(A) = sqrt(g) (r sqrt(m) / n^(3/2))^(1/4)``, where g = sqrt(1/3). With the scale s = 1/r,
+    which the rule assumes, s B A has the standard deviation g / sqrt(n) of a new dense layer, and
+    a step of B moves the product as much as a step of A. B is not zero: to start from a given W,
+    set W0 = W - s B A.
 
     Args:
         key: a JAX random key.
@@ -323,17 +323,18 @@ def initialise_switchlora(key: Array, m: int, n: int, r: int) -> tuple[Array, Ar
 def initialise_candidates(key: Array, m: int, n: int, r: int) -> Candidates:
     """Draws the spare vectors, from the distributions of B and A.
 
-    With the r vectors in use there are min(m, n) a side, so that the products can span all of W.
-    For stacked layers, map it: ``jax.vmap(lambda k: initialise_candidates(k, m, n, r))(keys)``.
+    Together with the r vectors in use there are min(m, n) per side, so that the products can span
+    all of W. For stacked layers use
+    ``jax.vmap(lambda k: initialise_candidates(k, m, n, r))(keys)``.
 
     Args:
-        key: a JAX random key, another than that of B and A.
+        key: a JAX random key, different from that of B and A.
         m: output features.
         n: input features.
         r: the rank, between 1 and min(m, n).
 
     Returns:
-        Candidates in float32. In a narrower run, cast them to the dtypes of B and A.
+        Candidates in float32. For narrower parameters, cast them to the dtypes of B and A.
 
     Raises:
         ValueError: if the rank does not fit.
@@ -351,7 +352,7 @@ def initialise_candidates(key: Array, m: int, n: int, r: int) -> Candidates:
 
 
 def _draw(key: Array, m: int, n: int, r: int, count: int) -> tuple[Array, Array]:
-    """``count`` columns for B and rows for A; r sets how large they are."""
+    """Draws ``count`` columns for B and rows for A; r determines their standard deviation."""
     gain = math.sqrt(1 / 3)
     std_B = math.sqrt(gain) * (r / math.sqrt(m * n)) ** 0.25
     std_A = math.sqrt(gain) * (r * math.sqrt(m) / n**1.5) ** 0.25

@@ -1,6 +1,6 @@
-"""The configuration of a run: typed dataclasses, checked before anything is touched.
+"""The configuration of a run: typed dataclasses, validated before anything else happens.
 
-Each field is stated once, with its type, default, range and meaning: ``python train.py --help``
+Each field is defined once, with its type, default, range and meaning; ``python train.py --help``
 prints them all.
 """
 
@@ -32,8 +32,8 @@ from models.llama import LlamaConfig
 
 MOMENTS = ("auto", "reset", "reset_factors", "transport", "keep")
 
-# Fields that may differ between a run directory and the command that continues it, because the
-# trajectory and the metrics do not depend on them.
+# Fields that may differ when a run is resumed, because the trajectory and the metrics do not depend
+# on them.
 RESUMABLE_FIELDS = (
     "checkpoint_every",
     "keep_checkpoints",
@@ -46,18 +46,18 @@ RESUMABLE_FIELDS = (
 
 @dataclasses.dataclass
 class MeshConfig:
-    """Devices along each axis of the mesh; -1: all that are left."""
+    """Numbers of devices along the axes of the mesh; -1: all remaining devices."""
 
-    data: int = field(-1, None, "devices that the batch is split over; parameters are copied")
+    data: int = field(-1, None, "devices that shard the batch; parameters are replicated")
     fsdp: int = field(
-        1, None, "devices that the batch is split over, and parameters and optimizer state too"
+        1, None, "devices that shard the batch, and also parameters and optimizer state"
     )
-    tensor: int = field(1, None, "devices that projections are split over")
+    tensor: int = field(1, None, "devices that shard the projections")
 
 
 @dataclasses.dataclass
 class Config:
-    """One run. Defaults are the paper's for 60M."""
+    """The config of a run. Defaults are the paper's for 60M."""
 
     method: str = field("loro", one_of(METHODS), "how the model is trained")
     steps: int = field(10_000, at_least(1), "optimizer steps in the run")
@@ -65,20 +65,20 @@ class Config:
     init_from: str | None = field(
         None,
         None,
-        "a directory of a Hugging Face LLaMA, dense or with its factors kept: the run takes its "
+        "a directory of a Hugging Face LLaMA, dense or with factors: the run uses its "
         "architecture and starts from its weights (factors: from their truncated SVD)",
     )
-    batch_size: int = field(512, at_least(1), "sequences per optimizer step, over all devices")
+    batch_size: int = field(512, at_least(1), "sequences per optimizer step, on all devices")
     sequence_length: int = field(256, at_least(1), "tokens per sequence")
     gradient_accumulation: int = field(
-        1, at_least(1), "micro-batches that one step is split into; divides batch_size"
+        1, at_least(1), "micro-batches per optimizer step; must divide batch_size"
     )
     learning_rate: float = field(0.01, above(0), "peak of the schedule")
     warmup_steps: int = field(
-        1_000, at_least(0), "linear warm-up at the start, part of the run's steps"
+        1_000, at_least(0), "linear warm-up at the start, included in the run's steps"
     )
-    initial_lr_ratio: float = field(0.1, between(0, 1), "first learning rate over the peak")
-    final_lr_ratio: float = field(0.1, between(0, 1), "last learning rate over the peak")
+    initial_lr_ratio: float = field(0.1, between(0, 1), "first learning rate / peak")
+    final_lr_ratio: float = field(0.1, between(0, 1), "last learning rate / peak")
     restart_warmup_steps: int = field(
         5, at_least(0), "re-warm-up after each exact step, restart or merge; 0: none"
     )
@@ -86,28 +86,30 @@ class Config:
         500,
         at_least(0),
         "K: step t, from 0, is exact when (t + 1) % K == 0; 0: never. Methods without exact steps "
-        "restart, merge or renew their projectors as often",
+        "restart, merge or renew their projectors every K steps",
     )
     direction: str = field(
         "adam",
         one_of(DIRECTIONS),
-        "of the factors (loro) or the dense projections (full, where orthogonal is Muon)",
+        "direction of the factors (loro) or the dense projections (full; orthogonal is Muon there)",
     )
     moments: str = field(
         "auto",
         one_of(MOMENTS),
-        "what becomes of moments at an exact step: all leaves' or the factors' are reset, the "
-        "factors' are transported into their new basis, or all are kept; auto follows the basis: "
-        "singular resets, nearest keeps",
+        "moments at an exact step: reset those of all leaves or of the factors, transport the "
+        "factors' into the new basis, or keep all; auto follows the basis: singular resets, "
+        "nearest keeps",
     )
     max_move: float = field(
-        0.0, at_least(0), "trust region of the exact step, over the norm of the product; 0: none"
+        0.0,
+        at_least(0),
+        "trust region of the exact step, relative to the norm of the product; 0: none",
     )
     damping: float = field(
         0.0,
         at_least(0),
-        "of the inverses in the exact step, over the mean square of the factor's singular values; "
-        "0: none",
+        "damping of the inverses in the exact step, relative to the mean square of the factor's "
+        "singular values; 0: none",
     )
     exact_method: str = field(
         "graph",
@@ -117,15 +119,16 @@ class Config:
     basis: str = field(
         "singular",
         one_of(BASES),
-        "of the factors that an exact step gives: the paper's, or nearest to the old ones",
+        "basis of the new factors after an exact step: singular, the paper's, or nearest to the "
+        "old factors",
     )
     lr_scale: float | None = field(
         None,
         above(0),
-        "factor on the learning rate of the factors alone (of LORO's approximate steps), or of the "
+        "multiplies the learning rate of the factors (in LORO's approximate steps), or of the "
         "dense projections of full; none: r / min(m, n) for loro and svd_projection, 2.4 for loro "
-        "with direction orthogonal (learning_rate 0.01 then moves products by 0.024 in their "
-        "spectral norm), 1.2 for full by Muon, 1 for the others",
+        "with direction orthogonal (learning_rate 0.01 then moves products by 0.024 in spectral "
+        "norm), 1.2 for full by Muon, 1 for the others",
     )
     b1: float = field(0.9, at_least(0, below=1), "decay of Adam's first moment")
     b2: float = field(0.999, at_least(0, below=1), "decay of Adam's second moment")
@@ -139,21 +142,21 @@ class Config:
     checkpoint_every: int = field(
         1_000, at_least(1), "steps between checkpoints (and one at the end)"
     )
-    keep_checkpoints: int = field(2, at_least(1), "how many of the latest checkpoints are kept")
+    keep_checkpoints: int = field(2, at_least(1), "number of latest checkpoints to keep")
     tensorboard: bool = field(True, None, "also write TensorBoard event files")
     method_options: MethodOptions = nested(
-        MethodOptions, "fields of the chosen method or direction alone"
+        MethodOptions, "fields of the chosen method or direction"
     )
     model: LlamaConfig = nested(LlamaConfig, "architecture and precision")
     data: DataConfig = nested(DataConfig, "corpus and tokenizer")
     mesh: MeshConfig = nested(MeshConfig, "devices")
 
     def __post_init__(self) -> None:
-        """Copies the options, which a dict may have given."""
+        """Copies the options, which may have been given as a dict."""
         self.method_options = MethodOptions(self.method_options)
 
     def validate(self) -> None:
-        """Raises TrainingError, naming field, value and what was expected, for a bad value."""
+        """Raises TrainingError for an invalid value, naming the field and the expected values."""
         try:
             for problem in _CHECKS:
                 problem(self)
@@ -162,12 +165,12 @@ class Config:
 
     @property
     def short_warmup(self) -> int:
-        """A warm-up for a run of these steps: the share of them that it has in all our configs."""
+        """Warm-up steps for this number of steps: a tenth, as in all configs of the repository."""
         return self.steps // 10
 
     @property
     def model_config(self) -> LlamaConfig:
-        """The network of this run: ``model`` with the projections of the method."""
+        """Network of this run: ``model`` with the projections of the method."""
         method = METHODS[self.method]
         if method.projection is None:
             return self.model.dense()
@@ -177,11 +180,11 @@ class Config:
 
     @property
     def resolved_moments(self) -> str:
-        """What ``moments`` means: "auto" follows the basis."""
+        """The treatment of moments: "auto" follows the basis."""
         return _resolved_moments(self.moments, self.basis)
 
     def to_json(self) -> str:
-        """Returns the resolved config, every field written out, the method's options too."""
+        """Returns the config as JSON with all fields, including the method's options."""
         content = dataclasses.asdict(self)
         if self.method in METHODS and self.direction in DIRECTIONS:
             content["method_options"] = resolved_options(self)
@@ -261,7 +264,7 @@ def _factors(config: Config) -> None:
         )
 
 
-# The fields one by one, then what must fit together; each raises ValueError.
+# Checks of single fields, then of combinations; each raises ValueError.
 _CHECKS: tuple[Callable[[Config], object], ...] = (
     _fields,
     check_options,
@@ -284,21 +287,21 @@ def _resolved_moments(moments: str, basis: str) -> str:
 
 
 def differences(stored: dict[str, Any], config: Config) -> list[str]:
-    """Returns the fields whose values differ between a stored config and this one, as lines.
+    """Lists the fields whose values differ between a stored config and this one.
 
     Args:
         stored: a parsed ``config.json``, of this version or an earlier one.
-        config: the config of the present command.
+        config: the config of the current command.
 
     Returns:
         One string for each field: ``name: stored there, given now``; :data:`RESUMABLE_FIELDS` are
-        passed over.
+        skipped.
     """
     try:
         stored = upgraded(stored)
     except ValueError as error:
         return [str(error)]
-    # A run of an earlier version lacks the fields that came later: it ran with their defaults.
+    # Fields that an earlier version lacked had their defaults in its runs.
     defaults = Config()
     if stored.get("method") in METHODS and stored.get("direction", "adam") in DIRECTIONS:
         chosen = {name: stored[name] for name in ("method", "direction") if name in stored}
@@ -309,7 +312,7 @@ def differences(stored: dict[str, Any], config: Config) -> list[str]:
         fields["moments"] = _resolved_moments(fields["moments"], fields["basis"])
     passed_over: tuple[str, ...] = RESUMABLE_FIELDS
     if any(old[name] != new[name] for name in ("method", "direction")):
-        passed_over += ("method_options",)  # of others: the line about the method says it all
+        passed_over += ("method_options",)  # implied by the line about the method
     return [
         f"{name}: {old[name]!r} there, {new.get(name, '(absent)')!r} now"
         for name in sorted(old)
@@ -319,7 +322,7 @@ def differences(stored: dict[str, Any], config: Config) -> list[str]:
 
 
 def field_names() -> list[str]:
-    """Returns all field names of a config, dotted, as they follow ``--config.``."""
+    """Returns all dotted field names of a config, without ``--config.``."""
     options = {one.name for kind in kinds_of_options() for one in dataclasses.fields(kind)}
     of_group = [f"method_options.{name}" for name in sorted(options)]
     return [*_flatten(dataclasses.asdict(Config())), *of_group]

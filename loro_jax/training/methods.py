@@ -1,10 +1,10 @@
-"""The tables of methods and of directions: to add one is one file and one entry here.
+"""The tables of methods and directions: adding one takes one file and one entry here.
 
-A method needs a file with its optimizer (:mod:`loro_jax.peers`) and an entry of :data:`METHODS`,
-which says what the method needs and which fields are its own. A direction that LORO's factors are
-moved along needs a file (:mod:`loro_jax.directions`) and an entry of :data:`DIRECTIONS`. A kind of
-projection needs a file and an entry of :data:`loro_jax.layers.projections.PROJECTIONS`. From there
-the trainer, its config, ``--help``, the comparison and the memory table know of them.
+A method needs a file with its optimizer (:mod:`loro_jax.peers`) and an entry in :data:`METHODS`,
+which states its requirements and its own fields. A direction for LORO's factors needs a file
+(:mod:`loro_jax.directions`) and an entry in :data:`DIRECTIONS`. A kind of projection needs a file
+and an entry in :data:`loro_jax.layers.projections.PROJECTIONS`. The trainer, its config,
+``--help``, the comparison and the memory table read these entries.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ if TYPE_CHECKING:
 
 DIRECTIONS: dict[str, Direction] = {
     "adam": Direction(
-        "Adam of the factors; of dense projections AdamW",
+        "Adam on the factors; AdamW on dense projections",
         optimizers.adam_of_loro,
         dense=optimizers.dense_adamw,
     ),
-    # 2.4: a step of 0.024 in the product's spectral norm where the learning rate of the other
-    # leaves is 0.01, the best of those tried at three ranks and two widths.
+    # 2.4: a step of 0.024 in the product's spectral norm when the learning rate of the other leaves
+    # is 0.01, the best value tried at three ranks and two widths.
     "orthogonal": Direction(
-        "orthogonalised momentum of the factors; of dense projections Muon",
+        "orthogonalised momentum on the factors; Muon on dense projections",
         optimizers.orthogonal_of_loro,
         options=optimizers.OrthogonalOptions,
         lr_scale=2.4,
@@ -50,7 +50,7 @@ def _loro(making: Making) -> Optimizer:
 
 def _full(making: Making) -> Optimizer:
     direction, options = _direction_of(making.config)
-    if direction.dense is None:  # the config's validate() says so before
+    if direction.dense is None:  # the config's validate() has refused it
         raise ValueError(f"direction {making.config.direction!r} has no optimizer of dense leaves")
     return direction.dense(making, options)
 
@@ -61,7 +61,7 @@ def _direction_of(config: Config) -> tuple[Direction, Any]:
 
 
 def _restarted(config: Config, schedule: optax.Schedule) -> optax.Schedule:
-    """Returns the schedule that warms up again after every K-th step."""
+    """Returns the schedule with a re-warm-up after every K-th step."""
     if not config.exact_every:
         return schedule
     return with_restarts(schedule, config.exact_every, config.restart_warmup_steps)
@@ -80,7 +80,7 @@ _RESTARTED = ("exact_every", "restart_warmup_steps")
 
 METHODS: dict[str, Method] = {
     "loro": Method(
-        "the paper's: Riemannian steps of the product every K-th step",
+        "the paper's method: a Riemannian step of the product every K-th step",
         _loro,
         projection="low_rank",
         other_projections=("cola", "sltrain"),
@@ -97,10 +97,10 @@ METHODS: dict[str, Method] = {
         schedule=_restarted,
     ),
     "lowrank": Method(
-        "the factors by AdamW", optimizers.adamw, projection="low_rank", uses=("lr_scale",)
+        "AdamW on the factors", optimizers.adamw, projection="low_rank", uses=("lr_scale",)
     ),
     "lowrank_restarts": Method(
-        "the factors by AdamW, balanced and without moments after every K-th step",
+        "AdamW on the factors, which are balanced every K-th step, with moments reset",
         optimizers.make_lowrank_restarts,
         projection="low_rank",
         uses=(*_RESTARTED, "lr_scale"),
@@ -108,7 +108,7 @@ METHODS: dict[str, Method] = {
         periodic=True,
     ),
     "svd_projection": Method(
-        "LORO's approximate steps, with its retraction alone every K-th step",
+        "LORO's approximate steps, with only its retraction every K-th step",
         optimizers.make_svd_projection,
         projection="low_rank",
         uses=(*_RESTARTED, "lr_scale"),
@@ -132,26 +132,26 @@ METHODS: dict[str, Method] = {
         periodic=True,
     ),
     "spectron": Method(
-        "orthogonalised momentum of both factors, the product's step bounded",
+        "orthogonalised momentum of both factors, with a bound on the product's step",
         optimizers.make_spectron,
         projection="low_rank",
         uses=("lr_scale",),
         options=optimizers.SpectronOptions,
     ),
     "cola": Method(
-        "factors with an activation between them, by AdamW",
+        "AdamW on factors with an activation between them",
         optimizers.adamw,
         projection="cola",
         uses=("lr_scale",),
     ),
     "sltrain": Method(
-        "factors plus a sparse matrix, by AdamW",
+        "AdamW on factors plus a sparse matrix",
         optimizers.adamw,
         projection="sltrain",
         uses=("lr_scale",),
     ),
     "lora": Method(
-        "factors beside a fixed weight, by AdamW",
+        "AdamW on factors added to a fixed weight",
         optimizers.adamw,
         projection="lora",
         uses=("lr_scale",),
@@ -167,7 +167,7 @@ METHODS: dict[str, Method] = {
         maintenance=adapters.relora_maintenance,
     ),
     "switchlora": Method(
-        "LoRA some of whose vectors are switched at every step",
+        "LoRA that switches some of its vectors at every step",
         optimizers.adamw,
         projection="switchlora",
         uses=("lr_scale",),
@@ -175,28 +175,28 @@ METHODS: dict[str, Method] = {
         maintenance=adapters.switchlora_maintenance,
     ),
     "galore": Method(
-        "dense projections by Adam in a subspace of their gradients, renewed every K-th step",
+        "Adam on dense projections in a subspace of their gradients, renewed every K-th step",
         optimizers.make_galore,
         uses=("exact_every",),
         options=optimizers.GaLoreOptions,
         periodic=True,
     ),
     "fira": Method(
-        "GaLore plus the scaled rest of the gradient",
+        "GaLore plus the rest of the gradient, scaled",
         optimizers.make_fira,
         uses=("exact_every",),
         options=optimizers.FiraOptions,
         periodic=True,
     ),
     "adarankgrad": Method(
-        "GaLore with a rank that follows the gradient",
+        "GaLore with a rank that adapts to the gradient",
         optimizers.make_adarankgrad,
         uses=("exact_every",),
         options=optimizers.AdaRankGradOptions,
         periodic=True,
     ),
     "full": Method(
-        "the dense twin, by AdamW or, with direction orthogonal, by Muon",
+        "the dense model, by AdamW or, with direction orthogonal, by Muon",
         _full,
         uses=("direction", "lr_scale"),
     ),
@@ -204,7 +204,7 @@ METHODS: dict[str, Method] = {
 
 
 def make_schedule(config: Config) -> optax.Schedule:
-    """Returns the learning rate of a run: warm-up, cosine, and a re-warm-up of some methods."""
+    """Returns the learning-rate schedule of a run: warm-up, cosine, and re-warm-ups if needed."""
     schedule = warmup_cosine(
         config.learning_rate,
         config.steps,
@@ -219,10 +219,10 @@ def make_schedule(config: Config) -> optax.Schedule:
 def make_optimizer(config: Config, mesh: Any | None = None) -> Optimizer:
     """Makes the optimizer of a run's method.
 
-    Gradient clipping is not part of it: the step needs the gradient's norm for its metrics too.
+    Gradient clipping is not included, because the step needs the gradient's norm for its metrics.
 
     Args:
-        config: of the run.
+        config: the run's config.
         mesh: the devices that share the exact steps, a tree of the parameters' shardings on them,
             or None.
     """
@@ -232,7 +232,7 @@ def make_optimizer(config: Config, mesh: Any | None = None) -> Optimizer:
 
 
 def make_maintenance(config: Config) -> Maintenance:
-    """Returns what a method does to the model around the optimizer's step; nothing, mostly."""
+    """Returns a method's changes to the model around the optimizer's step; none for most."""
     method = METHODS[config.method]
     if method.maintenance is None:
         return Maintenance()
@@ -240,12 +240,12 @@ def make_maintenance(config: Config) -> Maintenance:
 
 
 class MethodOptions(dict[str, Any]):
-    """The options of a run's method, and of its direction, that were set.
+    """The options of a run's method and direction that were set.
 
-    Which there are depends on the method, so they are checked when it is known: see
-    :func:`check_options`. An option that was not set has the method's default. Until then an option
-    is any that an entry of the tables has, and reading it gives the first such default, from which
-    the command line knows its type.
+    Valid names depend on the method, so they are checked when it is known: see
+    :func:`check_options`. An option that was not set has the method's default. Until then all
+    options of the tables' entries are accepted, and reading one returns the first default found,
+    from which the command line infers its type.
 
     Example:
         >>> options = MethodOptions(momentum=0.9)
@@ -294,7 +294,7 @@ def _kinds_of(config: Config) -> list[type]:
 
 
 def _options(kind: type, config: Config) -> Any:
-    """Returns options of a kind: those that were set, the others at their defaults."""
+    """Returns options of a kind, with defaults for options that were not set."""
     names = {one.name for one in dataclasses.fields(kind)}
     return kind(**{name: value for name, value in config.method_options.items() if name in names})
 
@@ -308,7 +308,7 @@ def resolved_options(config: Config) -> dict[str, Any]:
 
 
 def check_options(config: Config) -> None:
-    """Raises ValueError for an option that the method lacks, or a value out of its range."""
+    """Raises ValueError for an option that the method lacks, or a value outside its range."""
     kinds = _kinds_of(config)
     known = [one.name for kind in kinds for one in dataclasses.fields(kind)]
     for name in config.method_options:
@@ -323,7 +323,7 @@ def check_options(config: Config) -> None:
 
 
 def uses_field(config: Config, name: str) -> bool:
-    """Returns whether a config's method uses a field, dotted, of the config."""
+    """Returns whether a config's method uses a field, given by its dotted name."""
     if name.startswith("method_options."):
         options = {one.name for kind in _kinds_of(config) for one in dataclasses.fields(kind)}
         return name.partition(".")[2] in options
@@ -334,7 +334,7 @@ def uses_field(config: Config, name: str) -> bool:
 
 
 def takes_direction(config: Config) -> bool:
-    """Returns whether a config's method takes its direction: dense projections not any."""
+    """Returns whether a config's method supports its direction; dense projections not all."""
     method = METHODS[config.method]
     if "direction" not in method.uses:
         return False
@@ -342,21 +342,21 @@ def takes_direction(config: Config) -> bool:
 
 
 def settled(config: Config, asked: Collection[str]) -> Config:
-    """Returns a config without what its method does not use, unless that was asked for.
+    """Drops options that a config's method does not use; refuses such fields if set explicitly.
 
-    A config file, and its settings, may set fields that the method chosen on top of them does not
-    use: those are passed over. A field that was set on the command line, or in an arm of a
-    comparison, to other than its default must be one that the method uses.
+    A config file and its settings may set fields that the chosen method does not use: these are
+    ignored. A field that was set on the command line, or in an arm of a comparison, to a value
+    other than its default must be used by the method.
 
     Args:
-        config: of a run.
-        asked: dotted names of the fields that were set on top of the config file.
+        config: the run's config.
+        asked: dotted names of the fields that were set in addition to the config file.
 
     Raises:
-        TrainingError: for a field that was asked for in vain.
+        TrainingError: for a field that was set explicitly and is not used.
     """
     if config.method not in METHODS or config.direction not in DIRECTIONS:
-        return config  # validate() says what was expected
+        return config  # validate() reports it
     default = type(config)()
     for name in asked:
         if uses_field(config, name):

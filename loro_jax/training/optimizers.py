@@ -1,7 +1,7 @@
-"""The optimizers of the methods: from a config to a call of each.
+"""Makes each method's optimizer from a config.
 
-Adam is the textbook's, with bias correction, but for LORO's, which is the authors'. The tables that
-these functions are entries of are in :mod:`loro_jax.training.methods`.
+Adam is the standard one with bias correction, except for LORO, which uses the authors' version. The
+tables of these functions are in :mod:`loro_jax.training.methods`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from loro_jax.training.registry import Direction, Making, Optimizer, projections
 if TYPE_CHECKING:
     from loro_jax.training.config import Config
 
-# Of dense projections by Muon: the better of 0.012 and 0.024 at 2.56M tokens.
+# Default lr_scale of dense projections with Muon: 0.012 was better than 0.024 at 2.56M tokens.
 _MUON_SCALE = 1.2
 
 
@@ -56,21 +56,21 @@ class SpectronOptions:
 class PreconditionedOptions:
     """Options of scaled AdamW."""
 
-    damping: float = field(1e-6, at_least(0), "on the diagonals of the Gram matrices")
+    damping: float = field(1e-6, at_least(0), "added to the diagonals of the Gram matrices")
 
 
 @dataclasses.dataclass
 class GaLoreOptions:
     """Options of GaLore."""
 
-    scale: float = field(0.25, at_least(0), "alpha, on the steps of projected gradients")
+    scale: float = field(0.25, at_least(0), "alpha, a factor on the steps of projected gradients")
 
 
 @dataclasses.dataclass
 class FiraOptions(GaLoreOptions):
     """Options of Fira."""
 
-    gamma: float = field(1.01, at_least(1), "the remainder's norm grows at most by this in a step")
+    gamma: float = field(1.01, at_least(1), "largest growth factor of the remainder's norm per step")
 
 
 @dataclasses.dataclass
@@ -78,10 +78,12 @@ class AdaRankGradOptions(GaLoreOptions):
     """Options of AdaRankGrad."""
 
     eta: float = field(
-        0.04, at_least(0, below=1), "share of the gradient's squared norm that may be lost"
+        0.04, at_least(0, below=1), "fraction of the gradient's squared norm that may be lost"
     )
     tolerance: float = field(
-        0.1, at_least(0, below=1), "a subspace is renewed when less of the gradient's norm is left"
+        0.1,
+        at_least(0, below=1),
+        "a subspace is renewed when the projected gradient's norm falls below this fraction",
     )
 
 
@@ -91,7 +93,7 @@ def make_loro(direction: Direction, of_direction: Any, making: Making) -> Optimi
     Args:
         direction: the entry of the config's direction.
         of_direction: that direction's options.
-        making: the rest.
+        making: config, schedule and mesh.
     """
     config = making.config
     made = as_direction(direction.make(config, of_direction))
@@ -101,7 +103,7 @@ def make_loro(direction: Direction, of_direction: Any, making: Making) -> Optimi
         exact_every=config.exact_every or None,
         moments=config.resolved_moments,
         lr_scale=direction.lr_scale if config.lr_scale is None else config.lr_scale,
-        # Moves are of factors alone: Adam steps the rest.
+        # Directions that are moves apply only to factors: Adam steps the rest.
         regular=adam(**making.adam) if made.kind == "moves" else None,
         weight_decay=config.weight_decay,
         max_move=config.max_move or None,
@@ -123,7 +125,7 @@ def orthogonal_of_loro(config: Config, options: OrthogonalOptions) -> Any:
 
 
 def adamw(making: Making) -> Optimizer:
-    """Makes AdamW for all that is trained; the factors may have their own learning rate."""
+    """Makes AdamW for all parameters; factors may have their own learning rate."""
     return riemannian_descent(
         making.schedule,
         optax.scale_by_adam(**making.adam),
@@ -165,7 +167,7 @@ def make_lowrank_restarts(making: Making) -> Optimizer:
 
 
 def make_svd_projection(making: Making) -> Optimizer:
-    """Makes LORO with its retraction alone."""
+    """Makes LORO with only its retraction."""
     return _balanced(svd_projection, making, making.config.lr_scale)
 
 
@@ -237,7 +239,7 @@ def make_adarankgrad(making: Making) -> Optimizer:
 
 
 def _of_projected(making: Making) -> dict[str, Any]:
-    """Returns the arguments of the methods that project gradients; options by their own names."""
+    """Returns the arguments of methods that project gradients, including their options."""
     return {
         "rank": making.config.model.rank,
         "projected": projections_of_blocks,

@@ -1,7 +1,7 @@
-"""What an entry of the tables of methods and of directions says.
+"""The entries of the tables of methods and directions.
 
-The tables are in :mod:`loro_jax.training.methods`. An entry is all that the trainer, its config,
-the comparison and the memory table know of a method.
+The tables are in :mod:`loro_jax.training.methods`. The trainer, its config, the comparison and the
+memory table know a method only by its entry.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ Optimizer: TypeAlias = optax.GradientTransformationExtraArgs
 
 
 class Maintenance(NamedTuple):
-    """What a method does to the model around the optimizer's step.
+    """A method's changes to the model before and after the optimizer's step.
 
     Attributes:
-        before: (step from 0, grads, params, fixed, opt_state) -> the same without the step, before
-            the optimizer sees the gradients; or None.
-        after: (steps taken, params, fixed, opt_state) -> the same without the steps; or None.
+        before: (step from 0, grads, params, fixed, opt_state) -> (grads, params, fixed, opt_state),
+            called before the optimizer sees the gradients; or None.
+        after: (steps taken, params, fixed, opt_state) -> (params, fixed, opt_state); or None.
     """
 
     before: Callable[..., tuple[Any, Any, Any, Any]] | None = None
@@ -34,16 +34,16 @@ class Maintenance(NamedTuple):
 
 @dataclasses.dataclass
 class NoOptions:
-    """The options of a method, or of a direction, that has none."""
+    """The options of a method or direction that has none."""
 
 
 class Making(NamedTuple):
-    """What an optimizer is made from.
+    """The arguments from which an optimizer is made.
 
     Attributes:
-        config: of the run.
-        schedule: its learning rate.
-        options: the method's, an instance of its ``options``.
+        config: the run's config.
+        schedule: the learning-rate schedule.
+        options: the method's options, an instance of its ``options``.
         mesh: the devices that share the work, a tree of the parameters' shardings on them, or None.
     """
 
@@ -59,7 +59,7 @@ class Making(NamedTuple):
 
     @property
     def lr_scale(self) -> float:
-        """The factor on the learning rate of the factors, 1 if the config has none."""
+        """Multiplier of the factors' learning rate, 1 if the config has none."""
         return 1.0 if self.config.lr_scale is None else self.config.lr_scale
 
 
@@ -68,17 +68,17 @@ class Method:
     """A method of training.
 
     Attributes:
-        meaning: what it is, in one line.
-        optimizer: makes its optimizer. Gradient clipping is not part of it.
+        meaning: a one-line description.
+        optimizer: makes the optimizer, without gradient clipping.
         projection: the kind of projections that it trains, a key of
-            :data:`loro_jax.layers.projections.PROJECTIONS`; None: dense ones.
-        other_projections: further kinds that it trains if ``config.model.projection`` says so.
-        uses: fields of the config that it reads and not every method does.
-        options: a dataclass of fields that it alone has, ``config.method_options``.
-        schedule: (config, schedule) -> the schedule, with restarts; None: as it is. It raises
-            ValueError for a config that it can't follow.
-        periodic: whether it does something every ``exact_every`` steps that it can't do without.
-        maintenance: (config, options) -> what it does around the optimizer's step; or None.
+            :data:`loro_jax.layers.projections.PROJECTIONS`; None: dense projections.
+        other_projections: further kinds that it trains if ``config.model.projection`` names them.
+        uses: fields of the config that it reads, except those that every method reads.
+        options: a dataclass of its own fields, ``config.method_options``.
+        schedule: (config, schedule) -> the schedule with restarts; None: unchanged. Raises
+            ValueError for a config that does not allow them.
+        periodic: whether it requires ``exact_every`` to be at least 1.
+        maintenance: (config, options) -> changes around the optimizer's step; or None.
     """
 
     meaning: str
@@ -94,15 +94,15 @@ class Method:
 
 @dataclasses.dataclass(frozen=True)
 class Direction:
-    """A direction that projections are moved along.
+    """A direction of LORO's factors, and its counterpart for dense projections.
 
     Attributes:
-        meaning: what it is, in one line.
+        meaning: a one-line description.
         make: (config, options) -> the ``direction`` of :func:`loro_jax.loro`; None: its Adam.
-        options: a dataclass of fields that it alone has, ``config.method_options``.
+        options: a dataclass of its own fields, ``config.method_options``.
         lr_scale: ``lr_scale`` of :func:`loro_jax.loro` if the config has none.
         dense: (making, direction's options) -> an optimizer of dense projections, for the method
-            "full"; None: it has no dense twin.
+            "full"; None: there is no dense counterpart.
     """
 
     meaning: str
@@ -113,7 +113,7 @@ class Direction:
 
 
 def projections_of_blocks(params: Any) -> Any:
-    """Returns which leaves are projections of the blocks; embedding, head and norms are not."""
+    """Returns a tree of booleans: True for projections of the blocks, not embedding, head, norms."""
     return jax.tree_util.tree_map_with_path(
         lambda path, _: path[0].key == "blocks" and path[-1].key == "W", params
     )
