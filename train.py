@@ -4,7 +4,7 @@
     python train.py --config=configs/default.py:paper     # with the paper's settings
     python train.py --config=configs/llama_60m.py --workdir=runs/60m --config.learning_rate=0.005
 
-The same command again continues an interrupted run.
+Run the same command again to resume an interrupted run.
 """
 
 import difflib
@@ -20,7 +20,7 @@ from ml_collections import config_flags
 
 _DEFAULT_CONFIG = pathlib.Path(__file__).parent / "configs" / "default.py"
 
-# Flags that say which of several processes this one is.
+# Flags of multi-process runs.
 _CLUSTER = ("distributed", "coordinator", "processes", "process", "heartbeat_seconds")
 
 
@@ -29,20 +29,20 @@ class _UsageError(Exception):
 
 
 def main(argv: Sequence[str]) -> int:
-    """Trains as the flags say, and returns the exit status.
+    """Trains a model as specified by the flags; returns the exit status.
 
     Args:
         argv: the flags, without the program's name.
 
     Returns:
-        0 when all steps are done, 1 after an error, which is printed in one line, and 128 + the
-        signal's number when one stopped the run.
+        0 if all steps are done, 1 after an error, which is printed in one line, and 128 + the
+        signal's number if a signal stopped the run.
 
     Example:
         >>> main(["--config.stepz=3"])
         1
     """
-    logging.set_verbosity(logging.ERROR)  # libraries log what is of no use to a run
+    logging.set_verbosity(logging.ERROR)  # hides the libraries' informational messages
     try:
         values = _parse(argv)
     except _UsageError as error:
@@ -53,13 +53,13 @@ def main(argv: Sequence[str]) -> int:
 
         print(__doc__, values.get_help(), "", *config_help(), sep="\n")
         return 0
-    # Heavy imports wait until the flags are known to be good.
+    # Heavy imports come after the flags have been checked.
     from loro_jax.errors import TrainingError
     from loro_jax.training.processes import leave
 
     try:
         return _run(values, argv)
-    except (TrainingError, OSError) as error:  # OSError: a disk or a file system, anywhere
+    except (TrainingError, OSError) as error:  # OSError: from any disk or file system
         print(f"error: {error}", file=sys.stderr)
         return leave(1)
 
@@ -88,7 +88,7 @@ def _run(values: flags.FlagValues, argv: Sequence[str]) -> int:
 
 
 def _config(values: flags.FlagValues):
-    """Returns the config and the name of its run; raises TrainingError if it is none."""
+    """Returns the config and the default name of its run; raises TrainingError if invalid."""
     from loro_jax.errors import TrainingError
     from loro_jax.training.config import Config
     from loro_jax.training.methods import settled
@@ -104,7 +104,7 @@ def _config(values: flags.FlagValues):
     asked = config_flags.get_override_values(values["config"])
     config = settled(config, asked)
     if config.warmup_steps > config.steps and "warmup_steps" not in asked:
-        # The file's warm-up is for the file's steps; a look at fewer must not fail for it.
+        # The file's warm-up is meant for the file's steps; a shorter run must not fail by it.
         print(
             f"config.warmup_steps = {config.warmup_steps} is longer than config.steps = "
             f"{config.steps}: taken as a tenth of them, {config.short_warmup}"
@@ -114,7 +114,7 @@ def _config(values: flags.FlagValues):
 
 
 def _parse(argv: Sequence[str]) -> flags.FlagValues:
-    """Returns the values of the flags; raises _UsageError with one line if they can't be read."""
+    """Parses the flags; raises _UsageError with a one-line message if they are invalid."""
     command = ["train.py", *argv]
     try:
         values = _define(command)
@@ -127,12 +127,12 @@ def _parse(argv: Sequence[str]) -> flags.FlagValues:
 
 
 def _define(command: list[str]) -> flags.FlagValues:
-    """Defines the flags; the config is read here already, with what the command overrides."""
+    """Defines the flags; this already reads the config with the command's overrides."""
     values = flags.FlagValues()
     config_flags.DEFINE_config_file(
         "config",
         str(_DEFAULT_CONFIG),
-        "The run's config file, with settings behind a colon where it has several (:paper); "
+        "The run's config file, optionally with a colon and the name of settings (:paper); "
         "override a field with --config.field=value.",
         flag_values=values,
         sys_argv=command,
@@ -146,46 +146,46 @@ def _define(command: list[str]) -> flags.FlagValues:
     flags.DEFINE_bool(
         "distributed",
         False,
-        "One of several processes, as SLURM, Open MPI, Kubernetes or a TPU pod say in the "
-        "environment.",
+        "This is one of several processes, as described in the environment by SLURM, Open MPI, "
+        "Kubernetes or a TPU pod.",
         flag_values=values,
     )
     flags.DEFINE_string(
         "coordinator",
         None,
-        "HOST:PORT of the first of several processes, where nothing else says so.",
+        "HOST:PORT of the first of several processes, if the environment does not name it.",
         flag_values=values,
     )
-    flags.DEFINE_integer("processes", None, "How many processes there are.", flag_values=values)
-    flags.DEFINE_integer("process", None, "The number of this one, from 0.", flag_values=values)
+    flags.DEFINE_integer("processes", None, "Number of processes.", flag_values=values)
+    flags.DEFINE_integer("process", None, "Index of this process, from 0.", flag_values=values)
     flags.DEFINE_integer(
         "heartbeat_seconds",
         60,
-        "Silence after which another process is taken for dead.",
+        "Seconds without a heartbeat after which another process counts as dead.",
         flag_values=values,
     )
     flags.DEFINE_bool(
         "dry_run",
         False,
-        "Compile the step for simulated devices, print what it takes, and end.",
+        "Compile the step for simulated devices, print its memory and cost, and exit.",
         flag_values=values,
     )
     flags.DEFINE_integer(
         "devices",
         None,
-        "Devices of a dry run; default: as config.mesh says.",
+        "Devices of a dry run; default: as in config.mesh.",
         lower_bound=1,
         flag_values=values,
     )
-    flags.DEFINE_bool("help", False, "Print this.", short_name="h", flag_values=values)
+    flags.DEFINE_bool("help", False, "Print this help.", short_name="h", flag_values=values)
     return values
 
 
 def _reason(error: Exception) -> str:
-    """Returns what a flag parser's error says, in one line."""
+    """Returns the message of a flag parser's error in one line."""
     reason = str(error.args[0] if isinstance(error, KeyError) else error)
     if "Error whilst parsing config file" in reason:
-        # It comes with its traceback: what it says is the last line, after its type.
+        # The message includes a traceback; the error itself is the last line, after its type.
         reason = reason.strip().splitlines()[-1].partition(": ")[2]
     reason = reason.split("\n")[0]
     unknown = re.match(r"Field (\w+) not found", reason)
@@ -208,7 +208,7 @@ def _unknown_field(name: str) -> str:
 
 
 def _flags_to_repeat(arguments: Sequence[str]) -> list[str]:
-    """The flags of this call but for those that a comparison changes."""
+    """Returns the flags of this call except those that the suggested commands change."""
     changed = ("workdir", "config.method", *_CLUSTER)
     return [
         shlex.quote(argument)

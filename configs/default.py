@@ -1,4 +1,4 @@
-"""A look: a small factorised LLaMA on the embedded novels, minutes on two cores."""
+"""A first run: a small low-rank LLaMA on the embedded novels, minutes on two cores."""
 
 from loro_jax.training.config import Config
 from loro_jax.training.settings import with_settings
@@ -6,7 +6,7 @@ from models.llama import LlamaConfig
 
 
 def get_config(settings: str = "recommended") -> Config:
-    """The config of ``python train.py``; ``settings``: see :mod:`loro_jax.training.settings`."""
+    """Returns the default config of ``python train.py``; see :mod:`loro_jax.training.settings`."""
     config = Config(
         steps=1000,
         batch_size=16,

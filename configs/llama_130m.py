@@ -5,5 +5,5 @@ from loro_jax.training.config import Config
 
 
 def get_config(settings: str = "paper") -> Config:
-    """The config of the paper's 130M run."""
+    """Returns the config of the paper's 130M run."""
     return paper_config("130m", settings, steps=20_000, warmup_steps=2_000, micro_batches=4)

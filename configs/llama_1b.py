@@ -5,7 +5,7 @@ from loro_jax.training.config import Config
 
 
 def get_config(settings: str = "paper") -> Config:
-    """The config of the paper's 1B run."""
+    """Returns the config of the paper's 1B run."""
     return paper_config(
         "1b",
         settings,

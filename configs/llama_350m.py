@@ -5,5 +5,5 @@ from loro_jax.training.config import Config
 
 
 def get_config(settings: str = "paper") -> Config:
-    """The config of the paper's 350M run."""
+    """Returns the config of the paper's 350M run."""
     return paper_config("350m", settings, steps=60_000, warmup_steps=6_000, micro_batches=8)

@@ -5,5 +5,5 @@ from loro_jax.training.config import Config
 
 
 def get_config(settings: str = "paper") -> Config:
-    """The config of the paper's 60M run."""
+    """Returns the config of the paper's 60M run."""
     return paper_config("60m", settings, steps=10_000, warmup_steps=1_000, micro_batches=2)

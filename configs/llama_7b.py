@@ -1,8 +1,8 @@
-"""LLaMA-7B with LORO: rank 1024, 150k steps of 131k tokens of C4, as GaLore's authors train theirs.
+"""LLaMA-7B with LORO: rank 1024, 150k steps of 131k tokens of C4, as in GaLore's 7B run.
 
 The paper has no run of this size; rank and length are those of GaLore's 7B run (Zhao et al. 2024,
-arXiv 2403.03507, Table 3), the rest is of the paper's 1B run. Made for eight devices:
---config.mesh.fsdp=8; on more of them fewer micro-batches.
+arXiv 2403.03507, Table 3), other settings are those of the paper's 1B run. Intended for eight
+devices: --config.mesh.fsdp=8; use fewer micro-batches on more devices.
 """
 
 from configs.paper import paper_config
@@ -10,7 +10,7 @@ from loro_jax.training.config import Config
 
 
 def get_config(settings: str = "paper") -> Config:
-    """The config of a 7B run."""
+    """Returns the config of a 7B run."""
     return paper_config(
         "7b",
         settings,

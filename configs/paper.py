@@ -1,14 +1,14 @@
-"""What the paper's pretraining runs share. Not a run itself: see llama_60m.py and its kin.
+"""Settings shared by the paper's pretraining runs, which are in llama_60m.py to llama_1b.py.
 
 C4 in English, one document per sequence (truncated or padded to 256 tokens), T5's tokenizer, 131k
-tokens a step, bfloat16, Adam without weight decay or clipping, evaluation on about ten million
+tokens per step, bfloat16, Adam without weight decay or clipping, evaluation on about ten million
 tokens. Sources: the paper's Section 5 and the launch scripts in the authors' repository
-(mzf666/LORO-main). Where they store bfloat16 parameters, these configs store float32 ones and
-compute in bfloat16: a retraction through bfloat16 costs the factors their balance. For the
-authors' own precision: --config.model.param_dtype=bfloat16.
+(mzf666/LORO-main). The authors store parameters in bfloat16; these configs store them in float32
+and compute in bfloat16, because rounding to bfloat16 after a retraction unbalances the factors. For
+the authors' precision use --config.model.param_dtype=bfloat16.
 
-Settings that are better than the paper's on small models (loro_jax/study/README.md) are chosen by a
-name after the file's colon, --config=configs/llama_60m.py:recommended.
+For settings that are better than the paper's on small models (loro_jax/study/README.md), append
+their name to the path: --config=configs/llama_60m.py:recommended.
 """
 
 from loro_jax.text.config import DataConfig
@@ -26,14 +26,14 @@ def paper_config(
     learning_rate: float = 0.01,
     exact_every: int = 500,
 ) -> Config:
-    """One of the paper's runs.
+    """Returns the config of one of the paper's runs.
 
     Args:
         model: a preset of ``models.llama``.
-        settings: "paper", or others of :mod:`loro_jax.training.settings`.
+        settings: "paper", or another name in :mod:`loro_jax.training.settings`.
         steps: length of the run.
         warmup_steps: length of its warm-up.
-        micro_batches: parts of a step, sized for one GPU with 80 GB; fewer on several.
+        micro_batches: micro-batches per step, for one GPU with 80 GB; use fewer on several GPUs.
         learning_rate: peak learning rate.
         exact_every: K.
 

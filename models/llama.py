@@ -76,14 +76,14 @@ class LlamaConfig:
     projection: str = field(
         "low_rank",
         one_of(PROJECTIONS),
-        "kind of the low-rank projections, unless the method of training has another; loro also "
-        "trains sltrain (sparse entries as all other leaves) and, without exact steps, cola",
+        "kind of the low-rank projections, unless the training method has its own; loro also "
+        "trains sltrain (sparse entries like all other leaves) and, without exact steps, cola",
     )
     alpha: float = field(
         32.0, None, "the product of the factors is scaled by alpha / rank (lora, sltrain)"
     )
     density: float = field(
-        0.03, _DENSITY, "share of nonzero entries in the sparse matrices of sltrain"
+        0.03, _DENSITY, "fraction of nonzero entries in the sparse matrices of sltrain"
     )
     initialiser: str = field("xavier", _INITIALISERS, "how factors are drawn")
     initializer_range: float = field(
@@ -98,13 +98,13 @@ class LlamaConfig:
     dtype: str = field(
         "float32",
         one_of(DTYPES),
-        "of activations and products (norms, attention weights and loss reduce in float32)",
+        "dtype of activations and products (norms, attention weights and loss reduce in float32)",
     )
-    param_dtype: str = field("float32", one_of(DTYPES), "of the stored parameters")
+    param_dtype: str = field("float32", one_of(DTYPES), "dtype of the stored parameters")
     remat: str = field(
         "dots",
         one_of(REMAT_POLICIES),
-        "rematerialisation in the backward pass: dots (recompute everything but products with "
+        "rematerialisation in the backward pass: dots (recompute everything except products with "
         "weights: storing elementwise results costs more than recomputing them), none, full "
         "(recompute each block from its input) or rank (keep the r entries per token between two "
         "factors, recompute everything else)",
@@ -117,7 +117,7 @@ class LlamaConfig:
     )
     unroll: int = field(1, at_least(1), "layers per iteration of the compiled loop over layers")
     loss_chunk_size: int = field(
-        4096, at_least(1), "tokens of the loss whose logits exist at a time"
+        4096, at_least(1), "tokens whose logits are in memory at a time in the loss"
     )
 
     def validate(self) -> None:
@@ -161,12 +161,12 @@ class LlamaConfig:
 
     @property
     def head_size(self) -> int:
-        """K, the size of a head."""
+        """Size of a head, K."""
         return self.hidden_size // self.num_heads if self.head_dim is None else self.head_dim
 
     @property
     def kv_heads(self) -> int:
-        """Heads of keys and values."""
+        """Number of heads of keys and values."""
         return self.num_heads if self.num_kv_heads is None else self.num_kv_heads
 
     def shapes(self, group: str) -> dict[str, tuple[int, int]]:
@@ -414,7 +414,7 @@ class Llama(nnx.Module):
             )
         x_BxLxD = self.embedding[...][tokens_BxL].astype(jnp.dtype(self.config.dtype))
         x_BxLxD = by_sequence(x_BxLxD)
-        # lax.scan over the stacked parameters: one block is compiled, whatever the depth.
+        # lax.scan over the stacked parameters compiles a single block for any depth.
         graphdef, stacked = nnx.split(self.blocks)
 
         def layer(x_BxLxD: Array, params: nnx.State) -> tuple[Array, None]:

@@ -197,7 +197,7 @@ def _measure(options: Any, tokenizer: Tokenizer, folder: pathlib.Path) -> list[d
 
 
 def _texts(options: Any) -> list[str]:
-    """The documents of ``--source``, about as long as those of C4."""
+    """Reads the documents of ``--source``, about as long as those of C4."""
     parts, _ = source_parts(options.source, DataConfig(source=options.source))
     documents = (text for chunk in PartReader(parts, skip=True).chunks() for text in chunk.texts)
     texts = list(itertools.islice(documents, options.documents))
@@ -210,7 +210,7 @@ def _texts(options: Any) -> list[str]:
 def _reading(
     sources: dict[str, DataConfig], tokenizer: Tokenizer, rounds: int
 ) -> list[dict[str, Any]]:
-    """Rows of reading and encoding every source once."""
+    """Returns rows for reading and encoding every source once."""
     tokens = {name: read_all(data, tokenizer) for name, data in sources.items()}
     readers: dict[str, Callable[[], Any]] = {
         name: functools.partial(read_all, data, tokenizer) for name, data in sources.items()
@@ -225,7 +225,7 @@ def _reading(
 def _drawing(
     shards: DataConfig, tfds: DataConfig, tokenizer: Tokenizer, options: Any
 ) -> list[dict[str, Any]]:
-    """Rows of drawing batches, packed and padded."""
+    """Returns rows for drawing batches, packed and padded."""
 
     def drawing(data: DataConfig, shape: str) -> Callable[[], float]:
         config = Config(
@@ -246,7 +246,8 @@ def _drawing(
 
     mixed = DataConfig(source=f"{shards.source},3;{shards.source},1")
     rows = []
-    # What is encoded on the way is timed alone: its threads work on for a moment.
+    # Sources that are encoded on the fly are timed separately, because their threads run on for a
+    # moment.
     for group in ({"shards": shards, "mixed shards": mixed}, {"tfds": tfds}):
         cases = {
             f"{name}, {shape} batches": drawing(data, shape)
@@ -262,7 +263,7 @@ def _drawing(
 
 
 def _training(model: str, shards: DataConfig, tokenizer: Tokenizer, options: Any) -> dict[str, Any]:
-    """The row of a model that is trained from shards."""
+    """Returns the row for training a model from shards."""
     config = Config(
         batch_size=options.train_batch_size,
         sequence_length=options.sequence_length,

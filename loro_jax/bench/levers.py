@@ -39,7 +39,7 @@ def levers(config: Config) -> dict[str, _Lever]:
         "base": _Lever(),
         "buffers not donated": _Lever(donate=False),
         "layers unrolled": _Lever([f"model.unroll={config.model.num_layers}"]),
-        "each A by itself": _Lever(pack=False),
+        "each A separately": _Lever(pack=False),
         "attention as one square": _Lever(["model.attention=whole"]),
         "all logits at once": _Lever([f"model.loss_chunk_size={tokens}"]),
         "logits of 512 tokens": _Lever(["model.loss_chunk_size=512"]),

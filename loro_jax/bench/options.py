@@ -1,4 +1,4 @@
-"""Options that benchmarks have in common."""
+"""Options shared by benchmarks."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from loro_jax.command_line import Parser
 
 
 def make_parser(name: str, doc: str | None, models: str, rounds: int) -> Parser:
-    """Returns a parser with the options that all benchmarks of models have.
+    """Returns a parser with the options shared by all benchmarks of models.
 
     Args:
-        name: of the benchmark.
-        doc: what it measures.
+        name: name of the benchmark.
+        doc: its description.
         models: default of ``--models``.
         rounds: default of ``--rounds``.
 
@@ -37,12 +37,12 @@ def add_step_options(
     param_dtype: str | None = "bfloat16",
     remat: str = "dots",
 ) -> None:
-    """Adds what benchmarks of whole steps have in common; the arguments are defaults."""
+    """Adds the options shared by benchmarks of whole steps; the arguments are defaults."""
     parser.add_argument("--methods", default=methods, help=f"comma-separated, default {methods}")
     parser.add_argument("--sequence_length", type=int, default=256)
-    parser.add_argument("--dtype", default=dtype, help="of activations and products")
+    parser.add_argument("--dtype", default=dtype, help="dtype of activations and products")
     parser.add_argument(
-        "--param_dtype", default=param_dtype, help="of weights and states; default: as --dtype"
+        "--param_dtype", default=param_dtype, help="dtype of weights; default: as --dtype"
     )
     parser.add_argument("--remat", default=remat, help="none, rank, dots or full")
     add_set_option(parser)
@@ -51,12 +51,12 @@ def add_step_options(
 def add_set_option(parser: Parser) -> None:
     """Adds ``--set FIELD=VALUE``."""
     parser.add_argument(
-        "--set", action="append", default=[], metavar="FIELD=VALUE", help="more of the config"
+        "--set", action="append", default=[], metavar="FIELD=VALUE", help="set a config field"
     )
 
 
 def model_changes(options: argparse.Namespace) -> dict[str, Any]:
-    """Returns the fields of a model that :func:`add_step_options` asks for."""
+    """Returns the fields of a model that are set by options of :func:`add_step_options`."""
     return {
         "dtype": options.dtype,
         "param_dtype": options.param_dtype or options.dtype,
@@ -65,12 +65,12 @@ def model_changes(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def whole_numbers(parser: Parser, options: argparse.Namespace, *names: str) -> list[list[int]]:
-    """Returns options that list whole numbers above 0, as lists; others end the program.
+    """Returns options that list whole numbers above 0 as lists; exits for other values.
 
     Args:
-        parser: says what was expected.
-        options: as parsed.
-        names: of the options, without dashes.
+        parser: reports invalid values.
+        options: the parsed options.
+        names: names of the options, without dashes.
 
     Returns:
         A list for each name.

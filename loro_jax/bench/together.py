@@ -1,8 +1,8 @@
 """Packed and separate products of projections that share an input.
 
-Times the output and all gradients of q, k and v, and of gate and up, of one layer: what
-:func:`loro_jax.layers.packing.apply_together` is for. ``each / together`` above one is what it
-gains.
+Times the output and all gradients of q, k and v, and of gate and up, of one layer, which
+:func:`loro_jax.layers.packing.apply_together` computes together. ``each / together`` above one is
+its speed-up.
 """
 
 from __future__ import annotations

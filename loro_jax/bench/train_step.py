@@ -4,8 +4,8 @@ One round times a step of every method, the gradient of every method alone (the 
 its optimizer), and a large matrix product in the same dtype, whose rate is taken as the machine's
 peak. Steps are approximate ones; ``loro exact`` is the same step with an exact one in it.
 
-MFU is the model's FLOPs (matrix products, no recomputation) per time, as a share of that peak;
-``MFU datasheet`` is the share of the maker's figure for bfloat16, if the device is known.
+MFU is the model's FLOPs (matrix products, no recomputation) per time, as a fraction of that peak;
+``MFU datasheet`` uses the manufacturer's bfloat16 peak instead, if the device is known.
 ``speed-up`` is relative to the first method, next to the ratio of the FLOPs. ``held MB`` is the
 memory of the compiled step: state, batch, results, temporaries.
 """
@@ -158,16 +158,16 @@ def step_config(
     """Returns the config of a benchmark's step.
 
     Args:
-        model: what is trained.
+        model: the model.
         method: a name from :data:`loro_jax.training.config.METHODS`.
-        options: with ``sequence_length``, and ``set`` for more fields.
+        options: options with ``sequence_length``, and ``set`` for further fields.
         changes: fields of the run.
 
     Returns:
-        The config, checked.
+        The validated config.
 
     Raises:
-        TrainingError: for an unknown method, or a field or value of ``--set`` that no config has.
+        TrainingError: for an unknown method, or an unknown field or invalid value in ``--set``.
     """
     if method not in METHODS:
         raise TrainingError(f"--methods: unknown {method!r}; expected {', '.join(METHODS)}.")

@@ -1,1 +1,1 @@
-"""The programs behind ``python -m loro_jax NAME``."""
+"""The commands of ``python -m loro_jax NAME``."""

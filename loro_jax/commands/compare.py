@@ -1,10 +1,10 @@
-r"""Trains methods side by side: the same text in the same order, a learning-rate grid each, seeds.
+r"""Trains methods side by side on the same text, with a learning-rate grid each and several seeds.
 
-The grid is run with the first seed; the best learning rate of each method then with all others.
---arm slow=lowrank,lr_scale=0.25 adds an arm: a method with fields of the config set its own way.
-Every run has its own directory and resumes where it was stopped: the same command again finishes an
-interrupted comparison; started twice, both share the work. A run whose loss is no longer finite is
-a row that says so.
+The grid is run with the first seed, then each method's best learning rate with all other seeds.
+--arm slow=lowrank,lr_scale=0.25 adds an arm: a method with its own values of config fields. Every
+run has its own directory and is resumable: run the same command again to finish an interrupted
+comparison; two processes with the same command share the work. Runs that diverge are listed in the
+table.
 
 Example:
   python -m loro_jax compare configs/default.py:paper --methods=full,lowrank,loro \
@@ -33,14 +33,14 @@ def load_config(path: str, changes: Sequence[str]) -> Config:
     """Loads a config file and sets fields of it.
 
     Args:
-        path: a Python file with ``get_config()``; what follows a colon is its argument.
-        changes: ``field=value`` each, the field dotted, the value as JSON or a plain string.
+        path: a Python file with ``get_config()``; text after a colon is its argument.
+        changes: ``field=value`` each, with a dotted field and a value as JSON or a plain string.
 
     Returns:
         The config.
 
     Raises:
-        TrainingError: if the file has none, or a field does not exist.
+        TrainingError: if the file has no config, or a field does not exist.
     """
     file, *settings = path.split(":", 1)
     spec = importlib.util.spec_from_file_location("comparison_config", file)
@@ -52,7 +52,7 @@ def load_config(path: str, changes: Sequence[str]) -> Config:
     spec.loader.exec_module(module)
     try:
         config = module.get_config(*settings)
-    except (TypeError, ValueError) as error:  # an argument that it does not take
+    except (TypeError, ValueError) as error:  # an argument that it does not accept
         raise TrainingError(f"CONFIG = {path!r}: {error}") from None
     if not isinstance(config, Config):
         raise TrainingError(f"CONFIG = {path!r}: get_config() must return a training Config.")
@@ -61,7 +61,7 @@ def load_config(path: str, changes: Sequence[str]) -> Config:
 
 
 def _arms(methods: str, options: Sequence[str], base: Config) -> list[Arm]:
-    """An arm for each method, and ``NAME=METHOD,FIELD=VALUE,...`` for each option."""
+    """Returns an arm for each method, and one for each ``NAME=METHOD,FIELD=VALUE,...``."""
     arms = [Arm(method, method) for method in methods.split(",") if method]
     for option in options:
         name, separator, rest = option.partition("=")
@@ -86,7 +86,7 @@ def _arms(methods: str, options: Sequence[str], base: Config) -> list[Arm]:
 
 
 def _grids(options: Sequence[str], names: Sequence[str]) -> dict[str, list[float]]:
-    """Learning rates by arm: ``0.003,0.01`` for all, ``loro=0.01,0.02`` for one."""
+    """Returns learning rates by arm: ``0.003,0.01`` for all, ``loro=0.01,0.02`` for one."""
     grids: dict[str, list[float]] = {}
     for option in options:
         name, separator, text = option.rpartition("=")
@@ -113,7 +113,7 @@ def main(arguments: Sequence[str]) -> int:
         action="append",
         default=[],
         metavar="NAME=METHOD,FIELD=VALUE,...",
-        help="one more arm: a method with its own values of fields; may be repeated",
+        help="another arm: a method with its own values of fields; may be repeated",
     )
     parser.add_argument("--seeds", default="0")
     parser.add_argument(

@@ -1,14 +1,14 @@
 """Perplexity of a model on a text.
 
-DIR is a run directory, or one of Hugging Face's format; SOURCE is what a run may read. All of its
-documents are taken, joined by end-of-text tokens; only those that validate of the run's own source,
-of one with a validation split, and with --split=validation. Where the tokenizer of a directory of
-Hugging Face's format says so, each begins with the beginning-of-text token, which is seen and not
-scored.
+DIR is a run directory, or a directory in Hugging Face's format; SOURCE is any source that a run can
+read. All its documents are used, joined by end-of-text tokens; but only the validation documents of
+the run's own source, of a source with a validation split, and with --split=validation. If the
+tokenizer of a directory in Hugging Face's format adds a beginning-of-text token, each document
+starts with it; it is not scored.
 
-Windows are by default as long as the sequences that the run was trained on, or of 2,048 tokens of a
-model of Hugging Face's format (fewer where it takes fewer), and a batch of them holds no more
-tokens than one of training: longer ones are for models that were trained on such.
+By default windows have the sequence length of the run's training, or 2,048 tokens for a model in
+Hugging Face's format (or its maximum if that is less), and a batch has at most the tokens of a
+training batch. Use longer windows only for models that were trained on longer sequences.
 
 Example:
   python -m loro_jax evaluate runs/default embedded --window=256 --stride=128
@@ -36,7 +36,7 @@ from loro_jax.text.tokenizers.tokenizer import Tokenizer
 from loro_jax.training.trained import load_config, load_model, run_config
 from models.windows import Score, score
 
-# Tokens of a window, and of all windows of a batch, where no run says what its batches were.
+# Tokens of a window and of a batch of windows, for models without a run's config.
 _USUAL_WINDOW = 2048
 _USUAL_BATCH = 8192
 _MOST_WINDOWS = 8
@@ -47,7 +47,7 @@ class Stream(NamedTuple):
 
     Attributes:
         ids: int32 (n,).
-        counted: which of them are the text's (or its end), bool (n,).
+        counted: whether each is scored: tokens of the text or its end, bool (n,).
     """
 
     ids: np.ndarray
@@ -55,17 +55,17 @@ class Stream(NamedTuple):
 
 
 def read_stream(options: argparse.Namespace, tokenizer: Tokenizer) -> Stream:
-    """The source's documents as one stream of ids, each closed by the end-of-text id.
+    """Reads the source's documents as one stream of ids, each ending with the end-of-text id.
 
     Args:
-        options: of the command.
-        tokenizer: encodes them; ``adds_bos``: whether each begins with the beginning-of-text ids.
+        options: the command's options.
+        tokenizer: encodes them; ``adds_bos``: whether each starts with the beginning-of-text ids.
 
     Returns:
         The stream.
 
     Raises:
-        TrainingError: if the source can't be read, or holds fewer than two tokens.
+        TrainingError: if the source can't be read, or has fewer than two tokens.
     """
     config = source_config(options)
     parts, held_out = source_parts(config.source, config)
@@ -96,7 +96,7 @@ def read_stream(options: argparse.Namespace, tokenizer: Tokenizer) -> Stream:
 
 
 def _default_split(directory: str, source: str, has_split: bool) -> str:
-    """All of files, but not what the model was trained on, where that is known."""
+    """Returns "all" for files, but "validation" if the model was trained on them."""
     if has_split or source.startswith("tfds:"):
         return "validation"
     try:
@@ -107,7 +107,7 @@ def _default_split(directory: str, source: str, has_split: bool) -> str:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """Runs the command; the exit status."""
+    """Runs ``python -m loro_jax evaluate``; returns the exit status."""
     options = _parser().parse_args(arguments)
     return failing_in_one_line(lambda: _evaluate(options), naming_options)
 
@@ -145,7 +145,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _check(options: argparse.Namespace) -> None:
-    """Raises TrainingError for numbers that make no sense, whatever the model is."""
+    """Raises TrainingError for numbers that are invalid for any model."""
     for option, value, least in (
         ("--window", options.window, 1),
         ("--stride", options.stride, 1),
@@ -175,14 +175,14 @@ def _print(options: argparse.Namespace, found: Score, length: int, stride: int) 
         "window": length,
         "stride": stride,
         "loss": loss,
-        # Strict readers of JSON know no infinity.
+        # JSON has no infinity.
         "perplexity": found.perplexity if math.isfinite(found.perplexity) else None,
     }
     print(json.dumps(row))
 
 
 def _sizes(options: argparse.Namespace, longest: int) -> tuple[int, int, int]:
-    """(tokens of a window, stride, windows of a batch), each as asked for or by default."""
+    """Returns (tokens per window, stride, windows per batch), as given or by default."""
     run = run_config(options.directory)
     if run is None:
         usual, batch = min(_USUAL_WINDOW, longest), _USUAL_BATCH
@@ -202,17 +202,17 @@ def _parser() -> Parser:
     parser.add_argument(
         "--split",
         choices=["validation", "all"],
-        help="default: all of files; of the run's own source, and of official splits, validation",
+        help="default: all for files; validation for the run's own source and official splits",
     )
     parser.add_argument("--window", type=int, help="tokens; default: see above")
-    parser.add_argument("--stride", type=int, help="tokens; default: the window, blocks")
+    parser.add_argument("--stride", type=int, help="tokens; default: the window (no overlap)")
     parser.add_argument("--max_tokens", type=int, default=0, metavar="N", help="0: all")
     parser.add_argument("--batch_size", type=int, metavar="N", help="windows; default: see above")
     parser.add_argument(
         "--bos",
         action=Switch,
-        help="whether documents begin with the beginning-of-text token; default: as the tokenizer "
-        "says",
+        help="whether documents start with the beginning-of-text token; default: as configured in "
+        "the tokenizer",
     )
     parser.add_argument("--json", action="store_true")
     return parser

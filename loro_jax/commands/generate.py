@@ -1,8 +1,8 @@
 """Continues texts with a model.
 
-DIR is a run directory, or one of Hugging Face's format. One prompt's text is written as it grows;
-several are continued together and written when they have ended. Prompts begin with the
-beginning-of-text token where the tokenizer of a directory of Hugging Face's format says so.
+DIR is a run directory, or a directory in Hugging Face's format. The text of a single prompt is
+streamed; several prompts are continued together and written at the end. Prompts start with the
+beginning-of-text token if the tokenizer of a directory in Hugging Face's format adds it.
 
 Example:
   python -m loro_jax generate runs/default --prompt="Once upon a time" --top_p=0.9
@@ -26,7 +26,7 @@ from models.decoding import check_prompts, check_seed, generate
 from models.llama import Llama
 from models.sampling import Sampling
 
-# Tokens to add where nothing says how many and the model has room for them.
+# Default number of new tokens, if the model has room for them.
 _USUAL_TOKENS = 100
 
 
@@ -42,25 +42,27 @@ def continuations(
     bos: bool | None = None,
     special: bool = False,
 ) -> Iterator[list[str]]:
-    """Continues texts; yields what each has grown by.
+    """Continues texts; yields the new text of each, token by token.
 
-    A character of several tokens comes when it is whole; the start of one at the very end, never.
+    A character of several tokens is yielded when it is complete; an incomplete one at the end is
+    dropped.
 
     Args:
         model: the model.
         tokenizer: its tokenizer; ids that it does not have are not drawn.
-        prompts: texts; an empty one starts after an end of text, unless there is a token that
-            begins texts.
-        max_new_tokens: tokens to add at most to each; None: 100, or as many as the model has room
-            for.
-        sampling: how they are drawn.
-        seed: of the draws.
-        cache: what is kept of the past, one of :data:`models.cache.CACHES`.
-        bos: whether prompts begin with the beginning-of-text token; None: as the tokenizer says.
-        special: whether special tokens that are written out in a prompt become their ids.
+        prompts: texts; an empty one starts after an end-of-text token, unless there is a
+            beginning-of-text token.
+        max_new_tokens: maximal number of new tokens for each; None: 100, or fewer if the model has
+            no room for them.
+        sampling: settings of the sampling.
+        seed: seed of the sampling.
+        cache: kind of cache, one of :data:`models.cache.CACHES`.
+        bos: whether prompts start with the beginning-of-text token; None: as configured in the
+            tokenizer.
+        special: whether special tokens written in a prompt are encoded as their ids.
 
     Yields:
-        A string for each prompt, most of them one token's.
+        A string for each prompt, usually that of one token.
 
     Raises:
         ValueError: as :func:`models.decoding.generate`, and for a prompt that is not Unicode.
@@ -92,19 +94,19 @@ def continuations(
 
 
 class _GrowingText:
-    """A text that gets one token after the other, until one ends it or there are enough."""
+    """A text that grows token by token, until an end-of-text token or the limit."""
 
     def __init__(self, tokenizer: Tokenizer, prompt: list[int], limit: int):
         self._tokenizer, self._ids, self._left = tokenizer, list(prompt), limit
         self._written = tokenizer.decode(prompt)
 
     def grown_by(self, token: int) -> str:
-        """What can be written now that wasn't before."""
+        """Adds a token; returns the text that can be written now."""
         self._left = 0 if token in self._tokenizer.eos_ids else self._left - 1
         if self._left < 0 or token in self._tokenizer.eos_ids:
             return ""
         self._ids.append(token)
-        # An unfinished character shows as a replacement until its last byte is there.
+        # An incomplete character decodes to a replacement character until its last byte is added.
         text = self._tokenizer.decode(self._ids).rstrip("\ufffd")
         if not text.startswith(self._written):
             return ""
@@ -113,7 +115,7 @@ class _GrowingText:
 
 
 def _check_unicode(prompt: str) -> None:
-    """Raises ValueError for bytes of a command line that are not UTF-8, say."""
+    """Raises ValueError for invalid Unicode, such as command-line bytes that are not UTF-8."""
     try:
         prompt.encode("utf-8")
     except UnicodeEncodeError as error:
@@ -127,8 +129,8 @@ def main(arguments: Sequence[str], out: TextIO | None = None) -> int:
     """Runs ``python -m loro_jax generate``; returns the exit status.
 
     Args:
-        arguments: of the command line.
-        out: where the texts go; None: standard output.
+        arguments: the command line's arguments.
+        out: stream for the texts; None: standard output.
     """
     options = _parser().parse_args(arguments)
     out = sys.stdout if out is None else out
@@ -153,13 +155,13 @@ def _generate(options: argparse.Namespace, out: TextIO | None) -> int:
 
 
 def _write(options: argparse.Namespace, out: TextIO) -> None:
-    """Loads the model and writes the prompts and what follows them."""
+    """Loads the model and writes the prompts and their continuations."""
     sampling = Sampling(options.temperature, options.top_k, options.top_p)
     sampling.validate()
     check_seed(options.seed)
     if options.max_new_tokens is not None and options.max_new_tokens < 1:
         raise ValueError(f"max_new_tokens must be at least 1, but is {options.max_new_tokens}.")
-    if isinstance(out, io.TextIOWrapper):  # a terminal without a character shows "?"
+    if isinstance(out, io.TextIOWrapper):  # characters that the encoding lacks become "?"
         out.reconfigure(errors="replace")
     model, tokenizer = load_model(options.source)
     steps = continuations(
@@ -175,7 +177,7 @@ def _write(options: argparse.Namespace, out: TextIO) -> None:
     )
     if len(options.prompt) == 1:
         for i, (text,) in enumerate(steps):
-            # With the first token, for all that can be wrong with a prompt is known then.
+            # Written with the first token, because all errors in a prompt are known by then.
             out.write(options.prompt[0] + text if i == 0 else text)
             out.flush()
         out.write("\n")
@@ -185,7 +187,7 @@ def _write(options: argparse.Namespace, out: TextIO) -> None:
 
 
 def _with_options(message: str) -> str:
-    """A message of the library that names this command's options."""
+    """Rewrites a message of the library to name this command's options."""
     for name in ("max_new_tokens", "temperature", "top_k", "top_p", "seed"):
         message = message.replace(f"{name} must", f"--{name} must")
     return message.removeprefix("generate: ")
@@ -199,7 +201,7 @@ def _parser() -> Parser:
         "--max_new_tokens",
         type=int,
         metavar="N",
-        help=f"default: {_USUAL_TOKENS}, or as many as the model has room for",
+        help=f"default: {_USUAL_TOKENS}, or fewer if the model has no room for them",
     )
     parser.add_argument("--temperature", type=float, default=1.0, help="0: the likeliest token")
     parser.add_argument("--top_k", type=int, default=0, metavar="K")
@@ -208,20 +210,20 @@ def _parser() -> Parser:
     parser.add_argument(
         "--bos",
         action=Switch,
-        help="whether prompts begin with the beginning-of-text token; default: as the tokenizer "
-        "says",
+        help="whether prompts start with the beginning-of-text token; default: as configured in "
+        "the tokenizer",
     )
     parser.add_argument(
         "--parse_special",
         action=Switch,
         default=True,
-        help="whether special tokens that are written out in a prompt, as <|user|>, are read as "
-        "such, or letter by letter; default: as such",
+        help="whether special tokens written in a prompt, such as <|user|>, are encoded as special "
+        "tokens or as plain text; default: as special tokens",
     )
     parser.add_argument(
         "--cache",
         choices=CACHES,
         default="full",
-        help="what is kept of the past; with a rank, values or both may be kept as latents",
+        help="with a rank, values or both keys and values may be cached as latents",
     )
     return parser

@@ -1,8 +1,8 @@
-"""Parameters and memory of every method for one model, beside the figures of the paper's Table 1.
+"""Parameters and memory of every method for one model, with the figures of the paper's Table 1.
 
-Nothing is allocated. Counted are weights (trained and fixed), their gradients and the optimizer's
-state, not activations; GB are 1e9 bytes. The paper's Mem column counts weights and optimizer state
-in bfloat16, and no gradients: what stands beside its figures is counted in the same way.
+Nothing is allocated. Weights (trained and fixed), their gradients and the optimizer's state are
+counted, but not activations; a GB is 1e9 bytes. The paper's Mem column counts weights and optimizer
+state in bfloat16, without gradients: the column next to it counts in the same way.
 
 Example:
   python -m loro_jax memory --model=1b --rank=512

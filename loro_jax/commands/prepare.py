@@ -1,6 +1,6 @@
 """Encodes a text once, into shards of tokens that runs read; verify checks them.
 
-Give DIR as config.data.source of a run. Interrupted, the same command resumes.
+Use DIR as config.data.source of a run. Run the same command again to resume after an interruption.
 
 Example:
   python -m loro_jax prepare embedded --tokenizer=embedded --out=shards
@@ -26,7 +26,7 @@ from loro_jax.text import prepare as preparation
 from loro_jax.text.prepared import verify
 from loro_jax.text.tokenizers.tokenizer import load_tokenizer
 
-# Seconds between lines where there is no terminal.
+# Seconds between lines if the output is not a terminal.
 _LINE_EVERY = 30.0
 
 
@@ -46,7 +46,7 @@ def main(arguments: Sequence[str]) -> int:
 def verify_main(arguments: Sequence[str]) -> int:
     """Runs ``python -m loro_jax verify``; returns the exit status."""
     parser = Parser("python -m loro_jax verify", __doc__)
-    parser.add_argument("directory", metavar="DIR", help="as prepare has written it")
+    parser.add_argument("directory", metavar="DIR", help="directory written by prepare")
     options = parser.parse_args(arguments)
     return failing_in_one_line(lambda: _verify(pathlib.Path(options.directory)))
 
@@ -89,7 +89,7 @@ def _verify(directory: pathlib.Path) -> int:
 
 
 class _Display:
-    """A bar on a terminal, a line now and then elsewhere."""
+    """A progress bar on a terminal, occasional lines otherwise."""
 
     def __init__(self) -> None:
         self._console = Console(highlight=False, soft_wrap=True)

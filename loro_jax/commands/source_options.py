@@ -1,4 +1,4 @@
-"""What the commands that read a source have in common."""
+"""Options shared by the commands that read a source."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ _FIELDS = ("validation", "text_field", "text_files", "bad_documents", "data_dir"
 
 
 def add_source_options(parser: argparse.ArgumentParser) -> None:
-    """Adds SOURCE and how it is read."""
+    """Adds SOURCE and the options for reading it."""
     default = DataConfig()
     parser.add_argument(
         "source",
         metavar="SOURCE",
         help='"embedded", tfds:NAME, or a glob of .txt, .jsonl or .parquet files (quoted)',
     )
-    parser.add_argument("--validation", help="a glob of files that validate instead")
+    parser.add_argument("--validation", help="a glob of files for validation instead")
     parser.add_argument("--text_field", default=default.text_field)
     parser.add_argument(
         "--text_files", default=default.text_files, choices=["paragraphs", "documents"]
@@ -28,14 +28,14 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
 
 
 def source_config(options: argparse.Namespace) -> DataConfig:
-    """Returns the options as the config of a run has them."""
+    """Returns the options as the data group of a run's config."""
     return DataConfig(
         source=options.source, **{field: getattr(options, field) for field in _FIELDS}
     )
 
 
 def naming_options(message: str) -> str:
-    """Returns a message that names options instead of the config's fields.
+    """Rewrites a message to name options instead of the config's fields.
 
     Example:
         >>> naming_options("config.data.source = 'a' and config.data.tokenizer = 'b'")

@@ -1,8 +1,8 @@
 """Trains a byte-pair encoding on your own text.
 
-By the suffix of --out: .json is a byte-level BPE of Hugging Face's tokenizers library, .model a
-SentencePiece BPE that falls back to bytes, as LLaMA's. Give the file as config.data.tokenizer of a
-run, or to python -m loro_jax prepare.
+The suffix of --out decides: .json is a byte-level BPE of Hugging Face's tokenizers library, .model
+a SentencePiece BPE with byte fallback, like LLaMA's. Use the file as config.data.tokenizer of a
+run, or in python -m loro_jax prepare.
 
 Example:
   python -m loro_jax tokenizer embedded --vocab_size=4096 --out=novels.json
@@ -32,8 +32,8 @@ def main(arguments: Sequence[str]) -> int:
     add_source_options(parser)
     parser.add_argument("--out", required=True, help="file to write: NAME.json or NAME.model")
     parser.add_argument("--vocab_size", type=int, default=32_000, help="ids, default 32000")
-    parser.add_argument("--documents", type=int, help="use the first N documents alone")
-    # No source is called "train", which the command used to begin with.
+    parser.add_argument("--documents", type=int, help="use only the first N documents")
+    # The command used to start with "train", which is not the name of any source.
     options = parser.parse_args(arguments[1:] if arguments[:1] == ["train"] else arguments)
     return failing_in_one_line(lambda: _train(options), naming_options)
 
@@ -61,7 +61,7 @@ def _train(options: argparse.Namespace) -> int:
     temporary = out.with_name(out.name + ".tmp")
     try:
         temporary.write_bytes(content)
-        # Named as it will be, for the suffix tells the formats apart.
+        # Renamed before it is loaded, because the suffix decides the format.
         temporary.replace(out)
     except OSError as error:
         raise TrainingError(f"--out={out} can't be written ({error.strerror}).") from None

@@ -1,4 +1,4 @@
-"""A run as a directory of Hugging Face's format, and back."""
+"""Export of a run to a directory in Hugging Face's format, and import."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from models.huggingface.files import DTYPES, read_json
 from models.huggingface.writing import SHARD_BYTES, zero_matrices
 from models.llama import Llama
 
-_EXPORT = """Writes a run as a directory of Hugging Face's format.
+_EXPORT = """Writes a run as a directory in Hugging Face's format.
 
-Merged, its projections are dense and any program that serves LLaMA reads it; with --keep_factors,
-B and A are stored as they are, for this library. A run starts from either with
+By default factors are merged: projections are dense, and any program that serves LLaMA can read
+them. With --keep_factors, B and A are stored for this library. To start a run from either, use
 train.py --config.init_from=OUT.
 
 Example:
@@ -27,10 +27,10 @@ Example:
   python -m loro_jax export runs/60m out --keep_factors
 """
 
-_IMPORT = """Reads a LLaMA of Hugging Face's format and writes it with low-rank factors.
+_IMPORT = """Reads a LLaMA in Hugging Face's format and writes it with low-rank factors.
 
-With --rank, each projection becomes its truncated SVD; the relative error of each is printed. A run
-starts from OUT with train.py --config.init_from=OUT.
+With --rank, each projection becomes its truncated SVD, and its relative error is printed. To start
+a run from OUT, use train.py --config.init_from=OUT.
 
 Example:
   python -m loro_jax import llama-dir out --rank=128
@@ -43,7 +43,7 @@ def export_main(arguments: Sequence[str]) -> int:
     parser.add_argument("source", metavar="RUN_DIR")
     _add_writing(parser)
     parser.add_argument("--keep_factors", action="store_true", help="store B and A, not B A")
-    parser.add_argument("--step", type=int, help="of the checkpoint; default: the last")
+    parser.add_argument("--step", type=int, help="step of the checkpoint; default: the last")
     options = parser.parse_args(arguments)
     return failing_in_one_line(lambda: _export(options))
 
@@ -55,13 +55,13 @@ def import_main(arguments: Sequence[str]) -> int:
     _add_writing(parser)
     parser.add_argument("--rank", type=int, help="factor by truncated SVD")
     for name, layers in (("attn", "q, k, v and o"), ("mlp", "gate, up and down")):
-        parser.add_argument(f"--{name}_rank", type=int, help=f"of {layers}; default: --rank")
+        parser.add_argument(f"--{name}_rank", type=int, help=f"rank of {layers}; default: --rank")
     options = parser.parse_args(arguments)
     return failing_in_one_line(lambda: _import(options))
 
 
 def _add_writing(parser: Parser) -> None:
-    """Adds OUT and how it is written."""
+    """Adds OUT and the options for writing it."""
     parser.add_argument("out", metavar="OUT", help="directory to write")
     parser.add_argument("--dtype", choices=list(DTYPES), help="default: as stored")
     parser.add_argument(
@@ -89,7 +89,7 @@ def _export(options: argparse.Namespace) -> None:
 
 
 def _token_ids(tokenizer: Tokenizer) -> dict[str, int | list[int] | None]:
-    """What ``config.json`` says of a run's tokenizer."""
+    """Returns the token ids of a run's tokenizer for ``config.json``."""
     ends = list(getattr(tokenizer, "eos_ids", (tokenizer.eos_id,)))
     ids: dict[str, int | list[int] | None] = {
         "eos_token_id": ends if len(ends) > 1 else ends[0],
@@ -123,7 +123,7 @@ def _import(options: argparse.Namespace) -> None:
 def _notes(
     model: Llama, errors: Sequence[LayerError], options: argparse.Namespace
 ) -> Iterator[str]:
-    """What an import did that its user may not expect."""
+    """Yields notes about results of an import that may be unexpected."""
     asked, given = options.rank, model.config.attn_rank
     if errors and options.attn_rank is None and given not in (None, asked):
         yield (
@@ -138,7 +138,7 @@ def _notes(
 
 
 def error_table(errors: Sequence[LayerError]) -> str:
-    """The relative error of each projection, as a Markdown table.
+    """Formats the relative error of each projection as a Markdown table.
 
     Example:
         >>> print(error_table([LayerError("mlp.up_proj", (48, 32), 8, 0.25)]))
@@ -154,7 +154,7 @@ def error_table(errors: Sequence[LayerError]) -> str:
 
 
 def _size(text: str) -> int:
-    """Bytes, from "5GB", "200MB" or a plain number."""
+    """Parses a number of bytes such as "5GB", "200MB" or a plain number."""
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]?)B?", text.strip().upper())
     if match is None or float(match[1]) <= 0:
         raise argparse.ArgumentTypeError(f"{text!r} is no size such as 5GB")

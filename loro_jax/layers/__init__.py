@@ -1,1 +1,1 @@
-"""Projections for anyone's model, one kind in each file."""
+"""Projections for use in any model, one kind per file."""

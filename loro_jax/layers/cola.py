@@ -10,14 +10,14 @@ Array = jax.Array
 
 
 class ColaLinear(LowRankLinear):
-    """``y = silu(x A^T) B^T``: an auto-encoder in a projection's place."""
+    """``y = silu(x A^T) B^T``: an auto-encoder in place of a projection."""
 
     linear = False
 
     def activated(self, latent: Array) -> Array:
-        """What the second factor sees of ``x A^T``."""
+        """Applies the activation to ``x A^T``."""
         return jax.nn.silu(latent)
 
     def weight(self) -> Array:
-        """There is none: raises TypeError."""
+        """Raises TypeError: no matrix computes the same function."""
         raise TypeError("ColaLinear: an activation between the factors; no matrix does the same.")

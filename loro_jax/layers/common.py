@@ -1,4 +1,4 @@
-"""What all kinds of projection share: how one is specified, and what a model holds untrained."""
+"""Parts that all kinds of projection share: their specification, and untrained variables."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from jax.ad_checkpoint import checkpoint_name
 
 Array = jax.Array
 
-# What a backward pass may be told to keep: ``x A^T``.
+# Name of ``x A^T``, which rematerialisation policies may save for the backward pass.
 LATENT = "latent"
 
 
 @dataclasses.dataclass(frozen=True)
 class ProjectionSpec:
-    """What a projection is made of.
+    """The specification of a projection.
 
     Attributes:
-        kind: of the projections that have a rank, a key of
+        kind: kind of a projection with a rank, a key of
             :data:`loro_jax.layers.projections.PROJECTIONS`.
         rank: inner dimension of a low-rank projection; None: dense.
         initialiser: how factors are drawn, a name known to :func:`loro_jax.initialise`.
         initializer_range: standard deviation of a dense weight's entries.
         alpha: the product of factors is scaled by ``alpha / rank`` (lora, sltrain).
-        density: share of a sparse matrix's entries that are not zero (sltrain).
+        density: fraction of a sparse matrix's entries that are not zero (sltrain).
         dtype: dtype of the products.
         param_dtype: dtype of the stored weights.
     """
@@ -45,19 +45,19 @@ class ProjectionSpec:
 
 
 class Fixed(nnx.Variable):
-    """A part of a model that is not trained: no gradient is taken of it."""
+    """A variable of a model that is not trained and has no gradient."""
 
 
 def named(latent: Array) -> Array:
-    """Marks ``x A^T`` by the name that rematerialisation policies know it by."""
+    """Marks ``x A^T`` with its name for rematerialisation policies."""
     return checkpoint_name(latent, LATENT)
 
 
 def by_rows(call: Callable[[Any, Array], Array]) -> Callable[[Any, Array], Array]:
-    """Shows a projection's ``__call__`` a matrix (N, in) in place of (..., in).
+    """Passes inputs (..., in) of a projection's ``__call__`` as matrices (N, in).
 
-    The gradient of a weight then sums over one axis. Over two, (B, L), XLA's CPU backend first
-    writes transposed copies of both operands, the larger part of such a gradient's time.
+    The gradient of a weight then sums over one axis. For two axes, (B, L), XLA's CPU backend first
+    writes transposed copies of both operands, which takes most of the gradient's time.
     """
 
     @functools.wraps(call)

@@ -26,13 +26,13 @@ class Dense(nnx.Module):
         return x.astype(self.dtype) @ self.first().T
 
     def first(self) -> Array:
-        """The matrix that meets the input, in the dtype of the products."""
+        """Returns the matrix that is applied to the input, in the dtype of the products."""
         return self.W[...].astype(self.dtype)
 
     def rest(self, y: Array) -> Array:
-        """What becomes of ``x first^T``: it is the output."""
+        """Maps ``x first^T`` to the output: they are equal."""
         return y
 
     def weight(self) -> Array:
-        """The matrix that it multiplies by, (out, in)."""
+        """Returns the weight, (out, in)."""
         return self.W[...]

@@ -35,9 +35,9 @@ class LoraLinear(LowRankLinear):
 
     @staticmethod
     def flops(m: int, n: int, rank: int, tokens: float) -> float:
-        """Returns the operations per token: no gradient of the fixed weight is taken."""
+        """Returns the operations per token, without a gradient of the fixed weight."""
         return 4.0 * m * n + 6.0 * rank * (m + n)
 
     def weight(self) -> Array:
-        """The matrix that it multiplies by, (out, in), in float32 or wider."""
+        """Returns the merged weight, (out, in), in float32 or wider."""
         return self.W[...] + self.scale * self.product()

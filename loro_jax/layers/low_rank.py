@@ -16,9 +16,9 @@ Array = jax.Array
 class LowRankLinear(nnx.Module):
     """``y = (x A^T) B^T`` with B (out x r) and A (r x in)."""
 
-    # Whether all of y goes through the rank, y = up(down(x)); a kind that adds more says no.
+    # Whether y = up(down(x)); False for kinds that add other terms.
     through_rank = True
-    # Whether it multiplies by a matrix, and factors of the same product do the same.
+    # Whether the function depends only on the product B A.
     linear = True
 
     def __init__(self, in_features: int, out_features: int, spec: ProjectionSpec, rngs: nnx.Rngs):
@@ -37,11 +37,11 @@ class LowRankLinear(nnx.Module):
 
     @property
     def rank(self) -> int:
-        """The inner dimension r."""
+        """Inner dimension r."""
         return self.B.shape[-1]
 
     def first(self) -> Array:
-        """The matrix that meets the input, A, in the dtype of the products."""
+        """Returns A, which is applied to the input, in the dtype of the products."""
         return self.A[...].astype(self.dtype)
 
     def rest(self, y: Array) -> Array:
@@ -49,7 +49,7 @@ class LowRankLinear(nnx.Module):
         return self.up(self.activated(y))
 
     def factors(self) -> tuple[Array, Array]:
-        """B and A in the dtype of the products."""
+        """Returns B and A in the dtype of the products."""
         return self.B[...].astype(self.dtype), self.A[...].astype(self.dtype)
 
     def down(self, x: Array) -> Array:
@@ -57,7 +57,7 @@ class LowRankLinear(nnx.Module):
         return self.activated(named(x.astype(self.dtype) @ self.first().T))
 
     def activated(self, latent: Array) -> Array:
-        """What the second factor sees of ``x A^T``: all of it."""
+        """Returns ``x A^T`` unchanged; kinds with an activation override this."""
         return latent
 
     def up(self, latent: Array) -> Array:
@@ -66,11 +66,11 @@ class LowRankLinear(nnx.Module):
 
     @by_rows
     def __call__(self, x: Array) -> Array:
-        """Maps (..., in) to (..., out) by way of the rank."""
+        """Maps (..., in) to (..., out) through the rank."""
         return self.up(self.down(x))
 
     def product(self) -> Array:
-        """B A, (out, in), in float32 or wider."""
+        """Returns B A, (out, in), in float32 or wider."""
         dtype = at_least_float32(self.B[...].dtype)
         B, A = self.B[...].astype(dtype), self.A[...].astype(dtype)
         return jnp.matmul(B, A, precision=jax.lax.Precision.HIGHEST)
@@ -83,10 +83,10 @@ class LowRankLinear(nnx.Module):
             m: outputs.
             n: inputs.
             rank: r.
-            tokens: tokens of a pass, which share what is done once.
+            tokens: tokens per pass, over which operations done once per pass are divided.
         """
         return 6.0 * rank * (m + n)
 
     def weight(self) -> Array:
-        """The matrix that it multiplies by, (out, in), in float32 or wider."""
+        """Returns the weight B A, (out, in), in float32 or wider."""
         return self.product()

@@ -1,4 +1,4 @@
-"""Several projections of one input as one product with it."""
+"""Applies several projections to one input by a single product."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from loro_jax.layers.low_rank import LowRankLinear
 
 Array = jax.Array
 
-# Fewer rows than these are multiplied by each A separately.
+# For fewer rows each A is multiplied separately.
 ROWS_WORTH_PACKING = 64
 
 
 class Shared(nnx.Module):
-    """The matrices that meet one input, of several projections, in one: A's, and dense W's.
+    """The concatenated first matrices (A, or dense W) of projections that share an input.
 
-    For decoding, where products with few rows are bound by how fast matrices are read, and a large
-    one is read faster than several small ones. The projections give their matrices away: afterwards
-    they work by :func:`apply_together` alone.
+    For decoding, where products with few rows are bound by memory bandwidth, and a large matrix is
+    read faster than several small ones. This removes `A` (or `W`) from the projections; from then
+    on call them only through :func:`apply_together`.
     """
 
     def __init__(self, projections: Sequence[Dense | LowRankLinear]):
         dtype = projections[0].dtype
         self.sizes = tuple(projection.first().shape[-2] for projection in projections)
-        # Stacked over layers or not, rows are the last axis but one.
+        # With or without a leading axis of layers, rows are the second to last axis.
         self.matrix = nnx.Param(jnp.concatenate([p.first() for p in projections], axis=-2))
         self.dtype = dtype
         for projection in projections:
@@ -41,12 +41,12 @@ class Shared(nnx.Module):
                 del projection.W
 
     def __call__(self, x: Array) -> list[Array]:
-        """Maps (..., in) to what each projection's ``rest`` takes."""
+        """Maps (..., in) to the inputs of each projection's ``rest``."""
         return _pieces(x.astype(self.dtype) @ self.matrix[...].T, self.sizes)
 
 
 def can_share(projections: Sequence[Dense | LowRankLinear]) -> bool:
-    """Whether all of each projection's output goes through its first matrix."""
+    """Returns whether each projection's output depends on x only through its first matrix."""
     return all(isinstance(p, Dense) or p.through_rank for p in projections)
 
 
@@ -61,19 +61,19 @@ def apply_together(
     shared: Shared | None = None,
     latent: Sequence[bool] | None = None,
 ) -> list[Array]:
-    """What several projections make of one input.
+    """Applies several projections to one input.
 
-    Where all go through a rank, their A's make one product with x, and one gradient of x: in the
-    backward pass several gradients as large as x would have to be written and added. On two CPU
-    cores that is neither faster nor slower (``python -m loro_jax.bench together``); it is for
-    accelerators, whose speed narrow products don't reach. Of few rows nothing can be gained, as the
-    A's would have to be copied to stand together; unless they do already.
+    If all are low-rank, their A's form one product with x, and there is one gradient of x; without
+    this the backward pass has to write and add several gradients as large as x. On two CPU cores it
+    is neither faster nor slower (``python -m loro_jax.bench together``); it is meant for
+    accelerators, which narrow products don't saturate. For few rows it does not pay, because the
+    A's have to be copied, unless they are concatenated already.
 
     Args:
-        projections: of one dtype.
+        projections: projections of the same dtype.
         x: their input, (..., in).
-        shared: their first matrices, where they stand together already.
-        latent: of which projections the latent is wanted, not the output; by default of none.
+        shared: their first matrices, if they are concatenated already.
+        latent: for which projections to return the latent, not the output; None: for none.
 
     Returns:
         The output (..., out) of each, or the latent (..., r).
@@ -109,6 +109,6 @@ def apply_together(
 
 
 def as_low_rank(projection: Dense | LowRankLinear) -> LowRankLinear:
-    """The projection, where it must have latents; for others a caller has to have refused."""
+    """Narrows the type of a projection that must have latents, which the caller has checked."""
     assert isinstance(projection, LowRankLinear)
     return projection

@@ -1,10 +1,10 @@
-"""The table of the kinds of projection, and one constructor of them all.
+"""The table of the kinds of projection, and their common constructor.
 
 A projection maps ``x (..., in)`` to ``y (..., out)`` without a bias. A kind is a class in a file of
-this folder and an entry of :data:`PROJECTIONS`. The class is a :class:`LowRankLinear` made from
-``(in_features, out_features, spec, rngs)``: its trained arrays are ``nnx.Param``, the others
-:class:`~loro_jax.layers.common.Fixed`. It says whether it is ``linear``, whether all goes
-``through_rank``, and how many ``flops`` it takes.
+this folder and an entry in :data:`PROJECTIONS`. The class is a subclass of :class:`LowRankLinear`,
+constructed from ``(in_features, out_features, spec, rngs)``: its trained arrays are ``nnx.Param``,
+the others :class:`~loro_jax.layers.common.Fixed`. It defines ``linear``, ``through_rank`` and
+``flops``.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from loro_jax.layers.low_rank import LowRankLinear
 from loro_jax.layers.sltrain import SparseLowRankLinear
 from loro_jax.layers.switchlora import SwitchLoraLinear
 
-# Of the projections that have a rank; without one they are :class:`Dense`.
+# Kinds of projections with a rank; without one, a projection is :class:`Dense`.
 PROJECTIONS: dict[str, type[LowRankLinear]] = {
     "low_rank": LowRankLinear,
     "cola": ColaLinear,

@@ -4,13 +4,13 @@
 memory efficient pretraining", NeurIPS 2024, arXiv 2406.02214, equation 1 and Algorithm 1). The
 support of S is drawn once; its entries are trained.
 
-W exists for the moment of a product alone: the backward pass, which saves factors and entries,
-forms it again. The authors scatter the entries into W and gather their gradients from dL/dW. Here
-neither way scatters: the support is stratified, k entries a row of which the j-th lies in the j-th
-of k equal stretches of columns, at a place of its own in each row. So a column knows which entry of
-a row it may hold, and W is made by a comparison that fuses with what follows. The marginal
-probability of every entry is the same as for a uniform support; only that two entries of a row
-share a stretch is excluded.
+W exists only during a product: the forward pass saves factors and entries, and the backward pass
+forms W again. The authors scatter the entries into W and gather their gradients from dL/dW. Here no
+scatter is needed: the support is stratified, with k entries per row, of which the j-th is at a
+random column in the j-th of k equal stretches of columns. So each column has a fixed entry index,
+and W is formed by a comparison that XLA fuses with the following operations. The marginal
+probability of every entry is the same as for a uniform support; two entries of a row just never
+share a stretch.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from loro_jax.layers.low_rank import LowRankLinear
 
 
 def entries_per_row(n: int, density: float) -> int:
-    """k: how many of a row's n columns are in the support, the density rounded up."""
+    """Returns k, the number of a row's n columns in the support, rounded up."""
     return math.ceil(round(density * n, 6))
 
 
 def stretches(n: int, k: int) -> np.ndarray:
-    """For each of n columns the number of its stretch, 0 to k - 1, int32 (n,)."""
+    """Returns the stretch of each of n columns, 0 to k - 1, int32 (n,)."""
     return ((np.arange(n, dtype=np.int64) * k) // n).astype(np.int32)
 
 
@@ -43,9 +43,9 @@ def draw_support(key: jax.Array, m: int, n: int, density: float) -> jax.Array:
 
     Args:
         key: a random key.
-        m: rows of the matrix.
-        n: its columns.
-        density: share of its entries that are in the support.
+        m: number of rows of the matrix.
+        n: number of columns.
+        density: fraction of its entries in the support.
 
     Returns:
         Columns, int32 (m, k), ascending in each row, uniform within their stretches.
@@ -68,7 +68,7 @@ def draw_support(key: jax.Array, m: int, n: int, density: float) -> jax.Array:
 
 
 def sparse_matrix(values: jax.Array, columns: jax.Array, n: int) -> jax.Array:
-    """S, dense.
+    """Returns S as a dense matrix.
 
     Args:
         values: its entries, (m, k).
@@ -83,7 +83,7 @@ def sparse_matrix(values: jax.Array, columns: jax.Array, n: int) -> jax.Array:
         >>> sparse_matrix(jnp.array([[5.0, 7.0]]), jnp.array([[1, 2]]), 4).tolist()
         [[0.0, 5.0, 7.0, 0.0]]
     """
-    # Each column's stretch is known when this is compiled, so these are repeats, not searches.
+    # Each column's stretch is known at compile time, so this only repeats entries.
     stretch = stretches(n, values.shape[-1])
     here = columns[..., stretch] == jnp.arange(n, dtype=columns.dtype)
     return jnp.where(here, values[..., stretch], 0)
@@ -98,7 +98,7 @@ def sparse_low_rank_product(
     columns: jax.Array,
     scale: float,
 ) -> jax.Array:
-    """``y = x (scale B A + S)^T``.
+    """Returns ``y = x (scale B A + S)^T``.
 
     Args:
         x: inputs, (..., n).
@@ -161,7 +161,7 @@ class SparseLowRankLinear(LowRankLinear):
     def __init__(self, in_features: int, out_features: int, spec: ProjectionSpec, rngs: nnx.Rngs):
         factors = dataclasses.replace(spec, initialiser="lora")
         super().__init__(in_features, out_features, factors, rngs)
-        # As in the authors' code: uniform like a linear layer's default.
+        # As in the authors' code: uniform, PyTorch's default for linear layers.
         shape = (out_features, entries_per_row(in_features, spec.density))
         bound = in_features**-0.5
         values = jax.random.uniform(rngs.params(), shape, jnp.float32, -bound, bound)
@@ -171,7 +171,7 @@ class SparseLowRankLinear(LowRankLinear):
 
     @by_rows
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps (..., in) to (..., out); W exists for the moment of the product."""
+        """Maps (..., in) to (..., out); W exists only during the product."""
         B, A = self.factors()
         values = self.values[...].astype(self.dtype)
         return sparse_low_rank_product(
@@ -184,6 +184,6 @@ class SparseLowRankLinear(LowRankLinear):
         return 6.0 * m * n + 8.0 * m * n * rank / tokens
 
     def weight(self) -> jax.Array:
-        """The matrix that it multiplies by, (out, in), in float32 or wider."""
+        """Returns the weight, (out, in), in float32 or wider."""
         S = sparse_matrix(self.values[...], self.columns[...], self.A.shape[-1])
         return self.scale * self.product() + S

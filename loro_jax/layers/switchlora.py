@@ -1,7 +1,6 @@
-"""SwitchLoRA: LoRA with spare vectors, and ``1 / r`` for a scale.
+"""SwitchLoRA: LoRA with spare vectors, and with the scale ``1 / r``.
 
-The spare vectors are switched with those of B and A in training; see
-:mod:`loro_jax.peers.switchlora`.
+Training switches vectors of B and A with the spare vectors; see :mod:`loro_jax.peers.switchlora`.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from loro_jax.peers.switchlora import (
 
 
 class SwitchLoraLinear(LoraLinear):
-    """:class:`LoraLinear` with spare vectors, and with what keeps account of their switches."""
+    """:class:`LoraLinear` with spare vectors and the state of their switches."""
 
     def __init__(self, in_features: int, out_features: int, spec: ProjectionSpec, rngs: nnx.Rngs):
         super().__init__(in_features, out_features, spec, rngs)

@@ -33,7 +33,7 @@ def flops_per_token(config: Config) -> float:
     for group in ("attn", "mlp"):
         rank = model.group_rank(group)
         for m, n in model.shapes(group).values():
-            # Forward, and backward to the input and to what is trained.
+            # Forward, and backward to the input and to the trained weights.
             if rank is None:
                 layer += 6.0 * m * n
             else:

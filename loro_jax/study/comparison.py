@@ -1,9 +1,9 @@
-"""Runs methods side by side: the same text in the same order, a learning-rate grid each, seeds.
+"""Runs methods side by side on the same text, with a learning-rate grid each and several seeds.
 
-The grid is run with the first seed; the best learning rate of each method then with all others.
-Every run has its own directory and resumes where it was stopped: the same comparison again finishes
-an interrupted one; started twice, both share the work. A run whose loss is no longer finite is a
-row that says so.
+The grid is run with the first seed, then each method's best learning rate with all other seeds.
+Every run has its own directory and is resumable: repeat a comparison to finish it after an
+interruption; two processes that run the same comparison share the work. Runs that diverge are
+listed in the table.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class StoppedError(Exception):
     """A signal ended a run; the comparison ends with it.
 
     Attributes:
-        status: the exit status that says so.
+        status: the exit status of the stopped run.
     """
 
     def __init__(self, status: int):

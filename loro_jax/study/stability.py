@@ -1,13 +1,14 @@
 """Loss spikes after exact steps, and condition numbers of products, from run directories.
 
-For every run below a directory (one of python -m loro_jax compare, say):
+For every run below a directory (for example one of python -m loro_jax compare):
 
-* the spike after its exact steps: the largest training loss of the five steps after one, less the
-  mean of the ten before it, in nats; the median and the largest over all exact steps. It needs rows
-  of every step (--set log_every=1). Steps whose ten predecessors hold another exact step (K below
-  ten) are compared with the ten steps before all the same;
+* the spike after its exact steps: the largest training loss of the five steps after an exact step
+  minus the mean of the ten steps before it, in nats; the median and the largest over all exact
+  steps. This needs a row for every step (--set log_every=1). If the ten steps before include
+  another exact step (K below ten), they are used nevertheless;
 * the condition number of each product, its largest singular value over its r-th: the median and the
-  largest over all projections and layers of the last checkpoint; likewise of the factors B and A.
+  largest over all projections and layers of the last checkpoint; and the largest condition number
+  of the factors B and A.
 
 Example:
   python -m loro_jax stability runs/comparison

@@ -1,11 +1,11 @@
 """From text to batches of token ids.
 
-readers.py reads files (archives.py unpacks them, content.py tells what they hold, tables.py reads
-Parquet, tally.py counts what is bad), documents.py all parts of a source in order, tfds_source.py
-tensorflow-datasets; sources.py says what a source may be. encoding.py turns texts into ids,
-shards.py holds them, and prepare.py writes them to disk (prepared.py reads them again). mixture.py
-opens all that a run reads; packing.py and streams.py cut it into sequences, and batches.py is the
-order of training.
+readers.py reads files (archives.py unpacks them, content.py detects their format, tables.py reads
+Parquet, tally.py counts malformed documents), documents.py reads all parts of a source in order,
+and tfds_source.py reads tensorflow-datasets; sources.py resolves a source's name. encoding.py turns
+texts into ids, shards.py stores them in memory, and prepare.py writes them to disk (prepared.py
+reads them again). mixture.py opens all sources of a run; packing.py and streams.py cut them into
+sequences, and batches.py defines the order of training.
 """
 
 from loro_jax.text.batches import describe, train_iterator

@@ -1,4 +1,4 @@
-"""Batches of sequences, a function of (seed, step) alone.
+"""Batches of sequences, which depend only on the seed and the step.
 
 Grain shuffles, mixes, batches and prefetches; its iterator's state is saved with every checkpoint.
 The order is defined for the global batch, of which each process assembles its own rows, so batches
@@ -27,7 +27,7 @@ _SEED_STEP = 1_000_003
 # Length of an endless dataset. (Grain's own endless repetition overflows with a batch size of 1.)
 _ENDLESS = 1 << 48
 
-# Of the arrays that the processes of a run hold, the largest value of each entry, in all of them.
+# Returns the largest value of each entry over the arrays of all processes, the same in all of them.
 Agree = Callable[[np.ndarray], np.ndarray]
 
 
@@ -64,7 +64,7 @@ class TrainBatches:
         return next(self._iterator)
 
     def position(self) -> dict[str, np.ndarray]:
-        """Returns the position, the same in every process, whatever its rows."""
+        """Returns the position, which is the same in every process."""
         state = self._iterator.get_state()
         position = {}
         for name, value in state.items():
@@ -91,7 +91,7 @@ class TrainBatches:
 
 
 class _Order(NamedTuple):
-    """What the batches of a run follow from."""
+    """The settings that determine the batches of a run."""
 
     data: DataConfig
     corpus: Corpus
@@ -101,7 +101,7 @@ class _Order(NamedTuple):
 
     @property
     def name(self) -> str:
-        """What errors call the source."""
+        """Name of the source in error messages."""
         return f"config.data.source = {self.data.source!r}"
 
 
@@ -115,14 +115,14 @@ def train_iterator(
     rows: Sequence[int] | None = None,
     agree: Agree | None = None,
 ) -> TrainBatches:
-    """Returns an iterator over training batches, endless, whose position can be saved and restored.
+    """Returns an endless iterator over training batches with a position to save and restore.
 
     Args:
-        data: how the corpus is read.
-        corpus: its tokens.
-        batch_size: sequences of the global batch.
-        sequence_length: tokens of a sequence, L.
-        seed: of the order.
+        data: the data group of the run's config.
+        corpus: the corpus.
+        batch_size: sequences in the global batch.
+        sequence_length: tokens per sequence, L.
+        seed: seed of the order.
         rows: this process's rows of the global batch; None: all of them.
         agree: returns the largest value of each entry over all processes, for positions; None:
             there is one process.
@@ -178,7 +178,7 @@ def describe(data: DataConfig, corpus: Corpus, sequence_length: int) -> str:
     """Describes the amount of training data in words."""
     if is_streamed(data, corpus):
         count = sum(len(source.documents) for source in corpus.train)
-        return f"{count:,} training documents, packed on the way"
+        return f"{count:,} training documents, packed on the fly"
     count = sum(len(_rows(data, corpus, source, sequence_length)) for source in corpus.train)
     return f"{count:,} training sequences"
 
@@ -201,7 +201,7 @@ def _rows(
 def _mixed(order: _Order, counts: list[int]) -> grain.MapDataset:
     """Returns an endless dataset of (source, epoch, place), every epoch of a source reshuffled.
 
-    It holds indices instead of sequences, so that a process only reads the rows it needs.
+    The dataset contains indices instead of sequences, so that a process reads only its own rows.
     """
     orders = []
     for number, count in enumerate(counts):
@@ -220,7 +220,7 @@ def _mixed(order: _Order, counts: list[int]) -> grain.MapDataset:
 
 
 def _streamed(order: _Order, mine: Sequence[int]) -> grain.DatasetIterator:
-    """Iterates over sequences packed on the fly; weights are shares of documents here."""
+    """Iterates over sequences packed on the fly; here weights are fractions of documents."""
     data, vocab_size = order.data, order.corpus.vocab_size
     documents = [source.documents for source in order.corpus.train]
 

@@ -9,23 +9,23 @@ from loro_jax.fields import at_least, either, field
 
 @dataclasses.dataclass
 class DataConfig:
-    """Where the text comes from."""
+    """The corpus and the tokenizer of a run."""
 
     source: str = field(
         "embedded",
         None,
         "embedded (four novels, part of the package), a glob of .txt, .jsonl or .parquet files "
         "(the first two also compressed: .gz, .xz, .zst, .bz2), tfds:NAME (a prepared "
-        "tensorflow-datasets text dataset, tfds:c4/en say), a directory that the command prepare "
-        'has written, or several of these with weights, "SOURCE,WEIGHT;SOURCE,WEIGHT": shares of '
+        "tensorflow-datasets text dataset, such as tfds:c4/en), a directory written by the command "
+        'prepare, or several of these with weights, "SOURCE,WEIGHT;SOURCE,WEIGHT": fractions of '
         "the sequences (of the documents, if sequences are packed on the fly)",
     )
     validation: str | None = field(
         None,
         None,
         "a glob like source for the validation text; none: the source's validation split or, if it "
-        "has none, one document in a hundred by a hash of its text (of unsplit tfds: datasets that "
-        "are not prepared: every hundredth record)",
+        "has none, one document in a hundred, chosen by a hash of its text (for unsplit tfds: "
+        "datasets that are not prepared: every hundredth record)",
     )
     tokenizer: str = field(
         "embedded",
@@ -33,16 +33,15 @@ class DataConfig:
         "embedded (BPE with 2,048 pieces, trained on the embedded novels), bytes, or the path of a "
         "SentencePiece model or of a Hugging Face tokenizer.json",
     )
-    eos_id: int | None = field(
-        None, None, "the id that ends a document; none: as the tokenizer says"
-    )
+    eos_id: int | None = field(None, None, "the id that ends a document; none: the tokenizer's")
     pad_id: int | None = field(
-        None, None, "the id that fills a short sequence; none: as the tokenizer says"
+        None, None, "the id that pads a short sequence; none: the tokenizer's"
     )
     vocab_multiple: int = field(
         128,
         at_least(1),
-        "what the model's vocabulary is rounded up to, if model.vocab_size is 0 (the tokenizer's)",
+        "the model's vocabulary is rounded up to a multiple of this if model.vocab_size is 0 (the "
+        "tokenizer's)",
     )
     shape: str = field(
         "packed",
@@ -51,14 +50,14 @@ class DataConfig:
         "document truncated or padded to one sequence, as in the paper)",
     )
     text_field: str = field(
-        "text", None, "the field of a JSON line, table or tfds example that holds the text"
+        "text", None, "the field of a JSON line, table or tfds example that contains the text"
     )
     text_files: str = field(
         "paragraphs",
         either("paragraphs", "documents"),
-        "what a .txt file holds: paragraphs (documents separated by blank lines; a file that "
-        "begins like JSON lines is read as such) or documents (one, whatever it is); lines that "
-        "end with CR LF or CR are read as if they ended with LF",
+        "content of a .txt file: paragraphs (documents separated by blank lines; a file that "
+        "starts like JSON lines is read as JSON lines) or documents (a single document); line ends "
+        "CR LF and CR are read as LF",
     )
     bad_documents: str = field(
         "stop",
@@ -70,7 +69,7 @@ class DataConfig:
         None, None, "directory of prepared tensorflow-datasets; none: their default"
     )
     max_eval_sequences: int = field(
-        0, at_least(0), "size of the fixed validation set, in sequences; 0: all of it"
+        0, at_least(0), "size of the fixed validation set, in sequences; 0: no limit"
     )
     prefetch: int = field(4, at_least(0), "batches prepared ahead of the step")
     threads: int = field(

@@ -37,7 +37,7 @@ class TrainingSource(NamedTuple):
         name: name in error messages.
         documents: ids of its training documents, each closed by the end-of-text id. Either
             :class:`TokenShards`, or encoded on access.
-        weight: unnormalised share of the sequences.
+        weight: unnormalised fraction of the sequences.
     """
 
     name: str
@@ -81,12 +81,12 @@ class _Source(NamedTuple):
 
 
 def load_corpus(data: DataConfig, sequence_length: int, tokenizer: Tokenizer) -> Corpus:
-    """Opens, and where need be reads and encodes, what ``data`` names.
+    """Opens the corpus of a run, and reads and encodes it if necessary.
 
     Args:
-        data: where the text comes from; errors call it ``config.data``.
-        sequence_length: tokens of a sequence of the validation set, L.
-        tokenizer: the run's.
+        data: the data group of the run's config, ``config.data`` in error messages.
+        sequence_length: tokens per sequence of the validation set, L.
+        tokenizer: the run's tokenizer.
 
     Returns:
         The corpus. Training and validation documents are disjoint, unless
@@ -94,7 +94,7 @@ def load_corpus(data: DataConfig, sequence_length: int, tokenizer: Tokenizer) ->
         compared.
 
     Raises:
-        TrainingError: if files are missing, unreadable or hold no text, or a prepared directory
+        TrainingError: if files are missing, unreadable or have no text, or a prepared directory
             was written with another tokenizer.
     """
     weighted = weighted_sources(data.source)

@@ -1,7 +1,7 @@
-"""What methods with a fixed weight do to it: ReLoRA's merges and SwitchLoRA's switches.
+"""Maintenance of methods with a fixed weight: ReLoRA's merges and SwitchLoRA's switches.
 
-Both work on the nested dicts of a model: the factors B and A lie in ``params``, the fixed weight W
-at the same place in ``fixed``, and Adam's moments likewise in the optimizer's state.
+Both work on the nested dicts of a model: the factors B and A are in ``params``, the fixed weight W
+is at the same path in ``fixed``, and Adam's moments are at that path in the optimizer's state.
 """
 
 from __future__ import annotations
@@ -25,9 +25,11 @@ if TYPE_CHECKING:
 class ReLoRAOptions:
     """Options of ReLoRA."""
 
-    keep: float = field(0.001, between(0, 1), "share of the moments that survives a merge")
+    keep: float = field(0.001, between(0, 1), "fraction of the moments that a merge keeps")
     pruning: str = field(
-        "random", one_of(("random", "magnitude")), "which moments survive: any, or the largest"
+        "random",
+        one_of(("random", "magnitude")),
+        "which moments a merge keeps: random ones, or the largest",
     )
 
 
@@ -36,16 +38,16 @@ class SwitchLoRAOptions:
     """Options of SwitchLoRA."""
 
     interval: float = field(
-        40.0, above(0), "steps at the start in which every vector has its turn once"
+        40.0, above(0), "initial number of steps in which every vector is switched once"
     )
     ratio: float = field(
-        0.1, above(0), "part of the run after which a third of the switches are left"
+        0.1, above(0), "fraction of the run after which switches are a third as frequent"
     )
-    freeze_steps: int = field(5, at_least(0), "updates for which a counterpart is held")
+    freeze_steps: int = field(5, at_least(0), "updates for which a counterpart is frozen")
 
 
 def relora_maintenance(config: Config, options: ReLoRAOptions) -> Maintenance:
-    """Merges the factors into W every ``exact_every`` steps, and lets them start anew."""
+    """Merges the factors into W every ``exact_every`` steps, and reinitialises them."""
     scale = config.model.alpha
 
     def restart(step: jax.Array, params: Any, fixed: Any, opt_state: Any) -> tuple[Any, Any, Any]:
@@ -84,7 +86,7 @@ def relora_maintenance(config: Config, options: ReLoRAOptions) -> Maintenance:
 
 
 def switchlora_maintenance(config: Config, options: SwitchLoRAOptions) -> Maintenance:
-    """Switches a few vectors at every step, and holds some."""
+    """Switches a few vectors at every step, and freezes their counterparts."""
 
     def before(
         step: jax.Array, grads: Any, params: Any, fixed: Any, opt_state: Any
@@ -132,7 +134,7 @@ def switchlora_maintenance(config: Config, options: SwitchLoRAOptions) -> Mainte
 
 
 def _key(config: Config, step: jax.Array) -> jax.Array:
-    # Another stream than that of the initialisation, which starts from the seed itself.
+    # A different stream from that of the initialisation, which uses the seed directly.
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), 1), step)
 
 
@@ -141,7 +143,7 @@ def _with_moments(opt_state: Any, mu: Any, nu: Any) -> Any:
 
 
 def _adapters(params: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
-    """Paths of the dicts that hold a B and an A."""
+    """Yields the paths of the dicts that contain B and A."""
     if {"B", "A"} <= params.keys():
         yield path
         return
@@ -157,7 +159,7 @@ def _at(tree: Any, path: tuple[str, ...]) -> Any:
 
 
 def _set(tree: Any, path: tuple[str, ...], **leaves: Any) -> Any:
-    """The tree with some leaves of the dict at a path replaced."""
+    """Returns the tree with some leaves of the dict at a path replaced."""
     if not path:
         return tree | leaves
     return tree | {path[0]: _set(tree[path[0]], path[1:], **leaves)}

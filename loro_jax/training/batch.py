@@ -1,4 +1,4 @@
-"""Rows of tokens as the batches that the model takes."""
+"""Converts rows of tokens to the model's batches."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def validation_batches(corpus: Corpus, batch_size: int) -> list[Batch]:
     """Returns the validation set in batches of one shape; the last is padded with masked rows.
 
     Args:
-        corpus: what the run reads.
-        batch_size: rows of a batch.
+        corpus: the run's corpus.
+        batch_size: rows per batch.
 
     Returns:
         The batches.

@@ -1,4 +1,4 @@
-"""Fields of a config set by their dotted names, as commands other than ``train.py`` take them."""
+"""Sets fields of a config by their dotted names, for commands other than ``train.py``."""
 
 from __future__ import annotations
 
@@ -17,16 +17,16 @@ def set_field(config: Config, name: str, value: Any) -> str:
     """Sets a field of a config by its dotted name, which may be an old one.
 
     Args:
-        config: what is changed.
+        config: the config, changed in place.
         name: as after ``--config.``.
-        value: what the field becomes.
+        value: the new value.
 
     Returns:
         The field's present name.
 
     Raises:
         AttributeError: if there is no such field.
-        TrainingError: if the field is gone, and the value would have changed something.
+        TrainingError: if the field was removed, and the value would have had an effect.
     """
     try:
         found = present(name, value)
@@ -40,7 +40,7 @@ def set_field(config: Config, name: str, value: Any) -> str:
     for group in groups:
         target = getattr(target, group)
     if isinstance(target, MethodOptions):
-        getattr(target, field)  # which raises if no method has it
+        getattr(target, field)  # raises if no method has it
     elif not dataclasses.is_dataclass(target) or field not in {
         known.name for known in dataclasses.fields(target)
     }:
@@ -59,7 +59,7 @@ def parse_change(text: str) -> tuple[str, Any]:
         The field's name and its value.
 
     Raises:
-        ValueError: where there is no "=".
+        ValueError: if there is no "=".
 
     Example:
         >>> parse_change("model.rank=16"), parse_change("lr_scale=null")
@@ -78,9 +78,9 @@ def apply_changes(config: Config, changes: Sequence[str], option: str = "--set")
     """Sets fields of a config, in place.
 
     Args:
-        config: what is changed.
+        config: the config, changed in place.
         changes: ``FIELD=VALUE`` each.
-        option: of the command line, for the message.
+        option: the command line's option, for the message.
 
     Raises:
         TrainingError: for a field that does not exist, or text without a value.

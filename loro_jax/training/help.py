@@ -1,4 +1,4 @@
-"""What ``python train.py --help`` says of a config: its fields, the methods, and their options."""
+"""The config's part of ``python train.py --help``: its fields, the methods, and their options."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from loro_jax.training.methods import DIRECTIONS, METHODS
 
 
 def config_help() -> list[str]:
-    """Returns lines about every field: its default, what it is, and its range.
+    """Returns lines about every field: its default, meaning and range.
 
     Example:
         >>> lines = config_help()
@@ -16,7 +16,7 @@ def config_help() -> list[str]:
         'optimizer steps in the run (a whole number, at least 1)'
     """
     lines = [
-        "Fields of the config, with the defaults of those that a config file does not set:",
+        "Fields of the config, with their defaults if the config file does not set them:",
         "",
     ]
     lines += help_lines(describe(Config()))

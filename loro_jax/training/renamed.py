@@ -1,7 +1,7 @@
-"""Fields of a config that have another name now, or are gone.
+"""Fields of a config that were renamed or removed.
 
-Stored configs of runs and arms of comparisons with the old names are read as they were meant; the
-command line answers an old name with the new one.
+Stored configs of runs and arms of comparisons may use the old names; the command line answers an
+old name with the new one.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ class Renamed(NamedTuple):
     """The present name of a field.
 
     Attributes:
-        name: dotted.
-        values: old values by their present names; others are as they were.
-        methods: those that read it when it had its old name; none named: all.
+        name: the dotted name.
+        values: present values by old values; other values are unchanged.
+        methods: methods that read the field under its old name; empty: all.
     """
 
     name: str
@@ -33,7 +33,7 @@ RENAMED: dict[str, Renamed] = {
     "projection_scale": Renamed("method_options.scale", methods=("galore", "fira", "adarankgrad")),
 }
 
-# Fields that are gone, and the value at which they changed nothing.
+# Removed fields, and the value for which they had no effect.
 REMOVED: dict[str, Any] = {"exact_until": 0, "model.depth_scaled": False}
 
 
@@ -41,14 +41,14 @@ def present(name: str, value: Any) -> tuple[str, Any] | None:
     """Returns the present name and value of a field that may have an old name.
 
     Args:
-        name: dotted.
+        name: the dotted name.
         value: its value.
 
     Returns:
-        Name and value; None for a field that is gone and changed nothing.
+        Name and value; None for a removed field that had no effect.
 
     Raises:
-        ValueError: for a field that is gone and changed something.
+        ValueError: for a removed field that had an effect.
 
     Example:
         >>> present("refresh", "none"), present("steps", 3), present("exact_until", 0)
@@ -71,7 +71,7 @@ def upgraded(stored: Mapping[str, Any]) -> dict[str, Any]:
         stored: a parsed ``config.json``, of this version or an earlier one.
 
     Raises:
-        ValueError: for a field that is gone and changed something.
+        ValueError: for a removed field that had an effect.
     """
     new = {
         name: dict(value) if isinstance(value, dict) else value for name, value in stored.items()
@@ -85,7 +85,7 @@ def upgraded(stored: Mapping[str, Any]) -> dict[str, Any]:
         if found is None:
             continue
         group, _, name = found[0].rpartition(".")
-        # Earlier versions stored the options of all methods: those of others are passed over.
+        # Earlier versions stored the options of all methods; those of other methods are dropped.
         readers = RENAMED[old].methods
         if not readers or (new.get("method") in readers and name in _options_of(new)):
             (new.setdefault(group, {}) if group else new).setdefault(name, found[1])
@@ -103,10 +103,10 @@ def _options_of(stored: Mapping[str, Any]) -> set[str]:
 
 
 def told(name: str) -> str | None:
-    """Returns what to say of an old name on the command line; None for other names.
+    """Returns a message about an old name on the command line; None for other names.
 
     Args:
-        name: of a field, without its group.
+        name: a field's name, without its group.
     """
     for old, now in RENAMED.items():
         if old == name:

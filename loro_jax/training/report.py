@@ -1,4 +1,4 @@
-"""The end of a run in words: how good the model is, how small, and what to try next."""
+"""The report at the end of a run: perplexity, memory, and next commands."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from loro_jax.training.step import make_program
 
 
 def corpus_ngrams(corpus: Corpus, vocab_size: int) -> NgramPerplexity | None:
-    """Unigram and bigram perplexity on the validation tokens; None for a streamed corpus."""
+    """Computes unigram and bigram perplexity on the validation tokens; None if streamed."""
     if corpus.train_stream is None:
         return None
     batch = to_batch(corpus.validation_tokens, corpus.validation_mask)
@@ -28,7 +28,7 @@ def corpus_ngrams(corpus: Corpus, vocab_size: int) -> NgramPerplexity | None:
 
 
 def run_footprint(config: Config) -> Footprint:
-    """Parameters and bytes of a run, by abstract evaluation."""
+    """Counts parameters and bytes of a run by abstract evaluation."""
     state = jax.eval_shape(make_program(config).init)
     return footprint(state.params, state.opt_state)
 
@@ -36,14 +36,14 @@ def run_footprint(config: Config) -> Footprint:
 def final_report(
     config: Config, val_ppl: float, ngrams: NgramPerplexity | None, workdir: str, command: str
 ) -> list[str]:
-    """Lines to print when a run has ended.
+    """Returns lines to print at the end of a run.
 
     Args:
         config: the run's config.
         val_ppl: its last validation perplexity.
-        ngrams: what the n-gram models reach on the same tokens, where they are known.
+        ngrams: perplexities of n-gram models on the same tokens, if known.
         workdir: the run directory.
-        command: how the program was called, up to its flags.
+        command: the command of the run, with its flags.
 
     Returns:
         The lines.
@@ -82,7 +82,7 @@ def final_report(
 
 
 def _by(config: Config, method: str, command: str) -> str:
-    """Returns the command of the same run by another method, without fields that it has not."""
+    """Returns the command of the same run by another method, without fields it does not use."""
     other = dataclasses.replace(config, method=method)
     kept: list[str] = []
     drop_value = False

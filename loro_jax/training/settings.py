@@ -1,10 +1,10 @@
-"""What a run trains with: the settings that the study (loro_jax/study) recommends, or the paper's.
+"""Settings of a run: those that the study (loro_jax/study) recommends, or the paper's.
 
-The files of ``configs/`` take their name behind a colon::
+Append their name to the path of a file in ``configs/``, after a colon::
 
     python train.py --config=configs/default.py                # "recommended"
-    python train.py --config=configs/default.py:paper          # parity, one flag away
-    python train.py --config=configs/llama_60m.py:recommended  # the paper's runs, with ours
+    python train.py --config=configs/default.py:paper          # parity with the paper
+    python train.py --config=configs/llama_60m.py:recommended  # the paper's run, our settings
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from typing import Any
 from loro_jax.training.config import Config
 
 # Fields of the run and of its model. "mergeable" is "recommended" without the activation between
-# factors: its products B A are plain matrices, which exports to other programs need. As such they
-# have exact steps, with the paper's K, which leave factors and momentum in their basis.
+# factors: its products B A are plain matrices, as required for export to other programs. This also
+# allows exact steps, with the paper's K; the basis "nearest" keeps factors and momentum consistent.
 _EXACT: dict[str, Any] = {"basis": "nearest", "restart_warmup_steps": 0}
 SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "recommended": (
@@ -35,14 +35,14 @@ SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 
 
 def with_settings(config: Config, settings: str) -> Config:
-    """A run with other settings of optimizer and projections.
+    """Returns a config with other settings of optimizer and projections.
 
     Args:
-        config: the run, with the K of the paper.
-        settings: a name among :data:`SETTINGS`.
+        config: the run's config, with the K of the paper.
+        settings: a name in :data:`SETTINGS`.
 
     Returns:
-        The run with those settings; its learning rate, its length and its data stay.
+        The config with these settings; learning rate, length and data stay the same.
 
     Raises:
         ValueError: if there are no settings of that name.
@@ -54,7 +54,7 @@ def with_settings(config: Config, settings: str) -> Config:
     """
     if settings not in SETTINGS:
         raise ValueError(
-            f"there are no settings {settings!r}; expected one of {', '.join(SETTINGS)} behind the "
+            f"there are no settings {settings!r}; expected one of {', '.join(SETTINGS)} after the "
             "config file's colon."
         )
     of_run, of_model = SETTINGS[settings]

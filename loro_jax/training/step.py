@@ -24,13 +24,13 @@ Array = jax.Array
 
 
 class TrainState(NamedTuple):
-    """All that changes in training.
+    """Everything that changes in training.
 
     Attributes:
         step: steps taken, int32 scalar.
         params: the model's parameters as nested dicts.
         opt_state: the optimizer's state.
-        fixed: what the model holds and no gradient is taken of, likewise; empty for most methods.
+        fixed: the model's arrays that have no gradient, as nested dicts; empty for most methods.
     """
 
     step: Array
@@ -47,7 +47,7 @@ class Program(NamedTuple):
         train_step: (TrainState, Batch) -> (TrainState, metrics).
         eval_step: (params, fixed, Batch) -> (sum of losses in nats, number of tokens).
         loss_and_gradient: (params, fixed, Batch) -> (mean loss, its gradient), the part of a
-            training step before its optimizer.
+            training step before the optimizer.
     """
 
     init: Callable[[], TrainState]
@@ -61,7 +61,7 @@ def make_program(config: Config, mesh: jax.sharding.Mesh | None = None) -> Progr
 
     Args:
         config: a validated config.
-        mesh: the devices that will share the exact steps.
+        mesh: the devices that share the exact steps.
 
     Returns:
         The functions, to be compiled by the caller (see :func:`compile_program`).
@@ -69,6 +69,8 @@ def make_program(config: Config, mesh: jax.sharding.Mesh | None = None) -> Progr
     model_config = config.model_config
     schedule = make_schedule(config)
     maintenance = make_maintenance(config)
+    # The graph and the shardings need only shapes; parameters are first created in init, where jit
+    # places them on their devices.
     abstract_model = nnx.eval_shape(lambda: Llama(model_config, nnx.Rngs(config.seed)))
     graphdef = nnx.graphdef(abstract_model)
     shardings = None
@@ -89,8 +91,11 @@ def make_program(config: Config, mesh: jax.sharding.Mesh | None = None) -> Progr
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         loss, grads = loss_and_gradient(state.params, state.fixed, batch)
+        # Gradients are pinned to the parameters' shardings, so that the exact step's resharding is
+        # not propagated into the backward pass.
         if shardings is not None:
             grads = jax.lax.with_sharding_constraint(grads, shardings)
+        # Clipping is done here and not by optax.clip_by_global_norm, because the norm is a metric.
         grad_norm = optax.tree.norm(grads)
         if config.clip_norm > 0:
             shrink = jnp.minimum(1.0, config.clip_norm / jnp.maximum(grad_norm, 1e-12))
@@ -100,6 +105,7 @@ def make_program(config: Config, mesh: jax.sharding.Mesh | None = None) -> Progr
             grads, params, fixed, opt_state = maintenance.before(
                 state.step, grads, params, fixed, opt_state
             )
+        # The name marks the optimizer's operations in profiles.
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, opt_state, params)
             params = optax.apply_updates(params, updates)
@@ -112,7 +118,7 @@ def make_program(config: Config, mesh: jax.sharding.Mesh | None = None) -> Progr
             "lr": jnp.asarray(schedule(state.step), jnp.float32),
             "grad_norm": grad_norm,
             "update_norm": optax.tree.norm(updates),
-            # Exact steps of single matrices that were too ill-conditioned for the fast method.
+            # Number of matrices so far that were too ill-conditioned for the fast exact step.
             "fallbacks": getattr(opt_state, "fallbacks", jnp.zeros([], jnp.int32)),
         }
         return TrainState(step, params, opt_state, fixed), metrics
@@ -129,9 +135,11 @@ def _make_loss_and_gradient(
     config: Config,
     mesh: jax.sharding.Mesh | None,
 ) -> Callable[[Any, Any, Batch], tuple[Array, Any]]:
-    """Returns (params, fixed, batch) -> the mean of a loss per token, and its gradient."""
+    """Returns a function (params, fixed, batch) -> (mean loss per token, its gradient)."""
 
     def loss_and_gradient(params: Any, fixed: Any, batch: Batch) -> tuple[Array, Any]:
+        # Divided by the tokens of the whole batch, because micro-batches may have different numbers
+        # of unmasked tokens. A batch without any has a loss of 0.
         tokens = jnp.maximum(jnp.sum(batch.mask), 1.0)
 
         def of_part(batch: Batch, groups: str | None = None) -> tuple[Array, Any]:
@@ -145,8 +153,8 @@ def _make_loss_and_gradient(
 
         if mesh is None or mesh.shape["data"] == 1:
             return of_part(batch)
-        # Each group of devices along ``data`` adds up its own micro-batches: their gradients are
-        # leading entries of the sums, which travel once, behind the last of them.
+        # Each group of devices along ``data`` accumulates the gradients of its own micro-batches,
+        # as one entry of a leading axis; the groups are summed once, after the last micro-batch.
         parts = jax.tree.map(lambda x: x.reshape(mesh.shape["data"], -1, *x.shape[1:]), batch)
         parts = jax.lax.with_sharding_constraint(
             parts, NamedSharding(mesh, PartitionSpec("data", "fsdp"))
@@ -158,7 +166,7 @@ def _make_loss_and_gradient(
 
 
 def joined(one: Any, other: Any) -> Any:
-    """Two nested dicts without a leaf in common as one."""
+    """Merges two nested dicts that have no leaf in common."""
     return one | {
         name: joined(one[name], value) if name in one else value for name, value in other.items()
     }
@@ -167,15 +175,15 @@ def joined(one: Any, other: Any) -> Any:
 def _loss_and_gradient(
     loss: Callable[[Any, Batch], Array], params: Any, batch: Batch, micro_batches: int
 ) -> tuple[Array, Any]:
-    """Of a sum over the batch, in ``micro_batches`` parts one after the other.
+    """Computes a loss that is a sum over the batch, and its gradient, in sequential micro-batches.
 
-    Sums are accumulated in float32, and the optimizer sees one gradient (its exact step must not
-    run once a part).
+    Sums are accumulated in float32, and the optimizer sees a single gradient (its exact step must
+    not run once per micro-batch).
     """
     value_and_grad = jax.value_and_grad(loss)
     if micro_batches == 1:
         return value_and_grad(params, batch)
-    # Interleaved, so that a batch split over devices stays split in every part.
+    # Interleaved, so that a batch that is sharded over devices stays sharded in every part.
     parts = jax.tree.map(lambda x: x.reshape(-1, micro_batches, *x.shape[1:]).swapaxes(0, 1), batch)
 
     def add(total: tuple[Array, Any], part: Batch) -> tuple[tuple[Array, Any], None]:
@@ -187,12 +195,12 @@ def _loss_and_gradient(
 
 
 def merge_model(config: Config, params: Any, fixed: Any) -> Llama:
-    """The model of a run, from the two parts of a state that hold it.
+    """Builds the model of a run from the trained and the fixed part of its state.
 
     Args:
-        config: the run's.
+        config: the run's config.
         params: trained parameters, nested dicts.
-        fixed: what is not trained, likewise.
+        fixed: arrays that are not trained, nested dicts.
 
     Returns:
         The model.
@@ -202,7 +210,7 @@ def merge_model(config: Config, params: Any, fixed: Any) -> Llama:
 
 
 def abstract_state(program: Program, mesh: jax.sharding.Mesh) -> TrainState:
-    """Shapes, dtypes and shardings of a run's state; nothing is computed."""
+    """Returns shapes, dtypes and shardings of a run's state; nothing is computed."""
     abstract = jax.eval_shape(program.init)
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
@@ -212,7 +220,7 @@ def abstract_state(program: Program, mesh: jax.sharding.Mesh) -> TrainState:
 
 
 def compile_program(program: Program, mesh: jax.sharding.Mesh) -> tuple[Program, Any]:
-    """Wraps the functions in ``jax.jit`` with their shardings, the state donated.
+    """Wraps the functions in ``jax.jit`` with their shardings; the train step donates its state.
 
     Args:
         program: functions from :func:`make_program`.

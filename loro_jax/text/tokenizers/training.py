@@ -1,7 +1,7 @@
 """Byte-pair encodings trained on your own text.
 
 The suffix of the output file decides: ``.json`` is a byte-level BPE of Hugging Face's tokenizers
-library, ``.model`` a SentencePiece BPE with byte fallback, as LLaMA's. Neither normalises the text;
+library, ``.model`` a SentencePiece BPE with byte fallback, like LLaMA's. Neither normalises text;
 both split numbers into digits, and have padding id 0 and end-of-text id 1.
 """
 
