@@ -275,6 +275,6 @@ def _training(model: str, shards: DataConfig, tokenizer: Tokenizer, options: Any
     share, step = waiting_share(config, tokenizer, options.steps)
     return {
         "source": "shards",
-        "what": f"{model}: {step:.2f} s a step, {share:.3%} of it waiting for data",
+        "what": f"{model}: {step:.2f} s per step, {share:.3%} of it waiting for data",
         "tokens/s": options.train_batch_size * options.sequence_length / step,
     }

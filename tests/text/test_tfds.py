@@ -60,7 +60,7 @@ def test_one_epoch_of_padded_documents_holds_each_once(data_dir):
 def test_packed_on_the_way_documents_are_whole_and_resume_within(data_dir, prefetch):
     run = tiny(data_dir, prefetch=prefetch)
     corpus = load_corpus(run, BYTES)
-    assert describe(run, corpus) == "130 training documents, packed on the way"
+    assert describe(run, corpus) == "130 training documents, packed on the fly"
     iterator = train_iterator(run, corpus)
     batches = take(iterator, 40)
     position = iterator.position()
