@@ -150,6 +150,7 @@ def riemannian_descent(
     ) -> tuple[Any, LoroState]:
         if params is None:
             raise ValueError("loro: update needs the parameters: tx.update(grads, state, params).")
+        # The holes (None) of the given gradients are filled for the step and restored at the end.
         params, given_grads = in_arrays(params), grads
         grads = complete(in_arrays(grads), params)
         found = pairs_of(params, pairs)
@@ -302,6 +303,7 @@ def _step_factors(
     # Both branches of the conditional must return the dtypes that the moves have.
     carried = jax.tree.map(lambda c, p: c.astype(p.dtype), carried, factors)
     fallbacks = count_of_none(factors)
+    # Without exact steps no branch is compiled at all.
     if pairs and descent.exact_every is not None:
         take = _exact_with_transport if descent.moments == "transport" else _exact
         carried, state, fallbacks = take(descent, now, carried, state, fallbacks)
@@ -384,7 +386,8 @@ def _step_others(
     if not isinstance(descent.regular, Direction):
         return descent.regular.update(grads, state, now.others, **extra_args)
     directions, state = descent.regular.update(grads, state, now.others, Pairs(), **extra_args)
-    # tree.map visits leaves in the order of `other_decays`, so one iterator serves them all.
+    # As in AdamW, decay is added to the direction and scaled by the learning rate. tree.map visits
+    # leaves in the order of `other_decays`, so one iterator serves them all.
     flags = iter(now.other_decays)
     rate, weight_decay = now.step.rate, now.step.weight_decay
     updates = jax.tree.map(

@@ -98,8 +98,9 @@ def exact_updates(step: FactorStep, directions: Sequence[Both]) -> tuple[list[Bo
         approximate_updates(step, in_dtype),
         strict=True,
     ):
-        # Decay shrinks each new factor, and so the product by the square. It is applied after the
-        # retraction, because it is decoupled from the gradient.
+        # Both outcomes are computed and one is selected, because a stack of pairs may contain frozen
+        # and trained ones. Decay shrinks each new factor, and so the product by the square. It is
+        # applied after the retraction, because it is decoupled from the gradient.
         kept = 1 - step.rate * step.scale(pair) * step.weight_decay
         frozen = is_frozen(direction)
         updates.append(
@@ -137,6 +138,7 @@ def transported(
         new_B, new_A = zip(*moved, strict=True)
         return new_B, new_A, count_of_none(outs)
 
+    # map_pairs divides this work among devices in the same way as the step itself.
     rows = zip(step.factors, updates, *moments, strict=True)
     sides: list[Any] = [tuple(zip(*row, strict=True)) for row in rows]
     moved, _ = map_pairs(batch_step, sides, step.mesh, step.shardings)

@@ -74,6 +74,7 @@ def map_pairs(
         >>> [result[0][0].shape for result in results], int(count)
         ([(4, 2), (2, 4, 2)], 3)
     """
+    # One division for all batches: arrays of a tree share their mesh.
     division = _division([array for pair in pairs for side in pair for array in side], mesh)
     groups: dict[Any, list[int]] = {}
     for i, pair in enumerate(pairs):
@@ -92,6 +93,7 @@ def map_pairs(
             outcomes, count = division.run(step, arrays, specs)
         results |= dict(zip(members, outcomes, strict=True))
         total += count
+    # Back in the order of the pairs, which the grouping by shape has changed.
     return [results[i] for i in range(len(pairs))], total
 
 
@@ -126,6 +128,7 @@ def _flat(pair: PairArrays) -> PairArrays:
 
 
 def _unstack(stacked: PairArrays, pairs: Sequence[PairArrays]) -> list[PairArrays]:
+    # Padding at the end of a batch, if any, is dropped here: no pair covers it.
     results, start = [], 0
     for outs, _ in pairs:
         batch = outs[0].shape[:-2]
@@ -207,6 +210,7 @@ def _sharding_of_each_leaf(tree: Any, params: Any) -> list[Any]:
             "loro: mesh must be a mesh, or a tree of shardings like the parameters, but holds a "
             f"{type(wrong[0]).__name__}."
         )
+    # Counted rather than compared as trees: None is a leaf here, but not in the parameters.
     expected = len(jax.tree.leaves(params))
     if len(found) == expected:
         return found
@@ -242,6 +246,7 @@ def _division(arrays: Sequence[Array], mesh: Any | None) -> _Division | None:
     # Parameters are usually split over the last axes of a mesh. With these first, an array split
     # over them and replicated over the others is almost in place already.
     axes = tuple(name for name in reversed(mesh.axis_names) if kinds[name] == kind)
+    # Axes that a surrounding vmap maps over already divide the work.
     if explicit:
         axes = tuple(name for name in axes if not _mapped_over(name, mesh))
     division = _Division(mesh, axes, explicit)
@@ -324,6 +329,7 @@ class _Division(NamedTuple):
         # from spreading into the surrounding program.
         if not self.explicit:
             pairs = [self.pinned(pair, spec) for pair, spec in zip(pairs, specs, strict=True)]
+        # Slices are stacked before the all-to-all, so that a batch needs one for all its pairs.
         flat = [_flat(self.sliced(pair)) for pair in pairs]
         stacked = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *flat)
         missing = -len(stacked[0][0]) % self.ways
@@ -339,6 +345,7 @@ class _Division(NamedTuple):
 
         def work(shares: PairArrays) -> tuple[PairArrays, Array]:
             outs, ins, count = step(*shares)
+            # Each device has counted its own pairs only.
             return (outs, ins), jax.lax.psum(count, self.axes)
 
         divided = jax.shard_map(

@@ -109,6 +109,7 @@ def make_program(config: Config, mesh: jax.sharding.Mesh | None = None) -> Progr
         with jax.named_scope("optimizer"):
             updates, opt_state = optimizer.update(grads, opt_state, params)
             params = optax.apply_updates(params, updates)
+        # Maintenance after the step counts steps taken, maintenance before it counts from 0.
         step = optax.safe_increment(state.step)
         if maintenance.after is not None:
             params, fixed, opt_state = maintenance.after(step, params, fixed, opt_state)
