@@ -98,9 +98,9 @@ def exact_updates(step: FactorStep, directions: Sequence[Both]) -> tuple[list[Bo
         approximate_updates(step, in_dtype),
         strict=True,
     ):
-        # Both outcomes are computed and one is selected, because a stack of pairs may contain frozen
-        # and trained ones. Decay shrinks each new factor, and so the product by the square. It is
-        # applied after the retraction, because it is decoupled from the gradient.
+        # Both outcomes are computed and one is selected: a stack of pairs may contain frozen and
+        # trained ones. Decay shrinks each new factor, and so the product by the square; it comes
+        # after the retraction, because it is decoupled from the gradient.
         kept = 1 - step.rate * step.scale(pair) * step.weight_decay
         frozen = is_frozen(direction)
         updates.append(
