@@ -33,12 +33,12 @@ COMMANDS = {
     "generate": Command("continue a text with a model", "loro_jax.commands.generate"),
     "evaluate": Command("perplexity of a model on a text", "loro_jax.commands.evaluate"),
     "export": Command(
-        "write a run as a directory of Hugging Face's format",
+        "write a run as a directory in Hugging Face's format",
         "loro_jax.commands.weights",
         "export_main",
     ),
     "import": Command(
-        "read a LLaMA of Hugging Face's format, and factor it",
+        "read a LLaMA in Hugging Face's format, and factor it",
         "loro_jax.commands.weights",
         "import_main",
     ),

@@ -150,7 +150,7 @@ def _log_partition_and_loss(logits_NxV: Array, targets_N: Array) -> tuple[Array,
 
 
 class LanguageModel(Protocol):
-    """What the loss needs of a model, :class:`models.llama.Llama` for one.
+    """The interface of a model that the loss uses, for example :class:`models.llama.Llama`.
 
     Attributes:
         config: its ``loss_chunk_size`` is the number of tokens whose logits exist at a time.

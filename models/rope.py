@@ -22,7 +22,7 @@ KINDS = ("none", "linear", "llama3")
 
 @dataclasses.dataclass(unsafe_hash=True)
 class RopeScaling:
-    """How rotary frequencies are slowed down for sequences longer than those of pretraining."""
+    """Scaling of rotary frequencies for sequences longer than those of pretraining."""
 
     kind: str = field(
         "none",

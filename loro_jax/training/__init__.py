@@ -1,4 +1,4 @@
-"""What ``train.py`` is made of: configuration, data, the step, the loop, checkpoints, metrics.
+"""The parts of ``train.py``: configuration, data, the step, the loop, checkpoints, metrics.
 
 This subpackage needs the ``train`` extra. It trains the networks in ``models/``, which live in a
 checkout of the repository and are not part of the installed package.
