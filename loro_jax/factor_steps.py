@@ -14,6 +14,7 @@ import jax.numpy as jnp
 
 from loro_jax.exact.transport import transport_moments
 from loro_jax.linalg.batching import count_of_none
+from loro_jax.linalg.precision import at_least_float32
 from loro_jax.lowrank import rank_ratio
 from loro_jax.pair_parallel import Shardings, map_pairs
 from loro_jax.pairs import Both
@@ -74,42 +75,43 @@ def exact_updates(step: FactorStep, directions: Sequence[Both]) -> tuple[list[Bo
     """
 
     def batch_step(outs: tuple[Array, ...], ins: tuple[Array, ...]) -> Any:
-        (B, dB), (A, dA) = outs, ins
+        (B, dB, *_), (A, dA, *_) = outs, ins
         B_new, A_new, *count = step.exact_step(B, A, dB, dA, step.rate, step.number)
+        frozen = is_frozen((dB, dA))
+        # Both outcomes are computed and one is selected: a batch may contain frozen and trained
+        # pairs. Decay shrinks each new factor, and so the product by the square; it comes after the
+        # retraction, because it is decoupled from the gradient.
+        B_move, A_move = (
+            jnp.where(frozen, size * (u + decay * p), (1 + size * decay) * new - p).astype(p.dtype)
+            for new, (p, u, size, decay) in ((B_new, outs), (A_new, ins))
+        )
         # The count is optional for a user's exact step: without it, no fallback is assumed.
-        return (B_new,), (A_new,), *(count or (count_of_none((B_new, A_new)),))
+        return (B_move,), (A_move,), *(count or (count_of_none((B_new, A_new)),))
 
-    in_dtype = [
-        tuple(u.astype(p.dtype) for p, u in zip(pair, direction, strict=True))
-        for pair, direction in zip(step.factors, directions, strict=True)
-    ]
-    # Each factor goes with its direction, because map_pairs expects arrays of one shape together.
-    sides: list[Any] = [
-        tuple(zip(pair, direction, strict=True))
-        for pair, direction in zip(step.factors, in_dtype, strict=True)
-    ]
-    new, count = map_pairs(batch_step, sides, step.mesh, step.shardings)
-    updates: list[Any] = []
-    for pair, (B, A), decays, direction, approximate in zip(
-        step.factors,
-        new,
-        step.decays,
-        in_dtype,
-        approximate_updates(step, in_dtype),
-        strict=True,
-    ):
-        # Both outcomes are computed and one is selected: a stack of pairs may contain frozen and
-        # trained ones. Decay shrinks each new factor, and so the product by the square; it comes
-        # after the retraction, because it is decoupled from the gradient.
-        kept = 1 - step.rate * step.scale(pair) * step.weight_decay
-        frozen = is_frozen(direction)
-        updates.append(
+    # All of a pair's arithmetic is part of the batch, and so divided among the devices. Outside of
+    # it, XLA would be free to shard the results, and approximate steps would have to gather them.
+    sides: list[Any] = []
+    for pair, direction, decays in zip(step.factors, directions, step.decays, strict=True):
+        size = -step.rate * step.scale(pair)
+        sides.append(
             tuple(
-                jnp.where(frozen, other, ((kept * x if decay else x) - p).astype(p.dtype))
-                for p, (x,), decay, other in zip(pair, (B, A), decays, approximate, strict=True)
+                (
+                    p,
+                    u.astype(p.dtype),
+                    _per_matrix(size, p),
+                    _per_matrix(step.weight_decay if decay else 0.0, p),
+                )
+                for p, u, decay in zip(pair, direction, decays, strict=True)
             )
         )
-    return updates, count
+    moved, count = map_pairs(batch_step, sides, step.mesh, step.shardings)
+    return [(B, A) for (B,), (A,) in moved], count
+
+
+def _per_matrix(number: Any, p: Array) -> Array:
+    """Returns a number once for each matrix of a stack: (..., 1, 1), float32 or wider."""
+    dtype = at_least_float32(p.dtype)
+    return jnp.broadcast_to(jnp.asarray(number, dtype), (*p.shape[:-2], 1, 1))
 
 
 def transported(
@@ -131,27 +133,27 @@ def transported(
     """
 
     def batch_step(outs: tuple[Array, ...], ins: tuple[Array, ...]) -> Any:
-        # Each side brings its factor, its update, and its part of every moment.
-        (B, move_B, *of_B), (A, move_A, *of_A) = outs, ins
-        both = zip(of_B, of_A, strict=True)
+        # Each side brings its factor, its update, whether the pair is frozen, and its part of every
+        # moment.
+        (B, move_B, frozen, *of_B), (A, move_A, _, *of_A) = outs, ins
+        both = [*zip(of_B, of_A, strict=True)]
         moved = transport_moments((B, A), (B + move_B, A + move_A), *both)
-        new_B, new_A = zip(*moved, strict=True)
+        # A frozen pair took an approximate step and kept its basis, so its moments still fit.
+        new_B, new_A = zip(
+            *(
+                tuple(jnp.where(frozen, x, y) for x, y in zip(old, new, strict=True))
+                for old, new in zip(both, moved, strict=True)
+            ),
+            strict=True,
+        )
         return new_B, new_A, count_of_none(outs)
 
     # map_pairs divides this work among devices in the same way as the step itself.
-    rows = zip(step.factors, updates, *moments, strict=True)
+    frozen = [(is_frozen(direction),) * 2 for direction in directions]
+    rows = zip(step.factors, updates, frozen, *moments, strict=True)
     sides: list[Any] = [tuple(zip(*row, strict=True)) for row in rows]
     moved, _ = map_pairs(batch_step, sides, step.mesh, step.shardings)
-    # A frozen pair took an approximate step and kept its basis, so its moments still fit.
-    frozen = [is_frozen(direction) for direction in directions]
-    results: list[Any] = [
-        [
-            tuple(jnp.where(stays, old, new[k]) for old, new in zip(both, of_pair, strict=True))
-            for stays, both, of_pair in zip(frozen, column, moved, strict=True)
-        ]
-        for k, column in enumerate(moments)
-    ]
-    return results
+    return [[(outs[k], ins[k]) for outs, ins in moved] for k in range(len(moments))]
 
 
 def is_frozen(direction: Both) -> Array:
