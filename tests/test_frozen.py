@@ -90,6 +90,7 @@ def test_weight_decay_is_for_the_leaves_of_its_mask(mask):
     np.testing.assert_allclose(updates["w"].B, -0.1 * 0.1 * 2 / 5 * PAIR.B, rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_exact_steps_decay_by_the_mask():
     def product(**options):
         tx = loro(0.1, exact_every=1, **options)

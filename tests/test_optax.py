@@ -434,6 +434,7 @@ def test_orbax_round_trip(tmp_path):
     [optax.identity(), optax.trace(0.9), optax.scale_by_adam(), optax.scale_by_lion()],
     ids=["sgd", "momentum", "adam", "lion"],
 )
+@pytest.mark.slow
 def test_any_direction_of_optax(direction):
     params = mixed_tree()
     tx = loro(0.01, exact_every=3, direction=direction)

@@ -102,6 +102,7 @@ def test_every_loss_and_every_weight_of_the_recording(method):
     ],
     ids=str,
 )
+@pytest.mark.slow
 def test_the_recording_tells_each_rule_from_its_neighbours(changes):
     """Were a rule ignored, the comparison above would not notice; so it must matter here."""
     losses, kept = replay(**changes)

@@ -33,6 +33,7 @@ def test_marked():
 
 
 @pytest.mark.parametrize("workers", [[], ["-n", "2"]], ids=["one process", "several"])
+@pytest.mark.slow
 def test_a_test_over_the_budget_is_named_and_ends_in_an_error(tmp_path, workers):
     (tmp_path / "test_it.py").write_text(FILE)
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = slow\n")

@@ -184,6 +184,7 @@ def test_a_transformation_after_loro_is_warned_about():
             bad.init(PARAMS)
 
 
+@pytest.mark.slow
 def test_a_program_for_six_shapes_is_no_larger_than_six_programs():
     def size(count):
         params = {

@@ -54,6 +54,7 @@ def test_runs_from_two_representations_keep_equal_products(x64, moments):
     np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.slow
 def test_old_moments_would_not_fit_a_basis_of_arbitrary_signs(x64, monkeypatch):
     """The control: what the test above would see if signs did not follow the old factors."""
 

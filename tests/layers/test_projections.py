@@ -25,6 +25,7 @@ def test_low_rank_maps_by_the_product():
 
 @pytest.mark.parametrize("kind", ["low_rank", "cola", "lora", "sltrain"])
 @pytest.mark.parametrize("rows", [2, 40])
+@pytest.mark.slow
 def test_projections_of_one_input_together_are_each_by_itself(kind, rows):
     """Outputs, and gradients to weights and input; ranks may differ."""
     several = [

@@ -23,12 +23,14 @@ def tables():
 
 @pytest.mark.parametrize("model", MODELS)
 @pytest.mark.parametrize("method", ["full", "lowrank", "loro", "sltrain", "galore"])
+@pytest.mark.slow
 def test_parameters_are_the_papers(tables, model, method):
     row = tables[model][method]
     assert round(row["total M"]) == row["paper M"] == PAPER[method][MODELS.index(model)][0]
 
 
 @pytest.mark.parametrize("model", MODELS)
+@pytest.mark.slow
 def test_memory_of_weights_and_adam_is_the_papers_but_at_60m(tables, model):
     for method in ("full", "lowrank", "loro"):
         row = tables[model][method]
@@ -66,6 +68,7 @@ def command(*arguments):
     return done.returncode, done.stdout, done.stderr
 
 
+@pytest.mark.slow
 def test_the_command():
     status, output, _ = command("--model=60m", "--rank=128", "--json")
     assert status == 0

@@ -82,6 +82,7 @@ def test_a_dry_run_prints_its_plan_and_touches_nothing(tmp_path):
         assert "yes" in row
 
 
+@pytest.mark.slow
 def test_a_dry_run_needs_to_know_how_many_devices_there_are(tmp_path):
     status, output = dry_run(tmp_path, run=runs.run)
     assert status == 1

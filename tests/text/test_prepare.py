@@ -164,6 +164,7 @@ def test_threads_change_nothing(tmp_path, source):
     assert content(tmp_path / "1") == content(tmp_path / "3")
 
 
+@pytest.mark.slow
 def test_killed_it_goes_on(tmp_path):
     """SIGKILL, at moments nobody chose, of the command itself."""
     source = write_source(tmp_path / "texts", files=6, documents=4000)
@@ -325,6 +326,7 @@ def command(*arguments):
     return done.returncode, done.stdout + done.stderr
 
 
+@pytest.mark.slow
 def test_the_command_and_its_errors(tmp_path, source):
     out = tmp_path / "out"
     status, output = command("prepare", source, "--tokenizer=bytes", f"--out={out}")

@@ -14,6 +14,7 @@ from loro_jax.training.mesh import make_mesh
 from loro_jax.training.methods import METHODS
 from loro_jax.training.step import compile_program, make_program
 from models import Batch, LlamaConfig
+from tests.helpers import some_fast
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
 RUNS = sorted(path.stem for path in CONFIGS.glob("*.py") if path.stem not in ("paper", "__init__"))
@@ -67,7 +68,7 @@ def small_batch(config):
     return Batch(tokens[:, :-1], tokens[:, 1:], np.ones((2, 16), np.float32))
 
 
-@pytest.mark.parametrize("name", RUNS)
+@pytest.mark.parametrize("name", some_fast(RUNS, ("default", "llama_1b")))
 def test_every_config_takes_a_step_on_a_small_batch(name):
     """With two layers. The large ones are traced: they differ from the smallest in sizes alone."""
     config = load(name)

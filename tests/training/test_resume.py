@@ -74,6 +74,7 @@ def kill_when(source, workdir, condition):
     return output
 
 
+@pytest.mark.slow
 def test_killed_once_it_ends_bit_for_bit_the_same(uninterrupted, tmp_path):
     source, reference = uninterrupted
     workdir = tmp_path / "run"

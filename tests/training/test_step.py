@@ -64,6 +64,7 @@ def test_the_step_compiles_once_and_donates_its_state():
     assert int(state.step) == int(state.opt_state.count) == 4
 
 
+@pytest.mark.slow
 def test_exact_steps_need_no_memory_beyond_that_of_the_gradients():
     """Their temporaries take the place of activations, which are gone by then."""
 

@@ -143,6 +143,7 @@ def worse(model, text):
 
 @pytest.mark.parametrize("rules", ["nmt_nfkc", "nfkc", "nfkc_cf"])
 @pytest.mark.parametrize("options", ["as they come", "all spaces", "spaces as suffixes", "symbols"])
+@pytest.mark.slow
 def test_ids_are_the_models_own_after_its_normalization(rules, options):
     model = trained(model_type="bpe", normalization_rule_name=rules, **OPTIONS[options])
     assert differing(model) == []

@@ -241,6 +241,7 @@ def test_the_command_trains_on_ones_own_files(tmp_path, novel, name):
     assert load_tokenizer(str(tmp_path / name)).vocab_size == 400
 
 
+@pytest.mark.slow
 def test_errors_of_the_command(tmp_path):
     (tmp_path / "a.txt").write_text("one\n\ntwo\n\nthree")
     source = tmp_path / "a.txt"
