@@ -196,6 +196,7 @@ def test_a_program_for_six_shapes_is_no_larger_than_six_programs():
     assert size(6) <= 6 * size(1)
 
 
+@pytest.mark.slow
 def test_export_for_several_platforms():
     params = {"w": PAIR}
     tx = loro(0.01, exact_every=1)

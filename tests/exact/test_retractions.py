@@ -251,6 +251,7 @@ def test_damping_bounds_the_move_where_the_undamped_one_exceeds_the_product(cond
     assert move(1.0) < 0.2 * move(None)
 
 
+@pytest.mark.slow
 def test_damping_and_trust_region_follow_schedules_and_injected_values():
     rng = np.random.default_rng(0)
     B, A, dB, dA = make_pair(rng, (40, 24, 8), "geometric", 1e2, 1.0)

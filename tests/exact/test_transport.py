@@ -188,6 +188,7 @@ def test_runs_from_factors_of_rank_zero_and_one():
         assert losses[-1] < 0.9 * losses[0]
 
 
+@pytest.mark.slow
 def test_transport_needs_moments(x64):
     params, loss = problem(SIGNS[0])
     with pytest.raises(ValueError, match=r"needs a direction whose state has mu .* EmptyState"):

@@ -122,6 +122,7 @@ def test_relora_merges_every_k_steps_and_moves_nothing(train):
             assert max(moves) < 1.0
 
 
+@pytest.mark.slow
 def test_switchlora_switches_and_freezes(train):
     _, states, _ = train("switchlora")
     assert all(state.fixed["blocks"]["mlp"]["up"]["switched"].shape == (2,) for state in states)
@@ -132,6 +133,7 @@ def test_switchlora_switches_and_freezes(train):
     assert 0 < max(frozen) <= 5
 
 
+@pytest.mark.slow
 def test_restarts_balance_the_factors(train):
     for method in ("lowrank_restarts", "svd_projection"):
         _, states, _ = train(method)
