@@ -41,7 +41,7 @@ from loro_jax.pair_parallel import shardings_on_mesh
 from loro_jax.pairs import Both, Pairs, PairsSpec, check_spec, pairs_of
 from loro_jax.place_in_chain import warn_unless_last
 from loro_jax.refresh import refreshed
-from loro_jax.schedules import is_never
+from loro_jax.schedules import is_never, value_at
 
 Array = jax.Array
 
@@ -249,11 +249,10 @@ def _made(
 
 def _now(descent: _Descent, pairs: Pairs, params: Any, mesh: Any, count: Array) -> _Now:
     """Evaluates the schedules, and splits the parameters into pairs and other leaves."""
-    rate = descent.learning_rate
     factors, others = pairs.split(params)
     decays, other_decays = pairs.choose(decayed_leaves(descent.mask, params))
     step = FactorStep(
-        rate(count) if callable(rate) else rate,
+        value_at(descent.learning_rate, count),
         count,
         descent.lr_scale,
         descent.weight_decay,

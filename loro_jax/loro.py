@@ -21,7 +21,7 @@ from loro_jax.leaves import WeightDecay, split_weight_decay
 from loro_jax.pairs import PairsSpec
 
 # Default of the argument `moments`, by basis.
-_MOMENTS_OF_BASIS = {"singular": "reset", "nearest": "keep"}
+MOMENTS_OF_BASIS = {"singular": "reset", "nearest": "keep"}
 
 
 def loro(
@@ -207,7 +207,7 @@ def loro(
         of_moves(step, lr_scale) if directed.kind == "moves" else step,
         exact_every,
         lr_scale=lr_scale,
-        moments=_MOMENTS_OF_BASIS[basis] if moments is None else moments,
+        moments=MOMENTS_OF_BASIS[basis] if moments is None else moments,
         weight_decay=(number, mask),
         regular=regular,
         pairs=pairs,

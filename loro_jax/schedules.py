@@ -21,6 +21,16 @@ def is_never(every: Any) -> bool:
     return isinstance(every, numbers.Integral) and int(every) >= LAST_STEP
 
 
+def value_at(value: Any, step: Any) -> Any:
+    """Returns a number, or a schedule's value at a step counted from 0.
+
+    Example:
+        >>> value_at(0.1, 3), value_at(lambda step: 2 * step, 3)
+        (0.1, 6)
+    """
+    return value(step) if callable(value) else value
+
+
 def countable(steps: int) -> int:
     """Limits a number of steps to the largest count.
 
@@ -112,7 +122,7 @@ def with_restarts(
         )
 
     def restarted(step: jax.typing.ArrayLike) -> jax.Array:
-        base = schedule(step) if callable(schedule) else schedule
+        base = value_at(schedule, step)
         if is_never(every):
             return jnp.asarray(base)
         exact_steps = jnp.asarray(step) // every

@@ -13,6 +13,7 @@ from loro_jax.exact import StepSize, check_basis, check_method, retract
 from loro_jax.exact.tangent import as_gradients, check_directions
 from loro_jax.linalg.precision import at_least_float32
 from loro_jax.lowrank import rank_ratio
+from loro_jax.schedules import value_at
 
 Array = jax.Array
 
@@ -145,7 +146,7 @@ def exact_step(
     def take(
         B: Array, A: Array, dB: Array, dA: Array, rate: Any, number: Array
     ) -> tuple[Array, Array, Array]:
-        size = StepSize(rate, _at(max_move, number), _at(damping, number))
+        size = StepSize(rate, value_at(max_move, number), value_at(damping, number))
         return counted_exact_update(B, A, dB, dA, size, method=method, basis=basis, where=where)
 
     return take
@@ -167,7 +168,3 @@ def of_moves(step: StepOfPairs, lr_scale: Any | None) -> StepOfPairs:
         return step(B, A, *as_gradients(B, A, dB, dA), rate * scale, number)
 
     return take
-
-
-def _at(value: Any, step: Array) -> Any:
-    return value(step) if callable(value) else value

@@ -38,7 +38,7 @@ def one_by_one(fn: Callable, batch_axes: int) -> Callable:
         mapped = jax.vmap(mapped)
         looped = functools.partial(_loop, looped)
 
-    # JAX has no reverse mode for `sequential_vmap`, but for a loop.
+    # JAX has no reverse mode for `custom_vmap`, but it has one for a loop.
     differentiable = jax.custom_jvp(mapped)
     differentiable.defjvp(lambda primals, tangents: jax.jvp(looped, primals, tangents))
     return differentiable

@@ -29,6 +29,7 @@ from loro_jax.checks import check_orthogonalised_momentum
 from loro_jax.linalg.newton_schulz import orthogonalise
 from loro_jax.linalg.precision import at_least_float32
 from loro_jax.peers.projected import Projected
+from loro_jax.schedules import value_at
 
 Array = jax.Array
 
@@ -157,7 +158,7 @@ def muon(
         raise ValueError(f"muon: lr_scale must be above 0, but is {lr_scale}.")
 
     def scaled(step: Array) -> Any:
-        return lr_scale * (learning_rate(step) if callable(learning_rate) else learning_rate)
+        return lr_scale * value_at(learning_rate, step)
 
     def labels(params: Any) -> Any:
         flags = projected(params) if callable(projected) else projected

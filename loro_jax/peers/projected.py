@@ -15,6 +15,7 @@ import optax
 
 from loro_jax.linalg.precision import at_least_float32
 from loro_jax.peers.projection import AdamConstants, adam, as_shaped, smaller_side_first
+from loro_jax.schedules import value_at
 
 Array = jax.Array
 Projected = Any | Callable[[Any], Any]
@@ -115,7 +116,7 @@ def projected_descent(
         leaves, treedef = jax.tree.flatten(grads)
         count, *trees = state
         columns = [treedef.flatten_up_to(tree) for tree in trees]
-        rate = learning_rate(count) if callable(learning_rate) else learning_rate
+        rate = value_at(learning_rate, count)
         old = leaves if params is None else treedef.flatten_up_to(params)
         updates, slots = [], []
         for G, W, *held in zip(leaves, old, *columns, strict=True):

@@ -16,6 +16,7 @@ from loro_jax.exact import BASES
 from loro_jax.exact import METHODS as METHODS_OF_EXACT_STEP
 from loro_jax.fields import above, at_least, between, check, field, nested, one_of
 from loro_jax.layers.projections import PROJECTIONS
+from loro_jax.loro import MOMENTS_OF_BASIS
 from loro_jax.text.config import DataConfig
 from loro_jax.training.methods import (
     DIRECTIONS,
@@ -283,7 +284,8 @@ _CHECKS: tuple[Callable[[Config], object], ...] = (
 def _resolved_moments(moments: str, basis: str) -> str:
     if moments != "auto":
         return moments
-    return "keep" if basis == "nearest" else "reset"
+    # A stored config may name an unknown basis; validation reports it.
+    return MOMENTS_OF_BASIS.get(basis, "reset")
 
 
 def differences(stored: dict[str, Any], config: Config) -> list[str]:

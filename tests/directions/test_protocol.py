@@ -1,4 +1,4 @@
-"""Directions of one's own, what the frame asks of them, and what it decides where nobody says."""
+"""Custom directions: the protocol, the arguments that they receive, and the defaults."""
 
 import chex
 import jax
