@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 
 from loro_jax.exact.transport import transport_moments
+from loro_jax.exact.update import PairBatch, together
 from loro_jax.linalg.batching import count_of_none
 from loro_jax.linalg.precision import at_least_float32
 from loro_jax.lowrank import rank_ratio
-from loro_jax.pair_parallel import Shardings, map_pairs
+from loro_jax.pair_parallel import PairArrays, Shardings, map_pairs
 from loro_jax.pairs import Both
 
 Array = jax.Array
@@ -74,19 +75,23 @@ def exact_updates(step: FactorStep, directions: Sequence[Both]) -> tuple[list[Bo
     ``jax.lax.stop_gradient``, for example) does not change, and its partner moves as if alone.
     """
 
-    def batch_step(outs: tuple[Array, ...], ins: tuple[Array, ...]) -> Any:
-        (B, dB, *_), (A, dA, *_) = outs, ins
-        B_new, A_new, *count = step.exact_step(B, A, dB, dA, step.rate, step.number)
-        frozen = is_frozen((dB, dA))
+    def step_of_batches(batches: list[PairArrays]) -> tuple[list[PairArrays], Array]:
+        news, count = together(step.exact_step)(
+            [PairBatch(B, A, dB, dA, step.rate) for (B, dB, *_), (A, dA, *_) in batches],
+            step.number,
+        )
+        return [moved(*sides, new) for sides, new in zip(batches, news, strict=True)], count
+
+    def moved(outs: tuple[Array, ...], ins: tuple[Array, ...], new: Both) -> PairArrays:
+        frozen = is_frozen((outs[1], ins[1]))
         # Both outcomes are computed and one is selected: a batch may contain frozen and trained
         # pairs. Decay shrinks each new factor, and so the product by the square; it comes after the
         # retraction, because it is decoupled from the gradient.
         B_move, A_move = (
-            jnp.where(frozen, size * (u + decay * p), (1 + size * decay) * new - p).astype(p.dtype)
-            for new, (p, u, size, decay) in ((B_new, outs), (A_new, ins))
+            jnp.where(frozen, size * (u + decay * p), (1 + size * decay) * x - p).astype(p.dtype)
+            for x, (p, u, size, decay) in zip(new, (outs, ins), strict=True)
         )
-        # The count is optional for a user's exact step: without it, no fallback is assumed.
-        return (B_move,), (A_move,), *(count or (count_of_none((B_new, A_new)),))
+        return (B_move,), (A_move,)
 
     # All of a pair's arithmetic is part of the batch, and so divided among the devices. Outside of
     # it, XLA would be free to shard the results, and approximate steps would have to gather them.
@@ -104,8 +109,8 @@ def exact_updates(step: FactorStep, directions: Sequence[Both]) -> tuple[list[Bo
                 for p, u, decay in zip(pair, direction, decays, strict=True)
             )
         )
-    moved, count = map_pairs(batch_step, sides, step.mesh, step.shardings)
-    return [(B, A) for (B,), (A,) in moved], count
+    updates, count = map_pairs(step_of_batches, sides, step.mesh, step.shardings)
+    return [(B, A) for (B,), (A,) in updates], count
 
 
 def _per_matrix(number: Any, p: Array) -> Array:
@@ -132,7 +137,7 @@ def transported(
         The moments, in the same structure.
     """
 
-    def batch_step(outs: tuple[Array, ...], ins: tuple[Array, ...]) -> Any:
+    def of_batch(outs: tuple[Array, ...], ins: tuple[Array, ...]) -> PairArrays:
         # Each side brings its factor, its update, whether the pair is frozen, and its part of every
         # moment.
         (B, move_B, frozen, *of_B), (A, move_A, _, *of_A) = outs, ins
@@ -146,13 +151,16 @@ def transported(
             ),
             strict=True,
         )
-        return new_B, new_A, count_of_none(outs)
+        return new_B, new_A
+
+    def of_batches(batches: list[PairArrays]) -> tuple[list[PairArrays], Array]:
+        return [of_batch(*sides) for sides in batches], count_of_none(batches)
 
     # map_pairs divides this work among devices in the same way as the step itself.
     frozen = [(is_frozen(direction),) * 2 for direction in directions]
     rows = zip(step.factors, updates, frozen, *moments, strict=True)
     sides: list[Any] = [tuple(zip(*row, strict=True)) for row in rows]
-    moved, _ = map_pairs(batch_step, sides, step.mesh, step.shardings)
+    moved, _ = map_pairs(of_batches, sides, step.mesh, step.shardings)
     return [[(outs[k], ins[k]) for outs, ins in moved] for k in range(len(moments))]
 
 

@@ -36,23 +36,25 @@ Array = jax.Array
 PairArrays = tuple[tuple[Array, ...], tuple[Array, ...]]
 # The shardings of B and A of a pair.
 Shardings = tuple[NamedSharding, NamedSharding]
-BatchStep = Callable[[tuple[Array, ...], tuple[Array, ...]], tuple[Any, Any, Array]]
+# Takes batches of several shapes; returns as many, and a count.
+BatchesStep = Callable[[list[PairArrays]], tuple[list[PairArrays], Array]]
 
 
 def map_pairs(
-    step: BatchStep,
+    step: BatchesStep,
     pairs: Sequence[PairArrays],
     mesh: Any | None = None,
     shardings: Sequence[Shardings | None] | None = None,
 ) -> tuple[list[PairArrays], Array]:
-    """Applies a function of a batch of pairs to many pairs, those of one shape together.
+    """Applies a function of batches of pairs to many pairs, those of one shape in a batch.
 
-    A model has few shapes and many pairs: batching compiles one program per shape, and keeps a GPU
-    busy although each matrix is small.
+    A model has few shapes and many pairs: batching keeps the program small, and a GPU busy although
+    each matrix is small.
 
     Args:
-        step: takes arrays (N, m, r) for the output side and (N, r, n) for the input side; returns
-            two tuples of such arrays, and a count (int32 scalar).
+        step: takes a batch for each shape: arrays (N, m, r) for the output side and (N, r, n) for
+            the input side. Returns two tuples of such arrays for each batch, and a count (int32
+            scalar).
         pairs: for each pair, arrays (..., m, r) and (..., r, n), the same number of each for all.
         mesh: the devices to divide the work among; None: the mesh in the arrays' types, or that of
             ``jax.set_mesh``; without one the work is not divided.
@@ -69,7 +71,9 @@ def map_pairs(
         >>> import jax.numpy as jnp
         >>> B, A = jnp.ones((4, 2)), jnp.ones((3, 2, 5))
         >>> pairs = [((B,), (A[0],)), ((jnp.stack([B, B]),), (A[1:],))]
-        >>> double = lambda outs, ins: ((2 * outs[0],), ins, jnp.int32(len(outs[0])))
+        >>> def double(batches):
+        ...     count = sum(len(outs[0]) for outs, _ in batches)
+        ...     return [((2 * outs[0],), ins) for outs, ins in batches], jnp.int32(count)
         >>> results, count = map_pairs(double, pairs)
         >>> [result[0][0].shape for result in results], int(count)
         ([(4, 2), (2, 4, 2)], 3)
@@ -79,22 +83,24 @@ def map_pairs(
     groups: dict[Any, list[int]] = {}
     for i, pair in enumerate(pairs):
         groups.setdefault(_shapes(pair), []).append(i)
-    results: dict[int, PairArrays] = {}
-    total = count_of_none(pairs)
-    for members in groups.values():
-        arrays = [pairs[i] for i in members]
-        if division is None:
-            outcomes, count = _run_here(step, arrays)
-        else:
-            specs = [
-                _specs(pairs[i], shardings[i] if shardings else None, division.explicit)
-                for i in members
-            ]
-            outcomes, count = division.run(step, arrays, specs)
-        results |= dict(zip(members, outcomes, strict=True))
-        total += count
+    arrays = [[pairs[i] for i in members] for members in groups.values()]
+    if not groups:
+        return [], count_of_none(pairs)
+    if division is None:
+        outcomes, count = _run_here(step, arrays)
+    else:
+        specs = [
+            [_specs(pairs[i], shardings[i] if shardings else None, division.explicit) for i in one]
+            for one in groups.values()
+        ]
+        outcomes, count = division.run(step, arrays, specs)
     # Back in the order of the pairs, which the grouping by shape has changed.
-    return [results[i] for i in range(len(pairs))], total
+    results = {
+        i: result
+        for members, found in zip(groups.values(), outcomes, strict=True)
+        for i, result in zip(members, found, strict=True)
+    }
+    return [results[i] for i in range(len(pairs))], count
 
 
 # Specs of the output and of the input side of a pair; None: unknown.
@@ -116,10 +122,15 @@ def _shapes(pair: PairArrays) -> Any:
     return tuple(tuple((x.shape[-2:], x.dtype) for x in side) for side in pair)
 
 
-def _run_here(step: BatchStep, pairs: Sequence[PairArrays]) -> tuple[list[PairArrays], Array]:
-    stacked = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *(_flat(p) for p in pairs))
-    outs, ins, count = step(*stacked)
-    return _unstack((outs, ins), pairs), count
+def _run_here(
+    step: BatchesStep, groups: Sequence[Sequence[PairArrays]]
+) -> tuple[list[list[PairArrays]], Array]:
+    done, count = step([_stacked([_flat(pair) for pair in pairs]) for pairs in groups])
+    return [_unstack(one, pairs) for one, pairs in zip(done, groups, strict=True)], count
+
+
+def _stacked(flat: Sequence[PairArrays]) -> PairArrays:
+    return jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *flat)
 
 
 def _flat(pair: PairArrays) -> PairArrays:
@@ -322,16 +333,44 @@ class _Division(NamedTuple):
         return self.reshard(x, spec)
 
     def run(
-        self, step: BatchStep, pairs: Sequence[PairArrays], specs: Sequence[_Specs]
-    ) -> tuple[list[PairArrays], Array]:
+        self,
+        step: BatchesStep,
+        groups: Sequence[Sequence[PairArrays]],
+        specs: Sequence[Sequence[_Specs]],
+    ) -> tuple[list[list[PairArrays]], Array]:
         """Does the same as :func:`_run_here` on all devices together."""
+
+        def work(shares: list[PairArrays]) -> tuple[list[PairArrays], Array]:
+            done, count = step(shares)
+            # Each device has counted its own pairs only.
+            return done, jax.lax.psum(count, self.axes)
+
+        divided = jax.shard_map(
+            work,
+            mesh=self.mesh,
+            in_specs=PartitionSpec(self.axes),
+            out_specs=(PartitionSpec(self.axes), PartitionSpec()),
+            axis_names=set(self.axes),
+            check_vma=False,
+        )
+        done, count = divided([self.shares(*group) for group in zip(groups, specs, strict=True)])
+        results = [
+            [
+                self.in_original(result, spec)
+                for result, spec in zip(_unstack(self.sliced(one), pairs), of_pairs, strict=True)
+            ]
+            for one, pairs, of_pairs in zip(done, groups, specs, strict=True)
+        ]
+        return results, count
+
+    def shares(self, pairs: Sequence[PairArrays], specs: Sequence[_Specs]) -> PairArrays:
+        """Stacks pairs of one shape and gives each device some of them."""
         # With automatic axes, constraining inputs and outputs keeps the choice of shardings in here
         # from spreading into the surrounding program.
         if not self.explicit:
             pairs = [self.pinned(pair, spec) for pair, spec in zip(pairs, specs, strict=True)]
         # Slices are stacked before the all-to-all, so that a batch needs one for all its pairs.
-        flat = [_flat(self.sliced(pair)) for pair in pairs]
-        stacked = jax.tree.map(lambda *leaves: jnp.concatenate(leaves), *flat)
+        stacked = _stacked([_flat(self.sliced(pair)) for pair in pairs])
         missing = -len(stacked[0][0]) % self.ways
 
         def share(x: Array) -> Array:
@@ -343,23 +382,8 @@ class _Division(NamedTuple):
                 trivial = jax.sharding.reshard(trivial, jax.typeof(x).sharding)
             return self.reshard(jnp.concatenate([x, trivial]), PartitionSpec(self.axes))
 
-        def work(shares: PairArrays) -> tuple[PairArrays, Array]:
-            outs, ins, count = step(*shares)
-            # Each device has counted its own pairs only.
-            return (outs, ins), jax.lax.psum(count, self.axes)
-
-        divided = jax.shard_map(
-            work,
-            mesh=self.mesh,
-            in_specs=PartitionSpec(self.axes),
-            out_specs=(PartitionSpec(self.axes), PartitionSpec()),
-            axis_names=set(self.axes),
-            check_vma=False,
-        )
-        done, count = divided(jax.tree.map(share, stacked))
-        results = _unstack(self.sliced(done), pairs)
-        results = [self.in_original(pair, spec) for pair, spec in zip(results, specs, strict=True)]
-        return results, count
+        shares: PairArrays = jax.tree.map(share, stacked)
+        return shares
 
     def pinned(self, pair: PairArrays, specs: _Specs) -> PairArrays:
         """Constrains the arrays of a pair to their present sharding."""

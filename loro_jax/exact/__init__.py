@@ -9,13 +9,23 @@ truncated SVD of ``W - lr grad`` (Proposition 4; notation of :mod:`loro_jax.exac
 * :mod:`~loro_jax.exact.reference`: Householder QR and SVD, in float64 if available.
 
 The first is the fastest, and the last is always accurate. :mod:`~loro_jax.exact.fallback` falls
-back from one to the next if a method reports that its result can't be trusted. The first two use
+back from one to the next if a method reports that its result can't be trusted, and
+:mod:`~loro_jax.exact.phases` steps pairs of all shapes by the first together. The first two use
 :mod:`~loro_jax.linalg.cholesky` and one eigendecomposition. :mod:`~loro_jax.exact.basis` chooses
 among all balanced factors.
 """
 
 from loro_jax.exact.basis import BASES, check_basis
 from loro_jax.exact.fallback import METHODS, check_method, retract
-from loro_jax.exact.step import ExactStep, StepSize
+from loro_jax.exact.step import Batch, ExactStep, StepSize
 
-__all__ = ["BASES", "METHODS", "ExactStep", "StepSize", "check_basis", "check_method", "retract"]
+__all__ = [
+    "BASES",
+    "METHODS",
+    "Batch",
+    "ExactStep",
+    "StepSize",
+    "check_basis",
+    "check_method",
+    "retract",
+]

@@ -121,17 +121,23 @@ def nearest_order(overlap: Array) -> _Order:
         ([1, 0], [1.0, -1.0])
     """
     sizes = jnp.where(jnp.isfinite(overlap), jnp.abs(overlap), 0)
-    turns = jnp.argsort(-jnp.max(sizes, axis=1))
-    turns, sizes = varying_alike((turns, sizes))
+    best = jnp.max(sizes, axis=1)
+    sizes, best = varying_alike((sizes, best))
 
-    def choose(turn: Any, chosen: tuple[Array, Array]) -> tuple[Array, Array]:
-        order, free = chosen
-        vector = turns[turn]
+    def choose(_: Any, chosen: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        order, free, best = chosen
+        # A sort would give all turns at once, but takes accelerators' compilers seconds.
+        vector = jnp.argmax(best)
         place = jnp.argmax(jnp.where(free, sizes[vector], -1))
-        return order.at[place].set(vector), free.at[place].set(False)
+        return (
+            order.at[place].set(vector.astype(order.dtype)),
+            free.at[place].set(False),
+            best.at[vector].set(-1),
+        )
 
-    # `sizes[0] >= 0` is all True: every place is free, with the type that the loop carries.
-    order, _ = jax.lax.fori_loop(0, len(turns), choose, (turns, sizes[0] >= 0))
+    # `best >= 0` is all True: every place is free, with the type that the loop carries.
+    start = (jnp.zeros_like(best, dtype=jnp.int32), best >= 0, best)
+    order, *_ = jax.lax.fori_loop(0, len(best), choose, varying_alike(start))
     met = jnp.take_along_axis(overlap, order[None, :], axis=0)[0]
     return _Order(order, jnp.where(met < 0, -1, 1).astype(overlap.dtype))
 

@@ -3,39 +3,32 @@
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from loro_jax.exact.basis import Balance, by_singular_vectors
 from loro_jax.exact.gram import gram_step
+from loro_jax.exact.phases import graph_steps, starts_of
 from loro_jax.exact.reference import svd_step
-from loro_jax.exact.step import ExactStep, StepSize
-from loro_jax.exact.subspace import NewSpace, balanced_factors, graph_step, new_space
-from loro_jax.linalg.batching import maps_by_a_loop, one_by_one, varying_alike
+from loro_jax.exact.step import Batch, ExactStep
+from loro_jax.linalg.batching import joins_the_batch, one_by_one, varying_alike
 
 Array = jax.Array
 
-# The methods by name, each with its fallbacks, which are tried in this order until one trusts its
-# result. The last is the reference.
-_FALLBACKS: dict[str, tuple[Callable[..., ExactStep], ...]] = {
-    "graph": (graph_step, gram_step, svd_step),
-    "gram": (gram_step, svd_step),
-    "svd": (svd_step,),
-}
+_StepOfOne = Callable[..., ExactStep]
 
-METHODS = tuple(_FALLBACKS)
+# The methods by name, from the fastest to the most accurate. Pairs for which one is not accurate
+# fall back to the next; the last is the reference.
+METHODS = ("graph", "gram", "svd")
+
+# Of single pairs; the first method comes for whole batches only.
+_STEP_OF_ONE: dict[str, _StepOfOne] = {"gram": gram_step, "svd": svd_step}
 
 # What "auto" stands for: the fastest.
 _AUTO = METHODS[0]
-
-# CPU only: upper bound on the coefficients held at once, seven r x r matrices for each pair; pairs
-# are processed in chunks below it. 128 MiB in float32, which are 18 pairs of rank 512.
-COEFFICIENTS = 2**25
-
-_Methods = Sequence[Callable[..., ExactStep]]
 
 
 def check_method(method: str, where: str) -> None:
@@ -45,58 +38,55 @@ def check_method(method: str, where: str) -> None:
         raise ValueError(f"{where}: the method must be one of {expected}, but is {method!r}.")
 
 
-def retract(
-    method: str,
-    B: Array,
-    A: Array,
-    dB: Array,
-    dA: Array,
-    size: StepSize,
-    basis: str = "singular",
-) -> ExactStep:
-    """Takes exact steps of a batch of pairs; ``ok`` is True for pairs without a fallback.
+def retract(method: str, batches: Sequence[Batch], basis: str = "singular") -> list[ExactStep]:
+    """Takes exact steps of batches of pairs; ``ok`` is True for pairs without a fallback.
+
+    What depends on the rank alone is compiled once for all batches of a rank: the factorisations of
+    the default method, and the fallbacks.
 
     Args:
         method: "auto" (which is "graph"), "graph", "gram" or "svd".
-        B: (N, m, r).
-        A: (N, r, n).
-        dB: directions of B, (N, m, r).
-        dA: directions of A, (N, r, n).
-        size: one step size for each pair, shapes (N,).
+        batches: pairs, one batch for each shape.
         basis: basis of the new factors, "singular" or "nearest".
 
     Returns:
-        The new factors and ``ok`` (N,).
+        The new factors of each batch and ``ok`` (N,).
     """
-    if len(B) == 0:
-        return _unwritten(B, A)
-    # NumPy arrays can't be indexed by the traced index of a loop.
-    arguments = jax.tree.map(jnp.asarray, (B, A, dB, dA, size))
-    return _retract(_AUTO if method == "auto" else method, basis, *varying_alike(arguments))
+    method = _AUTO if method == "auto" else method
+    steps: dict[int, ExactStep] = {}
+    kin: dict[Any, list[int]] = {}
+    for i, batch in enumerate(batches):
+        if len(batch.B) == 0:
+            steps[i] = ExactStep(batch.B, batch.A, jnp.zeros(0, bool))
+        else:
+            kin.setdefault((batch.A.shape[-2], batch.A.dtype), []).append(i)
+    for members in kin.values():
+        # NumPy arrays can't be indexed by the traced index of a loop.
+        arguments = jax.tree.map(jnp.asarray, [batches[i] for i in members])
+        found = _retract(method, basis, varying_alike(arguments))
+        steps |= dict(zip(members, found, strict=True))
+    return [steps[i] for i in range(len(batches))]
 
 
 # Jitted for calls outside of jit, which would otherwise trace and compile loops and branches in
-# each call. The custom_jvp refuses derivatives, with a message that says what to do.
+# each call. The custom_jvp refuses derivatives, with a message that says what to do. A vmap, of an
+# ensemble for example, only makes the batches larger.
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 @functools.partial(jax.jit, static_argnums=(0, 1), inline=True)
-def _retract(method: str, basis: str, *arguments: Any) -> ExactStep:
-    methods = [functools.partial(step, basis=basis) for step in _FALLBACKS[method]]
-    # The reference has no fallback. (one_by_one loops on CPU and batches elsewhere.)
-    if method == "svd":
-        return one_by_one(methods[0], 1)(*arguments)
-
-    def one_after_the_other(*arguments: Any) -> ExactStep:
+def _retract(method: str, basis: str, batches: Sequence[Batch]) -> list[ExactStep]:
+    @joins_the_batch
+    def steps(batches: Sequence[Batch]) -> list[ExactStep]:
         if method == "graph":
-            return _in_phases(methods[1:], basis, *arguments)
-        return _one_after_the_other(methods, *arguments)
+            first = graph_steps(batches, basis)
+        else:
+            of_one = functools.partial(_STEP_OF_ONE[method], basis=basis)
+            # (one_by_one loops on CPU and batches elsewhere.)
+            first = [one_by_one(of_one, 1)(*batch) for batch in batches]
+            first = [_or_old(step, batch) for step, batch in zip(first, batches, strict=True)]
+        fallbacks = METHODS[METHODS.index(method) + 1 :]
+        return _with_fallbacks(fallbacks, basis, batches, first) if fallbacks else first
 
-    # On CPU LAPACK calls must not be batched (see one_by_one), and in a loop each pair takes only
-    # the fallbacks that it needs. Accelerators need the parallelism of a batch.
-    return jax.lax.platform_dependent(
-        *arguments,
-        cpu=one_after_the_other,
-        default=lambda *arguments: _as_a_batch(methods, *arguments),
-    )
+    return steps(batches)
 
 
 @_retract.defjvp
@@ -107,92 +97,90 @@ def _no_derivative(method: str, basis: str, primals: Any, tangents: Any) -> Any:
     )
 
 
-def _one_pair(methods: _Methods, *arguments: Any) -> ExactStep:
-    """Steps one pair by the first method, with the others as fallbacks."""
-    step = methods[0](*arguments)
-    return _or_fallback(step, methods[1:], *arguments)
+def _or_old(step: ExactStep, batch: Batch) -> ExactStep:
+    """Replaces new factors that are not trusted by the old ones."""
+    ok = step.ok[:, None, None]
+    return ExactStep(jnp.where(ok, step.B, batch.B), jnp.where(ok, step.A, batch.A), step.ok)
 
 
-def _or_fallback(step: ExactStep, fallbacks: _Methods, *arguments: Any) -> ExactStep:
-    """Returns the step, or the fallbacks' step if its method does not trust it."""
-    if not fallbacks:
-        return step
-    # `ok` stays that of the first method, because the count of fallbacks is made from it.
-    return jax.lax.cond(
-        step.ok, lambda: step, lambda: _one_pair(fallbacks, *arguments)._replace(ok=step.ok)
-    )
+def _with_fallbacks(
+    methods: Sequence[str], basis: str, batches: Sequence[Batch], first: Sequence[ExactStep]
+) -> list[ExactStep]:
+    """Steps the pairs that the first method does not trust, one by one, by the other methods.
 
+    All shapes are padded to the largest by zero rows of B and zero columns of A, which change
+    nothing: so there is one program, whose factorisations take long to compile and seldom run.
 
-def _in_phases(fallbacks: _Methods, basis: str, *arguments: Any) -> ExactStep:
-    """Steps pairs in chunks, with all eigendecompositions of a chunk in one phase.
+    Args:
+        methods: names of methods, each the fallback of the one before.
+        basis: basis of the new factors.
+        batches: the pairs.
+        first: the first method's steps; where they are not trusted, they hold the old factors.
 
-    After an eigendecomposition the threads of OpenBLAS keep spinning for a while, on the cores that
-    matrix products need. In phases this happens once per chunk instead of once per pair.
+    Returns:
+        The steps; ``ok`` stays that of the first method, because the fallbacks are counted by it.
     """
-    B, A, dB, dA, size = arguments
-    # Chunks of equal size: the largest divisor of the number of pairs within the memory bound.
-    most = min(len(B), COEFFICIENTS // (7 * B.shape[-1] ** 2))
-    at_a_time = max((n for n in range(1, most + 1) if len(B) % n == 0), default=1)
-    # Under a vmap, too, pairs are processed one by one: a batched `cond` would run both branches.
-    space_of = maps_by_a_loop(new_space)
-    balance_of = maps_by_a_loop(by_singular_vectors)
+    starts = starts_of(batches)
+    m, n = (max(x.shape[axis] for x in side) for side, axis in _long_sides(batches))
 
-    @maps_by_a_loop
-    def finish(space: NewSpace, balance: Balance, *pair: Any) -> ExactStep:
-        B, A, dB, dA, _ = pair
-        step = balanced_factors(B, A, dB, dA, space, balance, basis)
-        return _or_fallback(step, fallbacks, *pair)
+    def read(k: Any, factors: Any) -> Batch:
+        """Returns the k-th pair of all, padded."""
+        found: Any = None
+        for (B, A), batch, start in zip(factors, batches, starts, strict=False):
+            one = jax.tree.map(
+                lambda x, k=k - start: x[jnp.clip(k, 0, len(x) - 1)], batch._replace(B=B, A=A)
+            )
+            one = one._replace(
+                B=_padded(one.B, m, 0),
+                dB=_padded(one.dB, m, 0),
+                A=_padded(one.A, n, 1),
+                dA=_padded(one.dA, n, 1),
+            )
+            # Later batches replace it for as long as the pair is not in one before them.
+            found = one if found is None else _choose(k >= start, one, found)
+        return found
 
-    def some(k: Any, new: ExactStep) -> ExactStep:
-        first = k * at_a_time
+    def write(k: Any, factors: Any, step: ExactStep) -> Any:
+        written = []
+        for (B, A), (start, end) in zip(factors, itertools.pairwise(starts), strict=True):
+            i = jnp.clip(k - start, 0, end - start - 1)
+            mine = (k >= start) & (k < end)
+            # A pair of another batch leaves this one as it is. A `cond` around the whole array
+            # would copy it.
+            B = B.at[i].set(jnp.where(mine, step.B[: B.shape[1]], B[i]))
+            A = A.at[i].set(jnp.where(mine, step.A[:, : A.shape[2]], A[i]))
+            written.append((B, A))
+        return written
 
-        # Factors are read from the results, where those of this chunk are still the old ones.
-        def pair(i: Any, new: ExactStep) -> Any:
-            return jax.tree.map(lambda x: x[first + i], (new.B, new.A, dB, dA, size))
+    def one_more(state: tuple[Array, Any]) -> tuple[Array, Any]:
+        to_do, factors = state
+        k = jnp.argmax(to_do)
+        step = _by_first_trusted(methods, basis, read(k, factors))
+        return to_do.at[k].set(False), write(k, factors, step)
 
-        spaces = jax.lax.map(lambda i: space_of(*pair(i, new)), jnp.arange(at_a_time))
-        balances = jax.lax.map(balance_of, spaces.squares)
-
-        def write(i: Any, new: ExactStep) -> ExactStep:
-            space, balance = jax.tree.map(lambda x: x[i], (spaces, balances))
-            return _with_pair(new, first + i, finish(space, balance, *pair(i, new)))
-
-        return jax.lax.fori_loop(0, at_a_time, write, new)
-
-    return jax.lax.fori_loop(0, len(B) // at_a_time, some, _unwritten(B, A))
-
-
-def _one_after_the_other(methods: _Methods, *arguments: Any) -> ExactStep:
-    """Steps pairs one by one, each with its own fallbacks."""
-    B, A, dB, dA, size = arguments
-    step_of = maps_by_a_loop(functools.partial(_one_pair, methods))
-
-    def write(i: Any, new: ExactStep) -> ExactStep:
-        pair = jax.tree.map(lambda x: x[i], (new.B, new.A, dB, dA, size))
-        return _with_pair(new, i, step_of(*pair))
-
-    return jax.lax.fori_loop(0, len(B), write, _unwritten(B, A))
-
-
-def _unwritten(B: Array, A: Array) -> ExactStep:
-    """Returns the old factors as the initial result, which new ones overwrite in place."""
-    return varying_alike(ExactStep(B, A, jnp.zeros(len(B), bool)))
+    to_do = ~jnp.concatenate([step.ok for step in first])
+    state = varying_alike((to_do, [(step.B, step.A) for step in first]))
+    _, factors = jax.lax.while_loop(lambda state: jnp.any(state[0]), one_more, state)
+    return [ExactStep(B, A, step.ok) for (B, A), step in zip(factors, first, strict=True)]
 
 
-def _with_pair(new: ExactStep, i: Any, one: ExactStep) -> ExactStep:
-    return jax.tree.map(lambda batch, pair: batch.at[i].set(pair), new, one)
+def _long_sides(batches: Sequence[Batch]) -> Any:
+    return ([b.B for b in batches], 1), ([b.A for b in batches], 2)
 
 
-def _as_a_batch(methods: _Methods, *arguments: Any) -> ExactStep:
-    """Steps all pairs at once; the whole batch takes a fallback if any of its pairs needs it."""
-    step = jax.vmap(methods[0])(*arguments)
+def _padded(x: Array, length: int, axis: int) -> Array:
+    widths = [(0, 0), (0, 0)]
+    widths[axis] = (0, length - x.shape[axis])
+    return jnp.pad(x, widths)
+
+
+def _choose(condition: Array, new: Any, old: Any) -> Any:
+    return jax.tree.map(lambda x, y: jnp.where(condition, x, y), new, old)
+
+
+def _by_first_trusted(methods: Sequence[str], basis: str, pair: Batch) -> ExactStep:
+    """Steps one pair by the first of the methods that trusts its result."""
+    step = _STEP_OF_ONE[methods[0]](*pair, basis=basis)
     if len(methods) == 1:
         return step
-
-    def with_fallback() -> ExactStep:
-        # Pairs that needed no fallback keep their result, whatever the rest of the batch does.
-        other, fine = _as_a_batch(methods[1:], *arguments), step.ok[:, None, None]
-        B, A = jnp.where(fine, step.B, other.B), jnp.where(fine, step.A, other.A)
-        return ExactStep(B, A, step.ok)
-
-    return jax.lax.cond(jnp.all(step.ok), lambda: step, with_fallback)
+    return jax.lax.cond(step.ok, lambda: step, lambda: _by_first_trusted(methods[1:], basis, pair))

@@ -28,13 +28,32 @@ class StepSize(NamedTuple):
     damping: Any | None = None
 
 
+class Batch(NamedTuple):
+    """Pairs of one shape, with their directions; N of them, or one without the leading axis.
+
+    Attributes:
+        B: (N, m, r).
+        A: (N, r, n).
+        dB: directions of B, (N, m, r).
+        dA: directions of A, (N, r, n).
+        size: a step size for each pair, shapes (N,).
+    """
+
+    B: Array
+    A: Array
+    dB: Array
+    dA: Array
+    size: StepSize
+
+
 class ExactStep(NamedTuple):
     """Result of an exact step.
 
     Attributes:
         B: new output-side factor.
         A: new input-side factor.
-        ok: whether the result is accurate; always true for the reference.
+        ok: whether the result is accurate; always true for the reference. By the default method
+            the factors are the old ones where it is false.
     """
 
     B: Array

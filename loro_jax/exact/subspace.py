@@ -1,4 +1,4 @@
-"""The default exact step of one pair, which writes its new column space as a graph.
+"""The default exact step, which writes its new column space as a graph.
 
 The step moves ``W = Q_b^T L_b^T L_a Q_a`` (rows of Q_b, Q_a orthonormal, r x m and r x n) to
 ``T = Q_b^T S Q_a + Q_b^T z + c^T Q_a``: S is r x r, z (r x n) is orthogonal to Q_a and c (r x m) to
@@ -16,9 +16,11 @@ columns of ``Q_b^T + c^T X``.
   and the eigenvectors of the r x r matrix ``L^{-1} (N N^T + z z^T) L^{-T}`` give balanced factors.
   They only choose a basis: their rounding errors cancel in the product.
 
-S, ``z z^T`` and ``c c^T`` are computed from three r x r products of tall matrices on each side, and
-the new factors are linear combinations of B and dB, and of A and dA: ten tall products of 2 r^2 m
-flops in total for a square W. No tall orthonormal basis is formed. The disadvantage is that the
+S, ``z z^T`` and ``c c^T`` are computed from three r x r products of tall matrices on each side
+(:func:`grams`), and the new factors are linear combinations of B and dB, and of A and dA
+(:func:`new_factors`): ten tall products of 2 r^2 m flops in total for a square W. What happens in
+between (:func:`new_space`, :func:`combination`) sees r x r matrices only, so that pairs of all
+shapes share one program. No tall orthonormal basis is formed. The disadvantage is that the
 condition number of the factors is squared (``B^T B`` is inverted by Cholesky), so the method
 reports whether its result can be trusted.
 
@@ -34,15 +36,9 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from loro_jax.exact.basis import (
-    Balance,
-    by_products,
-    by_singular_vectors,
-    ordered_like,
-    rotated_to_nearest,
-)
+from loro_jax.exact.basis import Balance, ordered_like, rotated_to_nearest
 from loro_jax.exact.step import ExactStep, StepSize, damped_inverse, limited_rate
-from loro_jax.linalg.batching import batches_itself, varying_alike
+from loro_jax.linalg.batching import batches_itself, one_by_one, varying_alike
 from loro_jax.linalg.cholesky import cholesky_with_inverse
 from loro_jax.linalg.precision import matmul
 
@@ -62,6 +58,17 @@ MOST_ITERATIONS = 8
 SMALLEST_KEPT = 5e-3
 
 
+class Grams(NamedTuple):
+    """All that an exact step needs to know of a pair and its directions, r x r each."""
+
+    out: Array  # B^T B
+    out_mixed: Array  # dB^T B
+    out_move: Array  # dB^T dB
+    inp: Array  # A A^T
+    inp_mixed: Array  # dA A^T
+    inp_move: Array  # dA dA^T
+
+
 class NewSpace(NamedTuple):
     """The new product as ``Q^T M``: the rows of Q are an orthonormal basis of its column space.
 
@@ -78,35 +85,39 @@ class NewSpace(NamedTuple):
     ok: Array  # whether it is trusted, before the check of the singular values
 
 
-def graph_step(
-    B: Array, A: Array, dB: Array, dA: Array, size: StepSize, basis: str = "singular"
-) -> ExactStep:
-    """Takes the exact step of one pair; arguments as for ``svd_step``. Check ``ok`` before use.
+class Combination(NamedTuple):
+    """The new factors ``B out^T - dB out_move^T`` and ``inp A - inp_move dA``, all r x r."""
 
-    On platforms other than CPU it is mapped over a batch; on CPU :mod:`~loro_jax.exact.fallback`
-    calls its two parts.
-    """
-    space = new_space(B, A, dB, dA, size)
-    # Rotating to the nearest basis can start from any balanced basis, so the cheaper one is used.
-    balance_of = by_products if basis == "nearest" else by_singular_vectors
-    return balanced_factors(B, A, dB, dA, space, balance_of(space.squares), basis)
+    out: Array
+    out_move: Array
+    inp: Array
+    inp_move: Array
+    ok: Array  # whether they are trusted
 
 
-def new_space(B: Array, A: Array, dB: Array, dA: Array, size: StepSize) -> NewSpace:
-    """Computes the new product's column space; arguments as for ``svd_step``."""
-    r = A.shape[0]
+def grams(B: Array, A: Array, dB: Array, dA: Array) -> Grams:
+    """Computes the products over the long axes, three on each side."""
+    return Grams(
+        out=matmul(B.T, B),
+        out_mixed=matmul(dB.T, B),
+        out_move=matmul(dB.T, dB),
+        inp=matmul(A, A.T),
+        inp_mixed=matmul(dA, A.T),
+        inp_move=matmul(dA, dA.T),
+    )
+
+
+def new_space(of: Grams, size: StepSize) -> NewSpace:
+    """Computes the new product's column space."""
+    r = of.inp.shape[0]
     # B = Q_b^T L_b^T and A = L_a Q_a, with Q_b = L_b^{-1} B^T and Q_a = L_a^{-1} A never formed.
-    out, inp = cholesky_with_inverse(matmul(B.T, B)), cholesky_with_inverse(matmul(A, A.T))
-    # These take a factor's gradient to the full gradient's projection on that side:
-    # Q_b G = to_left dA and Q_a G^T = to_right dB^T.
-    to_left = damped_inverse(out.L, out.inverse, size.damping)
-    to_right = damped_inverse(inp.L, inp.inverse, size.damping)
-    core = matmul(matmul(to_left, matmul(dA, A.T)), inp.inverse.T)  # Q_b G Q_a^T
-    inner = matmul(matmul(to_right, matmul(dB.T, B)), out.inverse.T)  # Q_a G^T Q_b^T, from dB
+    out, inp = _sides(of, size)
+    core = matmul(matmul(out.to_other, of.inp_mixed), inp.inverse.T)  # Q_b G Q_a^T
+    inner = matmul(matmul(inp.to_other, of.out_mixed), out.inverse.T)  # Q_a G^T Q_b^T, from dB
     # Gram matrices of the parts orthogonal to Q_a and Q_b, by Pythagoras, so that no tall matrix is
     # projected. Without the learning rate up to here: the trust region may still reduce it.
-    zz = matmul(matmul(to_left, matmul(dA, dA.T)), to_left.T) - matmul(core, core.T)
-    cc = matmul(matmul(to_right, matmul(dB.T, dB)), to_right.T) - matmul(inner, inner.T)
+    zz = matmul(matmul(out.to_other, of.inp_move), out.to_other.T) - matmul(core, core.T)
+    cc = matmul(matmul(inp.to_other, of.out_move), inp.to_other.T) - matmul(inner, inner.T)
     W_core = matmul(out.L.T, inp.L)
     # The three parts are orthogonal, so their squares add; rounding may make a trace negative.
     grad_norm = jnp.sqrt(jnp.maximum(jnp.sum(core**2) + jnp.trace(zz) + jnp.trace(cc), 0))
@@ -123,15 +134,16 @@ def new_space(B: Array, A: Array, dB: Array, dA: Array, size: StepSize) -> NewSp
     # Q = whiten (Q_b + X^T c) and M = whiten (N Q_a + z), in terms of B, dB, A and dA: with
     # c = -rate (to_right dB^T - inner Q_b) and z = -rate (to_left dA - core Q_a), each is one
     # combination of two tall matrices, which is applied only when the basis is known, too.
+    # (to_left is the output side's way to the other, to_right the input side's.)
     along = rate * matmul(whiten, X_t)
     # Trusted are only well-conditioned factors, because their Gram matrices are inverted, and steps
     # smaller than W, so that the new leading space can be a graph over the old one.
     inverse_norm = jnp.maximum(out.scaled_inverse_norm, inp.scaled_inverse_norm)
     return NewSpace(
         out=matmul(whiten + matmul(along, inner), out.inverse),
-        out_move=matmul(along, to_right),
+        out_move=matmul(along, inp.to_other),
         inp=matmul(matmul(whiten, N + rate * core), inp.inverse),
-        inp_move=rate * matmul(whiten, to_left),
+        inp_move=rate * matmul(whiten, out.to_other),
         squares=matmul(matmul(whiten, matmul(N, N.T) + zz), whiten.T),
         overlaps=(matmul(whiten, out.L.T), matmul(matmul(whiten, N), inp.L.T)),
         ok=(inverse_norm < LARGEST_INVERSE * r**0.5)
@@ -140,24 +152,50 @@ def new_space(B: Array, A: Array, dB: Array, dA: Array, size: StepSize) -> NewSp
     )
 
 
-def balanced_factors(
-    B: Array,
-    A: Array,
-    dB: Array,
-    dA: Array,
-    space: NewSpace,
-    balance: Balance,
-    basis: str = "singular",
-) -> ExactStep:
-    """Returns the new balanced factors in the given basis."""
+class _Side(NamedTuple):
+    """One factor's Gram matrix ``L L^T``, factorised."""
+
+    L: Array
+    inverse: Array  # of L
+    scaled_inverse_norm: Array
+    # Takes the factor's gradient to the full gradient's projection on this factor's space:
+    # Q_b G = to_other dA and Q_a G^T = to_other dB^T; L^{-1} unless it is damped.
+    to_other: Array
+
+
+def _sides(of: Grams, size: StepSize) -> tuple[_Side, _Side]:
+    """Factorises both Gram matrices by one program."""
+
+    def factorised(gram: Array, damping: Array | None) -> _Side:
+        L, inverse, norm = cholesky_with_inverse(gram)
+        return _Side(L, inverse, norm, damped_inverse(L, inverse, damping))
+
+    # NumPy scalars and None are both possible: None is an empty tree.
+    damping = jax.tree.map(lambda d: jnp.stack([jnp.asarray(d)] * 2), size.damping)
+    both = one_by_one(factorised, 1)(jnp.stack([of.out, of.inp]), damping)
+    return jax.tree.map(lambda x: x[0], both), jax.tree.map(lambda x: x[1], both)
+
+
+def combination(space: NewSpace, balance: Balance, basis: str) -> Combination:
+    """Computes the coefficients of the new balanced factors in the given basis."""
     placed = rotated_to_nearest if basis == "nearest" else ordered_like
     balance = placed(balance, *space.overlaps)
     left, right = balance.left, balance.right
     # The r x r coefficients are multiplied first: this way each factor needs two tall products.
-    B_new = matmul(B, matmul(left, space.out).T) - matmul(dB, matmul(left, space.out_move).T)
-    A_new = matmul(matmul(right, space.inp), A) - matmul(matmul(right, space.inp_move), dA)
-    ok = space.ok & balance.ok & (balance.least > SMALLEST_KEPT * balance.largest)
-    return ExactStep(B_new, A_new, ok)
+    return Combination(
+        out=matmul(left, space.out),
+        out_move=matmul(left, space.out_move),
+        inp=matmul(right, space.inp),
+        inp_move=matmul(right, space.inp_move),
+        ok=space.ok & balance.ok & (balance.least > SMALLEST_KEPT * balance.largest),
+    )
+
+
+def new_factors(B: Array, A: Array, dB: Array, dA: Array, by: Combination) -> ExactStep:
+    """Combines the old factors and the directions; the old ones stay where they are not trusted."""
+    B_new = matmul(B, by.out.T) - matmul(dB, by.out_move.T)
+    A_new = matmul(by.inp, A) - matmul(by.inp_move, dA)
+    return ExactStep(jnp.where(by.ok, B_new, B), jnp.where(by.ok, A_new, A), by.ok)
 
 
 class _Graph(NamedTuple):

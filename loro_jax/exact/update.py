@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from loro_jax.checks import check_not_negative, checked_numbers
-from loro_jax.exact import StepSize, check_basis, check_method, retract
+from loro_jax.exact import Batch, StepSize, check_basis, check_method, retract
 from loro_jax.exact.tangent import as_gradients, check_directions
+from loro_jax.linalg.batching import count_of_none
 from loro_jax.linalg.precision import at_least_float32
 from loro_jax.lowrank import rank_ratio
 from loro_jax.schedules import value_at
@@ -19,6 +22,40 @@ Array = jax.Array
 
 # (B, A, dB, dA, learning rate, number of the step) -> (new B, new A, how many pairs fell back).
 StepOfPairs = Callable[[Array, Array, Array, Array, Any, Array], tuple[Array, Array, Array]]
+
+
+class PairBatch(NamedTuple):
+    """Pairs of one shape: arrays (..., m, r) and (..., r, n), and their learning rate."""
+
+    B: Array
+    A: Array
+    dB: Array
+    dA: Array
+    rate: Any
+
+
+# (batches, number of the step) -> (new B and A of each batch, how many pairs fell back).
+StepOfBatches = Callable[[Sequence[PairBatch], Array], tuple[list[tuple[Array, Array]], Array]]
+
+
+@dataclasses.dataclass(frozen=True)
+class SharedStep:
+    """An exact step that takes batches of all shapes together, and shares programs between them.
+
+    It is also a function of one batch, as :func:`loro_jax.riemannian_descent` expects it.
+
+    Attributes:
+        of_batches: the step.
+    """
+
+    of_batches: StepOfBatches
+
+    def __call__(
+        self, B: Array, A: Array, dB: Array, dA: Array, rate: Any, number: Array
+    ) -> tuple[Array, Array, Array]:
+        """Steps one batch."""
+        (new,), count = self.of_batches([PairBatch(B, A, dB, dA, rate)], number)
+        return *new, count
 
 
 def exact_update(
@@ -83,36 +120,46 @@ def exact_update(
         True
     """
     size = StepSize(learning_rate, max_move, damping)
-    where = "exact_update"
-    return counted_exact_update(B, A, dB, dA, size, method=method, basis=basis, where=where)[:2]
+    batch = Batch(B, A, dB, dA, size)
+    (new,), _ = counted_exact_updates([batch], method=method, basis=basis, where="exact_update")
+    return new
 
 
-def counted_exact_update(
-    B: Array,
-    A: Array,
-    dB: Array,
-    dA: Array,
-    size: StepSize,
-    *,
-    method: str,
-    where: str,
-    basis: str = "singular",
-) -> tuple[Array, Array, Array]:
-    """Does the same as :func:`exact_update`, and counts the pairs that fell back (int32)."""
-    check_directions(B, A, dB, dA, where)
+def counted_exact_updates(
+    batches: Sequence[Batch], *, method: str, where: str, basis: str = "singular"
+) -> tuple[list[tuple[Array, Array]], Array]:
+    """Does the same as :func:`exact_update` for several batches, and counts the fallbacks (int32).
+
+    Args:
+        batches: pairs with any leading axes, and a step size of scalars for each batch.
+        method: as for :func:`exact_update`.
+        where: the function that was called, for error messages.
+        basis: as for :func:`exact_update`.
+    """
     check_method(method, where)
     check_basis(basis, where)
-    dtype = at_least_float32(jnp.promote_types(B.dtype, A.dtype))
-    batch_shape = B.shape[:-2]
-    # Leading axes become one, of length one if there is none.
-    Bs, As, dBs, dAs = (x.reshape(-1, *x.shape[-2:]).astype(dtype) for x in (B, A, dB, dA))
-    sizes = jax.tree.map(lambda x: jnp.broadcast_to(jnp.asarray(x, dtype), Bs.shape[:1]), size)
-    step = retract(method, Bs, As, dBs, dAs, sizes, basis)
-    return (
-        step.B.reshape(*batch_shape, *B.shape[-2:]).astype(B.dtype),
-        step.A.reshape(*batch_shape, *A.shape[-2:]).astype(A.dtype),
-        jnp.sum(~step.ok, dtype=jnp.int32),
-    )
+    flat = []
+    for B, A, dB, dA, size in batches:
+        check_directions(B, A, dB, dA, where)
+        dtype = at_least_float32(jnp.promote_types(B.dtype, A.dtype))
+        # Leading axes become one, of length one if there is none.
+
+        def one_axis(x: Array, dtype: Any = dtype) -> Array:
+            return x.reshape(-1, *x.shape[-2:]).astype(dtype)
+
+        arrays = Batch(one_axis(B), one_axis(A), one_axis(dB), one_axis(dA), size)
+        each = functools.partial(_for_each, len(arrays.B), dtype)
+        flat.append(arrays._replace(size=jax.tree.map(each, size)))
+    steps = retract(method, flat, basis)
+    news = [
+        (step.B.reshape(b.B.shape).astype(b.B.dtype), step.A.reshape(b.A.shape).astype(b.A.dtype))
+        for step, b in zip(steps, batches, strict=True)
+    ]
+    return news, sum((jnp.sum(~x.ok, dtype=jnp.int32) for x in steps), start=count_of_none(flat))
+
+
+def _for_each(count: int, dtype: Any, number: Any) -> Array:
+    return jnp.broadcast_to(jnp.asarray(number, dtype), (count,))
 
 
 def exact_step(
@@ -122,7 +169,7 @@ def exact_step(
     max_move: Any | None = None,
     damping: Any | None = None,
     where: str = "exact_step",
-) -> StepOfPairs:
+) -> SharedStep:
     """Makes the exact step of Proposition 4 for :func:`loro_jax.riemannian_descent`.
 
     Args:
@@ -133,7 +180,8 @@ def exact_step(
         where: the function that was called, for error messages.
 
     Returns:
-        A function of B, A, their directions, the learning rate and the number of the step.
+        A function of B, A, their directions, the learning rate and the number of the step, which
+        also takes batches of several shapes together.
 
     Raises:
         ValueError: for an unknown method or basis, and negative or too narrow numbers.
@@ -143,16 +191,49 @@ def exact_step(
     check_not_negative(where, max_move=max_move, damping=damping)
     max_move, damping = checked_numbers(where, max_move=max_move, damping=damping)
 
-    def take(
-        B: Array, A: Array, dB: Array, dA: Array, rate: Any, number: Array
-    ) -> tuple[Array, Array, Array]:
-        size = StepSize(rate, value_at(max_move, number), value_at(damping, number))
-        return counted_exact_update(B, A, dB, dA, size, method=method, basis=basis, where=where)
+    def take(batches: Sequence[PairBatch], number: Array) -> Any:
+        move, damp = value_at(max_move, number), value_at(damping, number)
+        sized = [Batch(*batch[:4], StepSize(batch.rate, move, damp)) for batch in batches]
+        return counted_exact_updates(sized, method=method, basis=basis, where=where)
 
-    return take
+    return SharedStep(take)
 
 
-def of_moves(step: StepOfPairs, lr_scale: Any | None) -> StepOfPairs:
+def together(step: StepOfPairs) -> StepOfBatches:
+    """Returns an exact step of batches of all shapes, which takes them one by one if it must."""
+    if isinstance(step, SharedStep):
+        return step.of_batches
+
+    def one_by_one(batches: Sequence[PairBatch], number: Array) -> Any:
+        news: list[tuple[Array, Array]] = []
+        total = count_of_none(batches)
+        for batch in batches:
+            # The count is optional for a user's exact step: without it, no fallback is assumed.
+            B_new, A_new, *count = step(*batch, number)
+            news.append((B_new, A_new))
+            total = sum(count, start=total)
+        return news, total
+
+    return one_by_one
+
+
+def of_other_directions(
+    step: StepOfPairs, gradients: Callable[[PairBatch], PairBatch]
+) -> SharedStep:
+    """Makes an exact step for other directions than gradients.
+
+    Args:
+        step: an exact step for gradients.
+        gradients: turns the directions (and the learning rate) into those of gradients.
+    """
+
+    def take(batches: Sequence[PairBatch], number: Array) -> Any:
+        return together(step)([gradients(batch) for batch in batches], number)
+
+    return SharedStep(take)
+
+
+def of_moves(step: StepOfPairs, lr_scale: Any | None) -> SharedStep:
     """Makes an exact step for directions that are moves of the factors, not gradients.
 
     Args:
@@ -161,10 +242,9 @@ def of_moves(step: StepOfPairs, lr_scale: Any | None) -> StepOfPairs:
             r / min(m, n).
     """
 
-    def take(
-        B: Array, A: Array, dB: Array, dA: Array, rate: Any, number: Array
-    ) -> tuple[Array, Array, Array]:
+    def gradients(batch: PairBatch) -> PairBatch:
+        B, A, dB, dA, rate = batch
         scale = rank_ratio(B, A) if lr_scale is None else lr_scale
-        return step(B, A, *as_gradients(B, A, dB, dA), rate * scale, number)
+        return PairBatch(B, A, *as_gradients(B, A, dB, dA), rate * scale)
 
-    return take
+    return of_other_directions(step, gradients)

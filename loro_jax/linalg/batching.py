@@ -54,39 +54,74 @@ def maps_by_a_loop(fn: Callable) -> Callable:
     Unlike ``jax.custom_batching.sequential_vmap`` it supports a mapped axis that is sharded over an
     explicit mesh, such as the members of an ensemble: each device loops over its own.
     """
+
+    def loop(single: Callable, is_mapped: list[bool], leaves: list[jax.Array]) -> Any:
+        def call(members: list[jax.Array]) -> Any:
+            member = iter(members)
+            return single(
+                *(
+                    next(member) if mapped else x
+                    for x, mapped in zip(leaves, is_mapped, strict=True)
+                )
+            )
+
+        mapped = [x for x, mapped in zip(leaves, is_mapped, strict=True) if mapped]
+        return jax.lax.map(call, mapped)
+
+    return _with_rule(fn, loop)
+
+
+def joins_the_batch(fn: Callable) -> Callable:
+    """Returns a function of batches whose ``vmap`` calls it once, with larger batches.
+
+    All arrays that it takes and returns have a leading batch axis, whose entries do not affect each
+    other. The batches of all members are concatenated; if the mapped axis is sharded over an
+    explicit mesh, those of the members on each device.
+    """
+
+    def once(single: Callable, is_mapped: list[bool], leaves: list[jax.Array]) -> Any:
+        members = next(len(x) for x, mapped in zip(leaves, is_mapped, strict=True) if mapped)
+        every = (
+            x if mapped else jax.numpy.broadcast_to(x, (members, *x.shape))
+            for x, mapped in zip(leaves, is_mapped, strict=True)
+        )
+        results = single(*(x.reshape(-1, *x.shape[2:]) for x in every))
+        return jax.tree.map(lambda x: x.reshape(members, -1, *x.shape[1:]), results)
+
+    return _with_rule(fn, once)
+
+
+# The function of leaves, which leaves are mapped, the leaves -> the mapped results.
+_Rule = Callable[[Callable, list[bool], list[jax.Array]], Any]
+
+
+def _with_rule(fn: Callable, rule: _Rule) -> Callable:
+    """Returns the function with a rule for ``vmap``, applied on each device to its own members."""
     single = jax.custom_batching.custom_vmap(fn)
 
     @single.def_vmap
-    def rule(axis_size: int, in_batched: Any, *arguments: Any) -> Any:
+    def mapped(axis_size: int, in_batched: Any, *arguments: Any) -> Any:
         del axis_size
         leaves, tree = jax.tree.flatten(arguments)
         is_mapped = jax.tree.leaves(in_batched)
 
-        def loop(*leaves: jax.Array) -> Any:
-            def call(members: list[jax.Array]) -> Any:
-                member = iter(members)
-                one = [
-                    next(member) if mapped else x
-                    for x, mapped in zip(leaves, is_mapped, strict=True)
-                ]
-                return single(*jax.tree.unflatten(tree, one))
-
-            mapped = [x for x, mapped in zip(leaves, is_mapped, strict=True) if mapped]
-            return jax.lax.map(call, mapped)
+        def apply(*leaves: jax.Array) -> Any:
+            of_leaves = lambda *leaves: single(*jax.tree.unflatten(tree, leaves))  # noqa: E731
+            return rule(of_leaves, is_mapped, list(leaves))
 
         types = [jax.typeof(x) for x, mapped in zip(leaves, is_mapped, strict=True) if mapped]
         sharded = [x.sharding for x in types if x.sharding.spec[0] is not None]
         if sharded:
             axes = PartitionSpec(sharded[0].spec[0])
-            loop = jax.shard_map(
-                loop,
+            apply = jax.shard_map(
+                apply,
                 mesh=sharded[0].mesh,
                 in_specs=tuple(axes if mapped else PartitionSpec() for mapped in is_mapped),
                 out_specs=axes,
                 axis_names=set(jax.tree.leaves(tuple(axes))),
                 check_vma=False,
             )
-        results = loop(*leaves)
+        results = apply(*leaves)
         return results, jax.tree.map(lambda _: True, results)
 
     return single
@@ -119,26 +154,34 @@ def batches_itself(fn: Callable) -> Callable:
     return mapped
 
 
-def count_of_none(arrays: Any) -> jax.Array:
-    """Returns a zero count with the type of a count of entries of these arrays.
+def zeros_beside(arrays: Any, shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """Returns zeros with the type of something computed from these arrays.
+
+    The branches of a ``jax.lax.cond``, and a loop's carry before and after a step, must agree on
+    the type, which includes the mesh.
 
     Args:
         arrays: a tree of arrays; other leaves are ignored.
+        shape: the zeros' shape.
+        dtype: their dtype.
 
     Returns:
-        An int32 scalar. It is placed on the arrays' mesh if that is explicit, and varies over the
-        same axes of a ``jax.shard_map``: the branches of a ``jax.lax.cond`` must agree on both.
+        The zeros. They are placed on the arrays' mesh if that is explicit, and vary over the same
+        axes of a ``jax.shard_map``.
     """
     found = [x for x in jax.tree.leaves(arrays) if isinstance(x, jax.Array)]
     meshes = [jax.typeof(x).sharding.mesh for x in found]
-    # Outside of any program there are no branches, and a scalar would need devices.
+    # Outside of any program there are no branches, and zeros would need devices.
     traced = any(isinstance(x, jax.core.Tracer) for x in found)
     explicit = [mesh for mesh in meshes if traced and AxisType.Explicit in mesh.axis_types]
     device = NamedSharding(explicit[0], PartitionSpec()) if explicit else None
-    zero: jax.Array = varying_alike([jax.numpy.zeros([], jax.numpy.int32, device=device), *found])[
-        0
-    ]
-    return zero
+    zeros: jax.Array = varying_alike([jax.numpy.zeros(shape, dtype, device=device), *found])[0]
+    return zeros
+
+
+def count_of_none(arrays: Any) -> jax.Array:
+    """Returns a zero count (int32) with the type of a count of entries of these arrays."""
+    return zeros_beside(arrays, (), jax.numpy.int32)
 
 
 def varying_alike(tree: Any) -> Any:

@@ -31,7 +31,7 @@ from loro_jax.descent import riemannian_descent
 from loro_jax.directions.adam import adam
 from loro_jax.directions.protocol import Direction, as_direction
 from loro_jax.exact.tangent import multiply_by_grams
-from loro_jax.exact.update import exact_step
+from loro_jax.exact.update import PairBatch, exact_step, of_other_directions
 from loro_jax.pairs import Both, Pairs, PairsSpec, find_pairs
 from loro_jax.peers.grams import divide_by_grams
 
@@ -183,11 +183,10 @@ def preconditioned(
         )
     of_gradients = exact_step(method=exact_method, max_move=max_move, where="preconditioned")
 
-    def step(
-        B: Array, A: Array, dB: Array, dA: Array, rate: Any, number: Array
-    ) -> tuple[Array, Array, Array]:
-        return of_gradients(B, A, *multiply_by_grams(B, A, dB, dA), rate, number)
+    def gradients(batch: PairBatch) -> PairBatch:
+        return PairBatch(batch.B, batch.A, *multiply_by_grams(*batch[:4]), batch.rate)
 
+    step = of_other_directions(of_gradients, gradients)
     return riemannian_descent(
         learning_rate, preconditioned_direction(damping, direction), step, exact_every, **options
     )

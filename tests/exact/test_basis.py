@@ -10,7 +10,7 @@ import pytest
 from scipy.linalg import orthogonal_procrustes
 
 from loro_jax import LowRank, exact_update, loro, orthogonal
-from loro_jax.exact import METHODS, StepSize, retract
+from loro_jax.exact import METHODS, Batch, StepSize, retract
 from loro_jax.exact.basis import by_products, by_singular_vectors
 from loro_jax.linalg.newton_schulz import polar_factor
 from tests.exact.test_retractions import RATE, TOLERANCE, compiled, excess, make_pair, target
@@ -108,7 +108,8 @@ def test_other_platforms_find_the_same_factors_by_products(monkeypatch):
     batch = [jnp.array(np.stack(side)) for side in zip(*pairs, strict=True)]
     # Eagerly: batched LAPACK calls may block each other.
     with jax.disable_jit():
-        B, A, ok = retract("graph", *batch, StepSize(jnp.full(2, RATE, jnp.float32)), "nearest")
+        size = StepSize(jnp.full(2, RATE, jnp.float32))
+        ((B, A, ok),) = retract("graph", [Batch(*batch, size)], "nearest")
     monkeypatch.undo()
     assert ok.tolist() == [True, True]
     expected = nearest("svd")(*batch)

@@ -9,8 +9,8 @@ import optax
 import pytest
 
 from loro_jax import LowRank, exact_update, loro
-from loro_jax.exact import METHODS, StepSize, fallback, retract
-from loro_jax.exact.update import counted_exact_update
+from loro_jax.exact import METHODS, Batch, StepSize, phases, retract
+from loro_jax.exact.update import counted_exact_updates
 from tests.helpers import some_fast
 
 # Error of W beyond the best rank-r approximation, over |W - lr grad|.
@@ -67,11 +67,13 @@ def excess(B, A, T, s):
 
 @functools.cache
 def compiled(method, basis="singular"):
-    return jax.jit(
-        lambda *arguments: counted_exact_update(
-            *arguments, StepSize(RATE), method=method, basis=basis, where="test"
-        )
-    )
+    @jax.jit
+    def step(*pairs):
+        batch = Batch(*pairs, StepSize(RATE))
+        ((B, A),), count = counted_exact_updates([batch], method=method, basis=basis, where="test")
+        return B, A, count
+
+    return step
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -115,15 +117,15 @@ def test_fast_methods_are_fast_where_they_can_and_say_where_they_can_not(method)
 
 @pytest.mark.parametrize(
     ("method", "conditions"),
-    # By the graph, ten pairs are two times five, seven go one by one.
+    # By the graph, ten pairs are two chunks of five, and seven one of four and one of three.
     [("gram", (3, 1e5, 2)), ("graph", (3, 1e5, *range(2, 10))), ("graph", (3, 1e5, *range(2, 7)))],
 )
 def test_a_batch_falls_back_pair_by_pair(monkeypatch, method, conditions):
-    monkeypatch.setattr(fallback, "COEFFICIENTS", 5 * 7 * 16**2)
+    monkeypatch.setattr(phases, "COEFFICIENTS", 5 * 13 * 16**2)
     rng = np.random.default_rng(0)
     pairs = [make_pair(rng, (96, 64, 16), "geometric", c, 1e-3) for c in conditions]
     batch = [np.stack(side) for side in zip(*pairs, strict=True)]
-    # Compiled by itself, with that bound.
+    # Compiled anew, with that bound.
     B, A, fallbacks = compiled.__wrapped__(method)(*batch)
     assert int(fallbacks) == 1
     for i, arguments in enumerate(pairs):
@@ -132,7 +134,7 @@ def test_a_batch_falls_back_pair_by_pair(monkeypatch, method, conditions):
 
 
 def test_what_a_step_needs_beside_the_pairs_does_not_grow_with_them(monkeypatch):
-    monkeypatch.setattr(fallback, "COEFFICIENTS", 8 * 7 * 16**2)
+    monkeypatch.setattr(phases, "COEFFICIENTS", 8 * 13 * 16**2)
 
     def needed(pairs):
         B = jax.ShapeDtypeStruct((pairs, 96, 16), jnp.float32)
@@ -153,7 +155,7 @@ def test_batches_of_other_platforms_fall_back_as_a_whole(monkeypatch):
     batch = [jnp.array(np.stack(side)) for side in zip(*pairs, strict=True)]
     with jax.disable_jit():
         size = StepSize(jnp.full(2, RATE, jnp.float32))
-        B, A, ok = retract("graph", *batch, size)
+        ((B, A, ok),) = retract("graph", [Batch(*batch, size)])
     assert ok.tolist() == [True, False]
     for i, arguments in enumerate(pairs):
         T, s = target(*arguments)
