@@ -73,6 +73,7 @@ class LowRankLinear(nnx.Module):
         """Returns B A, (out, in), in float32 or wider."""
         dtype = at_least_float32(self.B[...].dtype)
         B, A = self.B[...].astype(dtype), self.A[...].astype(dtype)
+        # For merging and export: accelerators would round the inputs of the product otherwise.
         return jnp.matmul(B, A, precision=jax.lax.Precision.HIGHEST)
 
     @staticmethod

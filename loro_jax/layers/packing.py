@@ -89,8 +89,10 @@ def apply_together(
     """
     latent = latent or [False] * len(projections)
     rows = math.prod(x.shape[:-1])
+    # Only thin A's are concatenated for a single pass: copies of dense matrices would cost more.
     low_rank = all(isinstance(p, LowRankLinear) and p.through_rank for p in projections)
     if shared is not None:
+        # Concatenated once, when decoding began: no copy, so it pays for a single row.
         pieces = shared(x)
     elif low_rank and rows >= ROWS_WORTH_PACKING:
         A = jnp.concatenate([p.first() for p in projections])
@@ -101,6 +103,7 @@ def apply_together(
             as_low_rank(p).down(x) if stop else p(x)
             for p, stop in zip(projections, latent, strict=True)
         ]
+    # `rest` is what each projection still has to do after its first matrix.
     outputs = [
         as_low_rank(p).activated(piece) if stop else p.rest(piece)
         for p, piece, stop in zip(projections, pieces, latent, strict=True)

@@ -85,6 +85,7 @@ def limit_growth(S: Array, last: Array, gamma: float) -> tuple[Array, Array]:
         ([0.9, 1.2], 1.5)
     """
     norm = jnp.linalg.vector_norm(S, axis=(-2, -1))
+    # A last norm of zero (before the first step, or of a remainder that was zero) is no limit.
     kept = jnp.where(last > 0, jnp.minimum(norm, gamma * last), norm)
     factor = kept / jnp.where(norm > 0, norm, 1)
     return S * factor[..., None, None], kept
@@ -152,6 +153,7 @@ def fira(
 
     def step(G: Array, held: Slots, count: Array) -> tuple[Array, Slots]:
         P, mu, nu, last = held
+        # GaLore's step: the projector every T steps, R = P^T G, and Adam's N of R.
         P = renewed_projector(P, G, count, update_every)
         R = project(P, G)
         N, mu, nu = adam(R, mu, nu, count + 1, constants)

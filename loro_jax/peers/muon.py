@@ -98,6 +98,7 @@ def scale_by_muon(
     def update(grads: Any, state: MuonState, params: Any = None) -> tuple[Any, MuonState]:
         del params
         mu = jax.tree.map(average, state.mu, grads)
+        # Nesterov: beta M + (1 - beta) G with the new M, without bias correction.
         ahead = jax.tree.map(average, mu, grads) if nesterov else mu
         moves = jax.tree.map(move, ahead, grads)
         mu = jax.tree.map(lambda new, old: new.astype(old.dtype), mu, state.mu)
@@ -164,6 +165,7 @@ def muon(
         flags = projected(params) if callable(projected) else projected
         return jax.tree.map(lambda flag: "projections" if flag else "others", flags)
 
+    # Decay after the orthogonalisation and before the learning rate, as in AdamW.
     projections = optax.chain(
         scale_by_muon(momentum, nesterov=nesterov, newton_schulz_steps=newton_schulz_steps),
         optax.add_decayed_weights(weight_decay) if weight_decay else optax.identity(),

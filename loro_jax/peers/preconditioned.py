@@ -90,6 +90,7 @@ def scale_by_preconditioner(
             raise ValueError("scale_by_preconditioner: update needs params, in its third place.")
         scaled, structure = jax.tree.flatten(grads)
         factors = jax.tree.leaves(params)
+        # Pairs' entries in the list of leaves are replaced; all others stay the plain gradients.
         for pair in find_pairs(params, pairs):
             B, A, g_B, g_A = factors[pair.B], factors[pair.A], scaled[pair.B], scaled[pair.A]
             d_B, d_A = divide_by_grams(B, A, g_B, g_A, damping)
@@ -183,6 +184,8 @@ def preconditioned(
         )
     of_gradients = exact_step(method=exact_method, max_move=max_move, where="preconditioned")
 
+    # The exact step divides its gradients by the Gram matrices. These directions are divided
+    # already, so they are multiplied first.
     def step(
         B: Array, A: Array, dB: Array, dA: Array, rate: Any, number: Array
     ) -> tuple[Array, Array, Array]:

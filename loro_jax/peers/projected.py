@@ -117,11 +117,13 @@ def projected_descent(
         count, *trees = state
         columns = [treedef.flatten_up_to(tree) for tree in trees]
         rate = value_at(learning_rate, count)
+        # Without parameters (and so without decay) only the dtype of W is used: the gradient's.
         old = leaves if params is None else treedef.flatten_up_to(params)
         updates, slots = [], []
         for G, W, *held in zip(leaves, old, *columns, strict=True):
             D, new = _direction(G, tuple(held), count, step, constants)
             if weight_decay:
+                # As in AdamW: outside of Adam, scaled by the learning rate, and not by alpha.
                 D = D + weight_decay * W.astype(D.dtype)
             updates.append((-rate * D).astype(W.dtype))
             slots.append(new)
@@ -179,6 +181,7 @@ def _direction(
 ) -> tuple[Array, Slots]:
     projector, mu, nu, *others = held
     wide = G.astype(mu.dtype)
+    # `_begin` gave leaves that are not projected a scalar in the place of a projector.
     if projector.ndim >= 2:
         D, new = step(smaller_side_first(wide), held, count)
         return as_shaped(D, G.shape), new

@@ -45,6 +45,7 @@ def balanced_step(lr_scale: float | None) -> Callable[..., tuple[jax.Array, jax.
         B: jax.Array, A: jax.Array, dB: jax.Array, dA: jax.Array, learning_rate: Any, count: Any
     ) -> tuple[jax.Array, jax.Array]:
         del count
+        # The same step as on all other steps; only the factorisation afterwards is special.
         scale = rank_ratio(B, A) if lr_scale is None else lr_scale
         size = learning_rate * scale
         return balance((B - size * dB).astype(B.dtype), (A - size * dA).astype(A.dtype))

@@ -73,6 +73,8 @@ def spectron_direction(momentum: float = 0.95, newton_schulz_steps: int = 5) -> 
         grads: Any, state: SpectronState, params: Any, pairs: Pairs, **extra_args: Any
     ) -> tuple[Any, SpectronState]:
         del extra_args
+        # Algorithm 1, in its order: momentum, orthogonalisation, and one power iteration for each
+        # factor, which starts from the vector of the last step.
         averaged = jax.tree.map(average, state.momentum, grads)
         orthogonal = jax.tree.map(lambda M: orthogonalise(M, newton_schulz_steps), averaged)
         estimates = jax.tree.map(_largest_singular_value, params, state.vectors)
@@ -153,6 +155,7 @@ def _largest_singular_value(X: Array, vector: Array) -> tuple[Array, Array]:
 
 
 def _renormalised(sigmas: Both, orthogonal: Both) -> Both:
+    # rho / eta: `riemannian_descent` multiplies by the learning rate and the sign.
     rho = 1 / (sigmas[0] + sigmas[1] + 1)
     return rho * orthogonal[0], rho * orthogonal[1]
 

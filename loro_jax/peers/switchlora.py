@@ -124,6 +124,7 @@ def switch(
     if most == 0:  # no spare vectors (or a single row, whose counterpart could never rest)
         return state
     one = functools.partial(_switch_one, rate, most, scale, freeze_steps)
+    # One key and one vmap for each leading axis: every layer rounds its number by chance.
     keys = jax.random.split(key, tuple(layers)) if layers else key
     for _ in layers:
         one = jax.vmap(one)
@@ -232,6 +233,8 @@ def _switch_one(
     number = jnp.floor(rate) + (jax.random.uniform(key) < rate % 1)
     number = jnp.clip(number.astype(jnp.int32), 0, jnp.minimum(most, jnp.maximum(ahead - busy, 0)))
 
+    # Shapes are static: `most` turns are prepared, and the first `number` of them are taken. The
+    # others leave everything as it is.
     turns = candidates.switched + jnp.arange(most)
     chosen = jnp.arange(most) < number
     rows, columns, places = turns % r, (turns + ahead) % r, turns % q
@@ -241,6 +244,8 @@ def _switch_one(
     W, A, spare_A = _swap_rows(W, B, A, candidates.A, rows, places, chosen, scale)
     Wt, Bt, spare_Bt = _swap_rows(W.T, A.T, B.T, candidates.B.T, columns, places, chosen, scale)
 
+    # The counterparts lose their moments and are frozen: columns of B for switched rows of A, and
+    # rows of A for switched columns of B.
     nobody = jnp.zeros(r, bool)
     lost_B, lost_A = nobody.at[rows].set(chosen), nobody.at[columns].set(chosen)
     return SwitchState(
@@ -279,8 +284,11 @@ def _swap_rows(
 
     For columns of B, call it with all arguments transposed.
     """
+    # What leaves A takes the place of its replacement among the spare vectors.
     old, waiting = A[rows], spare[places]
     new = jnp.where(chosen[:, None], waiting.astype(A.dtype), old)
+    # B A loses (column k of B) times (old - new row k of A), which W receives: the function of the
+    # layer does not change.
     change = old.astype(W.dtype) - new.astype(W.dtype)
     W = W + scale * jnp.matmul(B[:, rows].astype(W.dtype), change, precision="highest")
     waiting = jnp.where(chosen[:, None], old.astype(spare.dtype), waiting)
@@ -353,6 +361,7 @@ def initialise_candidates(key: Array, m: int, n: int, r: int) -> Candidates:
 
 def _draw(key: Array, m: int, n: int, r: int, count: int) -> tuple[Array, Array]:
     """Draws ``count`` columns for B and rows for A; r determines their standard deviation."""
+    # r is the number of vectors in use, also when spare ones are drawn: all are exchangeable.
     gain = math.sqrt(1 / 3)
     std_B = math.sqrt(gain) * (r / math.sqrt(m * n)) ** 0.25
     std_A = math.sqrt(gain) * (r * math.sqrt(m) / n**1.5) ** 0.25
