@@ -69,6 +69,7 @@ def _run(values: flags.FlagValues, argv: Sequence[str]) -> int:
     from loro_jax.training.loop import train
     from loro_jax.training.processes import Cluster, connect
 
+    # Before JAX's devices are used for the first time.
     if not values.dry_run:
         connect(
             Cluster(
@@ -115,6 +116,7 @@ def _config(values: flags.FlagValues):
 
 def _parse(argv: Sequence[str]) -> flags.FlagValues:
     """Parses the flags; raises _UsageError with a one-line message if they are invalid."""
+    # absl expects the program's name first.
     command = ["train.py", *argv]
     try:
         values = _define(command)
@@ -213,6 +215,7 @@ def _flags_to_repeat(arguments: Sequence[str]) -> list[str]:
     return [
         shlex.quote(argument)
         for before, argument in itertools.pairwise(["", *arguments])
+        # A flag's value may be an argument of its own, after the flag.
         if argument.lstrip("-").split("=")[0] not in changed and before.lstrip("-") not in changed
     ]
 

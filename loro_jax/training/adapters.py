@@ -53,6 +53,7 @@ def relora_maintenance(config: Config, options: ReLoRAOptions) -> Maintenance:
     def restart(step: jax.Array, params: Any, fixed: Any, opt_state: Any) -> tuple[Any, Any, Any]:
         key = _key(config, step)
         mu, nu = opt_state.factors.mu, opt_state.factors.nu
+        # A number for each projection: its draws do not depend on those of the others.
         for number, path in enumerate(_adapters(params)):
             own, weight = _at(params, path), _at(fixed, path)
             moments = tuple((_at(m, path)["B"], _at(m, path)["A"]) for m in (mu, nu))
@@ -72,6 +73,7 @@ def relora_maintenance(config: Config, options: ReLoRAOptions) -> Maintenance:
         return params, fixed, _with_moments(opt_state, mu, nu)
 
     def after(step: jax.Array, params: Any, fixed: Any, opt_state: Any) -> tuple[Any, Any, Any]:
+        # One program for all steps: on most of them the branch returns its arguments.
         return jax.lax.cond(
             step % config.exact_every == 0,
             restart,
@@ -112,6 +114,8 @@ def switchlora_maintenance(config: Config, options: SwitchLoRAOptions) -> Mainte
                 total_steps=config.steps,
                 **dataclasses.asdict(options),
             )
+            # In the order of the method: switch, hold the gradients, Adam (the optimizer's step),
+            # thaw. Thawing before Adam changes nothing, as only `hold` reads the counts.
             grad_B, grad_A = hold(grad["B"], grad["A"], frozen)
             frozen_B, frozen_A = thaw(frozen)
             grads = _set(grads, path, B=grad_B, A=grad_A)

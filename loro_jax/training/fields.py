@@ -34,6 +34,7 @@ def set_field(config: Config, name: str, value: Any) -> str:
         raise TrainingError(str(error)) from None
     if found is None:
         return name
+    # Only now is the name split: its present name may be in another group.
     name, value = found
     *groups, field = name.split(".")
     target: Any = config

@@ -138,6 +138,8 @@ class _Run:
         self._checkpoints = Checkpoints(
             self._path / "checkpoints", config.keep_checkpoints, notes.append
         )
+        # State, counters and data position come from one checkpoint: a resumed run repeats the same
+        # batches.
         restored = self._checkpoints.restore(abstract_state)
         self._iterator = train_iterator(
             config.data,
@@ -188,6 +190,7 @@ class _Run:
             last = step == config.steps or self._stops(step)
             evaluate = step % config.eval_every == 0 or step == config.steps
             checkpoint = step % config.checkpoint_every == 0 or last
+            # Before it is evaluated or saved, a step's metrics must be finite, and written.
             if evaluate or checkpoint:
                 self._collect(in_flight)
                 in_flight = None
@@ -209,6 +212,7 @@ class _Run:
         """Returns whether a signal stops the run; all processes stop after the same step."""
         if jax.process_count() == 1:
             return self._signals.received is not None
+        # Agreeing costs a message to all processes, so they do it only every `log_every` steps.
         if step % self._config.log_every:
             return False
         received = int(largest(np.array(self._signals.received or 0)))
@@ -259,6 +263,7 @@ class _Run:
 
     def _evaluate(self, step: int) -> None:
         with self._clock.paused():
+            # All batches are dispatched before the first result is fetched.
             parts = [
                 self._program.eval_step(self._state.params, self._state.fixed, batch)
                 for batch in map(self._put_whole, self._validation)
@@ -279,6 +284,8 @@ class _Run:
     def _save(self, step: int) -> None:
         with self._clock.paused():
             if self._metrics is not None:
+                # Metrics reach the disk before the checkpoint does. After a kill in between, the
+                # surplus rows are removed when the run resumes; missing rows could not be restored.
                 self._metrics.sync()
             progress = {"tokens": self._tokens, "data": self._iterator.position()}
             self._checkpoints.save(step, self._state, progress)
@@ -322,6 +329,7 @@ class _Clock:
         """Returns a context whose time does not count."""
         started = time.monotonic()
         yield
+        # Moving the beginning of the interval leaves the pause out of it.
         self._since += time.monotonic() - started
 
     @contextlib.contextmanager
@@ -349,6 +357,7 @@ class _StopSignals:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None:
+            # The first signal waits for the current step to end; the second one does not.
             raise KeyboardInterrupt
         self.received = number
 

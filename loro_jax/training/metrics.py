@@ -25,6 +25,7 @@ def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
+            # Whatever follows an incomplete row was written later, and is dropped with it.
             break
     return rows
 
@@ -61,6 +62,8 @@ class MetricsWriter:
             raise cannot_write(self._path, error) from None
         if tensorboard:
             try:
+                # TensorBoard hides events from this step on in files written before the
+                # interruption.
                 self._events = _Events(self._events_path, resume_step + 1)
             except OSError as error:
                 self._file.close()
@@ -134,6 +137,7 @@ class _Events:
         records = b""
         for fields in events:
             data = self._event(wall_time=time.time(), **fields).SerializeToString()
+            # The format: length, checksum of the length, content, checksum of the content.
             size = struct.pack("<Q", len(data))
             records += size + struct.pack("<I", self._checksum(size))
             records += data + struct.pack("<I", self._checksum(data))

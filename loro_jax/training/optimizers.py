@@ -127,6 +127,7 @@ def orthogonal_of_loro(config: Config, options: OrthogonalOptions) -> Any:
 
 def adamw(making: Making) -> Optimizer:
     """Makes AdamW for all parameters; factors may have their own learning rate."""
+    # Without exact steps this is AdamW, in which the factors may have their own rate.
     return riemannian_descent(
         making.schedule,
         optax.scale_by_adam(**making.adam),
@@ -145,6 +146,7 @@ def dense_adamw(making: Making, of_direction: Any) -> Optimizer:
     everything = adamw(making)
     if making.config.lr_scale is None:
         return everything
+    # Scaling updates is the same as scaling the rate, decay included: all of it is linear.
     scaled = optax.masked(optax.scale(making.config.lr_scale), projections_of_blocks)
     return optax.chain(everything, scaled)
 

@@ -89,6 +89,7 @@ def leave(status: int) -> int:
     if jax.distributed.is_initialized():
         sys.stdout.flush()
         sys.stderr.flush()
+        # sys.exit would run JAX's shutdown, which waits for all processes.
         os._exit(status)
     return status
 
@@ -117,10 +118,12 @@ def together(action: Callable[[], T]) -> T:
         outcome = action()
     except TrainingError as error:
         failure = error
+    # All processes must send arrays of one shape, whether they failed or not.
     message = np.zeros(_MESSAGE_BYTES, np.uint8)
     text = str(failure or "").encode()[:_MESSAGE_BYTES]
     message[: len(text)] = np.frombuffer(text, np.uint8)
     messages = _gathered(message)
+    # Gathered before raising: a process that raised at once would leave the others waiting.
     if failure is not None:
         raise failure
     for process, said in enumerate(messages):

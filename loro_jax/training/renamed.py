@@ -88,6 +88,7 @@ def upgraded(stored: Mapping[str, Any]) -> dict[str, Any]:
         # Earlier versions stored the options of all methods; those of other methods are dropped.
         readers = RENAMED[old].methods
         if not readers or (new.get("method") in readers and name in _options_of(new)):
+            # A value under the present name takes precedence.
             (new.setdefault(group, {}) if group else new).setdefault(name, found[1])
     return new
 

@@ -67,6 +67,7 @@ class RunDirectory:
         elif self.path.exists():
             if not self.path.is_dir():
                 raise TrainingError(f"--workdir={self.path} is a file; expected a directory.")
+            # All that a kill during `_open` can leave: such a directory may be used again.
             own = {"config.json.tmp", "data.json", "data.json.tmp"}
             others = [entry.name for entry in self.path.iterdir() if entry.name not in own]
             if others:
@@ -94,6 +95,8 @@ class RunDirectory:
     def _claim(self) -> IO[str]:
         lock = self._config_path.open(encoding="utf-8")
         try:
+            # The kernel releases this lock when the process ends, however it ends: no stale lock is
+            # left.
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             lock.close()

@@ -156,6 +156,7 @@ def _make_loss_and_gradient(
             return of_part(batch)
         # Each group of devices along ``data`` accumulates the gradients of its own micro-batches,
         # as one entry of a leading axis; the groups are summed once, after the last micro-batch.
+        # The mean's divisor is of the whole batch, so that these sums need no weights.
         parts = jax.tree.map(lambda x: x.reshape(mesh.shape["data"], -1, *x.shape[1:]), batch)
         parts = jax.lax.with_sharding_constraint(
             parts, NamedSharding(mesh, PartitionSpec("data", "fsdp"))
@@ -236,6 +237,7 @@ def compile_program(program: Program, mesh: jax.sharding.Mesh) -> tuple[Program,
     batch = batch_sharding(mesh)
     jitted = Program(
         init=jax.jit(program.init, out_shardings=shardings),
+        # Without donation the old and the new state would exist at the same time.
         train_step=functools.partial(jax.jit, donate_argnums=0)(
             program.train_step,
             in_shardings=(shardings, batch),
