@@ -113,6 +113,7 @@ def refused_content(head: bytes) -> str | None:
         >>> refused_content("text".encode("utf-16"))
         'UTF-16, by its byte order mark; expected UTF-8'
     """
+    # UTF-32's byte order mark begins with that of UTF-16, so it is tested first.
     for pattern, reason in _REFUSED_BEGINNINGS:
         if pattern.match(head):
             return reason

@@ -120,6 +120,8 @@ def prepare(
             progress.seconds = time.monotonic() - started
             report(progress)
             if writer.waiting >= shard_tokens:
+                # Between two chunks, where the position is known; a shard may exceed the limit by
+                # one chunk.
                 writer.flush(chunk.end)
         return writer.finish(config, reader)
 
@@ -170,6 +172,7 @@ def _claimed(directory: pathlib.Path, request: dict[str, Any]) -> Iterator[dict[
                 _write_json(directory / PROGRESS, record)
             yield record
         finally:
+            # While the lock is still held.
             (directory / _LOCK).unlink(missing_ok=True)
 
 
@@ -186,6 +189,8 @@ def _record(directory: pathlib.Path, request: dict[str, Any]) -> dict[str, Any]:
         differing = [
             f"{key}: {stored.get(key)!r} there, {value!r} now"
             for key, value in request.items()
+            # A complete directory has no position, so the version of the reader does not matter any
+            # more.
             if stored.get(key) != value and not (complete and key == "reader")
         ]
         if differing:
@@ -221,6 +226,8 @@ class _Writer:
     def flush(self, position: Position | None) -> None:
         """Writes a shard for each split that has documents, then the position."""
         for split, documents in self._documents.items():
+            # First the shards, then the position that counts them. After a kill in between, the
+            # same documents are written again, to files of the same names.
             if documents:
                 self._write_shard(split, documents)
                 documents.clear()
@@ -230,6 +237,7 @@ class _Writer:
             _write_json(self._directory / PROGRESS, self._record)
 
     def _write_shard(self, split: str, documents: list[np.ndarray]) -> None:
+        # Shards that the record does not list do not count: they are overwritten.
         number = sum(shard["split"] == split for shard in self._record["shards"])
         name = f"{split}-{number:05d}"
         shard = make_shard(documents, token_dtype(self._tokenizer.vocab_size), name)
@@ -272,6 +280,8 @@ class _Writer:
             "bad_documents": reader.bad(),
             "notes": reader.notes(),
         }
+        # The manifest marks the directory as complete, so it is the last file to appear; the record
+        # of progress is removed only after that.
         _write_json(self._directory / MANIFEST, manifest)
         (self._directory / PROGRESS).unlink(missing_ok=True)
         return manifest
@@ -289,6 +299,7 @@ def _replace(path: pathlib.Path, write: Callable[[Any], Any]) -> None:
         with temporary.open("wb") as file:
             write(file)
             file.flush()
+            # Before the rename: otherwise a power cut could leave the name with an empty file.
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:

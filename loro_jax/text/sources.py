@@ -98,6 +98,7 @@ def source_parts(source: str, config: DataConfig) -> tuple[list[Part], frozenset
     held_out = validation_parts(config.validation, config)
     tally = Tally("config.data.validation", skip=True)  # bad ones are reported on encoding
     digests = frozenset(digest(text) for part in held_out for text in part.read(tally))
+    # The source's own validation split is neither trained on nor evaluated.
     others = [part._replace(split="train") for part in parts if part.split != "validation"]
     return [*held_out, *others], digests
 
@@ -130,6 +131,7 @@ def _origins(source: str) -> set[str]:
     found = set()
     for entry in weighted_sources(source):
         found.add(entry.source)
+        # Resolved, because one file may be named in several ways.
         found.update(map(os.path.realpath, _matching(entry.source)))
         if is_prepared(entry.source):
             with contextlib.suppress(TrainingError):  # unfinished

@@ -145,6 +145,7 @@ class _AllBut(Sequence[int]):
         return self._count
 
     def __getitem__(self, place: Any) -> Any:
+        # Of every `step` numbers the first, a multiple of it, is left out.
         return place + place // (self._step - 1) + 1
 
 

@@ -58,6 +58,7 @@ def read_rules(table: bytes) -> dict[str, str]:
         # All children of all nodes of one depth at once.
         first, last = np.searchsorted(parents, bases), np.searchsorted(parents, bases, "right")
         rows = np.repeat(np.arange(len(bases)), last - first)
+        # The number of each child within its own parent, without a loop over the parents.
         within = np.arange(len(rows)) - np.repeat(
             np.cumsum(last - first) - (last - first), last - first
         )
@@ -68,6 +69,7 @@ def read_rules(table: bytes) -> dict[str, str]:
             prefixes[row] + bytes([byte])
             for row, byte in zip(rows.tolist(), label[place].tolist(), strict=True)
         ]
+        # Bit 8 says that a key ends at the node; its value is then in the child by the byte zero.
         leaves = np.nonzero(unit >> 8 & 1)[0].tolist()
         values = (units[bases[leaves]] & 0x7FFFFFFF).tolist()
         for leaf, value in zip(leaves, values, strict=True):

@@ -39,6 +39,7 @@ def train_byte_level(texts: Iterator[str], vocab_size: int) -> str:
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[PAD, EOS],
+        # All bytes, also those that the text lacks: no later text has unknown tokens.
         initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
