@@ -104,7 +104,9 @@ def _in_blocks(q_BxLxHxK: Array, k_BxLxGxK: Array, v_BxLxGxK: Array) -> Array:
     L, head_size = q_BxLxHxK.shape[1], q_BxLxHxK.shape[3]
     # Heads before positions, so that the entries of each head are contiguous in memory.
     k_BxGxLxK, v_BxGxLxK = (jnp.swapaxes(heads, 1, 2) for heads in (k_BxLxGxK, v_BxLxGxK))
+    # Scaling the queries touches L K entries per head; scaling the scores would touch L^2.
     q_BxHxLxK = jnp.swapaxes(q_BxLxHxK, 1, 2) * jnp.asarray(head_size**-0.5, q_BxLxHxK.dtype)
+    # The smallest multiple of the smallest block that makes at most `_MOST_BLOCKS` of them.
     size = _SMALLEST_BLOCK * math.ceil(L / (_SMALLEST_BLOCK * _MOST_BLOCKS))
     blocks = [
         _block(
@@ -127,8 +129,10 @@ def _block(q_BxHxQxK: Array, k_BxGxTxK: Array, v_BxGxTxK: Array) -> Array:
     else:
         q, scores, mix = q_BxHxQxK, "bgqk,bgtk->bgqt", "bgqt,bgtk->bgqk"
     score = jnp.einsum(scores, q, k_BxGxTxK, preferred_element_type=dtype)
+    # The queries are the last of the keys' positions; only this block's own square is cut.
     seen_QxT = jnp.arange(keys - queries, keys)[:, None] >= jnp.arange(keys)
     score = jnp.where(seen_QxT, score, jnp.finfo(dtype).min)
+    # Softmax does not depend on what is subtracted, so no gradient flows through it.
     highest = jax.lax.stop_gradient(jnp.max(score, axis=-1, keepdims=True))
     weight = jnp.exp(score - highest)
     # Normalise after the product: K entries per query instead of T.

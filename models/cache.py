@@ -162,12 +162,14 @@ def attend(
     # Keys on the left: on the right, XLA's CPU backend would copy and transpose them.
     scores_BxGxTxM = _wide_product(k_BxGxTxK, q_BxGxKxM, dtype)
     scores_BxGxMxT = scores_BxGxTxM.mT * K**-0.5
+    # Each row of the mask once for each query head of a key head, in M's order: positions first.
     seen_Bx1xMxT = jnp.repeat(seen_BxLxT, H // G, axis=1)[:, None]
     scores_BxGxMxT = jnp.where(seen_Bx1xMxT, scores_BxGxMxT, jnp.finfo(dtype).min)
     weights_BxGxMxT = jax.nn.softmax(scores_BxGxMxT).astype(values.dtype)
     if _latent(cache.values):
         # All heads share one set of latents: sum them with each head's weights, then map the sums.
         sums_BxQxR = weights_BxGxMxT.reshape(B, -1, cache.slots) @ values
+        # Rows of B are the outputs of the value projection: K for each key head.
         B_GxKxR = as_low_rank(attention.v).B[...].astype(q_BxLxHxK.dtype).reshape(G, K, -1)
         sums_BxGxMxR = sums_BxQxR.reshape(B, G, -1, sums_BxQxR.shape[-1])
         y_BxGxMxK = jnp.einsum("bgmr,gkr->bgmk", sums_BxGxMxR, B_GxKxR)
@@ -200,5 +202,6 @@ def _latent(half: Array) -> bool:
 
 def _written(past: Array, new: Array, layer: Array, slot: Array | int) -> Array:
     """Writes a layer's new tokens, (B, [G,] L, K or r), into a half of the cache."""
+    # Layers first and slots second to last, with or without an axis of heads.
     start = (layer, *(0,) * (past.ndim - 3), slot, 0)
     return jax.lax.dynamic_update_slice(past, new[None].astype(past.dtype), start)

@@ -271,6 +271,7 @@ class RMSNorm(nnx.Module):
         """Normalises the last axis; keeps shape and dtype."""
         x32 = x.astype(reduction_dtype(x.dtype))
         normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+        # Rounded before the scale is applied, as in Hugging Face's LLaMA.
         return normed.astype(x.dtype) * self.scale[...].astype(x.dtype)
 
 
@@ -387,12 +388,15 @@ class Llama(nnx.Module):
         shape = (config.vocab_size, config.hidden_size)
         embedding = config.initializer_range * jax.random.normal(rngs.params(), shape, jnp.float32)
         self.embedding = nnx.Param(embedding.astype(dtype))
+        # A key for each layer, and one traced block: initialisation, too, compiles the same for any
+        # depth.
         make_block = nnx.split_rngs(splits=config.num_layers)(
             nnx.vmap(lambda rngs: Block(config, rngs), in_axes=0, out_axes=0)
         )
         self.blocks = make_block(rngs)
         self.norm = RMSNorm(config.hidden_size, config)
         if not config.tie_embeddings:
+            # The head stays dense in all models of the paper.
             head = dataclasses.replace(config.projection_spec("attn"), rank=None)
             self.head = Dense(config.hidden_size, config.vocab_size, head, rngs)
 

@@ -93,6 +93,7 @@ def rotary_embedding(x_BxLxHxK: Array, positions: Array, frequencies_K: Array) -
     Returns:
         Array like ``x_BxLxHxK``.
     """
+    # In float32 whatever the activations have: bfloat16 holds whole numbers only up to 256.
     angles = positions[..., None].astype(jnp.float32) * frequencies_K
     cos, sin = jnp.cos(angles)[..., None, :], jnp.sin(angles)[..., None, :]
     x32 = x_BxLxHxK.astype(reduction_dtype(x_BxLxHxK.dtype))

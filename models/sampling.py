@@ -60,6 +60,7 @@ def restricted_logits(logits_BxV: Array, sampling: Sampling) -> Array:
     """
     least = float(jnp.finfo(logits_BxV.dtype).tiny)  # smaller numbers may be flushed to 0
     logits_BxV = logits_BxV / max(sampling.temperature, least)
+    # All tokens that tie with the k-th stay, as in transformers.
     if 0 < sampling.top_k < logits_BxV.shape[-1]:
         least_Bx1 = jax.lax.top_k(logits_BxV, sampling.top_k)[0][:, -1:]
         logits_BxV = jnp.where(logits_BxV < least_Bx1, -jnp.inf, logits_BxV)

@@ -104,6 +104,7 @@ def from_huggingface(content: dict[str, Any], where: str) -> LlamaConfig:
         >>> from_huggingface(theirs, "config.json").num_layers
         2
     """
+    # null means the default, as in transformers.
     full = _THEIR_DEFAULTS | {name: value for name, value in content.items() if value is not None}
     kind = full.get("model_type")
     if kind is None and full.get("architectures") in _NAMES:
