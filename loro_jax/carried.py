@@ -92,5 +92,6 @@ def _first_moments(adam: Adam) -> Carrier:
     return Carrier(
         advance,
         finish=lambda mu, state: adam_direction(state._replace(mu=mu), b1, b2, eps),
+        # After an exact step these are moves; `may_overwrite` says that they are reset before use.
         keep=lambda state, mu: state._replace(mu=mu),
     )

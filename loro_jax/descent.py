@@ -137,6 +137,7 @@ def riemannian_descent(
         state = LoroState(
             count=jnp.zeros([], jnp.int32),
             stale=jnp.zeros([], jnp.int32),
+            # On the factors' mesh from the start: a step must not change the type of the state.
             fallbacks=count_of_none(factors),
             factors=descent.direction.init(factors),
             regular=descent.regular.init(others),
@@ -227,6 +228,7 @@ def _made(
         raise ValueError(f"loro: moments must be one of {MOMENTS} or None, but is {moments!r}.")
     direction = as_direction(direction)
     if regular is None:
+        # Moves are defined for pairs only: they need both factors.
         regular = adam() if direction.kind == "moves" else direction
     elif not isinstance(regular, Direction):
         regular = optax.with_extra_args_support(regular)
@@ -252,6 +254,7 @@ def _now(descent: _Descent, pairs: Pairs, params: Any, mesh: Any, count: Array) 
     factors, others = pairs.split(params)
     decays, other_decays = pairs.choose(decayed_leaves(descent.mask, params))
     step = FactorStep(
+        # The count before this step: schedules start from 0, as in Optax.
         value_at(descent.learning_rate, count),
         count,
         descent.lr_scale,
@@ -268,6 +271,8 @@ def _is_exact(every: Any, step: Array) -> Array:
     """Returns whether a step, counted from 0, is exact."""
     if every is None:
         return jnp.bool_(False)
+    # Exact are the K-th step, the 2K-th, and so on. Where the count saturates, at 2^31 - 1, no step
+    # is exact unless all are: that number is prime.
     taken = optax.safe_increment(step)
     if callable(every):
         period = every(step)
@@ -316,6 +321,8 @@ def _step_factors(
         pairs.take(carried),
         approximate_updates(now.step, directions),
     )
+    # After an exact step `keep` may put moves in the place of first moments: the next step begins
+    # by resetting these.
     return pairs.put(factors, updates), carrier.keep(state, carried), fallbacks
 
 
@@ -328,6 +335,7 @@ def _exact(
     """
 
     def moves(carried: list[Both], none: Array) -> tuple[list[Both], Array]:
+        # Finished inside the branch, so that Adam's directions are stored on exact steps only.
         tree = descent.carrier.finish(now.pairs.put(now.factors, carried), state)
         updates, count = exact_updates(now.step, now.pairs.take(tree))
         return updates, none + count
@@ -351,6 +359,8 @@ def _exact_with_transport(
     names = _moments_of(state)
     moments = [now.pairs.take(getattr(state, name)) for name in names]
 
+    # Moments that are transported are not overwritten, so what is carried here are the directions
+    # themselves (`carrier_of`), and there is nothing to finish.
     def moves(directions: list[Both], moments: list[list[Both]], none: Array) -> Any:
         updates, count = exact_updates(now.step, directions)
         return updates, transported(now.step, directions, updates, moments), none + count

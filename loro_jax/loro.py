@@ -204,6 +204,7 @@ def loro(
     return riemannian_descent(
         learning_rate,
         directed,
+        # The exact step takes gradients: moves are converted, and scaled as on all other steps.
         of_moves(step, lr_scale) if directed.kind == "moves" else step,
         exact_every,
         lr_scale=lr_scale,

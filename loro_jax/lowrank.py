@@ -41,6 +41,7 @@ class LowRank:
     """
 
     def __init__(self, B: Array, A: Array):
+        # Specs, axes and labels have no shape.
         if hasattr(B, "shape") and hasattr(A, "shape"):
             check_factors(B, A, "LowRank")
         self.B = B
@@ -163,6 +164,7 @@ def from_dense(W: Array, rank: int) -> tuple[Array, Array]:
         return U[:, :rank] * root[None, :], root[:, None] * Vt[:rank]
 
     W = jnp.asarray(W)
+    # One matrix at a time on CPU, where batched LAPACK calls can block each other for ever.
     B, A = one_by_one(factorise, W.ndim - 2)(W.astype(at_least_float32(W.dtype)))
     return B.astype(inexact(W.dtype)), A.astype(inexact(W.dtype))
 
@@ -190,6 +192,7 @@ def balance(B: Array, A: Array) -> tuple[Array, Array]:
         root = jnp.sqrt(s)
         return (Qb @ U) * root[None, :], root[:, None] * (Vt @ Qa.T)
 
+    # One matrix at a time on CPU, as in `from_dense`.
     B_new, A_new = one_by_one(rotate, B.ndim - 2)(B.astype(dtype), A.astype(dtype))
     return B_new.astype(inexact(B.dtype)), A_new.astype(inexact(A.dtype))
 
@@ -249,6 +252,7 @@ def initialise(
             f"of {n} inputs to {m} outputs, but is {r}."
         )
     xavier_B, xavier_A = math.sqrt(2 / (m + r)), math.sqrt(2 / (r + n))
+    # An entry of B A sums r products: its variance is r std_B^2 std_A^2, here s^2.
     auto = (initializer_range**2 / r) ** 0.25
     scales = {
         "xavier": (xavier_B, xavier_A),

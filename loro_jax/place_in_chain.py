@@ -21,6 +21,7 @@ def warn_unless_last(name: str) -> None:
     after = 0
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
+        # Chains may be nested: every optax frame on the stack counts its own members.
         if str(frame.f_globals.get("__name__", "")).startswith("optax."):
             after += _members_to_come(frame)
         frame = frame.f_back

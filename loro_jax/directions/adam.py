@@ -149,6 +149,7 @@ def scale_by_uncorrected_adam(
         return jnp.zeros_like(p, dtype=dtype)
 
     def second(p: Any) -> jax.Array:
+        # The second moment of a complex parameter is real; see AdamState for its precision.
         dtype = jnp.finfo(inexact(jnp.result_type(p))).dtype  # real
         return jnp.zeros_like(p, dtype=at_least_float32(dtype))
 
@@ -161,6 +162,7 @@ def scale_by_uncorrected_adam(
 
     def update(grads: Any, state: AdamState, params: Any = None) -> tuple[Any, AdamState]:
         del params
+        # The direction comes from the moments before they are rounded to their stored dtypes.
         moments = adam_moments(grads, state, b1, b2)
         directions = adam_direction(moments, b1, b2, eps)
         directions = jax.tree.map(lambda d, g: d.astype(g.dtype), directions, grads)
@@ -204,6 +206,8 @@ def adam_direction(
     eps: jax.typing.ArrayLike,
 ) -> Any:
     """Returns the direction ``m / (sqrt(v) + eps)`` times the bias correction."""
+    # The correction is outside of the sum: epsilon is compared with the uncorrected root, as in the
+    # authors' code.
     correction = jnp.sqrt(_one_minus_power(b2, state.count)) / _one_minus_power(b1, state.count)
     return jax.tree.map(lambda m, v: correction * m / (jnp.sqrt(v) + eps), state.mu, state.nu)
 
@@ -212,5 +216,6 @@ def _one_minus_power(decay: jax.typing.ArrayLike, count: jax.Array) -> jax.Array
     """Returns ``1 - decay^count`` without cancellation: 1 - 0.999 has four digits in float32."""
     steps = count.astype(jnp.result_type(float))
     if isinstance(decay, float | int):
+        # A decay of 0 leaves nothing after one step: exp(-inf) is 0.
         return -jnp.expm1(steps * (math.log(decay) if decay > 0 else -math.inf))
     return -jnp.expm1(steps * jnp.log(decay))
