@@ -97,6 +97,7 @@ def main(arguments: Sequence[str]) -> int:
         module = importlib.import_module(command.module)
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
+        # A module of our own that is missing is a mistake of ours, not an extra to install.
         if missing in ("loro_jax", "models", ""):
             raise
         print(

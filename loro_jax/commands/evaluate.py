@@ -84,6 +84,7 @@ def read_stream(options: argparse.Namespace, tokenizer: Tokenizer) -> Stream:
                 found.append(ids)
                 counted.append(np.arange(len(ids)) >= begin)
                 total += len(ids)
+        # A large source is read only as far as it is scored.
         if options.max_tokens and total >= options.max_tokens:
             break
     if total < 2:
@@ -191,6 +192,7 @@ def _sizes(options: argparse.Namespace, longest: int) -> tuple[int, int, int]:
         batch = usual * min(_MOST_WINDOWS, run.batch_size // run.gradient_accumulation)
     length = usual if options.window is None else options.window
     stride = length if options.stride is None else options.stride
+    # Not more tokens than a training batch had, which is known to fit.
     windows = max(1, min(_MOST_WINDOWS, batch // length))
     return length, stride, windows if options.batch_size is None else options.batch_size
 

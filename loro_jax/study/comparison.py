@@ -77,6 +77,7 @@ def compare(
         for arm in arms:
             found = [_finish(base, Run(arm, rate, seeds[0]), directory) for rate in grids[arm.name]]
             finished = [result for result in found if result and result.perplexity is not None]
+            # The best rate is known only when the grid is complete, here or in another process.
             if finished and None not in found:
                 best = min(finished, key=lambda result: result.perplexity or math.inf).run
                 found += [_finish(base, best._replace(seed=seed), directory) for seed in seeds[1:]]
@@ -93,6 +94,7 @@ def _finish(base: Config, run: Run, directory: pathlib.Path) -> Result | None:
     """Trains a run to its end, if not done yet; None: another process is running it."""
     config = config_of(base, run)
     workdir = directory / run.name
+    # Beside the run directory, which accepts only files of its own.
     note_path = directory / f"{run.name}.diverged.txt"
     if _belongs(config, workdir):
         if note_path.exists():
@@ -109,6 +111,7 @@ def _finish(base: Config, run: Run, directory: pathlib.Path) -> Result | None:
         return None
     except DivergedError as error:
         note = str(error).split(";")[0]
+        # Recorded, so that a repeated comparison does not run it again.
         with replacing(note_path) as temporary:
             temporary.write_text(note, encoding="utf-8")
         print(f"{run.name}: diverged ({note})", flush=True)

@@ -128,6 +128,8 @@ def condition_numbers(model: Llama) -> tuple[list[float], list[float]]:
     products, factors = [], []
     for pair in find_pairs(params):
         B, A = leaves[pair.B], leaves[pair.A]
+        # Orthonormal factors do not change singular values: those of B A are those of R_B R_A^T,
+        # which is r x r.
         R_B: Any = np.linalg.qr(B, mode="r")
         R_A: Any = np.linalg.qr(A.swapaxes(-1, -2), mode="r")
         products += _conditions(R_B @ R_A.swapaxes(-1, -2))
