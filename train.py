@@ -130,6 +130,7 @@ def _parse(argv: Sequence[str]) -> flags.FlagValues:
 
 def _define(command: list[str]) -> flags.FlagValues:
     """Defines the flags; this already reads the config with the command's overrides."""
+    # Not absl's global flags: main() may run several times in a process.
     values = flags.FlagValues()
     config_flags.DEFINE_config_file(
         "config",

@@ -56,8 +56,7 @@ class LoroState(NamedTuple):
         stale: 1 if the last step was exact, so that the next one starts by resetting the moments
             below; else 0. (Zeroing the moments in the exact step itself would cost every step a
             copy of them: XLA updates a buffer in place only if the update is computed from its new
-            content. An int32 rather than a boolean, because selecting between states by arithmetic
-            turns a boolean into an integer.)
+            content.)
         fallbacks: number of exact steps of single matrices so far in which the chosen method fell
             back to another, int32 scalar; see :mod:`loro_jax.exact`.
         factors: state of the factors' direction (Adam), with ``optax.MaskedNode`` at other leaves.
@@ -136,6 +135,7 @@ def riemannian_descent(
         factors, others = pairs_of(params, pairs).split(params)
         state = LoroState(
             count=jnp.zeros([], jnp.int32),
+            # Not a boolean: selecting between states by arithmetic would turn it into an integer.
             stale=jnp.zeros([], jnp.int32),
             # On the factors' mesh from the start: a step must not change the type of the state.
             fallbacks=count_of_none(factors),

@@ -222,8 +222,7 @@ def initialise(
     lora       zero                          uniform, 1 / sqrt(n) at most  rank zero: no LORO
     ========== ============================= ============================= ==================
 
-    s is ``initializer_range``. The authors' code discards the orthogonal matrices of ``orth`` and
-    ``xavorth`` when its weights are bfloat16; here both do what their names say.
+    s is ``initializer_range``.
 
     Args:
         key: JAX random key.
@@ -277,6 +276,8 @@ def initialise(
         )
     if name == "const":
         return jnp.full((m, r), scale_B, jnp.float32), jnp.full((r, n), scale_A, jnp.float32)
+    # The authors' code discards the orthogonal matrices if its weights are bfloat16; here both
+    # methods do what their names say.
     orthonormal = method in ("orth", "xavorth")
     draw = jax.nn.initializers.orthogonal() if orthonormal else jax.nn.initializers.normal(1.0)
     key_B, key_A = jax.random.split(key)

@@ -118,6 +118,7 @@ def remember(
     Returns:
         The new cache; written in place if compiled with ``cache`` donated.
     """
+    # A position never changes: keys are rotated once, when they are written.
     if not _latent(cache.keys):
         k_BxLxC = attention.turned_heads(k_BxLxC, positions_BxL).swapaxes(1, 2)
     if not _latent(cache.values):
@@ -180,13 +181,11 @@ def attend(
 
 
 def _wide_product(a: Array, b: Array, dtype: Any) -> Array:
-    """Returns ``a @ b``, accumulated and returned in a dtype that may be wider than the operands'.
-
-    XLA's CPU backend lacks products of two bfloat16 arrays with a float32 result in some layouts
-    ("DotThunk ... BF16 x BF16 = F32"); there, operands are cast first, which is exact.
-    """
+    """Returns ``a @ b``, accumulated and returned in ``dtype``, which may be wider."""
     if a.dtype == dtype:
         return a @ b
+    # XLA's CPU backend lacks products of two bfloat16 arrays with a float32 result in some layouts
+    # ("DotThunk ... BF16 x BF16 = F32"); there, operands are cast first, which is exact.
     return jax.lax.platform_dependent(
         a,
         b,

@@ -181,6 +181,7 @@ def generate(
     tokens_BxL = np.zeros((len(prompts), slots), np.int32)
     for row, prompt in zip(tokens_BxL, prompts, strict=True):
         row[slots - len(prompt) :] = prompt
+    # Slots for all tokens from the start: two programs suffice, for the prompt and for one token.
     past = empty_cache(config, len(prompts), slots + int(limits_B.max()), cache)
     graphdef, state = nnx.split(for_decoding(model))
     keys = jax.random.split(jax.random.key(seed), int(limits_B.max()))

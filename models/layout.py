@@ -65,7 +65,9 @@ def by_sequence(x: Array, split_axis: int | None = None) -> Array:
         return x
     mesh, sizes = layout
     spec: list[Any] = [None] * x.ndim
+    # The axis of an enclosing vmap is not among `sizes`: spmd_axis_name adds it.
     spec[0] = tuple(axis for axis in BATCH_AXES if axis in sizes)
+    # An axis that `tensor` does not divide stays whole.
     if split_axis is not None and x.shape[split_axis] % sizes[TENSOR_AXIS] == 0:
         spec[split_axis] = TENSOR_AXIS
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*spec)))

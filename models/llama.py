@@ -286,6 +286,7 @@ class Attention(nnx.Module):
         self.head_size = config.head_size
         self.method = config.attention
         self.rope_theta = config.rope_theta
+        # A copy, for the same reason as that of the config in Llama.
         self.rope_scaling = dataclasses.replace(config.rope_scaling)
 
     def project(self, x_BxLxD: Array, latent: Sequence[bool] | None = None) -> list[Array]:
@@ -295,6 +296,7 @@ class Attention(nnx.Module):
     def heads(self, y_BxLxC: Array) -> Array:
         """Splits a projection's output into heads, (B, L, H or G, K)."""
         y_BxLxHxK = y_BxLxC.reshape(*y_BxLxC.shape[:2], -1, self.head_size)
+        # Over `tensor` each device has whole heads, so that attention needs no communication.
         return by_sequence(y_BxLxHxK, split_axis=2)
 
     def turned_heads(self, y_BxLxC: Array, positions: Array) -> Array:
@@ -333,6 +335,8 @@ class MLP(nnx.Module):
         """Maps (B, L, D) to (B, L, D)."""
         gate_BxLxF, up_BxLxF = apply_together((self.gate, self.up), x_BxLxD, shared=self.shared)
         y_BxLxF = jax.nn.silu(gate_BxLxF) * up_BxLxF
+        # Over `tensor` each device computes its part of the width: gate and up are sharded by
+        # outputs, down by inputs.
         return self.down(by_sequence(y_BxLxF, split_axis=2))
 
 

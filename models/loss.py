@@ -38,8 +38,6 @@ def cross_entropy(x: Array, head_VxD: Array, targets: Array, mask: Array, chunk_
     Only one chunk's logits exist at a time: the logits of 131,072 tokens over 32,000 ids would take
     17 GB in float32. When differentiated, each chunk's logits are turned into their gradient in the
     forward pass, so that no logits are computed twice: three products with the head, not four.
-    Chunks are cut along the sequence, so that each holds tokens of every sequence, and devices that
-    share a batch share every chunk.
 
     Args:
         x: final hidden states, (..., L, D).
@@ -62,6 +60,8 @@ def cross_entropy(x: Array, head_VxD: Array, targets: Array, mask: Array, chunk_
         >>> round(float(loss), 4)  # 2 log 8
         4.1589
     """
+    # Chunks are cut along the sequence, so that each holds tokens of every sequence, and devices
+    # that share a batch share every chunk.
     sequences = max(math.prod(targets.shape[:-1]), 1)
     # `chunk_size` is per device: sharded over n devices, a chunk has n times as many tokens.
     positions = max(chunk_size * batch_ways() // sequences, 1)
@@ -110,6 +110,7 @@ def _forward(
     axis, L = targets.ndim - 1, targets.shape[-1]
     # Padding has mask 0: it adds nothing to the loss or to the gradient of the head.
     chunks = tuple(_chunked(array, positions, axis) for array in (x, targets, mask))
+    # The head's gradient is carried and accumulated in place; that of x is cut like x.
     zeros = (jnp.zeros([], dtype), jnp.zeros(head_VxD.shape, dtype))
     (total, d_head_VxD), by_chunk = jax.lax.scan(add_chunk, zeros, chunks)
     d_x, d_mask = (_whole(array, L, axis) for array in by_chunk)

@@ -50,6 +50,7 @@ def candidate(tx: optax.GradientTransformation, model: str) -> tuple[Callable[[]
 
     def step(params: Any, state: Any, grads: Any) -> tuple[Any, Any]:
         updates, state = tx.update(grads, state, params)
+        # Applied in the same program, as in training: XLA fuses the two.
         return optax.apply_updates(params, updates), state
 
     compiled = jax.jit(step, donate_argnums=(0, 1)).lower(params, state, grads).compile()

@@ -22,8 +22,7 @@ class AdamState(NamedTuple):
     Attributes:
         count: steps since the state was made or refreshed, int32 scalar.
         mu: first moments, a tree like the parameters.
-        nu: second moments, a tree like the parameters: real, and in float32 or wider. In bfloat16
-            ``0.999 v`` rounds to v, so that v would never decrease.
+        nu: second moments, a tree like the parameters: real, and in float32 or wider.
     """
 
     count: jax.Array  # type: ignore[assignment]  # shadows tuple.count, as in Optax
@@ -149,7 +148,8 @@ def scale_by_uncorrected_adam(
         return jnp.zeros_like(p, dtype=dtype)
 
     def second(p: Any) -> jax.Array:
-        # The second moment of a complex parameter is real; see AdamState for its precision.
+        # Real also for complex parameters, and never in bfloat16, in which 0.999 v rounds to v: a
+        # second moment would never decrease.
         dtype = jnp.finfo(inexact(jnp.result_type(p))).dtype  # real
         return jnp.zeros_like(p, dtype=at_least_float32(dtype))
 

@@ -110,6 +110,7 @@ def orthogonal(
             params,
             ahead,
         )
+        # Rounded only now: the moves come from the unrounded averages.
         return moves, MomentumState(jax.tree.map(lambda x, old: x.astype(old.dtype), mu, state.mu))
 
     return Direction(init, update, kind="moves", lr_scale=1.0)

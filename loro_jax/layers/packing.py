@@ -64,10 +64,7 @@ def apply_together(
     """Applies several projections to one input.
 
     If all are low-rank, their A's form one product with x, and there is one gradient of x; without
-    this the backward pass has to write and add several gradients as large as x. On two CPU cores it
-    is neither faster nor slower (``python -m loro_jax.bench together``); it is meant for
-    accelerators, which narrow products don't saturate. For few rows it does not pay, because the
-    A's have to be copied, unless they are concatenated already.
+    this the backward pass has to write and add several gradients as large as x.
 
     Args:
         projections: projections of the same dtype.
@@ -95,6 +92,9 @@ def apply_together(
         # Concatenated once, when decoding began: no copy, so it pays for a single row.
         pieces = shared(x)
     elif low_rank and rows >= ROWS_WORTH_PACKING:
+        # Meant for accelerators, which narrow products don't saturate; on two CPU cores it is
+        # neither faster nor slower (``python -m loro_jax.bench together``). For few rows copying
+        # the A's does not pay.
         A = jnp.concatenate([p.first() for p in projections])
         latents_NxR = named(x.reshape(-1, x.shape[-1]).astype(A.dtype) @ A.T)
         pieces = _pieces(latents_NxR, [p.first().shape[0] for p in projections])

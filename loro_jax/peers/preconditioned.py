@@ -122,6 +122,7 @@ def preconditioned_direction(
     def update(
         grads: Any, state: Any, params: Any, pairs: Pairs, **extra_args: Any
     ) -> tuple[Any, Any]:
+        # Leaves outside of pairs come from the last tree: their gradients are unchanged.
         scaled = pairs.map(divide, params, grads)
         return inner.update(scaled, state, params, pairs, **extra_args)
 

@@ -127,6 +127,7 @@ def projected_descent(
                 D = D + weight_decay * W.astype(D.dtype)
             updates.append((-rate * D).astype(W.dtype))
             slots.append(new)
+        # Without leaves zip yields nothing, and the empty trees stay.
         trees = [treedef.unflatten(field) for field in zip(*slots, strict=True)] or trees
         return treedef.unflatten(updates), type(state)(optax.safe_increment(count), *trees)
 

@@ -84,6 +84,7 @@ def lowrank_restarts(
         >>> updates, state = tx.update(params, tx.init(params), params)
     """
     directed = as_direction(optax.scale_by_adam() if direction is None else direction)
+    # To balanced_step None means r / min(m, n), which is for gradients, not for moves.
     if directed.kind == "moves" and lr_scale is None:
         lr_scale = directed.lr_scale
     return riemannian_descent(

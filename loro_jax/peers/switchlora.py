@@ -230,6 +230,7 @@ def _switch_one(
     # so a side can advance by half a round minus the number of frozen vectors.
     ahead = r // 2
     busy = jnp.maximum((frozen[0] > 0).sum(), (frozen[1] > 0).sum())
+    # The fraction of the rate is the probability of one more.
     number = jnp.floor(rate) + (jax.random.uniform(key) < rate % 1)
     number = jnp.clip(number.astype(jnp.int32), 0, jnp.minimum(most, jnp.maximum(ahead - busy, 0)))
 
@@ -242,6 +243,7 @@ def _switch_one(
     # W0 is rounded to its dtype once, after both sides.
     W = W0.astype(at_least_float32(jnp.result_type(W0, B, A)))
     W, A, spare_A = _swap_rows(W, B, A, candidates.A, rows, places, chosen, scale)
+    # Columns of B by the same function: the transpose of W + s B A is W^T + s A^T B^T.
     Wt, Bt, spare_Bt = _swap_rows(W.T, A.T, B.T, candidates.B.T, columns, places, chosen, scale)
 
     # The counterparts lose their moments and are frozen: columns of B for switched rows of A, and

@@ -101,6 +101,7 @@ def load_corpus(data: DataConfig, sequence_length: int, tokenizer: Tokenizer) ->
     opened = [_open(entry.source, data, tokenizer) for entry in weighted]
     notes = [note for source in opened for note in source.notes]
     validation = [source.validation for source in opened if source.validation is not None]
+    # It replaces the validation splits of all sources.
     if data.validation is not None:
         parts = validation_parts(data.validation, data)
         reader = PartReader(parts, data.bad_documents == "skip")

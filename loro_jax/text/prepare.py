@@ -130,6 +130,7 @@ def _request(
     config: DataConfig, tokenizer: Tokenizer, parts: list[Part], shard_tokens: int
 ) -> dict[str, Any]:
     """Returns everything the shards depend on; a preparation resumes only if it is unchanged."""
+    # Names and sizes: a hash of the contents would take as long as reading them.
     inputs = json.dumps([[part.name, part.size, part.split] for part in parts])
     fields = ("source", "validation", "text_field", "text_files", "bad_documents")
     return {

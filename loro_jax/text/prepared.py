@@ -131,6 +131,7 @@ def open_prepared(source: str, tokenizer: Tokenizer, skip: bool) -> Prepared:
 def _open_shard(directory: pathlib.Path, entry: dict[str, Any]) -> Shard:
     """Memory-maps a shard; compares its lengths, not its bytes, with the manifest."""
     shard = map_shard(directory / entry["name"])
+    # Comparing bytes would read the whole shard at every start; `verify` does that.
     found = (len(shard.tokens), len(shard.ends), int(shard.ends[-1]) if len(shard.ends) else 0)
     expected = (entry["tokens"], entry["documents"], entry["tokens"])
     if found != expected:

@@ -94,6 +94,7 @@ class TokenShards(Sequence[np.ndarray]):
             raise IndexError(index)
         number = bisect.bisect_right(self._document_ends, index)
         shard = self._shards[number]
+        # The document's number within its shard; it begins where the one before it ends.
         place = index - (self._document_ends[number - 1] if number else 0)
         start = int(shard.ends[place - 1]) if place else 0
         end = int(shard.ends[place])

@@ -55,6 +55,7 @@ def weighted_sources(source: str) -> list[Weighted]:
         return [Weighted(source, 1.0)]
     found = []
     for part in filter(str.strip, source.split(";")):
+        # The last comma: a glob may contain others.
         name, _, weight = part.strip().rpartition(",")
         try:
             found.append(Weighted(name.strip(), float(weight)))

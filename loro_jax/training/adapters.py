@@ -48,6 +48,7 @@ class SwitchLoRAOptions:
 
 def relora_maintenance(config: Config, options: ReLoRAOptions) -> Maintenance:
     """Merges the factors into W every ``exact_every`` steps, and reinitialises them."""
+    # alpha: the scale s of a projection is alpha / r.
     scale = config.model.alpha
 
     def restart(step: jax.Array, params: Any, fixed: Any, opt_state: Any) -> tuple[Any, Any, Any]:

@@ -65,8 +65,10 @@ class Checkpoints:
         try:
             self._checkpointer = ocp.training.Checkpointer(
                 self._directory.absolute(),
+                # The loop decides when to save; Orbax saves whenever it is asked.
                 save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
                 preservation_policy=policies.LatestN(self._keep),
+                # What a kill in the middle of a save leaves.
                 cleanup_tmp_directories=True,
             )
         except OSError as error:
@@ -136,6 +138,7 @@ class Checkpoints:
             TrainingError: if all checkpoints are damaged.
         """
         steps = sorted((c.step for c in self._checkpointer.checkpoints), reverse=True)
+        # Moved only when an intact one is found: if there is none, nothing is changed.
         damaged: list[tuple[int, str]] = []
         for step in steps:
             try:

@@ -64,6 +64,7 @@ def train(config: Config, workdir: str, command: str = "python train.py") -> Out
         TrainingError: for a bad config or corpus, a directory of another run, a damaged set of
             checkpoints, or a loss that is not finite.
     """
+    # Whatever is wrong with config, tokenizer or text is found before the directory is touched.
     inputs = together(lambda: _read_inputs(config))
     config, corpus = inputs.config, inputs.corpus
     with RunDirectory(workdir, config, corpus.fingerprint) as directory, _StopSignals() as signals:
@@ -81,6 +82,7 @@ def train(config: Config, workdir: str, command: str = "python train.py") -> Out
         run.close()
         if signals.received is not None:
             return Outcome(128 + signals.received, None)
+        # Only the first process has the metrics.
         if not is_first():
             return Outcome(0, None)
         ngrams = corpus_ngrams(corpus, inputs.vocab_size)
@@ -101,6 +103,7 @@ class _Inputs(NamedTuple):
 
 
 def _read_inputs(config: Config) -> _Inputs:
+    # The architecture of init_from first: everything after it depends on it.
     config = with_architecture(config)
     config.validate()
     devices = meshes.make_mesh(config.mesh)
@@ -129,6 +132,7 @@ class _Run:
         self._signals = signals
         self._devices = devices
         self._rows = meshes.rows_here(devices, config.batch_size)
+        # In micro-batches, so that an evaluation needs no more memory than a step.
         self._validation = validation_batches(
             corpus, config.batch_size // config.gradient_accumulation
         )
@@ -161,9 +165,11 @@ class _Run:
             self._iterator.seek(restored.progress["data"])
             self._state = restored.state
             notes.append(f"continuing {self._path} from step {self._start}")
+        # Opened after the restore, because rows after that checkpoint are dropped.
         self._metrics = (
             MetricsWriter(self._path, self._start, config.tensorboard) if is_first() else None
         )
+        # Notes wait for it, because plain lines would break the bar on a terminal.
         self._display = ProgressDisplay(config.steps, self._start, quiet=not is_first())
         for note in notes:
             self._display.say(note)

@@ -55,6 +55,7 @@ def connect(cluster: Cluster) -> None:
         TrainingError: if the cluster is not described, or the processes can't connect.
     """
     said = (cluster.coordinator, cluster.processes, cluster.process)
+    # Never unasked: a run that is started alone on a cluster must not wait for others.
     if not cluster.discover and said == (None, None, None):
         return
     if cluster.coordinator is not None and not cluster.coordinator.rpartition(":")[2].isdigit():

@@ -37,6 +37,7 @@ class RunDirectory:
         together(lambda: self._open(config, fingerprint) if is_first() else None)
 
     def _open(self, config: Config, fingerprint: str) -> None:
+        # Both checks come before the first change on disk.
         self._check(config)
         self._check_data(config, fingerprint)
         try:

@@ -236,11 +236,13 @@ def compile_program(program: Program, mesh: jax.sharding.Mesh) -> tuple[Program,
     everywhere = replicated(mesh)
     batch = batch_sharding(mesh)
     jitted = Program(
+        # Parameters are created sharded: no device has to hold the whole model, even at the start.
         init=jax.jit(program.init, out_shardings=shardings),
         # Without donation the old and the new state would exist at the same time.
         train_step=functools.partial(jax.jit, donate_argnums=0)(
             program.train_step,
             in_shardings=(shardings, batch),
+            # The same out as in, because the new state is the next step's argument.
             out_shardings=(shardings, everywhere),
         ),
         eval_step=jax.jit(

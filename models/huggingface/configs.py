@@ -68,6 +68,7 @@ def to_huggingface(config: LlamaConfig, dtype: str, factored: bool) -> dict[str,
         'llama'
     """
     ours = dataclasses.asdict(config) | {
+        # Written even where they are the default: other programs may have others.
         "num_kv_heads": config.kv_heads,
         "head_dim": config.head_size,
     }
