@@ -197,9 +197,9 @@ def _reason(error: Exception) -> str:
 
 def _unknown_field(name: str) -> str:
     from loro_jax.training.config import field_names
-    from loro_jax.training.renamed import told
+    from loro_jax.training.renamed import old_name_message
 
-    renamed = told(name)
+    renamed = old_name_message(name)
     if renamed is not None:
         return renamed
     known = field_names()

@@ -103,7 +103,7 @@ def _options_of(stored: Mapping[str, Any]) -> set[str]:
     return {one.name for kind in kinds for one in dataclasses.fields(kind)}
 
 
-def told(name: str) -> str | None:
+def old_name_message(name: str) -> str | None:
     """Returns a message about an old name on the command line; None for other names.
 
     Args:
