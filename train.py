@@ -121,6 +121,7 @@ def _parse(argv: Sequence[str]) -> flags.FlagValues:
     try:
         values = _define(command)
         _, *rest = values(command)
+    # absl and ml_collections raise all of these for a wrong flag or value.
     except (flags.Error, KeyError, AttributeError, TypeError, ValueError) as error:
         raise _UsageError(_reason(error)) from error
     if rest:

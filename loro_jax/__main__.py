@@ -94,6 +94,7 @@ def main(arguments: Sequence[str]) -> int:
         )
         return 1
     try:
+        # Imported only now, because each command needs other packages.
         module = importlib.import_module(command.module)
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]

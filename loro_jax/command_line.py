@@ -40,6 +40,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parses arguments after replacing hyphens in option names by underscores."""
+        # Here, because argparse's other entry points call this one.
         args = sys.argv[1:] if args is None else list(args)
         return super().parse_known_args(_with_underscores(args), namespace)
 

@@ -208,6 +208,7 @@ def loro(
         of_moves(step, lr_scale) if directed.kind == "moves" else step,
         exact_every,
         lr_scale=lr_scale,
+        # exact_step has checked the basis.
         moments=MOMENTS_OF_BASIS[basis] if moments is None else moments,
         weight_decay=(number, mask),
         regular=regular,

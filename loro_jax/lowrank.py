@@ -310,6 +310,7 @@ def _register_with_flax() -> None:
             name: serialization.from_state_dict(getattr(pair, name), state[name], name=name)
             for name in ("B", "A")
         }
+        # Unchecked, because what is restored may be a placeholder.
         return LowRank.tree_unflatten(None, (restored["B"], restored["A"]))
 
     serialization.register_serialization_state(

@@ -120,6 +120,7 @@ class Pairs:
     def join(self, like: Any, factors: Any, others: Any) -> Any:
         """Joins the two trees that :meth:`split` returns, with the structure of ``like``."""
         leaves, structure = jax.tree.flatten(like)
+        # Both trees have their leaves in the order of the whole tree.
         of_factors, of_others = iter(jax.tree.leaves(factors)), iter(jax.tree.leaves(others))
         return jax.tree.unflatten(
             structure,
@@ -260,6 +261,8 @@ def _check_unshared(name: str, sides: dict[str, int], pairs: list[Pair], leaves:
     ((side, index),) = sides.items()
     other = "A" if side == "B" else "B"
     for pair in pairs:
+        # The lone factor in the place of the pair's own: if the product exists, it may be a shared
+        # one.
         B, A = (leaves[index if s == side else getattr(pair, s)] for s in ("B", "A"))
         try:
             check_factors(B, A, "")

@@ -77,6 +77,7 @@ def warmup_cosine(
             f"warmup_cosine: warmup_steps must be between 0 and total_steps = {total_steps}, "
             f"but is {warmup_steps}."
         )
+    # Optax requires at least one step, even if the whole run is a warm-up.
     decay_steps: float = max(total_steps - warmup_steps, 1)
     if is_never(total_steps):  # int32 would overflow
         decay_steps, warmup_steps = float(decay_steps), float(warmup_steps)  # type: ignore[assignment]

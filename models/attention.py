@@ -123,6 +123,7 @@ def _block(q_BxHxQxK: Array, k_BxGxTxK: Array, v_BxGxTxK: Array) -> Array:
     """Computes attention of the last Q of T positions to all T; queries are already scaled."""
     groups, keys, queries = k_BxGxTxK.shape[1], k_BxGxTxK.shape[2], q_BxHxQxK.shape[2]
     dtype = reduction_dtype(q_BxHxQxK.dtype)
+    # Grouped queries share their keys by an axis of the product; keys are not repeated.
     if q_BxHxQxK.shape[1] != groups:
         grouped = (q_BxHxQxK.shape[0], groups, -1, *q_BxHxQxK.shape[2:])
         q, scores, mix = q_BxHxQxK.reshape(grouped), "bgrqk,bgtk->bgrqt", "bgrqt,bgtk->bgrqk"

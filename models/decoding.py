@@ -110,6 +110,7 @@ def extend(
     return jnp.matmul(last_BxD, model.head_VxD().T, preferred_element_type=dtype), cache
 
 
+# The sampling is static: greedy decoding compiles no sort.
 @functools.partial(jax.jit, static_argnums=(0, 8), donate_argnums=3)
 def _step(
     graphdef: Any,

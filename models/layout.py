@@ -23,6 +23,7 @@ Array = jax.Array
 BATCH_AXES = ("data", "fsdp")
 TENSOR_AXIS = "tensor"
 
+# In the context and not an argument, so that no module has to pass the mesh on.
 _layout: contextvars.ContextVar[tuple[Mesh, dict[str, int]] | None] = contextvars.ContextVar(
     "mesh that activations are sharded over, and the sizes of its axes", default=None
 )

@@ -448,4 +448,5 @@ def _remat(layer: Callable, policy: str) -> Callable:
     policies = jax.checkpoint_policies
     if policy == "rank":
         return jax.checkpoint(layer, policy=policies.save_only_these_names(LATENT))
+    # Products with weights are saved; attention's scores, which have batch axes, are recomputed.
     return jax.checkpoint(layer, policy=policies.dots_with_no_batch_dims_saveable)

@@ -94,6 +94,7 @@ def next_tokens(logits_BxV: Array, sampling: Sampling, key: Array) -> Array:
         >>> next_tokens(jnp.array([[0.0, 2.0, 1.0]]), GREEDY, jax.random.key(0))
         Array([1], dtype=int32)
     """
+    # No division: the likeliest token is the same at any temperature.
     if sampling.temperature == 0:
         return jnp.argmax(logits_BxV, axis=-1).astype(jnp.int32)
     # Shift the highest logit to 0, so that dividing by a tiny temperature does not overflow.

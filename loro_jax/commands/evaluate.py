@@ -135,6 +135,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     try:
         found = score(model, stream.ids, length, stride, batch_size, stream.counted)
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        # JAX has one class for all errors at run time; only the message says which one it is.
         if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise TrainingError(

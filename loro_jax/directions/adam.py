@@ -89,6 +89,7 @@ def adam(
         del pairs, extra_args
         return tx.update(grads, state, params)
 
+    # With its constants, by which an exact step's branch computes directions from the moments.
     return Adam(tx.init, update, b1=b1, b2=b2, eps=eps, mu_dtype=mu_dtype)
 
 

@@ -34,6 +34,7 @@ class Shared(nnx.Module):
         # With or without a leading axis of layers, rows are the second to last axis.
         self.matrix = nnx.Param(jnp.concatenate([p.first() for p in projections], axis=-2))
         self.dtype = dtype
+        # Otherwise every matrix would be in memory twice.
         for projection in projections:
             if isinstance(projection, LowRankLinear):
                 del projection.A

@@ -171,5 +171,6 @@ def muon(
         optax.add_decayed_weights(weight_decay) if weight_decay else optax.identity(),
         optax.scale_by_learning_rate(scaled),
     )
+    # At the plain learning rate: `lr_scale` is for projections alone.
     others = optax.adamw(learning_rate, b1, b2, eps, weight_decay=weight_decay)
     return optax.partition({"projections": projections, "others": others}, labels)

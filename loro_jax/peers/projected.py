@@ -146,6 +146,7 @@ def _flags(params: Any, projected: Projected, rank: int, where: str) -> list[boo
     flags = jax.tree.leaves(tree)
     for flag, (path, leaf) in zip(flags, named, strict=True):
         name = jax.tree_util.keystr(path)
+        # The choice is made in Python, so a traced array can't be a flag.
         if not isinstance(flag, bool):
             raise ValueError(f"{where}: projected must hold bools, but has {flag!r} at {name}.")
         if flag and (leaf.ndim < 2 or rank > min(leaf.shape[-2:])):

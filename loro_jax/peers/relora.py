@@ -152,6 +152,7 @@ def jagged_schedule(
         left = jnp.maximum(countable(warmup_steps) - jnp.asarray(step) % period, 0)
         return schedule(jnp.where(jnp.asarray(step) >= period, step + left, step))
 
+    # The linear factor is that of with_restarts; only what it multiplies differs.
     return with_restarts(target, every, warmup_steps)
 
 

@@ -78,6 +78,7 @@ def spectron_direction(momentum: float = 0.95, newton_schulz_steps: int = 5) -> 
         averaged = jax.tree.map(average, state.momentum, grads)
         orthogonal = jax.tree.map(lambda M: orthogonalise(M, newton_schulz_steps), averaged)
         estimates = jax.tree.map(_largest_singular_value, params, state.vectors)
+        # A tree of pairs (sigma, vector) becomes two trees.
         sigmas, vectors = (
             jax.tree.map(lambda _, both, i=i: both[i], params, estimates) for i in (0, 1)
         )

@@ -13,9 +13,7 @@ depends only on the function and on its counterpart, and neither changes.
 Source: Zhou, Wang, Xu, "SwitchLoRA: Switched Low-Rank Adaptation Can Learn Full-Rank
 Information", arXiv 2406.06564, and for details the authors' code (github.com/asfsdsf/SwitchLoRA):
 vectors and candidates take turns, with B half a round ahead of A. Rows of A take turns in a circle
-of r, spare vectors in a circle of q. A vector that is switched out takes the place of its
-replacement and so returns after q switches: the same order as in the authors' code, which keeps all
-r + q vectors in one circle.
+of r, spare vectors in a circle of q.
 """
 
 from __future__ import annotations
@@ -238,6 +236,7 @@ def _switch_one(
     # others leave everything as it is.
     turns = candidates.switched + jnp.arange(most)
     chosen = jnp.arange(most) < number
+    # Two circles: r vectors in use, and q spare ones.
     rows, columns, places = turns % r, (turns + ahead) % r, turns % q
 
     # W0 is rounded to its dtype once, after both sides.
@@ -286,7 +285,8 @@ def _swap_rows(
 
     For columns of B, call it with all arguments transposed.
     """
-    # What leaves A takes the place of its replacement among the spare vectors.
+    # What leaves A takes the place of its replacement among the spare vectors, and so returns after
+    # q switches: the order of the authors' code, which keeps all r + q vectors in one circle.
     old, waiting = A[rows], spare[places]
     new = jnp.where(chosen[:, None], waiting.astype(A.dtype), old)
     # B A loses (column k of B) times (old - new row k of A), which W receives: the function of the
@@ -369,6 +369,7 @@ def _draw(key: Array, m: int, n: int, r: int, count: int) -> tuple[Array, Array]
     std_A = math.sqrt(gain) * (r * math.sqrt(m) / n**1.5) ** 0.25
 
     def uniform(key: Array, shape: tuple[int, int], std: float) -> Array:
+        # Uniform between -a and a, the standard deviation is a / sqrt(3).
         return math.sqrt(3) * std * jax.random.uniform(key, shape, minval=-1.0, maxval=1.0)
 
     key_B, key_A = jax.random.split(key)

@@ -71,6 +71,7 @@ def compare(
         StoppedError: if a signal ended a run.
     """
     directory = pathlib.Path(out)
+    # Runs that another process has locked are left out, and looked at again until all are done.
     while True:
         results: list[Result] = []
         complete = True
@@ -104,6 +105,7 @@ def _finish(base: Config, run: Run, directory: pathlib.Path) -> Result | None:
             return _result(run, workdir, perplexity, "")
     print(f"{run.name} ...", flush=True)
     try:
+        # The comparison prints one line per run; a run's own lines would bury them.
         with contextlib.redirect_stdout(io.StringIO()):
             outcome = train(config, str(workdir))
     except InUseError:
@@ -141,6 +143,7 @@ def _result(run: Run, workdir: pathlib.Path, perplexity: float | None, note: str
     rows = [row for row in read_rows(workdir / "metrics.jsonl") if "loss" in row]
     curve = [(row["tokens"], row["loss"]) for row in rows]
     seconds = 0.0
+    # Each row with the one before it. Its rate is of the tokens in between.
     for before, row in zip([{"tokens": 0}, *rows], rows, strict=False):
         if row["tokens_per_second"] > 0:  # 0 if the machine was suspended
             seconds += (row["tokens"] - before["tokens"]) / row["tokens_per_second"]

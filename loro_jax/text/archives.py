@@ -196,6 +196,7 @@ class _Gzip:
 
     def decompress(self, data: bytes, max_length: int) -> bytes:
         out = self._decoder.decompress(self._decoder.unconsumed_tail + data, max_length)
+        # zlib does not say whether output is left in its buffers.
         self._full = len(out) == max_length
         return out
 

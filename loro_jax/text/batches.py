@@ -213,9 +213,11 @@ def _mixed(order: _Order, counts: list[int]) -> grain.MapDataset:
     for number, count in enumerate(counts):
         # Two sources of the same size must not be shuffled alike.
         seed = order.seed + number * _SEED_STEP
+        # Repeated after the shuffle, so that Grain draws another order in each epoch.
         places = grain.MapDataset.range(count).seed(seed).shuffle().repeat(_ENDLESS // count + 1)
         orders.append(
             places.map_with_index(
+                # Bound as defaults: a plain closure would see the values of the last source.
                 lambda index, place, number=number, count=count: np.array(
                     [number, index // count, place]
                 )

@@ -89,6 +89,7 @@ def is_table(path: str) -> bool:
     if _suffix(path) == ".parquet":
         return True
     with open(path, "rb") as file:
+        # At both ends, because a text may begin with these four letters.
         if file.read(4) != b"PAR1":
             return False
         file.seek(-4, 2)

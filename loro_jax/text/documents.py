@@ -89,6 +89,7 @@ class PartReader:
     def __init__(self, parts: Sequence[Part], skip: bool, held_out: frozenset[int] = frozenset()):
         self._parts = parts
         self._held_out = held_out
+        # Training and validation files may be named by different settings, and are judged apart.
         self._tallies = {part.setting: Tally(part.setting, skip) for part in parts}
 
     def chunks(self, start: Position | None = None) -> Iterator[Chunk]:

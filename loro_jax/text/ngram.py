@@ -59,6 +59,7 @@ def ngram_perplexity(
     continuation_V /= continuation_V.sum()
 
     keys_M = np.asarray(inputs_M, np.int64) * vocab_size + targets_M
+    # Keys beyond the last bigram are compared with it, and don't match.
     places_M = np.minimum(np.searchsorted(bigrams, keys_M), len(bigrams) - 1)
     found_M = np.where(bigrams[places_M] == keys_M, bigram_counts[places_M], 0)
     contexts_M = context_counts_V[inputs_M]

@@ -80,6 +80,7 @@ class PackedRows:
         self._length = length
         # One window fewer than fit, so that every offset below ``length`` leaves room for all.
         self._count = max((split.tokens - length) // length, 1)
+        # A split of a single window may be too short for every offset.
         choices = min(length, split.tokens - self._count * length)
 
         # Cached, because every row needs it; rows of a few epochs may be read alternately.

@@ -150,6 +150,7 @@ def _claimed(directory: pathlib.Path, request: dict[str, Any]) -> Iterator[dict[
     try:
         if directory.exists() and not directory.is_dir():
             raise TrainingError(f"--out={directory} is a file; expected a directory.")
+        # Each of these alone may be what a kill has left.
         known = {MANIFEST, PROGRESS, PROGRESS + ".tmp", _LOCK}
         present = {entry.name for entry in directory.iterdir()} if directory.exists() else set()
         if present and not present & known:

@@ -107,6 +107,8 @@ def switchlora_maintenance(config: Config, options: SwitchLoRAOptions) -> Mainte
                 moments,
                 (rest["frozen_B"], rest["frozen_A"]),
             )
+            # The gradients are from before the switch, and still right: that of a switched vector
+            # depends only on the function and on its counterpart, and neither changes.
             W, B, A, spare, moments, frozen = switch(
                 jax.random.fold_in(key, number),
                 step,
@@ -144,6 +146,7 @@ def _key(config: Config, step: jax.Array) -> jax.Array:
 
 
 def _with_moments(opt_state: Any, mu: Any, nu: Any) -> Any:
+    # Only moments change; Adam's count of steps continues.
     return opt_state._replace(factors=opt_state.factors._replace(mu=mu, nu=nu))
 
 

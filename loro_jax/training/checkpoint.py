@@ -246,6 +246,7 @@ def _checksum(tree: Any) -> Array:
     """
 
     def leaf_checksum(leaf: Array) -> Array:
+        # bitcast_convert_type takes no booleans.
         words = leaf.astype(jnp.uint32) if leaf.dtype == jnp.bool_ else _words(leaf)
         places = jnp.arange(words.size, dtype=jnp.uint32).reshape(words.shape)
         # The weights are odd, and so invertible modulo 2^32: a change of a single word always

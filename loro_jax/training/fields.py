@@ -70,6 +70,7 @@ def parse_change(text: str) -> tuple[str, Any]:
     if not separator:
         raise ValueError(text)
     try:
+        # As JSON first, in which numbers, booleans and null have their types.
         return name, json.loads(value)
     except json.JSONDecodeError:
         return name, value

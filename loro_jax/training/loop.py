@@ -240,6 +240,7 @@ class _Run:
     def _collect(self, dispatched: _Dispatched) -> None:
         """Fetches and checks a step's metrics; writes its row every ``log_every`` steps."""
         step = dispatched.step
+        # This waits for the step.
         values = {name: float(value) for name, value in dispatched.metrics.items()}
         self._tokens += int(values.pop("tokens"))
         if not all(math.isfinite(value) for value in values.values()):
@@ -274,6 +275,7 @@ class _Run:
                 self._program.eval_step(self._state.params, self._state.fixed, batch)
                 for batch in map(self._put_whole, self._validation)
             ]
+            # In float64, because large sums of float32 would lose the last digits of the loss.
             loss_sum, tokens = np.sum(np.asarray(jax.device_get(parts), np.float64), axis=0)
         val_loss = float(loss_sum / tokens)
         if not math.isfinite(val_loss):

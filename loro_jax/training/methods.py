@@ -298,6 +298,7 @@ def _kinds_of(config: Config) -> list[type]:
 
 def _options(kind: type, config: Config) -> Any:
     """Returns options of a kind, with defaults for options that were not set."""
+    # The options of the method and of its direction are in one dict.
     names = {one.name for one in dataclasses.fields(kind)}
     return kind(**{name: value for name, value in config.method_options.items() if name in names})
 
@@ -361,6 +362,7 @@ def settled(config: Config, asked: Collection[str]) -> Config:
     """
     if config.method not in METHODS or config.direction not in DIRECTIONS:
         return config  # validate() reports it
+    # Not by its name: config.py imports this module.
     default = type(config)()
     for name in asked:
         if uses_field(config, name):

@@ -117,6 +117,7 @@ class _Events:
         self._file = (directory / name).open("ab", buffering=0)
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
         try:
+            # The first record of every event file names the format.
             self._write([{"file_version": "brain.Event:2"}])
             self._write([{"step": purge_step, "session_log": start}])
         except OSError:
@@ -152,6 +153,7 @@ class _Events:
 
 def _append(file: io.FileIO, data: bytes) -> None:
     """Appends to an unbuffered file, all or nothing."""
+    # Where to cut the file if the disk fills up in the middle of a row.
     end = file.seek(0, os.SEEK_END)
     try:
         while data:

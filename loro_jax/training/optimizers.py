@@ -101,6 +101,7 @@ def make_loro(direction: Direction, of_direction: Any, making: Making) -> Optimi
     return loro(
         making.schedule,
         direction=made,
+        # In a config 0 stands for None, as in some of the fields below.
         exact_every=config.exact_every or None,
         moments=config.resolved_moments,
         lr_scale=direction.lr_scale if config.lr_scale is None else config.lr_scale,
@@ -249,5 +250,6 @@ def _of_projected(making: Making) -> dict[str, Any]:
         "update_every": making.config.exact_every,
         "weight_decay": making.config.weight_decay,
         **making.adam,
+        # Fields of the options have the names of the arguments.
         **dataclasses.asdict(making.options),
     }

@@ -129,6 +129,7 @@ def together(action: Callable[[], T]) -> T:
         raise failure
     for process, said in enumerate(messages):
         if said.any():
+            # Without the zeros that fill the message up.
             raise TrainingError(f"process {process}: {bytes(said).rstrip(bytes(1)).decode()}")
     return outcome  # type: ignore[return-value]
 

@@ -79,6 +79,7 @@ def upgraded(stored: Mapping[str, Any]) -> dict[str, Any]:
     for old in (*RENAMED, *REMOVED):
         group, _, name = old.rpartition(".")
         holder = new.get(group) if group else new
+        # Files of this version have none of these names.
         if not isinstance(holder, dict) or name not in holder:
             continue
         found = present(old, holder.pop(name))

@@ -122,6 +122,7 @@ def start_from(config: Config, state: TrainState) -> tuple[TrainState, str]:
             f", {len(errors)} projections as truncated SVDs "
             f"(relative errors {least:.3f} to {worst:.3f})"
         )
+    # Of two zero factors each one's gradient is a product with the other: they would stay zero.
     zero = [error.name for error in errors if error.zero]
     if zero:
         line += f"; {', '.join(zero)} all zeros, so their factors can't be trained"

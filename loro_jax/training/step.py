@@ -98,6 +98,7 @@ def make_program(config: Config, mesh: jax.sharding.Mesh | None = None) -> Progr
         # Clipping is done here and not by optax.clip_by_global_norm, because the norm is a metric.
         grad_norm = optax.tree.norm(grads)
         if config.clip_norm > 0:
+            # The maximum keeps a gradient of zero at zero, without a division by it.
             shrink = jnp.minimum(1.0, config.clip_norm / jnp.maximum(grad_norm, 1e-12))
             grads = jax.tree.map(lambda g: g * shrink.astype(g.dtype), grads)
         params, fixed, opt_state = state.params, state.fixed, state.opt_state
@@ -116,6 +117,7 @@ def make_program(config: Config, mesh: jax.sharding.Mesh | None = None) -> Progr
         metrics = {
             "loss": loss,
             "tokens": jnp.sum(batch.mask),
+            # Of this step, whose number from 0 is the count before it.
             "lr": jnp.asarray(schedule(state.step), jnp.float32),
             "grad_norm": grad_norm,
             "update_norm": optax.tree.norm(updates),

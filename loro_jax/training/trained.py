@@ -51,6 +51,7 @@ def load_run(path: str | pathlib.Path, step: int | None = None) -> Trained:
     directory = pathlib.Path(path)
     config = load_config(directory / "config.json")
     checkpoints = directory / "checkpoints"
+    # A checkpoint that is still being written has another name.
     found = sorted(int(p.name) for p in checkpoints.glob("*") if p.name.isdigit())
     if not found:
         raise TrainingError(f"{checkpoints} holds no checkpoint.")

@@ -123,6 +123,7 @@ def from_huggingface(content: dict[str, Any], where: str) -> LlamaConfig:
     if fields.get("head_dim", 0) * fields["num_heads"] == fields["hidden_size"]:
         del fields["head_dim"]
     theta, scaling = read_rotary(full, fields["max_sequence_length"], where)
+    # A plain LLaMA is dense.
     factored: dict[str, Any] = {"scope": "none"}
     if kind == FACTORED:
         factored = content.get("loro") or {}

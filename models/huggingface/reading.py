@@ -78,6 +78,7 @@ def _with_ranks(
     config: LlamaConfig, rank: int | None, attn_rank: int | None, mlp_rank: int | None
 ) -> LlamaConfig:
     """Adds ranks to a dense config, attention's at most the number of rows of k and v."""
+    # A group without a rank stays dense, and the scope names the other one.
     attn, mlp = (rank if own is None else own for own in (attn_rank, mlp_rank))
     if attn_rank is None and attn is not None:
         sides = {name: min(shape) for name, shape in config.shapes("attn").items()}

@@ -49,6 +49,7 @@ class Tensors:
         self._files: dict[str, tuple[pathlib.Path, Any, str]] = {}
         index: dict[str, str] = {}
         single = (directory / SINGLE).exists()
+        # Read and checked even if the single file takes precedence.
         if (directory / INDEX).exists():
             index = _weight_map(directory / INDEX)
             _check_files(directory, set(index.values()), single)

@@ -300,6 +300,7 @@ def tokenizer_files(
     }
     if bos_id is not None:
         config["bos_token"] = begin = tokenizer.id_to_token(bos_id)
+        # A tokenizer that has a template adds the token by it.
         if adds_bos and tokenizer.post_processor is None:
             tokenizer.post_processor = processors.TemplateProcessing(
                 single=f"{begin} $A", special_tokens=[(begin, bos_id)]

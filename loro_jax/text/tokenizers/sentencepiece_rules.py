@@ -198,6 +198,7 @@ def _analysed(table: bytes) -> _Analysed:
             "tokenizer.json: the SentencePiece model's normalization_rule_tsv can't be expressed "
             f"there, because of its entry for {key!r}; use its .model file."
         )
+    # What may belong to the character before it, by Unicode or by an entry of the table.
     tails = set(_continuing()).union(*(key[1:] for key in several))
     tails |= {key for key, result in single.items() if result[:1] in tails and result}
     return _Analysed(single, _class(tails), _pattern(several), later, composes)
