@@ -394,6 +394,7 @@ def _step_others(
     """Returns updates of the leaves that are not factors, and their state."""
     if not isinstance(descent.regular, Direction):
         return descent.regular.update(grads, state, now.others, **extra_args)
+    # None of these leaves belongs to a pair.
     directions, state = descent.regular.update(grads, state, now.others, Pairs(), **extra_args)
     # As in AdamW, decay is added to the direction and scaled by the learning rate. tree.map visits
     # leaves in the order of `other_decays`, so one iterator serves them all.

@@ -80,6 +80,7 @@ def empty_cache(config: LlamaConfig, batch_size: int, length: int, kind: str = "
     if kind not in CACHES:
         raise ValueError(f"cache must be one of {', '.join(CACHES)}, but is {kind!r}.")
     rank = config.group_rank("attn")
+    # Of a kind that adds other terms, the latent does not determine the output.
     if kind != "full" and (rank is None or not PROJECTIONS[config.projection].through_rank):
         found = "are dense" if rank is None else f"are of kind {config.projection!r}"
         raise ValueError(

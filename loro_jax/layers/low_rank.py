@@ -54,6 +54,7 @@ class LowRankLinear(nnx.Module):
 
     def down(self, x: Array) -> Array:
         """Maps (..., in) to the latent (..., r)."""
+        # Named before the activation, which is cheap to recompute in the backward pass.
         return self.activated(named(x.astype(self.dtype) @ self.first().T))
 
     def activated(self, latent: Array) -> Array:

@@ -114,6 +114,7 @@ def galore(
         P = renewed_projector(P, G, count, update_every)
         # R = P^T G, Adam's N of R, and W <- W - lr alpha P N.
         N, mu, nu = adam(project(P, G), mu, nu, count + 1, constants)
+        # alpha scales only the step within the subspace; weight decay is added without it.
         return scale * lift(P, N), (P, mu, nu)
 
     return projected_descent("galore", settings, GaLoreState, settings.begin, step)

@@ -93,6 +93,7 @@ def scale_by_muon(
 
     def move(ahead: Array, grad: Array) -> Array:
         m, n = grad.shape[-2:]
+        # The shape factor lets learning rates of matrices of different shapes be compared.
         return (orthogonalise(ahead, newton_schulz_steps) * (m / n) ** 0.5).astype(grad.dtype)
 
     def update(grads: Any, state: MuonState, params: Any = None) -> tuple[Any, MuonState]:

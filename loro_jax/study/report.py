@@ -215,6 +215,7 @@ def _plot(
         ]
         if not chosen or not chosen[0].curve:
             continue
+        # The first seed at the best rate stands for the arm.
         tokens, losses = zip(*chosen[0].curve, strict=True)
         smooth = _running_mean(losses)
         flops = flops_per_token(config_of(base, chosen[0].run))

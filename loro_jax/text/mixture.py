@@ -142,6 +142,7 @@ def _open(source: str, config: DataConfig, tokenizer: Tokenizer) -> _Source:
             prepared.notes,
         )
     if source.startswith("tfds:"):
+        # Read and encoded by index while training: nothing is done in advance.
         train, validation, identity = tfds_texts(source, config, Tally("config.data.source", skip))
         return _Source(
             EncodedTexts(train, tokenizer),

@@ -108,6 +108,7 @@ def prepare(
         writer = _Writer(directory, record, tokenizer)
         position = Position(**record["position"]) if record["position"] else None
         reader = PartReader(parts, config.bad_documents == "skip", held_out)
+        # Documents of shards that an interrupted preparation has written count as done.
         progress = Progress(0, len(parts), *writer.totals(), 0.0, 0)
         started = time.monotonic()
         for chunk, documents in encode_chunks(reader.chunks(position), tokenizer, threads):

@@ -139,6 +139,7 @@ def _streamed(content: _Content, text_field: str, whole_files: bool) -> Iterator
     if reason is not None:
         content.tally.add_lost(content.path, place, reason)
     elif json_lines:
+        # Old Mac files end lines with a carriage return alone.
         only_cr = b"\r" in head and b"\n" not in head  # valid JSON contains neither inside a string
         lines = _lines(_with_line_feeds(content) if only_cr else content)
         yield from _json_lines(content, lines, text_field)

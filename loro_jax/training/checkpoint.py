@@ -171,6 +171,7 @@ class Checkpoints:
             target = self._directory.parent / "damaged_checkpoints" / str(step)
             if target.exists():
                 target = _unused(target)
+            # No process opens the directory again before the first one has renamed it.
             together(functools.partial(self._move, step, target))
             self._warn(
                 f"checkpoint {step} is damaged ({reason}); moved to {target}, "

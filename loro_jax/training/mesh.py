@@ -47,6 +47,7 @@ def make_mesh(config: MeshConfig, devices: int | None = None) -> Mesh:
             f"config.mesh = {config.data} x {config.fsdp} x {config.tensor} (data x fsdp x tensor) "
             f"does not make {devices} device(s); at most one axis may be -1 (the remaining ones)."
         )
+    # Automatic axes: XLA inserts the communication, and the step is written for one device.
     return jax.make_mesh(
         tuple(sizes.values()),
         tuple(sizes),

@@ -60,6 +60,7 @@ def connect(cluster: Cluster) -> None:
         return
     if cluster.coordinator is not None and not cluster.coordinator.rpartition(":")[2].isdigit():
         raise TrainingError(f"--coordinator={cluster.coordinator}: expected HOST:PORT.")
+    # Either number may also come from the environment, and is then not known here.
     known = cluster.process is not None and cluster.processes is not None
     if known and cluster.process not in range(cluster.processes or 0):
         raise TrainingError(

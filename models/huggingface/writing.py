@@ -87,6 +87,7 @@ def write_model(
         total = write_tensors(directory, _cast(_named(model, tensors), dtype), shard_bytes)
         (directory / "config.json").write_text(json.dumps(content, indent=2) + "\n", "utf-8")
         for name, data in companions.items():
+            # Some chat templates are in a separate folder.
             (directory / name).parent.mkdir(exist_ok=True)
             (directory / name).write_bytes(data)
     return total

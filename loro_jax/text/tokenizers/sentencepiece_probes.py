@@ -84,6 +84,7 @@ def _probes(proto: Any) -> Iterator[str]:
     odd = [one.piece for one in proto.pieces if one.type not in (one.NORMAL, one.BYTE)][:400]
     odd += [one.piece for one in proto.pieces if one.type == one.BYTE][:12]
     order = draw.sample(normal, len(normal))
+    # Each piece once, among others at random.
     for start in range(0, len(order), 6):
         yield "".join(order[start : start + 6])
     some = [

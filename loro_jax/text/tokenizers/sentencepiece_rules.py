@@ -110,6 +110,8 @@ def table_steps(table: bytes, symbols: Sequence[str]) -> list[Any]:
     for result, keys in later.items():
         pattern = rf"(?:(?<={_APART})|\A|(?!{tails}))(?:{any_of(keys)})(?!{tails})"
         steps.append(normalizers.Replace(Regex(pattern), places[result]))
+    # Clusters are split, the table is applied to single characters, and its results are joined and
+    # composed.
     steps += [
         normalizers.Replace(Regex(rf"(?m)(?<=[^{_APART}])(?={tails}|(?<=\r)\n)"), _JOINED),
         normalizers.Precompiled(table),
@@ -185,6 +187,7 @@ def _analysed(table: bytes) -> _Analysed:
     rules = read_rules(table)
     single = {key: result for key, result in rules.items() if len(key) == 1}
     several = [key for key in rules if len(key) > 1]
+    # This many different results only if the table contains Unicode's compositions.
     composes = len({rules[key] for key in several}) > _EXCEPTIONS
     later: dict[str, list[str]] = {}
     composed = _composed([_one_by_one(single, key) for key in several]) if composes else several

@@ -122,6 +122,7 @@ class Beside:
                     self.tokens[role] = token
             for key in ("additional_special_tokens", "extra_special_tokens"):
                 more = content.get(key) or []
+                # A list, or tokens by name.
                 more = more.values() if isinstance(more, dict) else more
                 self.special |= {one for one in map(_token, more) if one}
         added = config.get("added_tokens_decoder")
