@@ -132,6 +132,7 @@ def adarankgrad(
         P, mu, nu, ranks, norm = held
         # Little of the gradient is left in the subspace: Adam has converged inside it.
         converged = _norm(project(P, G)) < tolerance * norm
+        # Renewed when Adam has converged, and after every T steps in any case.
         due = converged | (count % countable(update_every) == 0)
         subspace = (P, mu, nu, ranks, norm)
         # One scalar per leaf, so that lax.cond skips the factorisations.
@@ -153,6 +154,7 @@ def _renewed(held: Slots, due: Array, G: Array, P_new: Array, ranks_new: Array) 
     """Replaces the subspaces, moments and ranks of the layers that are due."""
     # Renewing computes all layers (shapes are static), but replaces only those that are due.
     P, mu, nu, *_ = held
+    # M <- C M and V <- (C * C) V with C = P_new^T P_old.
     new = (P_new, *moved_moments(P_new, P, mu, nu), ranks_new, _norm(project(P_new, G)))
     return tuple(
         jnp.where(due.reshape(due.shape + (1,) * (after.ndim - due.ndim)), after, before)

@@ -158,7 +158,8 @@ def fira(
         P = renewed_projector(P, G, count, update_every)
         R = project(P, G)
         N, mu, nu = adam(R, mu, nu, count + 1, constants)
-        # The remainder, scaled like the projected part, and limited in its growth.
+        # The remainder S = G - P R, its columns scaled by phi_j = |N_j| / |R_j|, and limited in its
+        # growth.
         S, norm = limit_growth(norm_scaling(N, R) * (G - lift(P, R)), last, gamma)
         # alpha is not applied to S, as in the authors' code.
         return scale * lift(P, N) + S, (P, mu, nu, norm)

@@ -98,9 +98,11 @@ def scale_by_muon(
 
     def update(grads: Any, state: MuonState, params: Any = None) -> tuple[Any, MuonState]:
         del params
+        # M <- beta M + (1 - beta) G.
         mu = jax.tree.map(average, state.mu, grads)
         # Nesterov: beta M + (1 - beta) G with the new M, without bias correction.
         ahead = jax.tree.map(average, mu, grads) if nesterov else mu
+        # W <- W - eta sqrt(m / n) NS(M), without the eta.
         moves = jax.tree.map(move, ahead, grads)
         mu = jax.tree.map(lambda new, old: new.astype(old.dtype), mu, state.mu)
         return moves, MuonState(mu)

@@ -93,6 +93,7 @@ def scale_by_preconditioner(
         # Pairs' entries in the list of leaves are replaced; all others stay the plain gradients.
         for pair in find_pairs(params, pairs):
             B, A, g_B, g_A = factors[pair.B], factors[pair.A], scaled[pair.B], scaled[pair.A]
+            # Scaled GD: d_B = g_B (A A^T + delta I)^-1 and d_A = (B^T B + delta I)^-1 g_A.
             d_B, d_A = divide_by_grams(B, A, g_B, g_A, damping)
             scaled[pair.B], scaled[pair.A] = d_B.astype(g_B.dtype), d_A.astype(g_A.dtype)
         return jax.tree.unflatten(structure, scaled), state
@@ -124,6 +125,7 @@ def preconditioned_direction(
     ) -> tuple[Any, Any]:
         # Leaves outside of pairs come from the last tree: their gradients are unchanged.
         scaled = pairs.map(divide, params, grads)
+        # Scaled AdamW: Adam's moments are averages of the scaled gradients.
         return inner.update(scaled, state, params, pairs, **extra_args)
 
     return Direction(inner.init, update, lr_scale=1.0)

@@ -48,6 +48,7 @@ def balanced_step(lr_scale: float | None) -> Callable[..., tuple[jax.Array, jax.
         # The same step as on all other steps; only the factorisation afterwards is special.
         scale = rank_ratio(B, A) if lr_scale is None else lr_scale
         size = learning_rate * scale
+        # Weight refactorization: B = U S^(1/2) and A = S^(1/2) V^T, from the SVD of the product.
         return balance((B - size * dB).astype(B.dtype), (A - size * dA).astype(A.dtype))
 
     return step

@@ -73,15 +73,17 @@ def spectron_direction(momentum: float = 0.95, newton_schulz_steps: int = 5) -> 
         grads: Any, state: SpectronState, params: Any, pairs: Pairs, **extra_args: Any
     ) -> tuple[Any, SpectronState]:
         del extra_args
-        # Algorithm 1, in its order: momentum, orthogonalisation, and one power iteration for each
-        # factor, which starts from the vector of the last step.
+        # Algorithm 1: M <- beta M + (1 - beta) G.
         averaged = jax.tree.map(average, state.momentum, grads)
+        # O = NewtonSchulz(M), of a spectral norm of about 1.
         orthogonal = jax.tree.map(lambda M: orthogonalise(M, newton_schulz_steps), averaged)
+        # sigma(B) and sigma(A): one power iteration each, from the vectors of the last step.
         estimates = jax.tree.map(_largest_singular_value, params, state.vectors)
         # A tree of pairs (sigma, vector) becomes two trees.
         sigmas, vectors = (
             jax.tree.map(lambda _, both, i=i: both[i], params, estimates) for i in (0, 1)
         )
+        # Both factors step by rho O, with the rho of their pair.
         moves = pairs.map(_renormalised, sigmas, orthogonal)
         kept = jax.tree.map(lambda M, old: M.astype(old.dtype), averaged, state.momentum)
         return moves, SpectronState(kept, vectors)

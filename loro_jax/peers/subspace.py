@@ -50,6 +50,7 @@ def randomised_vectors(
         return jnp.linalg.qr(matmul(G, jnp.linalg.qr(matmul(G.T, Q))[0]))[0]
 
     Q = jax.lax.fori_loop(0, iterations, sharpened, Q)
+    # Q's columns span nearly the leading vectors: of G only Q^T G, which is small, is factorised.
     U, s, _ = jnp.linalg.svd(matmul(Q.T, G), full_matrices=False)
     return matmul(Q, U[:, :rank]), s[:rank]
 

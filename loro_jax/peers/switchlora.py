@@ -117,6 +117,7 @@ def switch(
     _check_state(state)
     _check_rest(interval, freeze_steps)
     *layers, r, _ = state.A.shape
+    # The expected number of switches per side in this step.
     rate = r / interval * switch_frequency(step, total_steps, ratio)
     most = _most_switches(r, state.candidates.A.shape[-2], interval)
     if most == 0:  # no spare vectors (or a single row, whose counterpart could never rest)
