@@ -69,6 +69,7 @@ def _run(values: flags.FlagValues, argv: Sequence[str]) -> int:
     from loro_jax.training.loop import train
     from loro_jax.training.processes import Cluster, connect
 
+    # Before JAX's devices are used for the first time.
     if not values.dry_run:
         connect(
             Cluster(
@@ -115,10 +116,12 @@ def _config(values: flags.FlagValues):
 
 def _parse(argv: Sequence[str]) -> flags.FlagValues:
     """Parses the flags; raises _UsageError with a one-line message if they are invalid."""
+    # absl expects the program's name first.
     command = ["train.py", *argv]
     try:
         values = _define(command)
         _, *rest = values(command)
+    # absl and ml_collections raise all of these for a wrong flag or value.
     except (flags.Error, KeyError, AttributeError, TypeError, ValueError) as error:
         raise _UsageError(_reason(error)) from error
     if rest:
@@ -128,6 +131,7 @@ def _parse(argv: Sequence[str]) -> flags.FlagValues:
 
 def _define(command: list[str]) -> flags.FlagValues:
     """Defines the flags; this already reads the config with the command's overrides."""
+    # Not absl's global flags: main() may run several times in a process.
     values = flags.FlagValues()
     config_flags.DEFINE_config_file(
         "config",
@@ -194,9 +198,9 @@ def _reason(error: Exception) -> str:
 
 def _unknown_field(name: str) -> str:
     from loro_jax.training.config import field_names
-    from loro_jax.training.renamed import told
+    from loro_jax.training.renamed import old_name_message
 
-    renamed = told(name)
+    renamed = old_name_message(name)
     if renamed is not None:
         return renamed
     known = field_names()
@@ -213,6 +217,7 @@ def _flags_to_repeat(arguments: Sequence[str]) -> list[str]:
     return [
         shlex.quote(argument)
         for before, argument in itertools.pairwise(["", *arguments])
+        # A flag's value may be an argument of its own, after the flag.
         if argument.lstrip("-").split("=")[0] not in changed and before.lstrip("-") not in changed
     ]
 

@@ -94,9 +94,11 @@ def main(arguments: Sequence[str]) -> int:
         )
         return 1
     try:
+        # Imported only now, because each command needs other packages.
         module = importlib.import_module(command.module)
     except ModuleNotFoundError as error:
         missing = (error.name or "").partition(".")[0]
+        # A module of our own that is missing is a mistake of ours, not an extra to install.
         if missing in ("loro_jax", "models", ""):
             raise
         print(

@@ -40,6 +40,7 @@ class Parser(argparse.ArgumentParser):
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """Parses arguments after replacing hyphens in option names by underscores."""
+        # Here, because argparse's other entry points call this one.
         args = sys.argv[1:] if args is None else list(args)
         return super().parse_known_args(_with_underscores(args), namespace)
 
@@ -106,6 +107,7 @@ def failing_in_one_line(
     try:
         status = command() or 0
         if sys.stdout is not None:
+            # Here and not on exit, where Python would print a traceback if it fails.
             sys.stdout.flush()
         return status
     except BrokenPipeError:
@@ -126,4 +128,5 @@ def drop_output(out: TextIO | None) -> None:
         out: the stream; ignored unless it is the program's standard output.
     """
     if out is sys.__stdout__ and sys.__stdout__ is not None:
+        # The stream keeps its descriptor, which from now on leads nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.__stdout__.fileno())

@@ -24,7 +24,7 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from loro_jax.carried import Carrier, carrier_of
+from loro_jax.branch_operand import BranchOperand, branch_operand
 from loro_jax.directions.adam import adam
 from loro_jax.directions.protocol import Direction, as_direction
 from loro_jax.factor_steps import FactorStep, approximate_updates, exact_updates, transported
@@ -56,8 +56,7 @@ class LoroState(NamedTuple):
         stale: 1 if the last step was exact, so that the next one starts by resetting the moments
             below; else 0. (Zeroing the moments in the exact step itself would cost every step a
             copy of them: XLA updates a buffer in place only if the update is computed from its new
-            content. An int32 rather than a boolean, because selecting between states by arithmetic
-            turns a boolean into an integer.)
+            content.)
         fallbacks: number of exact steps of single matrices so far in which the chosen method fell
             back to another, int32 scalar; see :mod:`loro_jax.exact`.
         factors: state of the factors' direction (Adam), with ``optax.MaskedNode`` at other leaves.
@@ -136,7 +135,9 @@ def riemannian_descent(
         factors, others = pairs_of(params, pairs).split(params)
         state = LoroState(
             count=jnp.zeros([], jnp.int32),
+            # Not a boolean: selecting between states by arithmetic would turn it into an integer.
             stale=jnp.zeros([], jnp.int32),
+            # On the factors' mesh from the start: a step must not change the type of the state.
             fallbacks=count_of_none(factors),
             factors=descent.direction.init(factors),
             regular=descent.regular.init(others),
@@ -184,7 +185,7 @@ class _Descent(NamedTuple):
 
     learning_rate: optax.ScalarOrSchedule
     direction: Direction
-    carrier: Carrier
+    branch: BranchOperand
     exact_step: Callable[..., Any] | None
     exact_every: int | optax.Schedule | None
     lr_scale: Any
@@ -227,6 +228,7 @@ def _made(
         raise ValueError(f"loro: moments must be one of {MOMENTS} or None, but is {moments!r}.")
     direction = as_direction(direction)
     if regular is None:
+        # Moves are defined for pairs only: they need both factors.
         regular = adam() if direction.kind == "moves" else direction
     elif not isinstance(regular, Direction):
         regular = optax.with_extra_args_support(regular)
@@ -236,7 +238,7 @@ def _made(
     return _Descent(
         learning_rate,
         direction,
-        carrier_of(direction, overwritten),
+        branch_operand(direction, overwritten),
         exact_step,
         exact_every,
         direction.lr_scale if lr_scale is None else lr_scale,
@@ -252,6 +254,7 @@ def _now(descent: _Descent, pairs: Pairs, params: Any, mesh: Any, count: Array) 
     factors, others = pairs.split(params)
     decays, other_decays = pairs.choose(decayed_leaves(descent.mask, params))
     step = FactorStep(
+        # The count before this step: schedules start from 0, as in Optax.
         value_at(descent.learning_rate, count),
         count,
         descent.lr_scale,
@@ -268,6 +271,8 @@ def _is_exact(every: Any, step: Array) -> Array:
     """Returns whether a step, counted from 0, is exact."""
     if every is None:
         return jnp.bool_(False)
+    # Exact are the K-th step, the 2K-th, and so on. Where the count saturates, at 2^31 - 1, no step
+    # is exact unless all are: that number is prime.
     taken = optax.safe_increment(step)
     if callable(every):
         period = every(step)
@@ -297,38 +302,41 @@ def _step_factors(
     descent: _Descent, now: _Now, grads: Any, state: Any, extra_args: dict[str, Any]
 ) -> tuple[Any, Any, Array]:
     """Returns updates of the factors, exact or approximate, their state, and the fallbacks."""
-    pairs, carrier, factors = now.pairs, descent.carrier, now.factors
-    carried, state = carrier.advance(grads, state, factors, pairs, **extra_args)
+    pairs, branch, factors = now.pairs, descent.branch, now.factors
+    operand, state = branch.advance(grads, state, factors, pairs, **extra_args)
     # Both branches of the conditional must return the dtypes that the moves have.
-    carried = jax.tree.map(lambda c, p: c.astype(p.dtype), carried, factors)
+    operand = jax.tree.map(lambda c, p: c.astype(p.dtype), operand, factors)
     fallbacks = count_of_none(factors)
     # Without exact steps no branch is compiled at all.
     if pairs and descent.exact_every is not None:
         take = _exact_with_transport if descent.moments == "transport" else _exact
-        carried, state, fallbacks = take(descent, now, carried, state, fallbacks)
+        operand, state, fallbacks = take(descent, now, operand, state, fallbacks)
 
     # The approximate update is computed outside of the branch, where XLA fuses it with the code
-    # that applies it. After an exact step, `carried` holds the moves and the approximate updates
+    # that applies it. After an exact step, `operand` holds the moves and the approximate updates
     # are discarded.
-    directions = pairs.take(carrier.finish(carried, state))
+    directions = pairs.take(branch.finish(operand, state))
     updates = jax.tree.map(
         lambda move, approximate: jnp.where(now.exact, move, approximate),
-        pairs.take(carried),
+        pairs.take(operand),
         approximate_updates(now.step, directions),
     )
-    return pairs.put(factors, updates), carrier.keep(state, carried), fallbacks
+    # After an exact step `keep` may put moves in the place of first moments: the next step begins
+    # by resetting these.
+    return pairs.put(factors, updates), branch.keep(state, operand), fallbacks
 
 
 def _exact(
-    descent: _Descent, now: _Now, carried: Any, state: Any, fallbacks: Array
+    descent: _Descent, now: _Now, operand: Any, state: Any, fallbacks: Array
 ) -> tuple[Any, Any, Array]:
-    """Replaces the carried tree by the exact step's moves if the step is exact.
+    """Replaces the operand by the exact step's moves if the step is exact.
 
     The other branch costs nothing: it returns its arguments, in place.
     """
 
-    def moves(carried: list[Both], none: Array) -> tuple[list[Both], Array]:
-        tree = descent.carrier.finish(now.pairs.put(now.factors, carried), state)
+    def moves(operand: list[Both], none: Array) -> tuple[list[Both], Array]:
+        # Finished inside the branch, so that Adam's directions are stored on exact steps only.
+        tree = descent.branch.finish(now.pairs.put(now.factors, operand), state)
         updates, count = exact_updates(now.step, now.pairs.take(tree))
         return updates, none + count
 
@@ -338,25 +346,27 @@ def _exact(
         lambda *unchanged: unchanged,
         # New factors depend on both sides of a pair, so under a shard_map each varies over the
         # axes of both; the two branches must agree in this.
-        [varying_alike(pair) for pair in now.pairs.take(carried)],
+        [varying_alike(pair) for pair in now.pairs.take(operand)],
         fallbacks,
     )
-    return now.pairs.put(carried, moved), state, fallbacks
+    return now.pairs.put(operand, moved), state, fallbacks
 
 
 def _exact_with_transport(
-    descent: _Descent, now: _Now, carried: Any, state: Any, fallbacks: Array
+    descent: _Descent, now: _Now, operand: Any, state: Any, fallbacks: Array
 ) -> tuple[Any, Any, Array]:
     """Does the same as :func:`_exact`, and transports the state's moments."""
     names = _moments_of(state)
     moments = [now.pairs.take(getattr(state, name)) for name in names]
 
+    # Moments that are transported are not overwritten, so the operand is the directions themselves
+    # (see `branch_operand`), and there is nothing to finish.
     def moves(directions: list[Both], moments: list[list[Both]], none: Array) -> Any:
         updates, count = exact_updates(now.step, directions)
         return updates, transported(now.step, directions, updates, moments), none + count
 
     # Transported moments depend on both sides of a pair, too, and must vary over the axes of both.
-    rows = [varying_alike(row) for row in zip(now.pairs.take(carried), *moments, strict=True)]
+    rows = [varying_alike(row) for row in zip(now.pairs.take(operand), *moments, strict=True)]
     directions, *columns = ([*column] for column in zip(*rows, strict=True))
     moved, moments, fallbacks = _either(
         now.exact, moves, lambda *unchanged: unchanged, directions, columns, fallbacks
@@ -365,7 +375,7 @@ def _exact_with_transport(
         name: now.pairs.put(getattr(state, name), column)
         for name, column in zip(names, moments, strict=True)
     }
-    return now.pairs.put(carried, moved), state._replace(**new), fallbacks
+    return now.pairs.put(operand, moved), state._replace(**new), fallbacks
 
 
 def _either(exact: Array, yes: Callable[..., Any], no: Callable[..., Any], *x: Any) -> Any:
@@ -384,6 +394,7 @@ def _step_others(
     """Returns updates of the leaves that are not factors, and their state."""
     if not isinstance(descent.regular, Direction):
         return descent.regular.update(grads, state, now.others, **extra_args)
+    # None of these leaves belongs to a pair.
     directions, state = descent.regular.update(grads, state, now.others, Pairs(), **extra_args)
     # As in AdamW, decay is added to the direction and scaled by the learning rate. tree.map visits
     # leaves in the order of `other_decays`, so one iterator serves them all.

@@ -106,6 +106,7 @@ def check(config: Any, prefix: str = "") -> None:
         kind, optional = _without_none(types_[one.name])
         if value is None and optional:
             continue
+        # bool is a subclass of int: without the second condition True would pass as a number.
         of_type = isinstance(value, _TYPES[kind].takes) and (kind is bool) == isinstance(
             value, bool
         )

@@ -38,6 +38,7 @@ def complete(grads: Any, params: Any) -> Any:
     Raises:
         ValueError: if the two trees have different numbers of leaves.
     """
+    # None counts as a leaf on both sides; otherwise the two lists would be out of step.
     gradients, structure = jax.tree.flatten(grads, is_leaf=_is_hole)
     parameters = jax.tree.leaves(params, is_leaf=_is_hole)
     if len(gradients) != len(parameters):
@@ -117,6 +118,7 @@ def _broadcast(mask: Any, params: Any) -> list[bool] | None:
     if not all(isinstance(flag, bool | np.bool_) for flag in jax.tree.leaves(mask)):
         return None
     try:
+        # The mask may be a prefix of the parameters: a flag is valid for all leaves below it.
         flags = jax.tree.map(lambda flag, part: [bool(flag)] * _size(part), mask, params)
     except (ValueError, TypeError):
         return None

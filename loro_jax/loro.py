@@ -204,9 +204,11 @@ def loro(
     return riemannian_descent(
         learning_rate,
         directed,
+        # The exact step takes gradients: moves are converted, and scaled as on all other steps.
         of_moves(step, lr_scale) if directed.kind == "moves" else step,
         exact_every,
         lr_scale=lr_scale,
+        # exact_step has checked the basis.
         moments=MOMENTS_OF_BASIS[basis] if moments is None else moments,
         weight_decay=(number, mask),
         regular=regular,

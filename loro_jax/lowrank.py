@@ -41,6 +41,7 @@ class LowRank:
     """
 
     def __init__(self, B: Array, A: Array):
+        # Specs, axes and labels have no shape.
         if hasattr(B, "shape") and hasattr(A, "shape"):
             check_factors(B, A, "LowRank")
         self.B = B
@@ -163,6 +164,7 @@ def from_dense(W: Array, rank: int) -> tuple[Array, Array]:
         return U[:, :rank] * root[None, :], root[:, None] * Vt[:rank]
 
     W = jnp.asarray(W)
+    # One matrix at a time on CPU, where batched LAPACK calls can block each other for ever.
     B, A = one_by_one(factorise, W.ndim - 2)(W.astype(at_least_float32(W.dtype)))
     return B.astype(inexact(W.dtype)), A.astype(inexact(W.dtype))
 
@@ -190,6 +192,7 @@ def balance(B: Array, A: Array) -> tuple[Array, Array]:
         root = jnp.sqrt(s)
         return (Qb @ U) * root[None, :], root[:, None] * (Vt @ Qa.T)
 
+    # One matrix at a time on CPU, as in `from_dense`.
     B_new, A_new = one_by_one(rotate, B.ndim - 2)(B.astype(dtype), A.astype(dtype))
     return B_new.astype(inexact(B.dtype)), A_new.astype(inexact(A.dtype))
 
@@ -219,8 +222,7 @@ def initialise(
     lora       zero                          uniform, 1 / sqrt(n) at most  rank zero: no LORO
     ========== ============================= ============================= ==================
 
-    s is ``initializer_range``. The authors' code discards the orthogonal matrices of ``orth`` and
-    ``xavorth`` when its weights are bfloat16; here both do what their names say.
+    s is ``initializer_range``.
 
     Args:
         key: JAX random key.
@@ -249,6 +251,7 @@ def initialise(
             f"of {n} inputs to {m} outputs, but is {r}."
         )
     xavier_B, xavier_A = math.sqrt(2 / (m + r)), math.sqrt(2 / (r + n))
+    # An entry of B A sums r products: its variance is r std_B^2 std_A^2, here s^2.
     auto = (initializer_range**2 / r) ** 0.25
     scales = {
         "xavier": (xavier_B, xavier_A),
@@ -273,6 +276,8 @@ def initialise(
         )
     if name == "const":
         return jnp.full((m, r), scale_B, jnp.float32), jnp.full((r, n), scale_A, jnp.float32)
+    # The authors' code discards the orthogonal matrices if its weights are bfloat16; here both
+    # methods do what their names say.
     orthonormal = method in ("orth", "xavorth")
     draw = jax.nn.initializers.orthogonal() if orthonormal else jax.nn.initializers.normal(1.0)
     key_B, key_A = jax.random.split(key)
@@ -305,6 +310,7 @@ def _register_with_flax() -> None:
             name: serialization.from_state_dict(getattr(pair, name), state[name], name=name)
             for name in ("B", "A")
         }
+        # Unchecked, because what is restored may be a placeholder.
         return LowRank.tree_unflatten(None, (restored["B"], restored["A"]))
 
     serialization.register_serialization_state(

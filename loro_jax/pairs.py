@@ -111,6 +111,7 @@ class Pairs:
     def split(self, tree: Any) -> tuple[Any, Any]:
         """Splits a whole tree into its factors and all other leaves."""
         leaves, structure = jax.tree.flatten(tree)
+        # A MaskedNode has no leaves: jax.tree.map over one of the two trees skips the other's part.
         hole = optax.MaskedNode()
         factors = [leaf if i in self._indices else hole for i, leaf in enumerate(leaves)]
         others = [hole if i in self._indices else leaf for i, leaf in enumerate(leaves)]
@@ -119,6 +120,7 @@ class Pairs:
     def join(self, like: Any, factors: Any, others: Any) -> Any:
         """Joins the two trees that :meth:`split` returns, with the structure of ``like``."""
         leaves, structure = jax.tree.flatten(like)
+        # Both trees have their leaves in the order of the whole tree.
         of_factors, of_others = iter(jax.tree.leaves(factors)), iter(jax.tree.leaves(others))
         return jax.tree.unflatten(
             structure,
@@ -157,6 +159,8 @@ class Pairs:
     @property
     def _places(self) -> list[tuple[int, int]]:
         """Positions of each pair's factors among the leaves of a tree of factors."""
+        # Only factors are leaves there, so that positions in the whole tree have to be counted
+        # anew.
         order = sorted(self._indices)
         return [(order.index(pair.B), order.index(pair.A)) for pair in self.found]
 
@@ -213,6 +217,8 @@ def _found_by_path(params: Any) -> list[Pair]:
     for path, leaf in _unboxed(params):
         side = _entry_name(path[-1]) if path else ""
         if leaf is _NOTHING:
+            # A partner that is masked or None was left out on purpose; a lone factor next to it
+            # isn't suspected of being shared.
             held_back.add(path[:-1])
             continue
         if side in ("B", "A"):
@@ -226,6 +232,7 @@ def _found_by_path(params: Any) -> list[Pair]:
         if len(sides) == 1:
             if parent not in held_back:
                 lone[name] = sides
+        # A LowRank node is a pair by declaration, even if its factors are square.
         elif parent in nodes or not _both_square(leaves[sides["B"]], leaves[sides["A"]]):
             pairs.append(Pair(name, sides["B"], sides["A"]))
         else:
@@ -254,6 +261,8 @@ def _check_unshared(name: str, sides: dict[str, int], pairs: list[Pair], leaves:
     ((side, index),) = sides.items()
     other = "A" if side == "B" else "B"
     for pair in pairs:
+        # The lone factor in the place of the pair's own: if the product exists, it may be a shared
+        # one.
         B, A = (leaves[index if s == side else getattr(pair, s)] for s in ("B", "A"))
         try:
             check_factors(B, A, "")
@@ -279,6 +288,8 @@ def _unboxed(params: Any) -> Iterator[tuple[_Path, Any]]:
         inside = jax.tree_util.tree_flatten_with_path(node)[0]
         if not inside:
             yield path, _NOTHING
+        # The box's own entry is dropped: nnx.Optimizer shows paths with it to `init` and without it
+        # to `update`, and both must find the same pairs.
         elif len(inside) == 1 and len(inside[0][0]) <= 1:
             yield path, inside[0][1]
         else:  # a box of a whole tree
@@ -326,11 +337,13 @@ def _named_by_spec(params: Any, leaves: list[tuple[Any, Any]], spec: PairsSpec) 
 def _labels(params: Any, spec: PairsSpec) -> list[Any]:
     """Returns the labels of all leaves; a callable module may also be a spec, like any tree."""
     structure: Any = jax.tree.structure(params)
+    # A function is a leaf; a module with `__call__` is a node, and may be the spec itself.
     called = callable(spec) and jax.tree_util.all_leaves([spec])
     tree = spec(params) if called else spec
     try:
         return structure.flatten_up_to(tree)
     except ValueError:
+        # Its structure does not fit, so this node was meant to be called after all.
         if callable(spec) and not called:
             return _labels(params, lambda params: spec(params))
         found = jax.tree.structure(tree, is_leaf=lambda leaf: leaf is None)

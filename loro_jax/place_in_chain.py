@@ -21,6 +21,7 @@ def warn_unless_last(name: str) -> None:
     after = 0
     frame: FrameType | None = sys._getframe(1)
     while frame is not None:
+        # Chains may be nested: every optax frame on the stack counts its own members.
         if str(frame.f_globals.get("__name__", "")).startswith("optax."):
             after += _members_to_come(frame)
         frame = frame.f_back
@@ -37,6 +38,7 @@ def warn_unless_last(name: str) -> None:
 def _members_to_come(frame: FrameType) -> int:
     """Counts the members of a chain that follow, from a frame of its ``init``; 0 for others."""
     variables = frame.f_locals
+    # The iterator of chain's comprehension: it has as many left as members that follow.
     if "fn" in variables and ".0" in variables:  # optax.chain
         return operator.length_hint(variables[".0"])
     if {"name", "transforms", "states"} <= set(variables):  # optax.named_chain

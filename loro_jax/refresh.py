@@ -44,8 +44,11 @@ def refreshed(stale: jax.Array, fresh: Any, state: Any, params: Any) -> Any:
 def _refreshed(stale: jax.Array, fresh: Any, state: Any, like: Any) -> Any:
     if _is_like(fresh, like):
         return jax.tree.map(lambda new, old: jnp.where(stale, new, old), fresh, state)
+    # The children of this node only, whatever kind of container it is.
     news, _ = jax.tree.flatten(fresh, is_leaf=lambda node: node is not fresh)
     olds, structure = jax.tree.flatten(state, is_leaf=lambda node: node is not state)
+    # A count belongs to the moments next to it. A schedule counts in a node without moments, and
+    # must not restart.
     holds_moments = any(_is_like(new, like) for new in news)
     children = [
         jnp.where(stale, new, old)

@@ -77,12 +77,15 @@ def warmup_cosine(
             f"warmup_cosine: warmup_steps must be between 0 and total_steps = {total_steps}, "
             f"but is {warmup_steps}."
         )
+    # Optax requires at least one step, even if the whole run is a warm-up.
     decay_steps: float = max(total_steps - warmup_steps, 1)
     if is_never(total_steps):  # int32 would overflow
         decay_steps, warmup_steps = float(decay_steps), float(warmup_steps)  # type: ignore[assignment]
     decay = optax.cosine_decay_schedule(peak, decay_steps, alpha=final_ratio)
     if warmup_steps == 0:
         return decay
+    # The joined cosine counts its steps from the end of the warm-up. (In the authors' code it is
+    # shifted by the length of the warm-up.)
     warmup = optax.linear_schedule(initial_ratio * peak, peak, warmup_steps)
     return optax.join_schedules([warmup, decay], [warmup_steps])
 
@@ -125,6 +128,8 @@ def with_restarts(
         base = value_at(schedule, step)
         if is_never(every):
             return jnp.asarray(base)
+        # Step t is exact when t + 1 is a multiple of K, so the step after it is a multiple itself:
+        # there the count starts from 0, and with it the rate.
         exact_steps = jnp.asarray(step) // every
         since_exact = jnp.asarray(step) - exact_steps * every
         factor = jnp.minimum(since_exact / float(max(warmup_steps, 1)), 1.0)

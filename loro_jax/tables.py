@@ -56,6 +56,7 @@ def report(rows: list[dict[str, Any]], options: argparse.Namespace) -> None:
         print_table(table)
     if options.json:
         result = {"command": options.command, "environment": environment(), "rows": rows, **more}
+        # NaN is not JSON: other programs could not read the file.
         text = json.dumps(_strict(result), indent=2, allow_nan=False)
         with replacing(pathlib.Path(options.json)) as temporary:
             temporary.write_text(text + "\n", encoding="utf-8")
@@ -79,6 +80,7 @@ def replacing(path: pathlib.Path) -> Iterator[pathlib.Path]:
         >>> path.read_text()
         'whole'
     """
+    # With the process's number, because two processes may share a comparison.
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary

@@ -104,7 +104,9 @@ def _in_blocks(q_BxLxHxK: Array, k_BxLxGxK: Array, v_BxLxGxK: Array) -> Array:
     L, head_size = q_BxLxHxK.shape[1], q_BxLxHxK.shape[3]
     # Heads before positions, so that the entries of each head are contiguous in memory.
     k_BxGxLxK, v_BxGxLxK = (jnp.swapaxes(heads, 1, 2) for heads in (k_BxLxGxK, v_BxLxGxK))
+    # Scaling the queries touches L K entries per head; scaling the scores would touch L^2.
     q_BxHxLxK = jnp.swapaxes(q_BxLxHxK, 1, 2) * jnp.asarray(head_size**-0.5, q_BxLxHxK.dtype)
+    # The smallest multiple of the smallest block that makes at most `_MOST_BLOCKS` of them.
     size = _SMALLEST_BLOCK * math.ceil(L / (_SMALLEST_BLOCK * _MOST_BLOCKS))
     blocks = [
         _block(
@@ -121,14 +123,17 @@ def _block(q_BxHxQxK: Array, k_BxGxTxK: Array, v_BxGxTxK: Array) -> Array:
     """Computes attention of the last Q of T positions to all T; queries are already scaled."""
     groups, keys, queries = k_BxGxTxK.shape[1], k_BxGxTxK.shape[2], q_BxHxQxK.shape[2]
     dtype = reduction_dtype(q_BxHxQxK.dtype)
+    # Grouped queries share their keys by an axis of the product; keys are not repeated.
     if q_BxHxQxK.shape[1] != groups:
         grouped = (q_BxHxQxK.shape[0], groups, -1, *q_BxHxQxK.shape[2:])
         q, scores, mix = q_BxHxQxK.reshape(grouped), "bgrqk,bgtk->bgrqt", "bgrqt,bgtk->bgrqk"
     else:
         q, scores, mix = q_BxHxQxK, "bgqk,bgtk->bgqt", "bgqt,bgtk->bgqk"
     score = jnp.einsum(scores, q, k_BxGxTxK, preferred_element_type=dtype)
+    # The queries are the last of the keys' positions; only this block's own square is cut.
     seen_QxT = jnp.arange(keys - queries, keys)[:, None] >= jnp.arange(keys)
     score = jnp.where(seen_QxT, score, jnp.finfo(dtype).min)
+    # Softmax does not depend on what is subtracted, so no gradient flows through it.
     highest = jax.lax.stop_gradient(jnp.max(score, axis=-1, keepdims=True))
     weight = jnp.exp(score - highest)
     # Normalise after the product: K entries per query instead of T.

@@ -80,6 +80,7 @@ def empty_cache(config: LlamaConfig, batch_size: int, length: int, kind: str = "
     if kind not in CACHES:
         raise ValueError(f"cache must be one of {', '.join(CACHES)}, but is {kind!r}.")
     rank = config.group_rank("attn")
+    # Of a kind that adds other terms, the latent does not determine the output.
     if kind != "full" and (rank is None or not PROJECTIONS[config.projection].through_rank):
         found = "are dense" if rank is None else f"are of kind {config.projection!r}"
         raise ValueError(
@@ -118,6 +119,7 @@ def remember(
     Returns:
         The new cache; written in place if compiled with ``cache`` donated.
     """
+    # A position never changes: keys are rotated once, when they are written.
     if not _latent(cache.keys):
         k_BxLxC = attention.turned_heads(k_BxLxC, positions_BxL).swapaxes(1, 2)
     if not _latent(cache.values):
@@ -162,12 +164,14 @@ def attend(
     # Keys on the left: on the right, XLA's CPU backend would copy and transpose them.
     scores_BxGxTxM = _wide_product(k_BxGxTxK, q_BxGxKxM, dtype)
     scores_BxGxMxT = scores_BxGxTxM.mT * K**-0.5
+    # Each row of the mask once for each query head of a key head, in M's order: positions first.
     seen_Bx1xMxT = jnp.repeat(seen_BxLxT, H // G, axis=1)[:, None]
     scores_BxGxMxT = jnp.where(seen_Bx1xMxT, scores_BxGxMxT, jnp.finfo(dtype).min)
     weights_BxGxMxT = jax.nn.softmax(scores_BxGxMxT).astype(values.dtype)
     if _latent(cache.values):
         # All heads share one set of latents: sum them with each head's weights, then map the sums.
         sums_BxQxR = weights_BxGxMxT.reshape(B, -1, cache.slots) @ values
+        # Rows of B are the outputs of the value projection: K for each key head.
         B_GxKxR = as_low_rank(attention.v).B[...].astype(q_BxLxHxK.dtype).reshape(G, K, -1)
         sums_BxGxMxR = sums_BxQxR.reshape(B, G, -1, sums_BxQxR.shape[-1])
         y_BxGxMxK = jnp.einsum("bgmr,gkr->bgmk", sums_BxGxMxR, B_GxKxR)
@@ -178,13 +182,11 @@ def attend(
 
 
 def _wide_product(a: Array, b: Array, dtype: Any) -> Array:
-    """Returns ``a @ b``, accumulated and returned in a dtype that may be wider than the operands'.
-
-    XLA's CPU backend lacks products of two bfloat16 arrays with a float32 result in some layouts
-    ("DotThunk ... BF16 x BF16 = F32"); there, operands are cast first, which is exact.
-    """
+    """Returns ``a @ b``, accumulated and returned in ``dtype``, which may be wider."""
     if a.dtype == dtype:
         return a @ b
+    # XLA's CPU backend lacks products of two bfloat16 arrays with a float32 result in some layouts
+    # ("DotThunk ... BF16 x BF16 = F32"); there, operands are cast first, which is exact.
     return jax.lax.platform_dependent(
         a,
         b,
@@ -200,5 +202,6 @@ def _latent(half: Array) -> bool:
 
 def _written(past: Array, new: Array, layer: Array, slot: Array | int) -> Array:
     """Writes a layer's new tokens, (B, [G,] L, K or r), into a half of the cache."""
+    # Layers first and slots second to last, with or without an axis of heads.
     start = (layer, *(0,) * (past.ndim - 3), slot, 0)
     return jax.lax.dynamic_update_slice(past, new[None].astype(past.dtype), start)

@@ -81,6 +81,8 @@ def extend(
     """
     slots_L = slot + jnp.arange(tokens_BxL.shape[1])
     slots_T = jnp.arange(cache.slots)
+    # Padding gets position 0. No token attends to it; what padded queries compute (they see
+    # nothing) is never used.
     positions_BxT = jnp.maximum(slots_T - padding_B[:, None], 0)
     positions_BxL = jnp.maximum(slots_L - padding_B[:, None], 0)
     seen_BxLxT = (slots_T <= slots_L[:, None]) & (slots_T >= padding_B[:, None, None])
@@ -102,11 +104,13 @@ def extend(
 
     layers = (jnp.arange(model.config.num_layers), stacked)
     (x_BxLxD, cache), _ = jax.lax.scan(layer, (x_BxLxD, cache), layers)
+    # Padding is on the left, so the last slot holds the last token of every row.
     last_BxD = model.norm(x_BxLxD[:, -1])
     dtype = reduction_dtype(last_BxD.dtype)
     return jnp.matmul(last_BxD, model.head_VxD().T, preferred_element_type=dtype), cache
 
 
+# The sampling is static: greedy decoding compiles no sort.
 @functools.partial(jax.jit, static_argnums=(0, 8), donate_argnums=3)
 def _step(
     graphdef: Any,
@@ -122,6 +126,7 @@ def _step(
     """Reads tokens and draws the next one of each row, (B, 1), among ids below ``vocab_size``."""
     model = nnx.merge(graphdef, state)
     logits_BxV, cache = extend(model, tokens_BxL, cache, slot, padding_B)
+    # Ids beyond the tokenizer's have no text.
     logits_BxV = jnp.where(jnp.arange(logits_BxV.shape[-1]) < vocab_size, logits_BxV, -jnp.inf)
     return next_tokens(logits_BxV, sampling, key)[:, None], cache
 
@@ -177,6 +182,7 @@ def generate(
     tokens_BxL = np.zeros((len(prompts), slots), np.int32)
     for row, prompt in zip(tokens_BxL, prompts, strict=True):
         row[slots - len(prompt) :] = prompt
+    # Slots for all tokens from the start: two programs suffice, for the prompt and for one token.
     past = empty_cache(config, len(prompts), slots + int(limits_B.max()), cache)
     graphdef, state = nnx.split(for_decoding(model))
     keys = jax.random.split(jax.random.key(seed), int(limits_B.max()))
@@ -186,6 +192,7 @@ def generate(
     slot = 0
     waiting: Array | None = None
     for key in keys:
+        # An array is traced: a Python number would compile a program for each step.
         where = jnp.asarray(slot, jnp.int32)
         slot += tokens.shape[1]
         tokens, past = _step(
@@ -263,5 +270,6 @@ class _Settled:
         drawn_B = np.asarray(tokens_Bx1)[:, 0]
         self._last_B = np.where(self.ended_B, self._last_B, drawn_B).astype(np.int32)
         self._step += 1
+        # After the tokens of this step are chosen: the ending token itself is still returned.
         self.ended_B |= np.isin(self._last_B, self._ends) | (self._step >= self._limits_B)
         return self._last_B

@@ -23,6 +23,7 @@ Array = jax.Array
 BATCH_AXES = ("data", "fsdp")
 TENSOR_AXIS = "tensor"
 
+# In the context and not an argument, so that no module has to pass the mesh on.
 _layout: contextvars.ContextVar[tuple[Mesh, dict[str, int]] | None] = contextvars.ContextVar(
     "mesh that activations are sharded over, and the sizes of its axes", default=None
 )
@@ -65,7 +66,9 @@ def by_sequence(x: Array, split_axis: int | None = None) -> Array:
         return x
     mesh, sizes = layout
     spec: list[Any] = [None] * x.ndim
+    # The axis of an enclosing vmap is not among `sizes`: spmd_axis_name adds it.
     spec[0] = tuple(axis for axis in BATCH_AXES if axis in sizes)
+    # An axis that `tensor` does not divide stays whole.
     if split_axis is not None and x.shape[split_axis] % sizes[TENSOR_AXIS] == 0:
         spec[split_axis] = TENSOR_AXIS
     return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec(*spec)))

@@ -271,6 +271,7 @@ class RMSNorm(nnx.Module):
         """Normalises the last axis; keeps shape and dtype."""
         x32 = x.astype(reduction_dtype(x.dtype))
         normed = x32 * jax.lax.rsqrt(jnp.mean(jnp.square(x32), axis=-1, keepdims=True) + self.eps)
+        # Rounded before the scale is applied, as in Hugging Face's LLaMA.
         return normed.astype(x.dtype) * self.scale[...].astype(x.dtype)
 
 
@@ -285,6 +286,7 @@ class Attention(nnx.Module):
         self.head_size = config.head_size
         self.method = config.attention
         self.rope_theta = config.rope_theta
+        # A copy, for the same reason as that of the config in Llama.
         self.rope_scaling = dataclasses.replace(config.rope_scaling)
 
     def project(self, x_BxLxD: Array, latent: Sequence[bool] | None = None) -> list[Array]:
@@ -294,6 +296,7 @@ class Attention(nnx.Module):
     def heads(self, y_BxLxC: Array) -> Array:
         """Splits a projection's output into heads, (B, L, H or G, K)."""
         y_BxLxHxK = y_BxLxC.reshape(*y_BxLxC.shape[:2], -1, self.head_size)
+        # Over `tensor` each device has whole heads, so that attention needs no communication.
         return by_sequence(y_BxLxHxK, split_axis=2)
 
     def turned_heads(self, y_BxLxC: Array, positions: Array) -> Array:
@@ -332,6 +335,8 @@ class MLP(nnx.Module):
         """Maps (B, L, D) to (B, L, D)."""
         gate_BxLxF, up_BxLxF = apply_together((self.gate, self.up), x_BxLxD, shared=self.shared)
         y_BxLxF = jax.nn.silu(gate_BxLxF) * up_BxLxF
+        # Over `tensor` each device computes its part of the width: gate and up are sharded by
+        # outputs, down by inputs.
         return self.down(by_sequence(y_BxLxF, split_axis=2))
 
 
@@ -387,12 +392,15 @@ class Llama(nnx.Module):
         shape = (config.vocab_size, config.hidden_size)
         embedding = config.initializer_range * jax.random.normal(rngs.params(), shape, jnp.float32)
         self.embedding = nnx.Param(embedding.astype(dtype))
+        # A key for each layer, and one traced block: initialisation, too, compiles the same for any
+        # depth.
         make_block = nnx.split_rngs(splits=config.num_layers)(
             nnx.vmap(lambda rngs: Block(config, rngs), in_axes=0, out_axes=0)
         )
         self.blocks = make_block(rngs)
         self.norm = RMSNorm(config.hidden_size, config)
         if not config.tie_embeddings:
+            # The head stays dense in all models of the paper.
             head = dataclasses.replace(config.projection_spec("attn"), rank=None)
             self.head = Dense(config.hidden_size, config.vocab_size, head, rngs)
 
@@ -440,4 +448,5 @@ def _remat(layer: Callable, policy: str) -> Callable:
     policies = jax.checkpoint_policies
     if policy == "rank":
         return jax.checkpoint(layer, policy=policies.save_only_these_names(LATENT))
+    # Products with weights are saved; attention's scores, which have batch axes, are recomputed.
     return jax.checkpoint(layer, policy=policies.dots_with_no_batch_dims_saveable)

@@ -38,8 +38,6 @@ def cross_entropy(x: Array, head_VxD: Array, targets: Array, mask: Array, chunk_
     Only one chunk's logits exist at a time: the logits of 131,072 tokens over 32,000 ids would take
     17 GB in float32. When differentiated, each chunk's logits are turned into their gradient in the
     forward pass, so that no logits are computed twice: three products with the head, not four.
-    Chunks are cut along the sequence, so that each holds tokens of every sequence, and devices that
-    share a batch share every chunk.
 
     Args:
         x: final hidden states, (..., L, D).
@@ -62,7 +60,10 @@ def cross_entropy(x: Array, head_VxD: Array, targets: Array, mask: Array, chunk_
         >>> round(float(loss), 4)  # 2 log 8
         4.1589
     """
+    # Chunks are cut along the sequence, so that each holds tokens of every sequence, and devices
+    # that share a batch share every chunk.
     sequences = max(math.prod(targets.shape[:-1]), 1)
+    # `chunk_size` is per device: sharded over n devices, a chunk has n times as many tokens.
     positions = max(chunk_size * batch_ways() // sequences, 1)
     return _cross_entropy(min(positions, targets.shape[-1]), x, head_VxD, targets, mask)
 
@@ -91,20 +92,25 @@ def _forward(
         logits_NxV = _logits(x, head_VxD)
         log_partition_N, loss_N = _log_partition_and_loss(logits_NxV, targets_N)
         # Gradient of the logits: softmax minus one-hot target.
+        # A comparison, which XLA fuses with the subtraction; a scatter would write all logits once
+        # more.
         is_target_NxV = targets_N[:, None] == jnp.arange(logits_NxV.shape[1])
         d_logits_NxV = jnp.exp(logits_NxV - log_partition_N[:, None]) - is_target_NxV
         d_logits_NxV = (d_logits_NxV * mask_N[:, None]).astype(x.dtype)
+        # Sharded like the logits, so that no device holds the gradient for all ids.
         d_logits_NxV = by_sequence(d_logits_NxV, split_axis=-1)
         d_x = by_sequence((d_logits_NxV @ head_VxD).reshape(x.shape))
         d_head_VxD += jnp.einsum(
             "nv,nd->vd", d_logits_NxV, x.reshape(-1, x.shape[-1]), preferred_element_type=dtype
         )
         total += jnp.sum(loss_N * mask_N)
+        # The loss is linear in the mask: its gradient by the mask is each token's loss.
         return (total, d_head_VxD), (d_x, loss_N.reshape(mask.shape))
 
     axis, L = targets.ndim - 1, targets.shape[-1]
     # Padding has mask 0: it adds nothing to the loss or to the gradient of the head.
     chunks = tuple(_chunked(array, positions, axis) for array in (x, targets, mask))
+    # The head's gradient is carried and accumulated in place; that of x is cut like x.
     zeros = (jnp.zeros([], dtype), jnp.zeros(head_VxD.shape, dtype))
     (total, d_head_VxD), by_chunk = jax.lax.scan(add_chunk, zeros, chunks)
     d_x, d_mask = (_whole(array, L, axis) for array in by_chunk)
@@ -112,6 +118,7 @@ def _forward(
 
 
 def _backward(positions: int, changes: tuple[Array, Array, Array], scale: Array) -> tuple:
+    # The gradients were computed for a derivative of 1, and are linear in it.
     d_x, d_head_VxD, d_mask = ((scale * change).astype(change.dtype) for change in changes)
     return d_x, d_head_VxD, None, d_mask
 

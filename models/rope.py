@@ -93,9 +93,11 @@ def rotary_embedding(x_BxLxHxK: Array, positions: Array, frequencies_K: Array) -
     Returns:
         Array like ``x_BxLxHxK``.
     """
+    # In float32 whatever the activations have: bfloat16 holds whole numbers only up to 256.
     angles = positions[..., None].astype(jnp.float32) * frequencies_K
     cos, sin = jnp.cos(angles)[..., None, :], jnp.sin(angles)[..., None, :]
     x32 = x_BxLxHxK.astype(reduction_dtype(x_BxLxHxK.dtype))
+    # Pairs of halves, as in Hugging Face's format; Meta's pairs neighbours.
     first, second = jnp.split(x32, 2, axis=-1)
     turned = jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1)
     return turned.astype(x_BxLxHxK.dtype)

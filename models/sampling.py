@@ -60,6 +60,7 @@ def restricted_logits(logits_BxV: Array, sampling: Sampling) -> Array:
     """
     least = float(jnp.finfo(logits_BxV.dtype).tiny)  # smaller numbers may be flushed to 0
     logits_BxV = logits_BxV / max(sampling.temperature, least)
+    # All tokens that tie with the k-th stay, as in transformers.
     if 0 < sampling.top_k < logits_BxV.shape[-1]:
         least_Bx1 = jax.lax.top_k(logits_BxV, sampling.top_k)[0][:, -1:]
         logits_BxV = jnp.where(logits_BxV < least_Bx1, -jnp.inf, logits_BxV)
@@ -93,6 +94,7 @@ def next_tokens(logits_BxV: Array, sampling: Sampling, key: Array) -> Array:
         >>> next_tokens(jnp.array([[0.0, 2.0, 1.0]]), GREEDY, jax.random.key(0))
         Array([1], dtype=int32)
     """
+    # No division: the likeliest token is the same at any temperature.
     if sampling.temperature == 0:
         return jnp.argmax(logits_BxV, axis=-1).astype(jnp.int32)
     # Shift the highest logit to 0, so that dividing by a tiny temperature does not overflow.

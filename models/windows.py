@@ -128,6 +128,7 @@ def score(
         if len(stream) - 1 <= length:
             length = len(stream) - 1
             stride = min(stride, length)
+        # The number of windows: the first, and one for each begun stride of what it leaves.
         batch_size = min(batch_size, -(-max(len(stream) - 1 - length, 0) // stride) + 1)
     graphdef, state = nnx.split(model)
     rows: list[Batch] = []

@@ -109,9 +109,11 @@ def _measured(name: str, out: pathlib.Path, end: float) -> bool:
     if seconds <= 0:
         print(f"{name}: no time left", flush=True)
         return False
+    # Renamed at the end: a result that exists is complete.
     partial = result.with_suffix(".partial")
     program, *_ = arguments = MEASUREMENTS[name]
     command = [sys.executable, "-m", "loro_jax.bench", *arguments, f"--json={partial}"]
+    # The user's environment takes precedence.
     variables = {**_VARIABLES, **_VARIABLES_OF.get(program, {}), **os.environ}
     with (out / f"{name}.log").open("w", encoding="utf-8") as log:
         try:

@@ -118,6 +118,7 @@ def _measured(
     """Measures the tokens per second of whole steps, dense and with every rank, in turns."""
     configs = {"dense": _config(name, None, length)}
     for divisor in divisors:
+        # What exact steps cost is counted, not measured here.
         config = dataclasses.replace(_config(name, divisor, length), exact_every=0)
         configs[str(config.model.rank)] = config
     cases = {

@@ -159,6 +159,7 @@ def waiting_share(config: Config, tokenizer: Tokenizer, steps: int) -> tuple[flo
         if step == _WARM_UP:
             jax.block_until_ready(state)
             waited, started = 0.0, time.perf_counter()
+        # Only the call itself: batches are prefetched while the device computes.
         before = time.perf_counter()
         rows = next(iterator)
         waited += time.perf_counter() - before

@@ -64,6 +64,8 @@ def naive_jax(B: jax.Array, A: jax.Array, dB: jax.Array, dA: jax.Array) -> tuple
     Q_A, R_A = jnp.linalg.qr(A.T)
     left = jnp.linalg.solve(R_B.T, dA)
     right = jnp.linalg.solve(R_A.T, dB.T).T
+    # W + dW in the bases [Q_B, Q_out] and [Q_A, Q_in] is the 2r x 2r core below; its corner is
+    # zero, because a tangent vector has no part that leaves both spaces.
     core = left @ Q_A
     Q_out, R_out = jnp.linalg.qr(right - Q_B @ (Q_B.T @ right))
     Q_in, R_in = jnp.linalg.qr((left - core @ Q_A.T).T)
@@ -165,6 +167,7 @@ def main(arguments: Sequence[str]) -> None:
         shapes = layer_shapes(model)
         made = make_pairs(shapes * max(options.layers, others))
         pairs, fewer = made[: len(shapes) * options.layers], made[: len(shapes) * others]
+        # Their time is proportional to the number of pairs, which they take one by one.
         slow = dict.fromkeys(("svd", "naive jax", "pytorch"), options.layers / others)
         candidates: dict[str, Callable[[], Any]] = {
             method: _grouped(fewer if method in slow else pairs, method) for method in methods

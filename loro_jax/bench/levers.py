@@ -81,6 +81,7 @@ def _rows(name: str, cases: dict[str, Case], rounds: int) -> list[dict[str, Any]
     base_memory = cases["base"].held_bytes
 
     def relative(lever: str) -> list[float]:
+        # Ratios within a round: a machine that slows down between rounds does not change them.
         return [own / base for own, base in zip(seconds[lever], seconds["base"], strict=True)]
 
     return [

@@ -77,6 +77,7 @@ def _row(
     model: str, method: str, memories: Sequence[float], options: argparse.Namespace
 ) -> dict[str, Any]:
     low, high = (_compiled(model, method, batch, options) for batch in _BATCHES)
+    # Still the optimizer's temporaries, which do not depend on the batch: larger batches.
     while high[2] - low[2] < _LEAST_GROWTH * low[2] and high[0] < _LARGEST:
         low, high = high, _compiled(model, method, 4 * high[0], options)
     need = need_of(low, high)

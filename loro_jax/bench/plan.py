@@ -35,6 +35,7 @@ def main(arguments: Sequence[str]) -> None:
     add_step_options(parser, param_dtype="float32")
     options = parse_options(parser, arguments, PRESETS)
     meshes = [_mesh(text) for text in options.meshes.split(",")]
+    # Before JAX makes its devices: their number can't be changed afterwards.
     simulate_devices(max(map(_size, meshes)))
     rows = [
         _row(model, method, mesh, options)

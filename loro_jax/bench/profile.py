@@ -117,6 +117,7 @@ def classify_event(
         True
     """
     operation = stats.get("hlo_op")
+    # Other events are those of Python and of the runtime.
     if operation in known:
         return known[operation]
     if operation is not None and name.startswith(("Memcpy", "Memset")):
@@ -137,6 +138,7 @@ def classify(hlo: str) -> dict[str, tuple[str, str]]:
         >>> classify('  %dot.1 = f32[2] dot(%a, %b), metadata={op_name="jit(f)/mlp/dot_general"}')
         {'dot.1': ('mlp', 'products')}
     """
+    # The kind of a fusion follows from the operations in the computation that it calls.
     inside: dict[str, set[str]] = collections.defaultdict(set)
     instructions = []
     computation = ""

@@ -50,8 +50,10 @@ def rounds_in_turns(
     """
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for candidate in candidates.values():
+        # Compilation, and the first touch of all memory, are not timed.
         jax.block_until_ready(candidate())
     for _ in range(rounds):
+        # In turns, so that what slows the machine for a while slows all candidates.
         for name, candidate in candidates.items():
             time.sleep(pause)
             started = time.perf_counter()

@@ -64,6 +64,7 @@ def _candidates(
             outputs = apply(nnx.merge(graphdef, state), x)
             return sum((jnp.sum(y * y) for y in outputs), jnp.zeros([]))
 
+        # The gradient of x is included: it is the sum over the projections that packing avoids.
         gradient = jax.jit(jax.value_and_grad(total, argnums=(0, 1)))
         return lambda: gradient(state, x)
 

@@ -68,6 +68,7 @@ def _arms(methods: str, options: Sequence[str], base: Config) -> list[Arm]:
         method, *changes = rest.split(",")
         try:
             arm = Arm(name, method, tuple(parse_change(change) for change in changes))
+            # On a copy, to find wrong fields before the first run.
             for field, value in arm.changes:
                 set_field(copy.deepcopy(base), field, value)
         except (AttributeError, ValueError):
@@ -135,6 +136,7 @@ def _compare(options: argparse.Namespace, command: str) -> int:
     arms = _arms(options.methods, options.arm, base)
     names = [arm.name for arm in arms]
     grids = _grids([str(base.learning_rate), *(options.lrs or [])], names)
+    # All arms are validated before the first run starts.
     for arm in arms:
         config_of(base, Run(arm, grids[arm.name][0], seeds[0])).validate()
     try:

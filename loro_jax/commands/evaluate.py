@@ -84,6 +84,7 @@ def read_stream(options: argparse.Namespace, tokenizer: Tokenizer) -> Stream:
                 found.append(ids)
                 counted.append(np.arange(len(ids)) >= begin)
                 total += len(ids)
+        # A large source is read only as far as it is scored.
         if options.max_tokens and total >= options.max_tokens:
             break
     if total < 2:
@@ -134,6 +135,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     try:
         found = score(model, stream.ids, length, stride, batch_size, stream.counted)
     except (MemoryError, jax.errors.JaxRuntimeError) as error:
+        # JAX has one class for all errors at run time; only the message says which one it is.
         if isinstance(error, jax.errors.JaxRuntimeError) and "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise TrainingError(
@@ -191,6 +193,7 @@ def _sizes(options: argparse.Namespace, longest: int) -> tuple[int, int, int]:
         batch = usual * min(_MOST_WINDOWS, run.batch_size // run.gradient_accumulation)
     length = usual if options.window is None else options.window
     stride = length if options.stride is None else options.stride
+    # Not more tokens than a training batch had, which is known to fit.
     windows = max(1, min(_MOST_WINDOWS, batch // length))
     return length, stride, windows if options.batch_size is None else options.batch_size
 

@@ -71,6 +71,7 @@ def continuations(
     for prompt in prompts:
         _check_unicode(prompt)
     ids = [tokenizer.encode_prompt(prompt, bos, special) for prompt in prompts]
+    # A model needs a token to start from; in training a document follows an end-of-text token.
     ids = [found or [tokenizer.eos_id] for found in ids]
     longest = model.config.max_sequence_length
     check_prompts(ids, model.config.vocab_size, longest)
@@ -107,6 +108,7 @@ class _GrowingText:
             return ""
         self._ids.append(token)
         # An incomplete character decodes to a replacement character until its last byte is added.
+        # All ids are decoded again, because a token's text may depend on those before it.
         text = self._tokenizer.decode(self._ids).rstrip("\ufffd")
         if not text.startswith(self._written):
             return ""

@@ -108,6 +108,7 @@ def _import(options: argparse.Namespace) -> None:
         model,
         options.out,
         dtype=model.config.param_dtype,
+        # A dense model has no factors: it is written as it was read.
         keep_factors=True,
         files=read_companions(source),
         token_ids=read_token_ids(read_json(config), str(config)),

@@ -22,8 +22,7 @@ class AdamState(NamedTuple):
     Attributes:
         count: steps since the state was made or refreshed, int32 scalar.
         mu: first moments, a tree like the parameters.
-        nu: second moments, a tree like the parameters: real, and in float32 or wider. In bfloat16
-            ``0.999 v`` rounds to v, so that v would never decrease.
+        nu: second moments, a tree like the parameters: real, and in float32 or wider.
     """
 
     count: jax.Array  # type: ignore[assignment]  # shadows tuple.count, as in Optax
@@ -90,6 +89,7 @@ def adam(
         del pairs, extra_args
         return tx.update(grads, state, params)
 
+    # With its constants, by which an exact step's branch computes directions from the moments.
     return Adam(tx.init, update, b1=b1, b2=b2, eps=eps, mu_dtype=mu_dtype)
 
 
@@ -149,6 +149,8 @@ def scale_by_uncorrected_adam(
         return jnp.zeros_like(p, dtype=dtype)
 
     def second(p: Any) -> jax.Array:
+        # Real also for complex parameters, and never in bfloat16, in which 0.999 v rounds to v: a
+        # second moment would never decrease.
         dtype = jnp.finfo(inexact(jnp.result_type(p))).dtype  # real
         return jnp.zeros_like(p, dtype=at_least_float32(dtype))
 
@@ -161,6 +163,7 @@ def scale_by_uncorrected_adam(
 
     def update(grads: Any, state: AdamState, params: Any = None) -> tuple[Any, AdamState]:
         del params
+        # The direction comes from the moments before they are rounded to their stored dtypes.
         moments = adam_moments(grads, state, b1, b2)
         directions = adam_direction(moments, b1, b2, eps)
         directions = jax.tree.map(lambda d, g: d.astype(g.dtype), directions, grads)
@@ -204,6 +207,8 @@ def adam_direction(
     eps: jax.typing.ArrayLike,
 ) -> Any:
     """Returns the direction ``m / (sqrt(v) + eps)`` times the bias correction."""
+    # The correction is outside of the sum: epsilon is compared with the uncorrected root, as in the
+    # authors' code.
     correction = jnp.sqrt(_one_minus_power(b2, state.count)) / _one_minus_power(b1, state.count)
     return jax.tree.map(lambda m, v: correction * m / (jnp.sqrt(v) + eps), state.mu, state.nu)
 
@@ -212,5 +217,6 @@ def _one_minus_power(decay: jax.typing.ArrayLike, count: jax.Array) -> jax.Array
     """Returns ``1 - decay^count`` without cancellation: 1 - 0.999 has four digits in float32."""
     steps = count.astype(jnp.result_type(float))
     if isinstance(decay, float | int):
+        # A decay of 0 leaves nothing after one step: exp(-inf) is 0.
         return -jnp.expm1(steps * (math.log(decay) if decay > 0 else -math.inf))
     return -jnp.expm1(steps * jnp.log(decay))

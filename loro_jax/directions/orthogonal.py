@@ -102,12 +102,15 @@ def orthogonal(
     ) -> tuple[Any, MomentumState]:
         del extra_args
         mu = jax.tree.map(average, state.mu, grads)
+        # Nesterov's momentum averages the newest gradient in once more. No bias correction: the
+        # orthogonalisation removes the scale.
         ahead = jax.tree.map(average, mu, grads) if nesterov else mu
         moves = pairs.map(
             lambda factors, gradients: _moves(factors, gradients, newton_schulz_steps, damping),
             params,
             ahead,
         )
+        # Rounded only now: the moves come from the unrounded averages.
         return moves, MomentumState(jax.tree.map(lambda x, old: x.astype(old.dtype), mu, state.mu))
 
     return Direction(init, update, kind="moves", lr_scale=1.0)
@@ -119,9 +122,13 @@ def _moves(
     """Returns the moves of one pair, or of a stack of pairs of one shape."""
     dtype = at_least_float32(jnp.result_type(*factors))
     B, A, g_B, g_A = (x.astype(dtype) for x in (*factors, *gradients))
+    # The mean of the two parts, times the shape factor sqrt(m / n).
     half = 0.5 * (B.shape[-2] / A.shape[-1]) ** 0.5
     root_A = inverse_root(matmul(A, A.mT), damping)
     root_B = inverse_root(matmul(B.mT, B), damping)
+    # Orthogonalised in coordinates in which the other factor is orthonormal: there the spectral
+    # norm of a factor's move is that of the product's move.
     O_B = orthogonalise(matmul(g_B, root_A), steps)
     O_A = orthogonalise(matmul(root_B, g_A), steps)
+    # The second root maps back from these coordinates to the factors.
     return half * matmul(O_B, root_A), half * matmul(root_B, O_A)

@@ -66,6 +66,7 @@ def as_direction(given: optax.GradientTransformation | Direction) -> Direction:
     def update(
         grads: Any, state: Any, params: Any, pairs: Pairs, **extra_args: Any
     ) -> tuple[Any, Any]:
+        # An Optax transformation steps the factors like any other leaves.
         del pairs
         return tx.update(grads, state, params, **extra_args)
 

@@ -62,6 +62,7 @@ def by_rows(call: Callable[[Any, Array], Array]) -> Callable[[Any, Array], Array
 
     @functools.wraps(call)
     def on_rows(self: Any, x: Array) -> Array:
+        # A reshape of leading axes moves no data.
         y_NxF = call(self, x.reshape(-1, x.shape[-1]))
         return y_NxF.reshape(*x.shape[:-1], y_NxF.shape[-1])
 

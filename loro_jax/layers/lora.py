@@ -20,6 +20,7 @@ class LoraLinear(LowRankLinear):
     through_rank = False
 
     def __init__(self, in_features: int, out_features: int, spec: ProjectionSpec, rngs: nnx.Rngs):
+        # B = 0: training starts from the function of W.
         adapter = dataclasses.replace(spec, initialiser="lora")
         super().__init__(in_features, out_features, adapter, rngs)
         W = Dense(in_features, out_features, spec, rngs).W[...]
@@ -31,6 +32,7 @@ class LoraLinear(LowRankLinear):
         """Maps (..., in) to (..., out)."""
         x = x.astype(self.dtype)
         B, A = self.factors()
+        # Two thin products for each input; the sum W + s B A is formed only to merge.
         return x @ self.W[...].astype(self.dtype).T + self.scale * ((x @ A.T) @ B.T)
 
     @staticmethod

@@ -54,6 +54,7 @@ class LowRankLinear(nnx.Module):
 
     def down(self, x: Array) -> Array:
         """Maps (..., in) to the latent (..., r)."""
+        # Named before the activation, which is cheap to recompute in the backward pass.
         return self.activated(named(x.astype(self.dtype) @ self.first().T))
 
     def activated(self, latent: Array) -> Array:
@@ -73,6 +74,7 @@ class LowRankLinear(nnx.Module):
         """Returns B A, (out, in), in float32 or wider."""
         dtype = at_least_float32(self.B[...].dtype)
         B, A = self.B[...].astype(dtype), self.A[...].astype(dtype)
+        # For merging and export: accelerators would round the inputs of the product otherwise.
         return jnp.matmul(B, A, precision=jax.lax.Precision.HIGHEST)
 
     @staticmethod

@@ -34,6 +34,7 @@ class Shared(nnx.Module):
         # With or without a leading axis of layers, rows are the second to last axis.
         self.matrix = nnx.Param(jnp.concatenate([p.first() for p in projections], axis=-2))
         self.dtype = dtype
+        # Otherwise every matrix would be in memory twice.
         for projection in projections:
             if isinstance(projection, LowRankLinear):
                 del projection.A
@@ -64,10 +65,7 @@ def apply_together(
     """Applies several projections to one input.
 
     If all are low-rank, their A's form one product with x, and there is one gradient of x; without
-    this the backward pass has to write and add several gradients as large as x. On two CPU cores it
-    is neither faster nor slower (``python -m loro_jax.bench together``); it is meant for
-    accelerators, which narrow products don't saturate. For few rows it does not pay, because the
-    A's have to be copied, unless they are concatenated already.
+    this the backward pass has to write and add several gradients as large as x.
 
     Args:
         projections: projections of the same dtype.
@@ -89,10 +87,15 @@ def apply_together(
     """
     latent = latent or [False] * len(projections)
     rows = math.prod(x.shape[:-1])
+    # Only thin A's are concatenated for a single pass: copies of dense matrices would cost more.
     low_rank = all(isinstance(p, LowRankLinear) and p.through_rank for p in projections)
     if shared is not None:
+        # Concatenated once, when decoding began: no copy, so it pays for a single row.
         pieces = shared(x)
     elif low_rank and rows >= ROWS_WORTH_PACKING:
+        # Meant for accelerators, which narrow products don't saturate; on two CPU cores it is
+        # neither faster nor slower (``python -m loro_jax.bench together``). For few rows copying
+        # the A's does not pay.
         A = jnp.concatenate([p.first() for p in projections])
         latents_NxR = named(x.reshape(-1, x.shape[-1]).astype(A.dtype) @ A.T)
         pieces = _pieces(latents_NxR, [p.first().shape[0] for p in projections])
@@ -101,6 +104,7 @@ def apply_together(
             as_low_rank(p).down(x) if stop else p(x)
             for p, stop in zip(projections, latent, strict=True)
         ]
+    # `rest` is what each projection still has to do after its first matrix.
     outputs = [
         as_low_rank(p).activated(piece) if stop else p.rest(piece)
         for p, piece, stop in zip(projections, pieces, latent, strict=True)

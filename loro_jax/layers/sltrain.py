@@ -30,6 +30,7 @@ from loro_jax.layers.low_rank import LowRankLinear
 
 def entries_per_row(n: int, density: float) -> int:
     """Returns k, the number of a row's n columns in the support, rounded up."""
+    # Rounded first: 0.07 * 100 is 7.000000000000001, which would make 8 entries.
     return math.ceil(round(density * n, 6))
 
 
@@ -61,6 +62,7 @@ def draw_support(key: jax.Array, m: int, n: int, density: float) -> jax.Array:
     if not 0 < density <= 1:
         raise ValueError(f"draw_support: density must be above 0 and at most 1, but is {density}.")
     k = entries_per_row(n, density)
+    # The first column and the width of each stretch; widths differ by one if k does not divide n.
     first = np.searchsorted(stretches(n, k), np.arange(k))
     widths = np.diff(np.append(first, n))
     offsets = jax.random.randint(key, (m, k), 0, jnp.asarray(widths), jnp.int32)
@@ -144,8 +146,10 @@ def _backward(
     scale: float, saved: tuple[jax.Array, ...], dy: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array, jax.Array, None]:
     x, B, A, values, columns = saved
+    # W again, from its parts: saved in the forward pass it would take a dense model's memory.
     dx = dy @ _weight(B, A, values, columns, scale)
     dW = dy.reshape(-1, dy.shape[-1]).T @ x.reshape(-1, x.shape[-1])
+    # The full gradient exists only here; entries and factors all take theirs from it.
     dvalues = jnp.take_along_axis(dW, columns, axis=-1)
     return dx, scale * (dW @ A.T), scale * (B.T @ dW), dvalues, None
 
@@ -159,6 +163,7 @@ class SparseLowRankLinear(LowRankLinear):
     through_rank = False
 
     def __init__(self, in_features: int, out_features: int, spec: ProjectionSpec, rngs: nnx.Rngs):
+        # B = 0: at first the weight is S alone.
         factors = dataclasses.replace(spec, initialiser="lora")
         super().__init__(in_features, out_features, factors, rngs)
         # As in the authors' code: uniform, PyTorch's default for linear layers.

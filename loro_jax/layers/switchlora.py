@@ -22,6 +22,7 @@ class SwitchLoraLinear(LoraLinear):
     def __init__(self, in_features: int, out_features: int, spec: ProjectionSpec, rngs: nnx.Rngs):
         super().__init__(in_features, out_features, spec, rngs)
         shape = (out_features, in_features, self.A.shape[-2])
+        # Replaces LoRA's factors; here B is not zero at first.
         B, A = initialise_switchlora(rngs.params(), *shape)
         self.B[...] = B.astype(spec.param_dtype)
         self.A[...] = A.astype(spec.param_dtype)
@@ -31,4 +32,5 @@ class SwitchLoraLinear(LoraLinear):
         self.switched = Fixed(spare.switched)
         frozen_B, frozen_A = nothing_frozen(B)
         self.frozen_B, self.frozen_A = Fixed(frozen_B), Fixed(frozen_A)
+        # The initial standard deviations assume this scale, not LoRA's alpha / r.
         self.scale = 1 / self.A.shape[-2]

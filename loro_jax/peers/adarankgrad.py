@@ -130,13 +130,16 @@ def adarankgrad(
 
     def step(G: Array, held: Slots, count: Array) -> tuple[Array, Slots]:
         P, mu, nu, ranks, norm = held
+        # Little of the gradient is left in the subspace: Adam has converged inside it.
         converged = _norm(project(P, G)) < tolerance * norm
+        # Renewed when Adam has converged, and after every T steps in any case.
         due = converged | (count % countable(update_every) == 0)
         subspace = (P, mu, nu, ranks, norm)
         # One scalar per leaf, so that lax.cond skips the factorisations.
         P, mu, nu, ranks, norm = jax.lax.cond(
             jnp.any(due), lambda: _renewed(subspace, due, G, *find(G, count)), lambda: subspace
         )
+        # R = P^T G, Adam's N of R, and W <- W - lr alpha P N.
         N, mu, nu = adam(project(P, G), mu, nu, count + 1, constants)
         return scale * lift(P, N), (P, mu, nu, ranks, norm)
 
@@ -149,7 +152,9 @@ def _norm(X: Array) -> Array:
 
 def _renewed(held: Slots, due: Array, G: Array, P_new: Array, ranks_new: Array) -> Slots:
     """Replaces the subspaces, moments and ranks of the layers that are due."""
+    # Renewing computes all layers (shapes are static), but replaces only those that are due.
     P, mu, nu, *_ = held
+    # M <- C M and V <- (C * C) V with C = P_new^T P_old.
     new = (P_new, *moved_moments(P_new, P, mu, nu), ranks_new, _norm(project(P_new, G)))
     return tuple(
         jnp.where(due.reshape(due.shape + (1,) * (after.ndim - due.ndim)), after, before)

@@ -7,10 +7,9 @@ paper's norm-based scaling): ``phi_j = |N_j| / |R_j|``. Columns are counted alon
 Then the norm-growth limiter is applied: if ``|S_t| > gamma |S_(t-1)|`` (Frobenius, one norm per
 matrix, after limiting), S_t is scaled down to ``gamma |S_(t-1)|``. The update is ``alpha P N + S``.
 
-As in the authors' code, 1e-8 is added to ``|R_j|``, alpha is not applied to S, and the first S is
-not limited. Unlike there, N includes Adam's bias correction before its norm is computed, and
+Unlike in the authors' code, N includes Adam's bias correction before its norm is computed, and
 epsilon is added to the corrected root, as in the other methods here; and a previous norm of zero
-does not limit S, because otherwise an S that was zero once would stay near zero forever.
+does not limit S.
 """
 
 from __future__ import annotations
@@ -26,6 +25,7 @@ from loro_jax.peers.projection import AdamConstants, adam, lift, project, renewe
 
 Array = jax.Array
 
+# Added to |R_j|, as in the authors' code.
 _NORM_EPS = 1e-8
 
 
@@ -85,6 +85,8 @@ def limit_growth(S: Array, last: Array, gamma: float) -> tuple[Array, Array]:
         ([0.9, 1.2], 1.5)
     """
     norm = jnp.linalg.vector_norm(S, axis=(-2, -1))
+    # Zero is no limit: neither before the first step, as in the authors' code, nor for an S that
+    # was zero once, which would otherwise stay near zero forever.
     kept = jnp.where(last > 0, jnp.minimum(norm, gamma * last), norm)
     factor = kept / jnp.where(norm > 0, norm, 1)
     return S * factor[..., None, None], kept
@@ -152,11 +154,14 @@ def fira(
 
     def step(G: Array, held: Slots, count: Array) -> tuple[Array, Slots]:
         P, mu, nu, last = held
+        # GaLore's step: the projector every T steps, R = P^T G, and Adam's N of R.
         P = renewed_projector(P, G, count, update_every)
         R = project(P, G)
         N, mu, nu = adam(R, mu, nu, count + 1, constants)
-        # The remainder, scaled like the projected part, and limited in its growth.
+        # The remainder S = G - P R, its columns scaled by phi_j = |N_j| / |R_j|, and limited in its
+        # growth.
         S, norm = limit_growth(norm_scaling(N, R) * (G - lift(P, R)), last, gamma)
+        # alpha is not applied to S, as in the authors' code.
         return scale * lift(P, N) + S, (P, mu, nu, norm)
 
     return projected_descent("fira", settings, FiraState, begin, step)

@@ -109,8 +109,12 @@ def galore(
 
     def step(G: Array, held: Slots, count: Array) -> tuple[Array, Slots]:
         P, mu, nu = held
+        # Algorithm 2: at t = 0, T, 2T, ... the projector from this step's gradient; moments are
+        # kept.
         P = renewed_projector(P, G, count, update_every)
+        # R = P^T G, Adam's N of R, and W <- W - lr alpha P N.
         N, mu, nu = adam(project(P, G), mu, nu, count + 1, constants)
+        # alpha scales only the step within the subspace; weight decay is added without it.
         return scale * lift(P, N), (P, mu, nu)
 
     return projected_descent("galore", settings, GaLoreState, settings.begin, step)

@@ -32,6 +32,8 @@ def divide_by_grams(
     """
 
     def divide(B: Array, A: Array, g_B: Array, g_A: Array, damping: Array) -> tuple[Array, Array]:
+        # With (A A^T + damping I)^-1 = X^T X a division is two products, which unlike triangular
+        # solves run at full speed on all devices.
         root_A = _inverse_root(matmul(A, A.T), damping)
         root_B = _inverse_root(matmul(B.T, B), damping)
         return (
@@ -55,6 +57,7 @@ def _on_single_pairs(
 ) -> tuple[Array, Array]:
     dtype = at_least_float32(jnp.result_type(B, A))
     matrices = (x.astype(dtype) for x in (B, A, g_B, g_A))
+    # As one argument per pair: the mapped function must not close over traced values.
     dampings = jnp.broadcast_to(jnp.asarray(damping, dtype), B.shape[:-2])
     result: tuple[Array, Array] = one_by_one(fn, B.ndim - 2)(*matrices, dampings)
     return result

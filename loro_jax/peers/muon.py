@@ -93,12 +93,16 @@ def scale_by_muon(
 
     def move(ahead: Array, grad: Array) -> Array:
         m, n = grad.shape[-2:]
+        # The shape factor lets learning rates of matrices of different shapes be compared.
         return (orthogonalise(ahead, newton_schulz_steps) * (m / n) ** 0.5).astype(grad.dtype)
 
     def update(grads: Any, state: MuonState, params: Any = None) -> tuple[Any, MuonState]:
         del params
+        # M <- beta M + (1 - beta) G.
         mu = jax.tree.map(average, state.mu, grads)
+        # Nesterov: beta M + (1 - beta) G with the new M, without bias correction.
         ahead = jax.tree.map(average, mu, grads) if nesterov else mu
+        # W <- W - eta sqrt(m / n) NS(M), without the eta.
         moves = jax.tree.map(move, ahead, grads)
         mu = jax.tree.map(lambda new, old: new.astype(old.dtype), mu, state.mu)
         return moves, MuonState(mu)
@@ -164,10 +168,12 @@ def muon(
         flags = projected(params) if callable(projected) else projected
         return jax.tree.map(lambda flag: "projections" if flag else "others", flags)
 
+    # Decay after the orthogonalisation and before the learning rate, as in AdamW.
     projections = optax.chain(
         scale_by_muon(momentum, nesterov=nesterov, newton_schulz_steps=newton_schulz_steps),
         optax.add_decayed_weights(weight_decay) if weight_decay else optax.identity(),
         optax.scale_by_learning_rate(scaled),
     )
+    # At the plain learning rate: `lr_scale` is for projections alone.
     others = optax.adamw(learning_rate, b1, b2, eps, weight_decay=weight_decay)
     return optax.partition({"projections": projections, "others": others}, labels)

@@ -90,8 +90,10 @@ def scale_by_preconditioner(
             raise ValueError("scale_by_preconditioner: update needs params, in its third place.")
         scaled, structure = jax.tree.flatten(grads)
         factors = jax.tree.leaves(params)
+        # Pairs' entries in the list of leaves are replaced; all others stay the plain gradients.
         for pair in find_pairs(params, pairs):
             B, A, g_B, g_A = factors[pair.B], factors[pair.A], scaled[pair.B], scaled[pair.A]
+            # Scaled GD: d_B = g_B (A A^T + delta I)^-1 and d_A = (B^T B + delta I)^-1 g_A.
             d_B, d_A = divide_by_grams(B, A, g_B, g_A, damping)
             scaled[pair.B], scaled[pair.A] = d_B.astype(g_B.dtype), d_A.astype(g_A.dtype)
         return jax.tree.unflatten(structure, scaled), state
@@ -121,7 +123,9 @@ def preconditioned_direction(
     def update(
         grads: Any, state: Any, params: Any, pairs: Pairs, **extra_args: Any
     ) -> tuple[Any, Any]:
+        # Leaves outside of pairs come from the last tree: their gradients are unchanged.
         scaled = pairs.map(divide, params, grads)
+        # Scaled AdamW: Adam's moments are averages of the scaled gradients.
         return inner.update(scaled, state, params, pairs, **extra_args)
 
     return Direction(inner.init, update, lr_scale=1.0)
@@ -183,6 +187,8 @@ def preconditioned(
         )
     of_gradients = exact_step(method=exact_method, max_move=max_move, where="preconditioned")
 
+    # The exact step divides its gradients by the Gram matrices. These directions are divided
+    # already, so they are multiplied first.
     def gradients(batch: PairBatch) -> PairBatch:
         return PairBatch(batch.B, batch.A, *multiply_by_grams(*batch[:4]), batch.rate)
 

@@ -117,14 +117,17 @@ def projected_descent(
         count, *trees = state
         columns = [treedef.flatten_up_to(tree) for tree in trees]
         rate = value_at(learning_rate, count)
+        # Without parameters (and so without decay) only the dtype of W is used: the gradient's.
         old = leaves if params is None else treedef.flatten_up_to(params)
         updates, slots = [], []
         for G, W, *held in zip(leaves, old, *columns, strict=True):
             D, new = _direction(G, tuple(held), count, step, constants)
             if weight_decay:
+                # As in AdamW: outside of Adam, scaled by the learning rate, and not by alpha.
                 D = D + weight_decay * W.astype(D.dtype)
             updates.append((-rate * D).astype(W.dtype))
             slots.append(new)
+        # Without leaves zip yields nothing, and the empty trees stay.
         trees = [treedef.unflatten(field) for field in zip(*slots, strict=True)] or trees
         return treedef.unflatten(updates), type(state)(optax.safe_increment(count), *trees)
 
@@ -143,6 +146,7 @@ def _flags(params: Any, projected: Projected, rank: int, where: str) -> list[boo
     flags = jax.tree.leaves(tree)
     for flag, (path, leaf) in zip(flags, named, strict=True):
         name = jax.tree_util.keystr(path)
+        # The choice is made in Python, so a traced array can't be a flag.
         if not isinstance(flag, bool):
             raise ValueError(f"{where}: projected must hold bools, but has {flag!r} at {name}.")
         if flag and (leaf.ndim < 2 or rank > min(leaf.shape[-2:])):
@@ -179,6 +183,7 @@ def _direction(
 ) -> tuple[Array, Slots]:
     projector, mu, nu, *others = held
     wide = G.astype(mu.dtype)
+    # `_begin` gave leaves that are not projected a scalar in the place of a projector.
     if projector.ndim >= 2:
         D, new = step(smaller_side_first(wide), held, count)
         return as_shaped(D, G.shape), new

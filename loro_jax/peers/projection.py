@@ -117,6 +117,7 @@ def adam(
         [1.0, -1.0]
     """
     b1, b2, eps = constants
+    # Epsilon is added to the corrected root, as in Optax, and unlike in LORO's Adam.
     mu = optax.tree.update_moment(G, mu, b1, 1)
     nu = optax.tree.update_moment_per_elem_norm(G, nu, b2, 2)
     mean = optax.tree.bias_correction(mu, b1, step)

@@ -90,6 +90,7 @@ def merge_and_restart(
             f"merge_and_restart: expected keep between 0 and 1 and pruning 'random' or "
             f"'magnitude', but keep is {keep} and pruning is {pruning!r}."
         )
+    # Algorithm 1: W0 <- W0 + s B A. In bfloat16 small products would vanish in the sum.
     wide = at_least_float32(jnp.result_type(W0, B, A))
     product = jnp.matmul(B.astype(wide), A.astype(wide), precision="highest")
     merged = (W0.astype(wide) + scale * product).astype(W0.dtype)
@@ -97,10 +98,12 @@ def merge_and_restart(
     key_A, key_prune = jax.random.split(key)
     pruned = []
     for i, pair in enumerate(moments):
+        # A key for each moment and side, so that they are pruned independently.
         keys = jax.random.split(jax.random.fold_in(key_prune, i))
         pruned.append(
             (_prune(keys[0], pair[0], keep, pruning), _prune(keys[1], pair[1], keep, pruning))
         )
+    # B = 0: the function after a restart is that before it, whatever the new A.
     return merged, jnp.zeros_like(B), _kaiming_uniform(key_A, A), tuple(pruned)
 
 
@@ -145,9 +148,11 @@ def jagged_schedule(
     def target(step: jax.typing.ArrayLike) -> jax.typing.ArrayLike:
         if not callable(schedule):
             return schedule
+        # During a re-warm-up, the schedule's value at its end: the rate is then linear up to it.
         left = jnp.maximum(countable(warmup_steps) - jnp.asarray(step) % period, 0)
         return schedule(jnp.where(jnp.asarray(step) >= period, step + left, step))
 
+    # The linear factor is that of with_restarts; only what it multiplies differs.
     return with_restarts(target, every, warmup_steps)
 
 

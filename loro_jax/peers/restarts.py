@@ -45,8 +45,10 @@ def balanced_step(lr_scale: float | None) -> Callable[..., tuple[jax.Array, jax.
         B: jax.Array, A: jax.Array, dB: jax.Array, dA: jax.Array, learning_rate: Any, count: Any
     ) -> tuple[jax.Array, jax.Array]:
         del count
+        # The same step as on all other steps; only the factorisation afterwards is special.
         scale = rank_ratio(B, A) if lr_scale is None else lr_scale
         size = learning_rate * scale
+        # Weight refactorization: B = U S^(1/2) and A = S^(1/2) V^T, from the SVD of the product.
         return balance((B - size * dB).astype(B.dtype), (A - size * dA).astype(A.dtype))
 
     return step
@@ -83,6 +85,7 @@ def lowrank_restarts(
         >>> updates, state = tx.update(params, tx.init(params), params)
     """
     directed = as_direction(optax.scale_by_adam() if direction is None else direction)
+    # To balanced_step None means r / min(m, n), which is for gradients, not for moves.
     if directed.kind == "moves" and lr_scale is None:
         lr_scale = directed.lr_scale
     return riemannian_descent(

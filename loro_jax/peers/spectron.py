@@ -73,12 +73,17 @@ def spectron_direction(momentum: float = 0.95, newton_schulz_steps: int = 5) -> 
         grads: Any, state: SpectronState, params: Any, pairs: Pairs, **extra_args: Any
     ) -> tuple[Any, SpectronState]:
         del extra_args
+        # Algorithm 1: M <- beta M + (1 - beta) G.
         averaged = jax.tree.map(average, state.momentum, grads)
+        # O = NewtonSchulz(M), of a spectral norm of about 1.
         orthogonal = jax.tree.map(lambda M: orthogonalise(M, newton_schulz_steps), averaged)
+        # sigma(B) and sigma(A): one power iteration each, from the vectors of the last step.
         estimates = jax.tree.map(_largest_singular_value, params, state.vectors)
+        # A tree of pairs (sigma, vector) becomes two trees.
         sigmas, vectors = (
             jax.tree.map(lambda _, both, i=i: both[i], params, estimates) for i in (0, 1)
         )
+        # Both factors step by rho O, with the rho of their pair.
         moves = pairs.map(_renormalised, sigmas, orthogonal)
         kept = jax.tree.map(lambda M, old: M.astype(old.dtype), averaged, state.momentum)
         return moves, SpectronState(kept, vectors)
@@ -153,6 +158,7 @@ def _largest_singular_value(X: Array, vector: Array) -> tuple[Array, Array]:
 
 
 def _renormalised(sigmas: Both, orthogonal: Both) -> Both:
+    # rho / eta: `riemannian_descent` multiplies by the learning rate and the sign.
     rho = 1 / (sigmas[0] + sigmas[1] + 1)
     return rho * orthogonal[0], rho * orthogonal[1]
 

@@ -41,13 +41,16 @@ def randomised_vectors(
         >>> [round(float(x), 3) for x in s]
         [3.0, 2.0]
     """
+    # A wider sketch than the rank makes it unlikely that a leading direction is missed.
     width = min(rank + oversample, G.shape[0])
     Q = jnp.linalg.qr(matmul(G, jax.random.normal(key, (G.shape[1], width), G.dtype)))[0]
 
     def sharpened(_: Array, Q: Array) -> Array:
+        # Orthonormalised after each product; otherwise all columns would turn to the first vector.
         return jnp.linalg.qr(matmul(G, jnp.linalg.qr(matmul(G.T, Q))[0]))[0]
 
     Q = jax.lax.fori_loop(0, iterations, sharpened, Q)
+    # Q's columns span nearly the leading vectors: of G only Q^T G, which is small, is factorised.
     U, s, _ = jnp.linalg.svd(matmul(Q.T, G), full_matrices=False)
     return matmul(Q, U[:, :rank]), s[:rank]
 
@@ -70,6 +73,7 @@ def adaptive_rank(s: Array, total: Array, eta: float) -> Array:
         [1, 2, 3]
     """
     lost = total[..., None] - jnp.cumsum(s**2, axis=-1)
+    # lost[i] is what the first i + 1 vectors lose: as many as lose too much, and one more.
     too_little = jnp.sum(lost > eta * total[..., None], axis=-1, dtype=jnp.int32)
     return jnp.clip(too_little + 1, 1, s.shape[-1])
 
@@ -125,5 +129,6 @@ def moved_moments(P_new: Array, P_old: Array, mu: Array, nu: Array) -> tuple[Arr
         >>> mu[:, 0].tolist(), nu[:, 0].tolist()
         ([-2.0, 0.0], [4.0, 0.0])
     """
+    # Squares of C's entries are not negative, so neither is the transported second moment.
     C = matmul(P_new.mT, P_old)
     return matmul(C, mu), matmul(C * C, nu)

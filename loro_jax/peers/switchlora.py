@@ -13,9 +13,7 @@ depends only on the function and on its counterpart, and neither changes.
 Source: Zhou, Wang, Xu, "SwitchLoRA: Switched Low-Rank Adaptation Can Learn Full-Rank
 Information", arXiv 2406.06564, and for details the authors' code (github.com/asfsdsf/SwitchLoRA):
 vectors and candidates take turns, with B half a round ahead of A. Rows of A take turns in a circle
-of r, spare vectors in a circle of q. A vector that is switched out takes the place of its
-replacement and so returns after q switches: the same order as in the authors' code, which keeps all
-r + q vectors in one circle.
+of r, spare vectors in a circle of q.
 """
 
 from __future__ import annotations
@@ -119,11 +117,13 @@ def switch(
     _check_state(state)
     _check_rest(interval, freeze_steps)
     *layers, r, _ = state.A.shape
+    # The expected number of switches per side in this step.
     rate = r / interval * switch_frequency(step, total_steps, ratio)
     most = _most_switches(r, state.candidates.A.shape[-2], interval)
     if most == 0:  # no spare vectors (or a single row, whose counterpart could never rest)
         return state
     one = functools.partial(_switch_one, rate, most, scale, freeze_steps)
+    # One key and one vmap for each leading axis: every layer rounds its number by chance.
     keys = jax.random.split(key, tuple(layers)) if layers else key
     for _ in layers:
         one = jax.vmap(one)
@@ -229,18 +229,25 @@ def _switch_one(
     # so a side can advance by half a round minus the number of frozen vectors.
     ahead = r // 2
     busy = jnp.maximum((frozen[0] > 0).sum(), (frozen[1] > 0).sum())
+    # The fraction of the rate is the probability of one more.
     number = jnp.floor(rate) + (jax.random.uniform(key) < rate % 1)
     number = jnp.clip(number.astype(jnp.int32), 0, jnp.minimum(most, jnp.maximum(ahead - busy, 0)))
 
+    # Shapes are static: `most` turns are prepared, and the first `number` of them are taken. The
+    # others leave everything as it is.
     turns = candidates.switched + jnp.arange(most)
     chosen = jnp.arange(most) < number
+    # Two circles: r vectors in use, and q spare ones.
     rows, columns, places = turns % r, (turns + ahead) % r, turns % q
 
     # W0 is rounded to its dtype once, after both sides.
     W = W0.astype(at_least_float32(jnp.result_type(W0, B, A)))
     W, A, spare_A = _swap_rows(W, B, A, candidates.A, rows, places, chosen, scale)
+    # Columns of B by the same function: the transpose of W + s B A is W^T + s A^T B^T.
     Wt, Bt, spare_Bt = _swap_rows(W.T, A.T, B.T, candidates.B.T, columns, places, chosen, scale)
 
+    # The counterparts lose their moments and are frozen: columns of B for switched rows of A, and
+    # rows of A for switched columns of B.
     nobody = jnp.zeros(r, bool)
     lost_B, lost_A = nobody.at[rows].set(chosen), nobody.at[columns].set(chosen)
     return SwitchState(
@@ -279,8 +286,12 @@ def _swap_rows(
 
     For columns of B, call it with all arguments transposed.
     """
+    # What leaves A takes the place of its replacement among the spare vectors, and so returns after
+    # q switches: the order of the authors' code, which keeps all r + q vectors in one circle.
     old, waiting = A[rows], spare[places]
     new = jnp.where(chosen[:, None], waiting.astype(A.dtype), old)
+    # B A loses (column k of B) times (old - new row k of A), which W receives: the function of the
+    # layer does not change.
     change = old.astype(W.dtype) - new.astype(W.dtype)
     W = W + scale * jnp.matmul(B[:, rows].astype(W.dtype), change, precision="highest")
     waiting = jnp.where(chosen[:, None], old.astype(spare.dtype), waiting)
@@ -353,11 +364,13 @@ def initialise_candidates(key: Array, m: int, n: int, r: int) -> Candidates:
 
 def _draw(key: Array, m: int, n: int, r: int, count: int) -> tuple[Array, Array]:
     """Draws ``count`` columns for B and rows for A; r determines their standard deviation."""
+    # r is the number of vectors in use, also when spare ones are drawn: all are exchangeable.
     gain = math.sqrt(1 / 3)
     std_B = math.sqrt(gain) * (r / math.sqrt(m * n)) ** 0.25
     std_A = math.sqrt(gain) * (r * math.sqrt(m) / n**1.5) ** 0.25
 
     def uniform(key: Array, shape: tuple[int, int], std: float) -> Array:
+        # Uniform between -a and a, the standard deviation is a / sqrt(3).
         return math.sqrt(3) * std * jax.random.uniform(key, shape, minval=-1.0, maxval=1.0)
 
     key_B, key_A = jax.random.split(key)

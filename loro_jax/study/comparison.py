@@ -71,12 +71,14 @@ def compare(
         StoppedError: if a signal ended a run.
     """
     directory = pathlib.Path(out)
+    # Runs that another process has locked are left out, and looked at again until all are done.
     while True:
         results: list[Result] = []
         complete = True
         for arm in arms:
             found = [_finish(base, Run(arm, rate, seeds[0]), directory) for rate in grids[arm.name]]
             finished = [result for result in found if result and result.perplexity is not None]
+            # The best rate is known only when the grid is complete, here or in another process.
             if finished and None not in found:
                 best = min(finished, key=lambda result: result.perplexity or math.inf).run
                 found += [_finish(base, best._replace(seed=seed), directory) for seed in seeds[1:]]
@@ -93,6 +95,7 @@ def _finish(base: Config, run: Run, directory: pathlib.Path) -> Result | None:
     """Trains a run to its end, if not done yet; None: another process is running it."""
     config = config_of(base, run)
     workdir = directory / run.name
+    # Beside the run directory, which accepts only files of its own.
     note_path = directory / f"{run.name}.diverged.txt"
     if _belongs(config, workdir):
         if note_path.exists():
@@ -102,6 +105,7 @@ def _finish(base: Config, run: Run, directory: pathlib.Path) -> Result | None:
             return _result(run, workdir, perplexity, "")
     print(f"{run.name} ...", flush=True)
     try:
+        # The comparison prints one line per run; a run's own lines would bury them.
         with contextlib.redirect_stdout(io.StringIO()):
             outcome = train(config, str(workdir))
     except InUseError:
@@ -109,6 +113,7 @@ def _finish(base: Config, run: Run, directory: pathlib.Path) -> Result | None:
         return None
     except DivergedError as error:
         note = str(error).split(";")[0]
+        # Recorded, so that a repeated comparison does not run it again.
         with replacing(note_path) as temporary:
             temporary.write_text(note, encoding="utf-8")
         print(f"{run.name}: diverged ({note})", flush=True)
@@ -138,6 +143,7 @@ def _result(run: Run, workdir: pathlib.Path, perplexity: float | None, note: str
     rows = [row for row in read_rows(workdir / "metrics.jsonl") if "loss" in row]
     curve = [(row["tokens"], row["loss"]) for row in rows]
     seconds = 0.0
+    # Each row with the one before it. Its rate is of the tokens in between.
     for before, row in zip([{"tokens": 0}, *rows], rows, strict=False):
         if row["tokens_per_second"] > 0:  # 0 if the machine was suspended
             seconds += (row["tokens"] - before["tokens"]) / row["tokens_per_second"]

@@ -80,6 +80,7 @@ def config_of(base: Config, run: Run) -> Config:
     Raises:
         TrainingError: if the arm sets a field that its method does not use.
     """
+    # set_field changes the config in place.
     config = copy.deepcopy(base)
     asked = [set_field(config, name, value) for name, value in run.arm.changes]
     config = dataclasses.replace(
@@ -138,6 +139,7 @@ def summary(base: Config, results: list[Result]) -> list[dict[str, Any]]:
         ]
         config = config_of(base, own[0].run)
         held = held_by(config)
+        # All columns at first, in the table's order: an arm that diverged leaves them empty.
         row: dict[str, Any] = {"arm": arm.name, "best lr": None, "perplexity": None}
         row |= {"spread": None, "seeds": 0, "tokens/s": None, "minutes": None}
         if finished:
@@ -213,6 +215,7 @@ def _plot(
         ]
         if not chosen or not chosen[0].curve:
             continue
+        # The first seed at the best rate stands for the arm.
         tokens, losses = zip(*chosen[0].curve, strict=True)
         smooth = _running_mean(losses)
         flops = flops_per_token(config_of(base, chosen[0].run))

@@ -34,7 +34,7 @@ from loro_jax.training.metrics import read_rows
 from loro_jax.training.trained import load_run
 from models.llama import Llama
 
-_BEFORE, _BEHIND = 10, 5
+_BEFORE, _AFTER = 10, 5
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -58,7 +58,7 @@ def _row(run: pathlib.Path, name: str) -> dict[str, Any]:
     trained = load_run(run)
     rows = read_rows(run / "metrics.jsonl")
     losses = {row["step"]: row["loss"] for row in rows if "loss" in row}
-    spikes = spikes_behind(losses, exact_steps(trained.config))
+    spikes = spikes_after(losses, exact_steps(trained.config))
     perplexities = [row["val_ppl"] for row in rows if "val_ppl" in row]
     products, factors = condition_numbers(trained.model)
     return {
@@ -85,7 +85,7 @@ def exact_steps(config: Config) -> list[int]:
     return list(range(config.exact_every, config.steps + 1, config.exact_every))
 
 
-def spikes_behind(losses: dict[int, float], steps: Sequence[int]) -> list[float]:
+def spikes_after(losses: dict[int, float], steps: Sequence[int]) -> list[float]:
     """Returns the rise of the loss after given steps, where all needed rows exist.
 
     Args:
@@ -97,17 +97,17 @@ def spikes_behind(losses: dict[int, float], steps: Sequence[int]) -> list[float]
 
     Example:
         >>> losses = {step: 2.0 for step in range(1, 60)} | {22: 2.5}
-        >>> spikes_behind(losses, [20, 40, 400])
+        >>> spikes_after(losses, [20, 40, 400])
         [0.5, 0.0]
     """
     found = []
     for step in steps:
         before = [losses.get(i) for i in range(step - _BEFORE, step)]
-        behind = [losses.get(i) for i in range(step + 1, step + 1 + _BEHIND)]
+        after = [losses.get(i) for i in range(step + 1, step + 1 + _AFTER)]
         known_before = [loss for loss in before if loss is not None]
-        known_behind = [loss for loss in behind if loss is not None]
-        if len(known_before) == _BEFORE and len(known_behind) == _BEHIND:
-            found.append(max(known_behind) - statistics.mean(known_before))
+        known_after = [loss for loss in after if loss is not None]
+        if len(known_before) == _BEFORE and len(known_after) == _AFTER:
+            found.append(max(known_after) - statistics.mean(known_before))
     return found
 
 
@@ -128,6 +128,8 @@ def condition_numbers(model: Llama) -> tuple[list[float], list[float]]:
     products, factors = [], []
     for pair in find_pairs(params):
         B, A = leaves[pair.B], leaves[pair.A]
+        # Orthonormal factors do not change singular values: those of B A are those of R_B R_A^T,
+        # which is r x r.
         R_B: Any = np.linalg.qr(B, mode="r")
         R_A: Any = np.linalg.qr(A.swapaxes(-1, -2), mode="r")
         products += _conditions(R_B @ R_A.swapaxes(-1, -2))

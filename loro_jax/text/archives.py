@@ -89,6 +89,7 @@ def unpack(file: BinaryIO, packing: str) -> Iterator[bytes]:
     """
     data, first = b"", True
     while True:
+        # A read may end within the padding or within a magic number: read on until it is complete.
         while len(data) < _LONGEST_BEGINNING and (block := file.read(_BLOCK)):
             data += block
             if not first:
@@ -131,6 +132,7 @@ def _unmarked(stream: _Stream) -> _Stream:
 
 def _stream(file: BinaryIO, data: bytes, packing: str) -> _Stream:
     """Yields the content of one stream, up to the last byte before an error."""
+    # To decode the stream again if a call fails.
     start = file.tell() - len(data)
     decoded, calls = _decoded(file, data, packing), 0
     while True:
@@ -161,6 +163,7 @@ def _decoded(file: BinaryIO, data: bytes, packing: str, coarse: float = math.inf
             data = file.read(_BLOCK)
             if not data:
                 raise ArchiveError(f"the file ends within a stream of {packing}", cut=True)
+        # Byte by byte, in and out: what is decoded before an error is then not lost with it.
         taken, most = (len(data), _BLOCK) if call < coarse else (int(decoder.needs_input), 1)
         piece, data = data[:taken], data[taken:]
         try:
@@ -193,6 +196,7 @@ class _Gzip:
 
     def decompress(self, data: bytes, max_length: int) -> bytes:
         out = self._decoder.decompress(self._decoder.unconsumed_tail + data, max_length)
+        # zlib does not say whether output is left in its buffers.
         self._full = len(out) == max_length
         return out
 

@@ -69,6 +69,8 @@ class TrainBatches:
         position = {}
         for name, value in state.items():
             if np.ndim(value):  # one value per row
+                # Positions are not negative, so that the largest value over the processes is that
+                # of the one that holds the row.
                 rows = np.full(self._batch_size, -1, np.int64)
                 rows[self._mine] = value
                 position[name] = rows if self._agree is None else self._agree(rows)
@@ -80,6 +82,8 @@ class TrainBatches:
         """Restores a position saved by :meth:`position`, in this or another process."""
         self._iterator.set_state(
             {
+                # Saved for the global batch: each process takes its rows, however many processes
+                # there are.
                 name: np.asarray(value)[self._mine].tolist() if np.ndim(value) else int(value)
                 for name, value in position.items()
             }
@@ -149,11 +153,13 @@ def _numbered(order: _Order, mine: Sequence[int]) -> grain.DatasetIterator:
     def assemble(places: np.ndarray) -> dict[str, np.ndarray]:
         tokens = np.empty((len(mine), length + 1), np.int32)
         mask = np.empty((len(mine), length), np.float32)
+        # Places of the whole batch are known to every process, but only its own rows are read.
         for i, (source, epoch, place) in enumerate(places[list(mine)].tolist()):
             tokens[i], mask[i] = rows[source].row(epoch, place)
         check_ids(tokens, corpus.vocab_size, order.name)
         return {"tokens": tokens, "mask": mask}
 
+    # Batched before anything is read: places are three numbers each.
     batches = places.batch(order.batch_size).map(assemble)
     # Encoding on the fly uses all cores; reading shards needs one thread.
     threads = order.data.threads or (1 if _counted(corpus) else available_cores())
@@ -205,10 +211,13 @@ def _mixed(order: _Order, counts: list[int]) -> grain.MapDataset:
     """
     orders = []
     for number, count in enumerate(counts):
+        # Two sources of the same size must not be shuffled alike.
         seed = order.seed + number * _SEED_STEP
+        # Repeated after the shuffle, so that Grain draws another order in each epoch.
         places = grain.MapDataset.range(count).seed(seed).shuffle().repeat(_ENDLESS // count + 1)
         orders.append(
             places.map_with_index(
+                # Bound as defaults: a plain closure would see the values of the last source.
                 lambda index, place, number=number, count=count: np.array(
                     [number, index // count, place]
                 )

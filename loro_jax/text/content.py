@@ -89,6 +89,7 @@ def is_table(path: str) -> bool:
     if _suffix(path) == ".parquet":
         return True
     with open(path, "rb") as file:
+        # At both ends, because a text may begin with these four letters.
         if file.read(4) != b"PAR1":
             return False
         file.seek(-4, 2)
@@ -113,6 +114,7 @@ def refused_content(head: bytes) -> str | None:
         >>> refused_content("text".encode("utf-16"))
         'UTF-16, by its byte order mark; expected UTF-8'
     """
+    # UTF-32's byte order mark begins with that of UTF-16, so it is tested first.
     for pattern, reason in _REFUSED_BEGINNINGS:
         if pattern.match(head):
             return reason

@@ -89,6 +89,7 @@ class PartReader:
     def __init__(self, parts: Sequence[Part], skip: bool, held_out: frozenset[int] = frozenset()):
         self._parts = parts
         self._held_out = held_out
+        # Training and validation files may be named by different settings, and are judged apart.
         self._tallies = {part.setting: Tally(part.setting, skip) for part in parts}
 
     def chunks(self, start: Position | None = None) -> Iterator[Chunk]:
@@ -108,12 +109,16 @@ class PartReader:
 
     def _chunks_of(self, number: int, passed: int) -> Iterator[Chunk]:
         part = self._parts[number]
+        # Counts at the beginning of the part: a resumed reading starts there, and counts what it
+        # passes over again.
         counts = {setting: tally.counts() for setting, tally in self._tallies.items()}
         splits: list[str] = []
         texts: list[str] = []
         characters, seen = 0, 0
         for text in part.read(self._tallies[part.setting]):
             seen += 1
+            # Compressed files can't be entered in the middle: passed documents are read, not
+            # encoded.
             if seen <= passed:
                 continue
             split = self._split(part, text)
@@ -129,11 +134,14 @@ class PartReader:
             yield Chunk(splits, texts, Position(number, seen, counts))
 
     def _split(self, part: Part, text: str) -> str | None:
+        # Hashing takes time, so it is done only where it decides something.
         if part.split == "validation" or (part.split and not self._held_out):
             return part.split
         number = digest(text)
         if number in self._held_out:
             return None
+        # By the text alone: copies of a document always fall into the same split, and order,
+        # threads and interruptions don't matter.
         if part.split is None and number % VALIDATION_SHARE == 0:
             return "validation"
         return "train"

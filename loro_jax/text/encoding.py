@@ -56,6 +56,8 @@ def encode_chunks(
         try:
             for chunk in chunks:
                 waiting.append((chunk, pool.submit(_encode, chunk.texts, tokenizer, dtype, begin)))
+                # Bounded, so that reading does not run ahead of encoding until memory is full.
+                # Results are taken in the order in which they were submitted.
                 if len(waiting) > 2 * threads:
                     done, future = waiting.popleft()
                     yield done, future.result()
@@ -63,6 +65,7 @@ def encode_chunks(
                 done, future = waiting.popleft()
                 yield done, future.result()
         finally:
+            # Also when the consumer stops early: this runs when the generator is closed.
             pool.shutdown(cancel_futures=True)
 
 
@@ -74,6 +77,7 @@ def _encode(
 ) -> list[np.ndarray]:
     documents = []
     for ids in tokenizer.encode(texts):
+        # In int64, so that a wrong id is found by check_ids before a narrow dtype would wrap it.
         document = np.empty(len(begin) + len(ids) + 1, np.int64)
         document[: len(begin)] = begin
         document[len(begin) : -1] = ids

@@ -101,6 +101,7 @@ def load_corpus(data: DataConfig, sequence_length: int, tokenizer: Tokenizer) ->
     opened = [_open(entry.source, data, tokenizer) for entry in weighted]
     notes = [note for source in opened for note in source.notes]
     validation = [source.validation for source in opened if source.validation is not None]
+    # It replaces the validation splits of all sources.
     if data.validation is not None:
         parts = validation_parts(data.validation, data)
         reader = PartReader(parts, data.bad_documents == "skip")
@@ -114,7 +115,9 @@ def load_corpus(data: DataConfig, sequence_length: int, tokenizer: Tokenizer) ->
         TrainingSource(entry.source, source.train, entry.weight)
         for entry, source in zip(weighted, opened, strict=True)
     )
+    # The n-gram models are fitted on one stream that fits in memory.
     alone = opened[0].train if len(opened) == 1 and opened[0].in_memory else None
+    # A run resumes only with the same training tokens and the same validation set.
     identity = [tokenizer.fingerprint, *(source.fingerprint for source in opened), _hash(tokens)]
     return Corpus(
         train,
@@ -139,6 +142,7 @@ def _open(source: str, config: DataConfig, tokenizer: Tokenizer) -> _Source:
             prepared.notes,
         )
     if source.startswith("tfds:"):
+        # Read and encoded by index while training: nothing is done in advance.
         train, validation, identity = tfds_texts(source, config, Tally("config.data.source", skip))
         return _Source(
             EncodedTexts(train, tokenizer),
@@ -147,6 +151,7 @@ def _open(source: str, config: DataConfig, tokenizer: Tokenizer) -> _Source:
             [],
         )
     parts, held_out = source_parts(source, config)
+    # load_corpus reads config.data.validation once, for all sources.
     own: list[Part] = [part for part in parts if part.setting == "config.data.source"]
     reader = PartReader(own, skip, held_out)
     splits = _encoded(reader, config, tokenizer)
@@ -184,6 +189,7 @@ def _validation_set(
     data: DataConfig, length: int, sources: list[Sequence[np.ndarray]], tokenizer: Tokenizer
 ) -> tuple[np.ndarray, np.ndarray]:
     """Builds the fixed validation set, with equal parts per source if its size is limited."""
+    # Rounded up; the surplus is cut off below. 0 stays 0: no limit.
     limit = -(-data.max_eval_sequences // len(sources))
     rows: list[Row] = []
     for documents in sources:
@@ -208,6 +214,7 @@ def _validation_rows(
     if data.shape == "padded":
         count = min(len(documents), limit or MAX_VALIDATION_DOCUMENTS)
         return [padded_row(documents[i], length, pad_id) for i in range(count)]
+    # Only as many documents are encoded as the limit needs.
     stream = np.concatenate(list(_enough(documents, limit * length + 1 if limit else None)))
     rows = consecutive_rows(stream, length, pad_id)
     return rows[: limit or len(rows)]

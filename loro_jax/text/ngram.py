@@ -45,6 +45,7 @@ def ngram_perplexity(
         (2.0, True)
     """
     train_N = np.asarray(train_N, np.int64)
+    # Add-one smoothing: no held-out token has probability zero.
     counts_V = np.bincount(train_N, minlength=vocab_size) + 1.0
     unigram_M = counts_V[targets_M] / counts_V.sum()
 
@@ -58,14 +59,18 @@ def ngram_perplexity(
     continuation_V /= continuation_V.sum()
 
     keys_M = np.asarray(inputs_M, np.int64) * vocab_size + targets_M
+    # Keys beyond the last bigram are compared with it, and don't match.
     places_M = np.minimum(np.searchsorted(bigrams, keys_M), len(bigrams) - 1)
     found_M = np.where(bigrams[places_M] == keys_M, bigram_counts[places_M], 0)
     contexts_M = context_counts_V[inputs_M]
     seen_M = np.maximum(contexts_M, 1)
+    # Interpolated Kneser-Ney: what the discount takes from seen followers goes to all tokens, by
+    # the number of contexts they follow.
     bigram_M = (
         np.maximum(found_M - DISCOUNT, 0)
         + DISCOUNT * distinct_followers_V[inputs_M] * continuation_V[targets_M]
     ) / seen_M
+    # After a context that was never seen only the lower order is left.
     bigram_M = np.where(contexts_M > 0, bigram_M, continuation_V[targets_M])
     return NgramPerplexity(_perplexity(unigram_M), _perplexity(bigram_M))
 

@@ -80,11 +80,14 @@ class PackedRows:
         self._length = length
         # One window fewer than fit, so that every offset below ``length`` leaves room for all.
         self._count = max((split.tokens - length) // length, 1)
+        # A split of a single window may be too short for every offset.
         choices = min(length, split.tokens - self._count * length)
 
         # Cached, because every row needs it; rows of a few epochs may be read alternately.
         @functools.lru_cache(maxsize=4)
         def offset(epoch: int) -> int:
+            # A function of seed and epoch: nothing has to be saved to resume in the middle of an
+            # epoch.
             return int(np.random.default_rng((seed, epoch)).integers(choices))
 
         self._offset = offset
@@ -95,6 +98,7 @@ class PackedRows:
     def row(self, epoch: int, place: int) -> Row:
         """Returns window ``place`` of an epoch."""
         start = place * self._length + self._offset(epoch)
+        # Windows overlap by one token, which is the last target and the next window's first input.
         tokens = self._split.read(start, start + self._length + 1)
         return Row(tokens, np.ones(self._length, np.float32))
 
@@ -120,6 +124,7 @@ class PaddedRows:
         """Returns document ``place``, in any epoch."""
         del epoch
         if isinstance(self._documents, TokenShards):
+            # A document may be far longer than a row: only what fits is read.
             ids = self._documents.head(place, self._length + 1)
         else:
             ids = self._documents[place]
@@ -132,12 +137,14 @@ def padded_row(ids: np.ndarray, length: int, pad_id: int) -> Row:
     tokens = np.full(length + 1, pad_id, np.int32)
     tokens[: len(kept)] = kept
     mask = np.zeros(length, np.float32)
+    # n ids make n - 1 predictions; the end-of-text id is a target, padding is not.
     mask[: len(kept) - 1] = 1.0
     return Row(tokens, mask)
 
 
 def consecutive_rows(stream: np.ndarray, length: int, pad_id: int) -> list[Row]:
     """Cuts a stream into windows that predict every token but the first; the last is padded."""
+    # Rounded up: the first token is only an input, and every other one is a target once.
     count = -(-(len(stream) - 1) // length)
     padded = np.full(count * length + 1, pad_id, np.int32)
     padded[: len(stream)] = stream

@@ -108,6 +108,7 @@ def prepare(
         writer = _Writer(directory, record, tokenizer)
         position = Position(**record["position"]) if record["position"] else None
         reader = PartReader(parts, config.bad_documents == "skip", held_out)
+        # Documents of shards that an interrupted preparation has written count as done.
         progress = Progress(0, len(parts), *writer.totals(), 0.0, 0)
         started = time.monotonic()
         for chunk, documents in encode_chunks(reader.chunks(position), tokenizer, threads):
@@ -120,6 +121,8 @@ def prepare(
             progress.seconds = time.monotonic() - started
             report(progress)
             if writer.waiting >= shard_tokens:
+                # Between two chunks, where the position is known; a shard may exceed the limit by
+                # one chunk.
                 writer.flush(chunk.end)
         return writer.finish(config, reader)
 
@@ -128,6 +131,7 @@ def _request(
     config: DataConfig, tokenizer: Tokenizer, parts: list[Part], shard_tokens: int
 ) -> dict[str, Any]:
     """Returns everything the shards depend on; a preparation resumes only if it is unchanged."""
+    # Names and sizes: a hash of the contents would take as long as reading them.
     inputs = json.dumps([[part.name, part.size, part.split] for part in parts])
     fields = ("source", "validation", "text_field", "text_files", "bad_documents")
     return {
@@ -147,6 +151,7 @@ def _claimed(directory: pathlib.Path, request: dict[str, Any]) -> Iterator[dict[
     try:
         if directory.exists() and not directory.is_dir():
             raise TrainingError(f"--out={directory} is a file; expected a directory.")
+        # Each of these alone may be what a kill has left.
         known = {MANIFEST, PROGRESS, PROGRESS + ".tmp", _LOCK}
         present = {entry.name for entry in directory.iterdir()} if directory.exists() else set()
         if present and not present & known:
@@ -170,6 +175,7 @@ def _claimed(directory: pathlib.Path, request: dict[str, Any]) -> Iterator[dict[
                 _write_json(directory / PROGRESS, record)
             yield record
         finally:
+            # While the lock is still held.
             (directory / _LOCK).unlink(missing_ok=True)
 
 
@@ -186,6 +192,8 @@ def _record(directory: pathlib.Path, request: dict[str, Any]) -> dict[str, Any]:
         differing = [
             f"{key}: {stored.get(key)!r} there, {value!r} now"
             for key, value in request.items()
+            # A complete directory has no position, so the version of the reader does not matter any
+            # more.
             if stored.get(key) != value and not (complete and key == "reader")
         ]
         if differing:
@@ -221,6 +229,8 @@ class _Writer:
     def flush(self, position: Position | None) -> None:
         """Writes a shard for each split that has documents, then the position."""
         for split, documents in self._documents.items():
+            # First the shards, then the position that counts them. After a kill in between, the
+            # same documents are written again, to files of the same names.
             if documents:
                 self._write_shard(split, documents)
                 documents.clear()
@@ -230,6 +240,7 @@ class _Writer:
             _write_json(self._directory / PROGRESS, self._record)
 
     def _write_shard(self, split: str, documents: list[np.ndarray]) -> None:
+        # Shards that the record does not list do not count: they are overwritten.
         number = sum(shard["split"] == split for shard in self._record["shards"])
         name = f"{split}-{number:05d}"
         shard = make_shard(documents, token_dtype(self._tokenizer.vocab_size), name)
@@ -272,6 +283,8 @@ class _Writer:
             "bad_documents": reader.bad(),
             "notes": reader.notes(),
         }
+        # The manifest marks the directory as complete, so it is the last file to appear; the record
+        # of progress is removed only after that.
         _write_json(self._directory / MANIFEST, manifest)
         (self._directory / PROGRESS).unlink(missing_ok=True)
         return manifest
@@ -289,6 +302,7 @@ def _replace(path: pathlib.Path, write: Callable[[Any], Any]) -> None:
         with temporary.open("wb") as file:
             write(file)
             file.flush()
+            # Before the rename: otherwise a power cut could leave the name with an empty file.
             os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:

@@ -97,6 +97,7 @@ def open_prepared(source: str, tokenizer: Tokenizer, skip: bool) -> Prepared:
             f"{made_by['eos_id']}), but config.data.tokenizer has fingerprint "
             f"{tokenizer.fingerprint} and end of text {tokenizer.eos_id}."
         )
+    # Two mapped files for each shard, and some for everything else.
     _allow_open_files(2 * len(manifest["shards"]) + 256)
     splits: dict[str, list[Shard]] = {name: [] for name in SPLITS}
     notes = []
@@ -113,6 +114,7 @@ def open_prepared(source: str, tokenizer: Tokenizer, skip: bool) -> Prepared:
                 ) from None
             notes.append(f"{problem}; its {entry['documents']:,} documents are skipped")
     used = {shard.name for shards in splits.values() for shard in shards}
+    # The fingerprint covers the shards in use: a run that skips one is not resumed with it.
     content = [
         [entry["sha256"], entry["split"]]
         for entry in manifest["shards"]
@@ -129,6 +131,7 @@ def open_prepared(source: str, tokenizer: Tokenizer, skip: bool) -> Prepared:
 def _open_shard(directory: pathlib.Path, entry: dict[str, Any]) -> Shard:
     """Memory-maps a shard; compares its lengths, not its bytes, with the manifest."""
     shard = map_shard(directory / entry["name"])
+    # Comparing bytes would read the whole shard at every start; `verify` does that.
     found = (len(shard.tokens), len(shard.ends), int(shard.ends[-1]) if len(shard.ends) else 0)
     expected = (entry["tokens"], entry["documents"], entry["tokens"])
     if found != expected:

@@ -107,6 +107,7 @@ class _Content:
             size += len(chunk)
             if size >= HEAD:
                 break
+        # Given back, so that reading starts from the beginning.
         self._chunks = itertools.chain(chunks, self._chunks)
         return b"".join(chunks)[:HEAD]
 
@@ -124,6 +125,7 @@ class _Content:
         except (OSError, ArchiveError) as error:
             self.cut = error.cut if isinstance(error, ArchiveError) else True
             reason = getattr(error, "strerror", None) or str(error)
+            # Reported by __iter__ after all content before the error has been used.
             self._lost = f"byte {place:,} of the content", f"can't be read ({reason})"
 
 
@@ -137,6 +139,7 @@ def _streamed(content: _Content, text_field: str, whole_files: bool) -> Iterator
     if reason is not None:
         content.tally.add_lost(content.path, place, reason)
     elif json_lines:
+        # Old Mac files end lines with a carriage return alone.
         only_cr = b"\r" in head and b"\n" not in head  # valid JSON contains neither inside a string
         lines = _lines(_with_line_feeds(content) if only_cr else content)
         yield from _json_lines(content, lines, text_field)
@@ -167,6 +170,8 @@ def _lines(chunks: Iterable[bytes]) -> Iterator[bytes]:
     for chunk in chunks:
         *whole, last = chunk.split(b"\n")
         if whole:
+            # Pieces of a long line are joined once; adding them one by one would take quadratic
+            # time.
             whole[0] = b"".join([*rest, whole[0]])
             rest.clear()
         for line in whole:

@@ -75,6 +75,7 @@ class TokenShards(Sequence[np.ndarray]):
     """
 
     def __init__(self, shards: Iterable[Shard]):
+        # Without empty shards all ends are different, and bisection finds exactly one.
         self._shards = [shard for shard in shards if len(shard.ends)]
         self._token_ends = np.cumsum([len(shard.tokens) for shard in self._shards]).tolist()
         self._document_ends = np.cumsum([len(shard.ends) for shard in self._shards]).tolist()
@@ -93,6 +94,7 @@ class TokenShards(Sequence[np.ndarray]):
             raise IndexError(index)
         number = bisect.bisect_right(self._document_ends, index)
         shard = self._shards[number]
+        # The document's number within its shard; it begins where the one before it ends.
         place = index - (self._document_ends[number - 1] if number else 0)
         start = int(shard.ends[place - 1]) if place else 0
         end = int(shard.ends[place])
@@ -103,12 +105,14 @@ class TokenShards(Sequence[np.ndarray]):
     def read(self, start: int, stop: int) -> np.ndarray:
         """Returns tokens ``start`` to ``stop`` of the stream, int32."""
         pieces = []
+        # A window may span several shards, even whole ones.
         number = bisect.bisect_right(self._token_ends, start)
         while start < stop:
             offset = self._token_ends[number - 1] if number else 0
             end = min(stop, self._token_ends[number])
             pieces.append(self._shards[number].tokens[start - offset : end - offset])
             start, number = end, number + 1
+        # Almost always: one copy, from the mapping to int32, instead of two.
         if len(pieces) == 1:
             return pieces[0].astype(np.int32)
         return np.concatenate(pieces or [np.empty(0, np.int32)]).astype(np.int32)

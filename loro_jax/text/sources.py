@@ -55,6 +55,7 @@ def weighted_sources(source: str) -> list[Weighted]:
         return [Weighted(source, 1.0)]
     found = []
     for part in filter(str.strip, source.split(";")):
+        # The last comma: a glob may contain others.
         name, _, weight = part.strip().rpartition(",")
         try:
             found.append(Weighted(name.strip(), float(weight)))
@@ -98,6 +99,7 @@ def source_parts(source: str, config: DataConfig) -> tuple[list[Part], frozenset
     held_out = validation_parts(config.validation, config)
     tally = Tally("config.data.validation", skip=True)  # bad ones are reported on encoding
     digests = frozenset(digest(text) for part in held_out for text in part.read(tally))
+    # The source's own validation split is neither trained on nor evaluated.
     others = [part._replace(split="train") for part in parts if part.split != "validation"]
     return [*held_out, *others], digests
 
@@ -130,6 +132,7 @@ def _origins(source: str) -> set[str]:
     found = set()
     for entry in weighted_sources(source):
         found.add(entry.source)
+        # Resolved, because one file may be named in several ways.
         found.update(map(os.path.realpath, _matching(entry.source)))
         if is_prepared(entry.source):
             with contextlib.suppress(TrainingError):  # unfinished
@@ -187,6 +190,7 @@ def _file_parts(pattern: str, setting: str, config: DataConfig, split: str | Non
 def _matching(pattern: str) -> list[str]:
     """Returns the files that a glob matches, sorted by name."""
     expanded = str(pathlib.Path(pattern).expanduser())
+    # glob's order is that of the file system, and differs between machines.
     return [path for path in sorted(glob.glob(expanded, recursive=True)) if os.path.isfile(path)]
 
 

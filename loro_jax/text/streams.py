@@ -72,6 +72,7 @@ class _PackedIterator(grain.DatasetIterator):
 
     def __next__(self) -> dict[str, np.ndarray]:
         length = self._dataset.length
+        # Rows are independent: each thread changes only the stream of its own row.
         tokens = np.stack(list(self._pool.map(self._window, self._dataset.rows)))
         return {"tokens": tokens, "mask": np.ones((len(tokens), length), np.float32)}
 
@@ -101,6 +102,8 @@ class _PackedIterator(grain.DatasetIterator):
     def set_state(self, state: dict[str, Any]) -> None:
         """Restores a state returned by :meth:`get_state`."""
         for row, taken, left in zip(self._streams, state["taken"], state["left"], strict=True):
+            # What is left is always the end of the last document, so it is encoded again instead of
+            # saved.
             rest = self._document(row, taken - 1) if taken else np.empty(0, np.int32)
             self._streams[row] = _Stream(taken, rest[len(rest) - left :])
 

@@ -57,6 +57,7 @@ def table_texts(path: str, tally: Tally, text_field: str) -> Iterator[tuple[str,
             row = start
             for value in _values(table, group, text_field):
                 if isinstance(value, _DamageError):
+                    # Rows after a damaged one can't be located, so all of them count as bad.
                     left = max(start + count - row, 1)
                     tally.add_bad(path, f"row {row}", f"can't be read ({value})", left)
                     break
@@ -84,6 +85,8 @@ def _values(table: pyarrow.parquet.ParquetFile, group: int, column: str) -> Iter
             for batch in batches:
                 values = batch.column(batch.schema.get_field_index(column))
                 seen += len(values)
+                # In the second pass over the row group, values that were yielded before are left
+                # out.
                 if seen > done:
                     yield from _python(values.slice(max(len(values) - (seen - done), 0)))
                     done = seen

@@ -86,6 +86,8 @@ class Tally:
         self.first = self.first or f"{path}, {place}: {reason}"
 
     def _judge(self, at_least: int = 0) -> None:
+        # While reading, the share is of a thousand documents at least: one early bad document is
+        # not yet too many.
         if self.bad.total() > MOST_BAD * max(self.good + self.bad.total(), at_least):
             self._stop()
 

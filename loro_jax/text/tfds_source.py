@@ -65,6 +65,7 @@ def tfds_texts(
     validation: Sequence[int]
     held_out = sources.get("validation")
     if held_out is None:
+        # By index, not by hash, which would need to read every record.
         held_out, validation = records, range(0, len(records), VALIDATION_SHARE)
         train = _AllBut(len(records), VALIDATION_SHARE)
     else:
@@ -102,6 +103,7 @@ def tfds_parts(source: str, config: DataConfig) -> list[Part]:
                     name,
                     len(indices),
                     "config.data.source",
+                    # Without an official split, each document is assigned by its hash.
                     split if "validation" in sources else None,
                     _reader(records, indices, config.text_field, name),
                 )
@@ -145,6 +147,7 @@ class _AllBut(Sequence[int]):
         return self._count
 
     def __getitem__(self, place: Any) -> Any:
+        # Of every `step` numbers the first, a multiple of it, is left out.
         return place + place // (self._step - 1) + 1
 
 

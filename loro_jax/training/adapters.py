@@ -48,11 +48,13 @@ class SwitchLoRAOptions:
 
 def relora_maintenance(config: Config, options: ReLoRAOptions) -> Maintenance:
     """Merges the factors into W every ``exact_every`` steps, and reinitialises them."""
+    # alpha: the scale s of a projection is alpha / r.
     scale = config.model.alpha
 
     def restart(step: jax.Array, params: Any, fixed: Any, opt_state: Any) -> tuple[Any, Any, Any]:
         key = _key(config, step)
         mu, nu = opt_state.factors.mu, opt_state.factors.nu
+        # A number for each projection: its draws do not depend on those of the others.
         for number, path in enumerate(_adapters(params)):
             own, weight = _at(params, path), _at(fixed, path)
             moments = tuple((_at(m, path)["B"], _at(m, path)["A"]) for m in (mu, nu))
@@ -72,6 +74,7 @@ def relora_maintenance(config: Config, options: ReLoRAOptions) -> Maintenance:
         return params, fixed, _with_moments(opt_state, mu, nu)
 
     def after(step: jax.Array, params: Any, fixed: Any, opt_state: Any) -> tuple[Any, Any, Any]:
+        # One program for all steps: on most of them the branch returns its arguments.
         return jax.lax.cond(
             step % config.exact_every == 0,
             restart,
@@ -104,6 +107,8 @@ def switchlora_maintenance(config: Config, options: SwitchLoRAOptions) -> Mainte
                 moments,
                 (rest["frozen_B"], rest["frozen_A"]),
             )
+            # The gradients are from before the switch, and still right: that of a switched vector
+            # depends only on the function and on its counterpart, and neither changes.
             W, B, A, spare, moments, frozen = switch(
                 jax.random.fold_in(key, number),
                 step,
@@ -112,6 +117,8 @@ def switchlora_maintenance(config: Config, options: SwitchLoRAOptions) -> Mainte
                 total_steps=config.steps,
                 **dataclasses.asdict(options),
             )
+            # In the order of the method: switch, hold the gradients, Adam (the optimizer's step),
+            # thaw. Thawing before Adam changes nothing, as only `hold` reads the counts.
             grad_B, grad_A = hold(grad["B"], grad["A"], frozen)
             frozen_B, frozen_A = thaw(frozen)
             grads = _set(grads, path, B=grad_B, A=grad_A)
@@ -139,6 +146,7 @@ def _key(config: Config, step: jax.Array) -> jax.Array:
 
 
 def _with_moments(opt_state: Any, mu: Any, nu: Any) -> Any:
+    # Only moments change; Adam's count of steps continues.
     return opt_state._replace(factors=opt_state.factors._replace(mu=mu, nu=nu))
 
 

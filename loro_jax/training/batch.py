@@ -38,6 +38,7 @@ def validation_batches(corpus: Corpus, batch_size: int) -> list[Batch]:
     """
     tokens, mask = corpus.validation_tokens, corpus.validation_mask
     filler = -len(tokens) % batch_size
+    # The filler is a valid row whose mask is zero: one shape, one compilation.
     tokens = np.concatenate([tokens, np.repeat(tokens[:1], filler, axis=0)])
     mask = np.concatenate([mask, np.zeros((filler, mask.shape[1]), np.float32)])
     return [

@@ -65,8 +65,10 @@ class Checkpoints:
         try:
             self._checkpointer = ocp.training.Checkpointer(
                 self._directory.absolute(),
+                # The loop decides when to save; Orbax saves whenever it is asked.
                 save_decision_policy=ocp.training.save_decision_policies.FixedIntervalPolicy(1),
                 preservation_policy=policies.LatestN(self._keep),
+                # What a kill in the middle of a save leaves.
                 cleanup_tmp_directories=True,
             )
         except OSError as error:
@@ -81,6 +83,8 @@ class Checkpoints:
             progress: numbers and small arrays, the same in every process.
         """
         self.wait()
+        # The checksum is computed on the devices, before the next step overwrites the donated
+        # state.
         content = {
             "state": {"state": state, "checksum": _checksum(state)},
             "progress": progress,
@@ -99,6 +103,7 @@ class Checkpoints:
         Raises:
             TrainingError: if it could not be written; earlier checkpoints are intact.
         """
+        # Forgotten first, so that a failed save is reported once.
         pending, self._pending = self._pending, None
         if pending is None:
             return
@@ -133,6 +138,7 @@ class Checkpoints:
             TrainingError: if all checkpoints are damaged.
         """
         steps = sorted((c.step for c in self._checkpointer.checkpoints), reverse=True)
+        # Moved only when an intact one is found: if there is none, nothing is changed.
         damaged: list[tuple[int, str]] = []
         for step in steps:
             try:
@@ -159,11 +165,13 @@ class Checkpoints:
     def _set_aside(self, damaged: list[tuple[int, str]], good_step: int) -> None:
         if not damaged:
             return
+        # Orbax lists the directory when it opens: closed before the renames, and opened after them.
         self._checkpointer.close()
         for step, reason in damaged:
             target = self._directory.parent / "damaged_checkpoints" / str(step)
             if target.exists():
                 target = _unused(target)
+            # No process opens the directory again before the first one has renamed it.
             together(functools.partial(self._move, step, target))
             self._warn(
                 f"checkpoint {step} is damaged ({reason}); moved to {target}, "
@@ -239,13 +247,17 @@ def _checksum(tree: Any) -> Array:
     """
 
     def leaf_checksum(leaf: Array) -> Array:
+        # bitcast_convert_type takes no booleans.
         words = leaf.astype(jnp.uint32) if leaf.dtype == jnp.bool_ else _words(leaf)
         places = jnp.arange(words.size, dtype=jnp.uint32).reshape(words.shape)
+        # The weights are odd, and so invertible modulo 2^32: a change of a single word always
+        # changes the sum. That they differ detects words in exchanged places.
         return jnp.sum(words * (2 * places + 1), dtype=jnp.uint32)
 
     return jnp.stack([leaf_checksum(jnp.asarray(leaf)) for leaf in jax.tree.leaves(tree)])
 
 
 def _words(leaf: Array) -> Array:
+    # Numbers of 8 bytes become two words each, along a new last axis.
     bits = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[leaf.dtype.itemsize]
     return jax.lax.bitcast_convert_type(leaf, bits).astype(jnp.uint32)

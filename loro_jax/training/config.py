@@ -241,6 +241,7 @@ def _length(config: Config) -> None:
 
 def _network(config: Config) -> None:
     model = config.model_config
+    # The other fields can be checked before the tokenizer is loaded.
     if model.vocab_size == 0:  # set from the tokenizer's
         model = dataclasses.replace(model, vocab_size=1)
     model.validate()
@@ -310,6 +311,7 @@ def differences(stored: dict[str, Any], config: Config) -> list[str]:
         defaults = dataclasses.replace(defaults, **chosen)
     old = _flatten(json.loads(defaults.to_json())) | _flatten(stored)
     new = _flatten(json.loads(config.to_json()))
+    # "auto" and what it stands for are the same run.
     for fields in (old, new):
         fields["moments"] = _resolved_moments(fields["moments"], fields["basis"])
     passed_over: tuple[str, ...] = RESUMABLE_FIELDS

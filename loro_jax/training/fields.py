@@ -34,6 +34,7 @@ def set_field(config: Config, name: str, value: Any) -> str:
         raise TrainingError(str(error)) from None
     if found is None:
         return name
+    # Only now is the name split: its present name may be in another group.
     name, value = found
     *groups, field = name.split(".")
     target: Any = config
@@ -69,6 +70,7 @@ def parse_change(text: str) -> tuple[str, Any]:
     if not separator:
         raise ValueError(text)
     try:
+        # As JSON first, in which numbers, booleans and null have their types.
         return name, json.loads(value)
     except json.JSONDecodeError:
         return name, value

@@ -64,6 +64,7 @@ def train(config: Config, workdir: str, command: str = "python train.py") -> Out
         TrainingError: for a bad config or corpus, a directory of another run, a damaged set of
             checkpoints, or a loss that is not finite.
     """
+    # Whatever is wrong with config, tokenizer or text is found before the directory is touched.
     inputs = together(lambda: _read_inputs(config))
     config, corpus = inputs.config, inputs.corpus
     with RunDirectory(workdir, config, corpus.fingerprint) as directory, _StopSignals() as signals:
@@ -81,6 +82,7 @@ def train(config: Config, workdir: str, command: str = "python train.py") -> Out
         run.close()
         if signals.received is not None:
             return Outcome(128 + signals.received, None)
+        # Only the first process has the metrics.
         if not is_first():
             return Outcome(0, None)
         ngrams = corpus_ngrams(corpus, inputs.vocab_size)
@@ -101,6 +103,7 @@ class _Inputs(NamedTuple):
 
 
 def _read_inputs(config: Config) -> _Inputs:
+    # The architecture of init_from first: everything after it depends on it.
     config = with_architecture(config)
     config.validate()
     devices = meshes.make_mesh(config.mesh)
@@ -129,6 +132,7 @@ class _Run:
         self._signals = signals
         self._devices = devices
         self._rows = meshes.rows_here(devices, config.batch_size)
+        # In micro-batches, so that an evaluation needs no more memory than a step.
         self._validation = validation_batches(
             corpus, config.batch_size // config.gradient_accumulation
         )
@@ -138,6 +142,8 @@ class _Run:
         self._checkpoints = Checkpoints(
             self._path / "checkpoints", config.keep_checkpoints, notes.append
         )
+        # State, counters and data position come from one checkpoint: a resumed run repeats the same
+        # batches.
         restored = self._checkpoints.restore(abstract_state)
         self._iterator = train_iterator(
             config.data,
@@ -159,9 +165,11 @@ class _Run:
             self._iterator.seek(restored.progress["data"])
             self._state = restored.state
             notes.append(f"continuing {self._path} from step {self._start}")
+        # Opened after the restore, because rows after that checkpoint are dropped.
         self._metrics = (
             MetricsWriter(self._path, self._start, config.tensorboard) if is_first() else None
         )
+        # Notes wait for it, because plain lines would break the bar on a terminal.
         self._display = ProgressDisplay(config.steps, self._start, quiet=not is_first())
         for note in notes:
             self._display.say(note)
@@ -188,6 +196,7 @@ class _Run:
             last = step == config.steps or self._stops(step)
             evaluate = step % config.eval_every == 0 or step == config.steps
             checkpoint = step % config.checkpoint_every == 0 or last
+            # Before it is evaluated or saved, a step's metrics must be finite, and written.
             if evaluate or checkpoint:
                 self._collect(in_flight)
                 in_flight = None
@@ -209,6 +218,7 @@ class _Run:
         """Returns whether a signal stops the run; all processes stop after the same step."""
         if jax.process_count() == 1:
             return self._signals.received is not None
+        # Agreeing costs a message to all processes, so they do it only every `log_every` steps.
         if step % self._config.log_every:
             return False
         received = int(largest(np.array(self._signals.received or 0)))
@@ -230,6 +240,7 @@ class _Run:
     def _collect(self, dispatched: _Dispatched) -> None:
         """Fetches and checks a step's metrics; writes its row every ``log_every`` steps."""
         step = dispatched.step
+        # This waits for the step.
         values = {name: float(value) for name, value in dispatched.metrics.items()}
         self._tokens += int(values.pop("tokens"))
         if not all(math.isfinite(value) for value in values.values()):
@@ -259,10 +270,12 @@ class _Run:
 
     def _evaluate(self, step: int) -> None:
         with self._clock.paused():
+            # All batches are dispatched before the first result is fetched.
             parts = [
                 self._program.eval_step(self._state.params, self._state.fixed, batch)
                 for batch in map(self._put_whole, self._validation)
             ]
+            # In float64, because large sums of float32 would lose the last digits of the loss.
             loss_sum, tokens = np.sum(np.asarray(jax.device_get(parts), np.float64), axis=0)
         val_loss = float(loss_sum / tokens)
         if not math.isfinite(val_loss):
@@ -279,6 +292,8 @@ class _Run:
     def _save(self, step: int) -> None:
         with self._clock.paused():
             if self._metrics is not None:
+                # Metrics reach the disk before the checkpoint does. After a kill in between, the
+                # surplus rows are removed when the run resumes; missing rows could not be restored.
                 self._metrics.sync()
             progress = {"tokens": self._tokens, "data": self._iterator.position()}
             self._checkpoints.save(step, self._state, progress)
@@ -322,6 +337,7 @@ class _Clock:
         """Returns a context whose time does not count."""
         started = time.monotonic()
         yield
+        # Moving the beginning of the interval leaves the pause out of it.
         self._since += time.monotonic() - started
 
     @contextlib.contextmanager
@@ -349,6 +365,7 @@ class _StopSignals:
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         if self.received is not None:
+            # The first signal waits for the current step to end; the second one does not.
             raise KeyboardInterrupt
         self.received = number
 

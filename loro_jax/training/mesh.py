@@ -39,6 +39,7 @@ def make_mesh(config: MeshConfig, devices: int | None = None) -> Mesh:
     devices = jax.device_count() if devices is None else devices
     fixed = int(np.prod([size for size in sizes.values() if size > 0]))
     free = [name for name, size in sizes.items() if size == -1]
+    # A second -1, or a remainder, is left to the error below.
     if len(free) == 1 and devices % fixed == 0:
         sizes[free[0]] = devices // fixed
     if min(sizes.values()) < 1 or int(np.prod(list(sizes.values()))) != devices:
@@ -46,6 +47,7 @@ def make_mesh(config: MeshConfig, devices: int | None = None) -> Mesh:
             f"config.mesh = {config.data} x {config.fsdp} x {config.tensor} (data x fsdp x tensor) "
             f"does not make {devices} device(s); at most one axis may be -1 (the remaining ones)."
         )
+    # Automatic axes: XLA inserts the communication, and the step is written for one device.
     return jax.make_mesh(
         tuple(sizes.values()),
         tuple(sizes),
@@ -74,6 +76,7 @@ def rows_here(mesh: Mesh, batch_size: int) -> list[int]:
     """Returns the rows of the global batch that belong to the devices of this process."""
     slices = batch_sharding(mesh).addressable_devices_indices_map((batch_size,)).values()
     rows = np.arange(batch_size)
+    # A set, because the devices along `tensor` share their rows.
     return sorted(set(np.concatenate([rows[index] for index in slices]).tolist()))
 
 
@@ -99,6 +102,7 @@ def put_batch(mesh: Mesh, batch: Batch, rows: Sequence[int], batch_size: int) ->
             return array[start : start + last - first]
 
         shape = (batch_size, *array.shape[1:])
+        # Each process holds only its own rows, so the global array is made from its parts.
         return jax.make_array_from_callback(shape, sharding, part)
 
     return jax.tree.map(put, batch)

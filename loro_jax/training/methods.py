@@ -68,6 +68,7 @@ def _restarted(config: Config, schedule: optax.Schedule) -> optax.Schedule:
 
 
 def _jagged(config: Config, schedule: optax.Schedule) -> optax.Schedule:
+    # In a jagged schedule the re-warm-up has to end before the next restart.
     if config.restart_warmup_steps > config.exact_every:
         raise ValueError(
             f"restart_warmup_steps must be at most exact_every = {config.exact_every} with "
@@ -256,6 +257,7 @@ class MethodOptions(dict[str, Any]):
     def __missing__(self, name: str) -> Any:
         """Returns the default of an option that was not set."""
         known: dict[str, Any] = {}
+        # setdefault: several kinds may have a field of one name, with the same type.
         for kind in kinds_of_options():
             for one in dataclasses.fields(kind):
                 known.setdefault(one.name, one.default)
@@ -267,6 +269,7 @@ class MethodOptions(dict[str, Any]):
 
     def __getattr__(self, name: str) -> Any:
         """Returns an option, or its default."""
+        # copy and pickle look for special methods before there is any content.
         if name.startswith("__"):
             raise AttributeError(name)
         try:
@@ -295,6 +298,7 @@ def _kinds_of(config: Config) -> list[type]:
 
 def _options(kind: type, config: Config) -> Any:
     """Returns options of a kind, with defaults for options that were not set."""
+    # The options of the method and of its direction are in one dict.
     names = {one.name for one in dataclasses.fields(kind)}
     return kind(**{name: value for name, value in config.method_options.items() if name in names})
 
@@ -329,6 +333,7 @@ def uses_field(config: Config, name: str) -> bool:
         return name.partition(".")[2] in options
     if name == "direction" and not takes_direction(config):
         return False
+    # Fields that no entry lists are read by the trainer itself, whatever the method.
     of_some = {field for method in METHODS.values() for field in method.uses}
     return name not in of_some or name in METHODS[config.method].uses
 
@@ -357,11 +362,13 @@ def settled(config: Config, asked: Collection[str]) -> Config:
     """
     if config.method not in METHODS or config.direction not in DIRECTIONS:
         return config  # validate() reports it
+    # Not by its name: config.py imports this module.
     default = type(config)()
     for name in asked:
         if uses_field(config, name):
             continue
         if name.startswith("method_options."):
+            # The table's own error is more precise: it names the options that the method has.
             try:
                 check_options(config)
             except ValueError as error:

@@ -25,6 +25,7 @@ def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
+            # Whatever follows an incomplete row was written later, and is dropped with it.
             break
     return rows
 
@@ -61,6 +62,8 @@ class MetricsWriter:
             raise cannot_write(self._path, error) from None
         if tensorboard:
             try:
+                # TensorBoard hides events from this step on in files written before the
+                # interruption.
                 self._events = _Events(self._events_path, resume_step + 1)
             except OSError as error:
                 self._file.close()
@@ -114,6 +117,7 @@ class _Events:
         self._file = (directory / name).open("ab", buffering=0)
         start = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
         try:
+            # The first record of every event file names the format.
             self._write([{"file_version": "brain.Event:2"}])
             self._write([{"step": purge_step, "session_log": start}])
         except OSError:
@@ -134,6 +138,7 @@ class _Events:
         records = b""
         for fields in events:
             data = self._event(wall_time=time.time(), **fields).SerializeToString()
+            # The format: length, checksum of the length, content, checksum of the content.
             size = struct.pack("<Q", len(data))
             records += size + struct.pack("<I", self._checksum(size))
             records += data + struct.pack("<I", self._checksum(data))
@@ -148,6 +153,7 @@ class _Events:
 
 def _append(file: io.FileIO, data: bytes) -> None:
     """Appends to an unbuffered file, all or nothing."""
+    # Where to cut the file if the disk fills up in the middle of a row.
     end = file.seek(0, os.SEEK_END)
     try:
         while data:

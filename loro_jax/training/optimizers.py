@@ -101,6 +101,7 @@ def make_loro(direction: Direction, of_direction: Any, making: Making) -> Optimi
     return loro(
         making.schedule,
         direction=made,
+        # In a config 0 stands for None, as in some of the fields below.
         exact_every=config.exact_every or None,
         moments=config.resolved_moments,
         lr_scale=direction.lr_scale if config.lr_scale is None else config.lr_scale,
@@ -127,6 +128,7 @@ def orthogonal_of_loro(config: Config, options: OrthogonalOptions) -> Any:
 
 def adamw(making: Making) -> Optimizer:
     """Makes AdamW for all parameters; factors may have their own learning rate."""
+    # Without exact steps this is AdamW, in which the factors may have their own rate.
     return riemannian_descent(
         making.schedule,
         optax.scale_by_adam(**making.adam),
@@ -145,6 +147,7 @@ def dense_adamw(making: Making, of_direction: Any) -> Optimizer:
     everything = adamw(making)
     if making.config.lr_scale is None:
         return everything
+    # Scaling updates is the same as scaling the rate, decay included: all of it is linear.
     scaled = optax.masked(optax.scale(making.config.lr_scale), projections_of_blocks)
     return optax.chain(everything, scaled)
 
@@ -247,5 +250,6 @@ def _of_projected(making: Making) -> dict[str, Any]:
         "update_every": making.config.exact_every,
         "weight_decay": making.config.weight_decay,
         **making.adam,
+        # Fields of the options have the names of the arguments.
         **dataclasses.asdict(making.options),
     }

@@ -62,6 +62,7 @@ def plot_run(
                 label=f"{name} model (perplexity {perplexity:.1f})",
             )
     axes.set(xlabel="training tokens", ylabel="loss (nats per token)", title=title)
+    # The same curve on two scales: perplexity is the exponential of the loss.
     perplexity_axis = axes.secondary_yaxis("right", functions=(np.exp, _log))
     perplexity_axis.set_ylabel("perplexity")
     perplexity_axis.set_yscale("log")

@@ -55,10 +55,12 @@ def connect(cluster: Cluster) -> None:
         TrainingError: if the cluster is not described, or the processes can't connect.
     """
     said = (cluster.coordinator, cluster.processes, cluster.process)
+    # Never unasked: a run that is started alone on a cluster must not wait for others.
     if not cluster.discover and said == (None, None, None):
         return
     if cluster.coordinator is not None and not cluster.coordinator.rpartition(":")[2].isdigit():
         raise TrainingError(f"--coordinator={cluster.coordinator}: expected HOST:PORT.")
+    # Either number may also come from the environment, and is then not known here.
     known = cluster.process is not None and cluster.processes is not None
     if known and cluster.process not in range(cluster.processes or 0):
         raise TrainingError(
@@ -89,6 +91,7 @@ def leave(status: int) -> int:
     if jax.distributed.is_initialized():
         sys.stdout.flush()
         sys.stderr.flush()
+        # sys.exit would run JAX's shutdown, which waits for all processes.
         os._exit(status)
     return status
 
@@ -117,14 +120,17 @@ def together(action: Callable[[], T]) -> T:
         outcome = action()
     except TrainingError as error:
         failure = error
+    # All processes must send arrays of one shape, whether they failed or not.
     message = np.zeros(_MESSAGE_BYTES, np.uint8)
     text = str(failure or "").encode()[:_MESSAGE_BYTES]
     message[: len(text)] = np.frombuffer(text, np.uint8)
     messages = _gathered(message)
+    # Gathered before raising: a process that raised at once would leave the others waiting.
     if failure is not None:
         raise failure
     for process, said in enumerate(messages):
         if said.any():
+            # Without the zeros that fill the message up.
             raise TrainingError(f"process {process}: {bytes(said).rstrip(bytes(1)).decode()}")
     return outcome  # type: ignore[return-value]
 

@@ -80,6 +80,7 @@ class ProgressDisplay:
             self._bar = None
 
     def _time_left(self, step: int) -> str:
+        # Steps of before an interruption took none of this process's time.
         done = step - self._start_step
         if done <= 0:
             return "--:--"

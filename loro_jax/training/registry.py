@@ -115,5 +115,7 @@ class Direction:
 def projections_of_blocks(params: Any) -> Any:
     """Returns which leaves are projections of the blocks, not embedding, head or norms."""
     return jax.tree_util.tree_map_with_path(
-        lambda path, _: path[0].key == "blocks" and path[-1].key == "W", params
+        # The head's matrix is called W, too, but is not in the blocks.
+        lambda path, _: path[0].key == "blocks" and path[-1].key == "W",
+        params,
     )

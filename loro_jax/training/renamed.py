@@ -79,6 +79,7 @@ def upgraded(stored: Mapping[str, Any]) -> dict[str, Any]:
     for old in (*RENAMED, *REMOVED):
         group, _, name = old.rpartition(".")
         holder = new.get(group) if group else new
+        # Files of this version have none of these names.
         if not isinstance(holder, dict) or name not in holder:
             continue
         found = present(old, holder.pop(name))
@@ -88,6 +89,7 @@ def upgraded(stored: Mapping[str, Any]) -> dict[str, Any]:
         # Earlier versions stored the options of all methods; those of other methods are dropped.
         readers = RENAMED[old].methods
         if not readers or (new.get("method") in readers and name in _options_of(new)):
+            # A value under the present name takes precedence.
             (new.setdefault(group, {}) if group else new).setdefault(name, found[1])
     return new
 
@@ -102,7 +104,7 @@ def _options_of(stored: Mapping[str, Any]) -> set[str]:
     return {one.name for kind in kinds for one in dataclasses.fields(kind)}
 
 
-def told(name: str) -> str | None:
+def old_name_message(name: str) -> str | None:
     """Returns a message about an old name on the command line; None for other names.
 
     Args:

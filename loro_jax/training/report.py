@@ -58,6 +58,7 @@ def final_report(
     lines.append(_footprint_line(f"this model ({config.method})", own))
     if config.method != "full":
         twin = dataclasses.replace(config, method="full")
+        # The run's direction may have no counterpart for dense projections.
         if not takes_direction(twin):
             twin = dataclasses.replace(twin, direction=Config().direction)
         dense = run_footprint(twin)
@@ -87,6 +88,7 @@ def _by(config: Config, method: str, command: str) -> str:
     kept: list[str] = []
     drop_value = False
     for argument in shlex.split(command):
+        # A flag and its value may be one word (with =) or two.
         if drop_value and not argument.startswith("-"):
             drop_value = False
             continue

@@ -37,6 +37,7 @@ class RunDirectory:
         together(lambda: self._open(config, fingerprint) if is_first() else None)
 
     def _open(self, config: Config, fingerprint: str) -> None:
+        # Both checks come before the first change on disk.
         self._check(config)
         self._check_data(config, fingerprint)
         try:
@@ -67,6 +68,7 @@ class RunDirectory:
         elif self.path.exists():
             if not self.path.is_dir():
                 raise TrainingError(f"--workdir={self.path} is a file; expected a directory.")
+            # All that a kill during `_open` can leave: such a directory may be used again.
             own = {"config.json.tmp", "data.json", "data.json.tmp"}
             others = [entry.name for entry in self.path.iterdir() if entry.name not in own]
             if others:
@@ -94,6 +96,8 @@ class RunDirectory:
     def _claim(self) -> IO[str]:
         lock = self._config_path.open(encoding="utf-8")
         try:
+            # The kernel releases this lock when the process ends, however it ends: no stale lock is
+            # left.
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             lock.close()

@@ -75,6 +75,7 @@ def check_start(config: Config, tokenizer: Tokenizer) -> None:
     path = next((path for path in files if path.is_file()), None)
     if path is None:
         return
+    # With the run's special ids: only the number of ids is compared.
     theirs = load_tokenizer(str(path), eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
     if theirs.vocab_size != tokenizer.vocab_size:
         raise TrainingError(
@@ -97,6 +98,7 @@ def start_from(config: Config, state: TrainState) -> tuple[TrainState, str]:
         TrainingError: if the directory can't be read, or does not fit the run's projections.
     """
     assert config.init_from is not None  # checked by the caller
+    # Both parts are read as one model, and then taken apart again by their paths.
     fresh = {"params": state.params, "fixed": state.fixed}
     wanted = joined(state.params, state.fixed)
     try:
@@ -108,6 +110,7 @@ def start_from(config: Config, state: TrainState) -> tuple[TrainState, str]:
         value: Any = found
         for entry in path[1:]:
             value = value[entry.key]
+        # Placed leaf by leaf, so that no device holds the whole model if it is sharded.
         return jax.device_put(value, leaf.sharding)
 
     picked = jax.tree_util.tree_map_with_path(pick, fresh)
@@ -119,6 +122,7 @@ def start_from(config: Config, state: TrainState) -> tuple[TrainState, str]:
             f", {len(errors)} projections as truncated SVDs "
             f"(relative errors {least:.3f} to {worst:.3f})"
         )
+    # Of two zero factors each one's gradient is a product with the other: they would stay zero.
     zero = [error.name for error in errors if error.zero]
     if zero:
         line += f"; {', '.join(zero)} all zeros, so their factors can't be trained"

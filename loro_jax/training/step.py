@@ -98,6 +98,7 @@ def make_program(config: Config, mesh: jax.sharding.Mesh | None = None) -> Progr
         # Clipping is done here and not by optax.clip_by_global_norm, because the norm is a metric.
         grad_norm = optax.tree.norm(grads)
         if config.clip_norm > 0:
+            # The maximum keeps a gradient of zero at zero, without a division by it.
             shrink = jnp.minimum(1.0, config.clip_norm / jnp.maximum(grad_norm, 1e-12))
             grads = jax.tree.map(lambda g: g * shrink.astype(g.dtype), grads)
         params, fixed, opt_state = state.params, state.fixed, state.opt_state
@@ -116,6 +117,7 @@ def make_program(config: Config, mesh: jax.sharding.Mesh | None = None) -> Progr
         metrics = {
             "loss": loss,
             "tokens": jnp.sum(batch.mask),
+            # Of this step, whose number from 0 is the count before it.
             "lr": jnp.asarray(schedule(state.step), jnp.float32),
             "grad_norm": grad_norm,
             "update_norm": optax.tree.norm(updates),
@@ -156,6 +158,7 @@ def _make_loss_and_gradient(
             return of_part(batch)
         # Each group of devices along ``data`` accumulates the gradients of its own micro-batches,
         # as one entry of a leading axis; the groups are summed once, after the last micro-batch.
+        # The mean's divisor is of the whole batch, so that these sums need no weights.
         parts = jax.tree.map(lambda x: x.reshape(mesh.shape["data"], -1, *x.shape[1:]), batch)
         parts = jax.lax.with_sharding_constraint(
             parts, NamedSharding(mesh, PartitionSpec("data", "fsdp"))
@@ -235,10 +238,13 @@ def compile_program(program: Program, mesh: jax.sharding.Mesh) -> tuple[Program,
     everywhere = replicated(mesh)
     batch = batch_sharding(mesh)
     jitted = Program(
+        # Parameters are created sharded: no device has to hold the whole model, even at the start.
         init=jax.jit(program.init, out_shardings=shardings),
+        # Without donation the old and the new state would exist at the same time.
         train_step=functools.partial(jax.jit, donate_argnums=0)(
             program.train_step,
             in_shardings=(shardings, batch),
+            # The same out as in, because the new state is the next step's argument.
             out_shardings=(shardings, everywhere),
         ),
         eval_step=jax.jit(

@@ -51,6 +51,7 @@ def load_run(path: str | pathlib.Path, step: int | None = None) -> Trained:
     directory = pathlib.Path(path)
     config = load_config(directory / "config.json")
     checkpoints = directory / "checkpoints"
+    # A checkpoint that is still being written has another name.
     found = sorted(int(p.name) for p in checkpoints.glob("*") if p.name.isdigit())
     if not found:
         raise TrainingError(f"{checkpoints} holds no checkpoint.")
@@ -62,6 +63,7 @@ def load_run(path: str | pathlib.Path, step: int | None = None) -> Trained:
     chosen = found[-1] if step is None else step
     # Replicated on all current devices, whatever the run's mesh was.
     devices = make_mesh(dataclasses.replace(config.mesh, data=-1, fsdp=1, tensor=1))
+    # The optimizer's state is read along: a checkpoint's checksum is over all of it.
     program = make_program(config, devices)
     try:
         state = read_checkpoint(checkpoints / str(chosen), abstract_state(program, devices))
@@ -93,6 +95,7 @@ def load_model(path: str | pathlib.Path) -> tuple[Llama, Tokenizer]:
         run = load_run(directory)
         return run.model, run.tokenizer
     generation = _content(directory / "generation_config.json", strict=True)
+    # The first id ends documents; a chat model's further ones are often in the second file only.
     eos_ids = _ids(directory / "config.json", content)
     eos_ids += _ids(directory / "generation_config.json", generation or {})
     model, _ = read_model(directory)

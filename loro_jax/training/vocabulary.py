@@ -12,8 +12,7 @@ from loro_jax.training.config import Config
 def resolve_vocabulary(config: Config, tokenizer: Tokenizer) -> tuple[Config, str]:
     """Sets a ``model.vocab_size`` of 0 to the tokenizer's number of ids, rounded up.
 
-    Matrix units work on tiles: an embedding and a head whose number of rows is a multiple of
-    ``data.vocab_multiple`` fill them, and can be sharded. The additional ids are never targets.
+    It becomes a multiple of ``data.vocab_multiple``. The additional ids are never targets.
 
     Args:
         config: the run's config.
@@ -34,6 +33,7 @@ def resolve_vocabulary(config: Config, tokenizer: Tokenizer) -> tuple[Config, st
     """
     wanted, own = config.model.vocab_size, tokenizer.vocab_size
     multiple = config.data.vocab_multiple
+    # Matrix units work on tiles: a round number of rows fills them, and can be sharded.
     size = wanted or -(-own // multiple) * multiple
     if own > size:
         raise TrainingError(

@@ -42,6 +42,7 @@ def cast(value: np.ndarray, dtype: Any, name: str) -> np.ndarray:
     with np.errstate(all="ignore"):
         result = value.astype(dtype)
     target, source = np.dtype(dtype), value.dtype
+    # Only a target of smaller range can overflow; NumPy's own warning is silenced above.
     limit = float(ml_dtypes.finfo(target).max)
     if limit < float(ml_dtypes.finfo(source).max) and not np.isfinite(result).all():
         largest = float(np.abs(value.astype(np.float64)).max())
@@ -50,6 +51,7 @@ def cast(value: np.ndarray, dtype: Any, name: str) -> np.ndarray:
             f"({limit:.3g}); expected a dtype of a wider range, such as bfloat16 or "
             "float32."
         )
+    # Single entries may round to zero; if all do, the tensor's content is lost.
     if target != source and not result.any() and value.any():
         largest = float(np.abs(value.astype(np.float64)).max())
         raise CheckpointError(

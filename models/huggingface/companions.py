@@ -105,6 +105,7 @@ def complete_ids(token_ids: TokenIds | None) -> dict[str, int | list[int] | None
         >>> complete_ids({"eos_token_id": [7, 9]})
         {'bos_token_id': 7, 'eos_token_id': [7, 9]}
     """
+    # An explicit None stays: it says that there is no such token.
     ids = dict(token_ids or {})
     eos = ids.get("eos_token_id")
     first = eos[0] if isinstance(eos, list) and eos else eos

@@ -68,6 +68,7 @@ def to_huggingface(config: LlamaConfig, dtype: str, factored: bool) -> dict[str,
         'llama'
     """
     ours = dataclasses.asdict(config) | {
+        # Written even where they are the default: other programs may have others.
         "num_kv_heads": config.kv_heads,
         "head_dim": config.head_size,
     }
@@ -104,6 +105,7 @@ def from_huggingface(content: dict[str, Any], where: str) -> LlamaConfig:
         >>> from_huggingface(theirs, "config.json").num_layers
         2
     """
+    # null means the default, as in transformers.
     full = _THEIR_DEFAULTS | {name: value for name, value in content.items() if value is not None}
     kind = full.get("model_type")
     if kind is None and full.get("architectures") in _NAMES:
@@ -121,6 +123,7 @@ def from_huggingface(content: dict[str, Any], where: str) -> LlamaConfig:
     if fields.get("head_dim", 0) * fields["num_heads"] == fields["hidden_size"]:
         del fields["head_dim"]
     theta, scaling = read_rotary(full, fields["max_sequence_length"], where)
+    # A plain LLaMA is dense.
     factored: dict[str, Any] = {"scope": "none"}
     if kind == FACTORED:
         factored = content.get("loro") or {}

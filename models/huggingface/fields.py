@@ -109,10 +109,12 @@ expected False.
     for name, value in content.items():
         if value is None:
             continue
+        # "none" is how some configs turn a switch off.
         if name in _SWITCHES and value and value != "none":
             _refuse(name, value, str(None if isinstance(value, dict | list) else False), where)
         if name in _VALUES and value not in _VALUES[name]:
             _refuse(name, value, " or ".join(map(repr, _VALUES[name])), where)
+    # Scales for which LLaMA has one value, written in three ways.
     for name, neutral in (
         ("attention_multiplier", head_size**-0.5),
         ("query_pre_attn_scalar", head_size),

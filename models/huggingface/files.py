@@ -41,6 +41,7 @@ def new_directory(out: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
         raise CheckpointError(f"{target} exists already; expected a path that does not exist.")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        # On the same file system as the target, so that the final rename is atomic.
         partial = pathlib.Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
     except OSError as error:
         raise CheckpointError(f"{target} can't be written ({error.strerror}).") from None
@@ -72,6 +73,7 @@ def write_tensors(
     held: dict[str, np.ndarray] = {}
     size = total = 0
 
+    # The number of files is part of their names, and not known until the last one is written.
     def flush() -> None:
         part = directory / f"part-{len(parts)}"
         save_file(held, part, metadata={"format": "pt"})

@@ -84,6 +84,7 @@ def read_parameters(
             return value
         return cast(value, like.dtype, f"{directory}: {name}")
 
+    # Tensor by tensor: besides the result, only one stacked projection is in memory.
     result: dict[str, Any] = {"norm": {"scale": read(NORM, wanted["norm"]["scale"])}}
     result["embedding"] = read(EMBEDDING, wanted["embedding"])
     if "head" in wanted:
@@ -160,8 +161,10 @@ def _projection(
         like = places[variable]
         return np.stack([read(f"{name}.{variable_name(variable)}", like) for name in names])
 
+    # Stored in the form that is needed: nothing is converted. (All layers are alike: _check.)
     if _stored(tensors, names[0]) == {variable_name(variable) for variable in places}:
         return {variable: stacked(variable) for variable in places}, []
+    # An adapter around the stored matrix; its factors stay as they were initialised.
     if "W" in places:
         fresh = {variable: np.asarray(value) for variable, value in places.items()}
         return fresh | {"W": stacked("W")}, []
@@ -174,6 +177,7 @@ def _projection(
 
 def _factorise(W: np.ndarray, rank: int, name: str) -> tuple[dict[str, np.ndarray], LayerError]:
     """Computes balanced factors of a matrix, and their truncation error."""
+    # Factorised and compared in float32 or wider; only the results are rounded.
     full = jnp.asarray(W, at_least_float32(W.dtype))
     B, A = from_dense(full, rank)
     size = float(jnp.linalg.norm(full))
@@ -221,5 +225,6 @@ def _check(config: LlamaConfig, tensors: Tensors, path: pathlib.Path) -> None:
                 f"{path}: {name} has shape {tensors.shape(name)}; config.json requires "
                 f"{tuple(like.shape)}."
             )
+    # Indices of sparse entries and counters are whole numbers.
     floating = (n for n, like in expected.items() if jnp.issubdtype(like.dtype, jnp.floating))
     tensors.check_floating(floating)

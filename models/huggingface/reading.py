@@ -66,6 +66,7 @@ def read_model(
         except ValueError as error:
             asked = next(one for one in (rank, attn_rank, mlp_rank) if one is not None)
             raise CheckpointError(f"rank {asked} does not fit {where}: {error}") from None
+    # Only shapes: drawing initial values to overwrite them would take time and memory.
     model = nnx.eval_shape(lambda: Llama(config, nnx.Rngs(0)))
     graphdef, state = nnx.split(model)
     params, errors = read_parameters(directory, nnx.to_pure_dict(state))
@@ -77,9 +78,11 @@ def _with_ranks(
     config: LlamaConfig, rank: int | None, attn_rank: int | None, mlp_rank: int | None
 ) -> LlamaConfig:
     """Adds ranks to a dense config, attention's at most the number of rows of k and v."""
+    # A group without a rank stays dense, and the scope names the other one.
     attn, mlp = (rank if own is None else own for own in (attn_rank, mlp_rank))
     if attn_rank is None and attn is not None:
         sides = {name: min(shape) for name, shape in config.shapes("attn").items()}
+        # Only where the grouped heads are what limits it; a rank too large for q is an error.
         if sides["k"] < attn <= sides["q"]:
             attn_rank = sides["k"]
     scope = "all" if None not in (attn, mlp) else "mlp" if attn is None else "attn"

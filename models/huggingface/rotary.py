@@ -67,6 +67,7 @@ def read_rotary(content: Mapping[str, Any], length: int, where: str) -> tuple[fl
         >>> read_rotary({"rope_theta": 5e5, "rope_scaling": scaling}, 2048, "config.json")[0]
         500000.0
     """
+    # Ends at the first that is not empty; `found` and `place` are used below.
     for place in ("rope_scaling", "rope_parameters"):
         found = content.get(place)
         if found is not None and not isinstance(found, dict):

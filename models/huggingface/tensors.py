@@ -49,6 +49,7 @@ class Tensors:
         self._files: dict[str, tuple[pathlib.Path, Any, str]] = {}
         index: dict[str, str] = {}
         single = (directory / SINGLE).exists()
+        # Read and checked even if the single file takes precedence.
         if (directory / INDEX).exists():
             index = _weight_map(directory / INDEX)
             _check_files(directory, set(index.values()), single)
@@ -66,6 +67,7 @@ class Tensors:
     def _rename(self, tied: bool) -> None:
         for name in [name for name in self._files if name.endswith(_COMPUTED)]:
             del self._files[name]
+        # Files of a bare LlamaModel have no prefix.
         if not any(name.startswith("model.") for name in self._files):
             self._files = {
                 name if name == HEAD else f"model.{name}": place
@@ -74,6 +76,7 @@ class Tensors:
         if not tied or HEAD not in self._files:
             return
         head = self._files[HEAD]
+        # Some programs drop the embedding of a tied model, others the head.
         if EMBEDDING not in self._files:
             self._files[EMBEDDING] = head
         elif self.shape(HEAD) != self.shape(EMBEDDING) or not np.array_equal(
@@ -130,6 +133,7 @@ class Tensors:
         Float64 tensors count as float32.
         """
         kinds = {self.kind(name) for name in self._files}
+        # Neither 16-bit format holds all numbers of the other.
         if kinds & {"F64", "F32"} or {"F16", "BF16"} <= kinds:
             return "float32"
         return "float16" if "F16" in kinds else "bfloat16"

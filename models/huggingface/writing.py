@@ -82,10 +82,12 @@ def write_model(
     companions = {GENERATION: generation_config(ids)} if ids else {}
     companions |= files or {}
     tensors = _factors(model) if keep_factors else _matrices(model)
+    # The generators below make each tensor only when it is written.
     with new_directory(out) as directory:
         total = write_tensors(directory, _cast(_named(model, tensors), dtype), shard_bytes)
         (directory / "config.json").write_text(json.dumps(content, indent=2) + "\n", "utf-8")
         for name, data in companions.items():
+            # Some chat templates are in a separate folder.
             (directory / name).parent.mkdir(exist_ok=True)
             (directory / name).write_bytes(data)
     return total
@@ -125,6 +127,7 @@ def _named(model: Llama, layers: _Tensors) -> _Tensors:
 
 def _matrices(model: Llama) -> _Tensors:
     """Yields the layers' tensors, a dense matrix for each projection."""
+    # Merged layer by layer: the dense matrices of only one layer exist at a time.
     graphdef, stacked = nnx.split(model.blocks)
     for layer in range(model.config.num_layers):
         block = nnx.merge(graphdef, jax.tree.map(lambda x, layer=layer: x[layer], stacked))

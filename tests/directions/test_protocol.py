@@ -8,7 +8,7 @@ import optax
 import pytest
 
 from loro_jax import LowRank, adam, initialise, loro, orthogonal, riemannian_descent
-from loro_jax.carried import carrier_of
+from loro_jax.branch_operand import branch_operand
 from loro_jax.directions.adam import adam_direction
 from loro_jax.directions.protocol import Direction, as_direction
 
@@ -103,10 +103,10 @@ def test_a_direction_for_the_rest_takes_the_learning_rate_and_the_decay(directio
     np.testing.assert_allclose(updates["b"], expected["b"], rtol=1e-6)
 
 
-def test_what_is_carried_past_the_branch():
+def test_the_operand_of_the_branch():
     """First moments of Adam, if moves may overwrite them and they have the factors' dtype."""
     params = {"w": PAIR}
-    overwritable = carrier_of(adam(), may_overwrite=True)
+    overwritable = branch_operand(adam(), may_overwrite=True)
     mu, state = overwritable.advance(params, adam().init(params), params, None)
     chex.assert_trees_all_equal(mu, state.mu)
     chex.assert_trees_all_equal(
@@ -118,11 +118,11 @@ def test_what_is_carried_past_the_branch():
         (adam(b1=0.9995), True),
         (as_direction(optax.scale_by_adam()), True),
     ):
-        carrier = carrier_of(direction, may_overwrite)
-        carried, state = carrier.advance(params, direction.init(params), params, None)
+        branch = branch_operand(direction, may_overwrite)
+        operand, state = branch.advance(params, direction.init(params), params, None)
         expected, _ = direction.update(params, direction.init(params), params, None)
-        chex.assert_trees_all_close(carried, expected, rtol=1e-6)
-        assert carrier.keep(state, carried) is state
+        chex.assert_trees_all_close(operand, expected, rtol=1e-6)
+        assert branch.keep(state, operand) is state
 
 
 def test_exact_steps_need_one():

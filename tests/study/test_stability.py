@@ -1,4 +1,4 @@
-"""The reading of runs: spikes behind exact steps, condition numbers of what they made."""
+"""The reading of runs: spikes after exact steps, condition numbers of what they made."""
 
 import json
 

@@ -7,7 +7,7 @@ import pytest
 
 from loro_jax.errors import TrainingError
 from loro_jax.training.config import Config, differences
-from loro_jax.training.renamed import present, told, upgraded
+from loro_jax.training.renamed import old_name_message, present, upgraded
 from loro_jax.training.trained import load_config
 from models import LlamaConfig
 
@@ -91,11 +91,11 @@ def test_a_run_that_can_no_longer_be_is_one_line(tmp_path):
 
 
 def test_names_on_the_command_line():
-    assert told("refresh").startswith("config.refresh is now config.moments (")
-    assert "none is now keep" in told("refresh")
-    assert told("momentum") == "config.momentum is now config.method_options.momentum"
-    assert told("depth_scaled").startswith("config.model.depth_scaled is gone")
-    assert told("steps") is None
+    assert old_name_message("refresh").startswith("config.refresh is now config.moments (")
+    assert "none is now keep" in old_name_message("refresh")
+    assert old_name_message("momentum") == "config.momentum is now config.method_options.momentum"
+    assert old_name_message("depth_scaled").startswith("config.model.depth_scaled is gone")
+    assert old_name_message("steps") is None
     with pytest.raises(ValueError, match=r"exact_until = 3"):
         present("exact_until", 3)
 

@@ -78,6 +78,7 @@ def from_sentencepiece(model: bytes) -> tokenizers.Tokenizer:
             vocab={name: i for i, (name, _) in enumerate(vocabulary)},
             merges=_merges(vocabulary, set(pieces["NORMAL"])),
             unk_token=vocabulary[kind.unk_id][0],
+            # SentencePiece, too, makes one unknown token of a run of unknown characters.
             fuse_unk=True,
             byte_fallback=kind.byte_fallback,
             # User-defined symbols, which are cut out of the text, can't be built by merges.
@@ -106,6 +107,7 @@ def from_sentencepiece(model: bytes) -> tokenizers.Tokenizer:
             for i, (one, (_, score)) in enumerate(zip(proto.pieces, scored, strict=True))
         ]
     )
+    # The two libraries differ in details that no specification lists: an unequal result is refused.
     check_conversion(model, proto, tokenizer, scores)
     return tokenizer
 
@@ -134,6 +136,7 @@ def with_control_pieces(model: bytes, ids: Sequence[int]) -> bytes:
 
 def _scores(proto: Any, piece: Any) -> list[tuple[str, float]]:
     """Returns pieces with their scores; other than normal pieces get a score by their kind."""
+    # Other pieces must not be found in a text (see _splits), so any low score will do.
     worst = min((one.score for one in proto.pieces if one.type == piece.NORMAL), default=0.0)
     found = []
     for one in proto.pieces:
@@ -151,6 +154,7 @@ def _merges(vocabulary: list[tuple[str, float]], normal: set[str]) -> list[tuple
     for name, score in vocabulary:
         if name not in normal:
             continue
+        # SentencePiece joins any two pieces whose joined text is a piece: every cut is a merge.
         cuts = ((name[:cut], name[cut:]) for cut in range(1, len(name)))
         pairs = [pair for pair in cuts if pair[0] in normal and pair[1] in normal]
         found += [(-score, ids[left], ids[right], left, right) for left, right in pairs]
@@ -296,6 +300,7 @@ def tokenizer_files(
     }
     if bos_id is not None:
         config["bos_token"] = begin = tokenizer.id_to_token(bos_id)
+        # A tokenizer that has a template adds the token by it.
         if adds_bos and tokenizer.post_processor is None:
             tokenizer.post_processor = processors.TemplateProcessing(
                 single=f"{begin} $A", special_tokens=[(begin, bos_id)]

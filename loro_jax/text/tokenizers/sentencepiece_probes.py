@@ -32,6 +32,7 @@ def check_conversion(
     """
     texts = list(_probes(proto))
     own = sentencepiece.SentencePieceProcessor(model_proto=model).encode(texts, num_threads=1)
+    # SentencePiece takes the names of control pieces in a text for text.
     before, tokenizer.encode_special_tokens = tokenizer.encode_special_tokens, True
     made = tokenizer.encode_batch_fast(texts, add_special_tokens=False)
     tokenizer.encode_special_tokens = before
@@ -76,11 +77,14 @@ def _options(proto: Any) -> list[str]:
 
 def _probes(proto: Any) -> Iterator[str]:
     """Yields texts made of a model's pieces, a few at a time, and around its special ones."""
+    # A fixed seed: the same model is always accepted or always refused.
     draw = random.Random(0)
     normal = [one.piece.replace(_SPACE, " ") for one in proto.pieces if one.type == one.NORMAL]
+    # Limited, because each of them makes several texts.
     odd = [one.piece for one in proto.pieces if one.type not in (one.NORMAL, one.BYTE)][:400]
     odd += [one.piece for one in proto.pieces if one.type == one.BYTE][:12]
     order = draw.sample(normal, len(normal))
+    # Each piece once, among others at random.
     for start in range(0, len(order), 6):
         yield "".join(order[start : start + 6])
     some = [

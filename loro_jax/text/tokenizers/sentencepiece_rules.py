@@ -58,6 +58,7 @@ def read_rules(table: bytes) -> dict[str, str]:
         # All children of all nodes of one depth at once.
         first, last = np.searchsorted(parents, bases), np.searchsorted(parents, bases, "right")
         rows = np.repeat(np.arange(len(bases)), last - first)
+        # The number of each child within its own parent, without a loop over the parents.
         within = np.arange(len(rows)) - np.repeat(
             np.cumsum(last - first) - (last - first), last - first
         )
@@ -68,6 +69,7 @@ def read_rules(table: bytes) -> dict[str, str]:
             prefixes[row] + bytes([byte])
             for row, byte in zip(rows.tolist(), label[place].tolist(), strict=True)
         ]
+        # Bit 8 says that a key ends at the node; its value is then in the child by the byte zero.
         leaves = np.nonzero(unit >> 8 & 1)[0].tolist()
         values = (units[bases[leaves]] & 0x7FFFFFFF).tolist()
         for leaf, value in zip(leaves, values, strict=True):
@@ -108,6 +110,8 @@ def table_steps(table: bytes, symbols: Sequence[str]) -> list[Any]:
     for result, keys in later.items():
         pattern = rf"(?:(?<={_APART})|\A|(?!{tails}))(?:{any_of(keys)})(?!{tails})"
         steps.append(normalizers.Replace(Regex(pattern), places[result]))
+    # Clusters are split, the table is applied to single characters, and its results are joined and
+    # composed.
     steps += [
         normalizers.Replace(Regex(rf"(?m)(?<=[^{_APART}])(?={tails}|(?<=\r)\n)"), _JOINED),
         normalizers.Precompiled(table),
@@ -183,6 +187,7 @@ def _analysed(table: bytes) -> _Analysed:
     rules = read_rules(table)
     single = {key: result for key, result in rules.items() if len(key) == 1}
     several = [key for key in rules if len(key) > 1]
+    # This many different results only if the table contains Unicode's compositions.
     composes = len({rules[key] for key in several}) > _EXCEPTIONS
     later: dict[str, list[str]] = {}
     composed = _composed([_one_by_one(single, key) for key in several]) if composes else several
@@ -196,6 +201,7 @@ def _analysed(table: bytes) -> _Analysed:
             "tokenizer.json: the SentencePiece model's normalization_rule_tsv can't be expressed "
             f"there, because of its entry for {key!r}; use its .model file."
         )
+    # What may belong to the character before it, by Unicode or by an entry of the table.
     tails = set(_continuing()).union(*(key[1:] for key in several))
     tails |= {key for key, result in single.items() if result[:1] in tails and result}
     return _Analysed(single, _class(tails), _pattern(several), later, composes)

@@ -67,6 +67,7 @@ class SpecialIds:
                 f"config.data.tokenizer = {self.name!r} has no beginning-of-text token to begin a "
                 "prompt with."
             )
+        # A chat template may have written them out already: they are not doubled.
         begun = tuple(ids[: len(self.bos_ids)]) == self.bos_ids
         return ids if begun else [*self.bos_ids, *ids]
 
@@ -85,6 +86,7 @@ def written_out(text: str, names: Mapping[str, int]) -> Iterable[tuple[str, int 
         >>> list(written_out("Hi<a>you", {"<a>": 7}))
         [('Hi', 7), ('you', None)]
     """
+    # The longest name first, because alternatives are tried in this order.
     pattern = "|".join(re.escape(name) for name in sorted(names, key=len, reverse=True))
     start = 0
     for found in re.finditer(pattern, text) if names else ():
@@ -120,6 +122,7 @@ class Beside:
                     self.tokens[role] = token
             for key in ("additional_special_tokens", "extra_special_tokens"):
                 more = content.get(key) or []
+                # A list, or tokens by name.
                 more = more.values() if isinstance(more, dict) else more
                 self.special |= {one for one in map(_token, more) if one}
         added = config.get("added_tokens_decoder")

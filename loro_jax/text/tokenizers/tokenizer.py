@@ -90,6 +90,8 @@ class SentencePieceTokenizer(SpecialIds):
         self.vocab_size = self._processor.vocab_size()
         tokens = {} if beside is None else beside.tokens
         found = self._named(tokens.get("eos"), self._processor.eos_id())
+        # Ids from the config come first, then the name in the files next to the model, then the
+        # model's.
         given = [eos_id] if isinstance(eos_id, int) else list(eos_id or ())
         self.eos_ids = tuple(given or [found])
         self.eos_id = self.eos_ids[0]
@@ -100,6 +102,7 @@ class SentencePieceTokenizer(SpecialIds):
             )
         self._model = model
         own, inside = self._processor, [i for i in self.eos_ids if i < self.vocab_size]
+        # An end-of-text piece of another type would be produced by its text in a document.
         if not all(own.is_control(i) or own.is_unknown(i) or own.is_byte(i) for i in inside):
             self._model = with_control_pieces(model, inside)
             self._processor = sentencepiece.SentencePieceProcessor(model_proto=self._model)
@@ -139,6 +142,7 @@ class SentencePieceTokenizer(SpecialIds):
 
     def decode(self, ids: Sequence[int]) -> str:
         """Decodes ids; special pieces and ids outside the vocabulary are dropped."""
+        # A model's padded vocabulary has ids that the tokenizer does not know.
         return self._processor.decode([int(i) for i in ids if 0 <= i < self.vocab_size])
 
     def files(self) -> dict[str, bytes]:
@@ -217,6 +221,7 @@ def load_tokenizer(
     if given:
         tokenizer.eos_id, tokenizer.eos_ids = given[0], tuple(dict.fromkeys(given))
     tokenizer.pad_id = tokenizer.pad_id if pad_id is None else pad_id
+    # Checked here, because JAX clamps indices that are out of range without a word.
     checked = [("eos_id", one) for one in tokenizer.eos_ids] + [("pad_id", tokenizer.pad_id)]
     for field, value in checked:
         if not 0 <= value < tokenizer.vocab_size:

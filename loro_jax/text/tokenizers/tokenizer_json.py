@@ -58,6 +58,7 @@ class HuggingFaceTokenizer(SpecialIds):
         self._tokenizer, data = _read(content, name)
         self._content, self.name = content, name
         beside = Beside(path.parent)
+        # Not the number of tokens: ids may have gaps.
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self.eos_ids = tuple(eos_ids)
         if not self.eos_ids:
@@ -100,6 +101,7 @@ class HuggingFaceTokenizer(SpecialIds):
 
     def _prefix(self) -> tuple[int, ...]:
         """Returns the ids that the file's template adds before a text."""
+        # A text that every vocabulary can encode; what the template adds is found by comparison.
         for letter in ("a", "A", "1", "."):
             try:
                 plain = self._tokenizer.encode(letter, add_special_tokens=False).ids
@@ -161,6 +163,7 @@ class HuggingFaceTokenizer(SpecialIds):
         post = data.get("post_processor")
         several = (post or {}).get("type") == "Sequence"
         steps = post["processors"] if several else [post] if post else []
+        # ByteLevel adds no ids; it only adjusts offsets.
         kept = [one for one in steps if one["type"] == "ByteLevel"]
         changed = len(kept) < len(steps) or data.get("truncation") or data.get("padding")
         if not changed:
@@ -191,11 +194,14 @@ def _with_hidden_names(data: dict[str, Any], control: set[str]) -> tuple[dict[st
     Returns:
         (the content with new names, whether a text could produce a token by its old name).
     """
+    # A private-use character and a random number, different in each process: no text has them.
     nonce = secrets.token_hex(16)
     model = dict(data["model"])
     vocabulary, merges = model["vocab"], model.get("merges")
     renamed = {token: f"\ue000{nonce} {token}" for token in control}
     reachable = False
+    # A piece can be produced by its text without a merge in word vocabularies, and in byte-pair
+    # ones that look up whole words first.
     if isinstance(vocabulary, dict):
         reachable = merges is None and not renamed.keys().isdisjoint(vocabulary)
         reachable |= bool(model.get("ignore_merges")) and not renamed.keys().isdisjoint(vocabulary)
@@ -204,6 +210,7 @@ def _with_hidden_names(data: dict[str, Any], control: set[str]) -> tuple[dict[st
         reachable = any(piece in renamed for piece, _ in vocabulary)
         model["vocab"] = [[renamed.get(piece, piece), score] for piece, score in vocabulary]
     if merges is not None:
+        # Without the merges that lead to a token's name, its text stays several pieces.
         kept = [pair for pair in merges if _joined(pair, model).isdisjoint(renamed)]
         reachable |= len(kept) < len(merges)
         model["merges"] = kept

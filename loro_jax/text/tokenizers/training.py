@@ -39,6 +39,7 @@ def train_byte_level(texts: Iterator[str], vocab_size: int) -> str:
     trainer = tokenizers.trainers.BpeTrainer(
         vocab_size=vocab_size,
         special_tokens=[PAD, EOS],
+        # All bytes, also those that the text lacks: no later text has unknown tokens.
         initial_alphabet=sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
@@ -67,11 +68,13 @@ def train_sentencepiece(texts: Iterator[str], vocab_size: int) -> bytes:
             model_writer=model,
             vocab_size=vocab_size,
             model_type="bpe",
+            # The rarest characters get no piece: they are encoded as bytes.
             character_coverage=0.9999,
             byte_fallback=True,
             normalization_rule_name="identity",
             remove_extra_whitespaces=False,
             split_digits=True,
+            # SentencePiece skips longer lines; its default is a few thousand bytes.
             max_sentence_length=1 << 20,
             pad_id=0,
             eos_id=1,

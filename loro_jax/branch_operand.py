@@ -28,15 +28,15 @@ from loro_jax.directions.adam import (
 from loro_jax.directions.protocol import Direction
 
 
-class Carrier(NamedTuple):
+class BranchOperand(NamedTuple):
     """Functions that pass a direction into the branch of an exact step, and moves out of it.
 
     Attributes:
-        advance: (gradients, state, parameters, pairs, **extra arguments) -> (carried, state), where
-            the carried tree has the parameters' structure.
-        finish: (carried, state) -> directions.
-        keep: (state, carried) -> state. The carried tree may be a part of the state, which a move
-            overwrites; this puts it back into the state.
+        advance: (gradients, state, parameters, pairs, **extra arguments) -> (operand, state), where
+            the operand is a tree with the parameters' structure.
+        finish: (operand, state) -> directions.
+        keep: (state, operand) -> state. The operand may be a part of the state, which a
+            move overwrites; this puts it back into the state.
     """
 
     advance: Callable[..., tuple[Any, Any]]
@@ -44,7 +44,7 @@ class Carrier(NamedTuple):
     keep: Callable[[Any, Any], Any]
 
 
-def carrier_of(direction: Direction, may_overwrite: bool) -> Carrier:
+def branch_operand(direction: Direction, may_overwrite: bool) -> BranchOperand:
     """Returns how to pass a direction into the branch.
 
     Args:
@@ -64,7 +64,7 @@ def carrier_of(direction: Direction, may_overwrite: bool) -> Carrier:
     return _directions(direction)
 
 
-def _directions(direction: Direction) -> Carrier:
+def _directions(direction: Direction) -> BranchOperand:
     """Passes the directions themselves."""
 
     def advance(*arguments: Any, **extra_args: Any) -> tuple[Any, Any]:
@@ -73,10 +73,10 @@ def _directions(direction: Direction) -> Carrier:
         # CPU.
         return jax.lax.optimization_barrier(directions), state
 
-    return Carrier(advance, lambda carried, _: carried, lambda state, _: state)
+    return BranchOperand(advance, lambda operand, _: operand, lambda state, _: state)
 
 
-def _first_moments(adam: Adam) -> Carrier:
+def _first_moments(adam: Adam) -> BranchOperand:
     """Passes Adam's first moments, from which the branch computes the directions."""
     b1, b2, eps = adam.b1, adam.b2, adam.eps
 
@@ -85,12 +85,13 @@ def _first_moments(adam: Adam) -> Carrier:
     ) -> tuple[Any, AdamState]:
         del params, pairs, extra_args
         moments = adam_moments(grads, state, b1, b2)
-        # Rounds to the stored dtypes; mu's is the parameters' here (see carrier_of).
+        # Rounds to the stored dtypes; mu's is the parameters' here (see branch_operand).
         state = jax.tree.map(lambda new, old: new.astype(old.dtype), moments, state)
         return state.mu, state
 
-    return Carrier(
+    return BranchOperand(
         advance,
         finish=lambda mu, state: adam_direction(state._replace(mu=mu), b1, b2, eps),
+        # After an exact step these are moves; `may_overwrite` says that they are reset before use.
         keep=lambda state, mu: state._replace(mu=mu),
     )
