@@ -156,7 +156,21 @@ def in_basis(basis: str, B: Array, A: Array, step: ExactStep) -> ExactStep:
     if basis == "singular":
         order, signs = nearest_order(overlap)
         return ExactStep(signs[None, :] * step.B[:, order], signs[:, None] * step.A[order], step.ok)
-    # The polar factor by SVD, because Newton-Schulz does not converge for a singular overlap.
-    left, _, right = jnp.linalg.svd(overlap)
-    V = matmul(left, right)
+    V = jax.lax.platform_dependent(overlap, tpu=_rotation_by_products, default=_rotation_by_svd)
     return ExactStep(matmul(step.B, V), matmul(V.T, step.A), step.ok)
+
+
+def _rotation_by_svd(overlap: Array) -> Array:
+    """Returns the orthogonal polar factor; Newton-Schulz does not converge for singular ones."""
+    left, _, right = jnp.linalg.svd(overlap)
+    return matmul(left, right)
+
+
+def _rotation_by_products(overlap: Array) -> Array:
+    """Does the same where an SVD takes too long to compile."""
+    r = overlap.shape[-1]
+    tiny = 8 * jnp.finfo(overlap.dtype).eps * jnp.linalg.norm(overlap)
+    # A shift by rounding errors makes a singular overlap regular: its null space may be rotated at
+    # will. (Of a zero one nothing is left to rotate.)
+    V, _ = polar_factor(overlap + tiny * jnp.eye(r, dtype=overlap.dtype), tiny)
+    return V

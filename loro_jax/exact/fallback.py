@@ -180,7 +180,17 @@ def _choose(condition: Array, new: Any, old: Any) -> Any:
 
 def _by_first_trusted(methods: Sequence[str], basis: str, pair: Batch) -> ExactStep:
     """Steps one pair by the first of the methods that trusts its result."""
-    step = _STEP_OF_ONE[methods[0]](*pair, basis=basis)
+
+    def by_the_last(pair: Batch) -> ExactStep:
+        return _STEP_OF_ONE[methods[-1]](*pair, basis=basis)
+
+    def one_after_the_other(pair: Batch) -> ExactStep:
+        step = _STEP_OF_ONE[methods[0]](*pair, basis=basis)
+        rest = methods[1:]
+        return jax.lax.cond(step.ok, lambda: step, lambda: _by_first_trusted(rest, basis, pair))
+
     if len(methods) == 1:
-        return step
-    return jax.lax.cond(step.ok, lambda: step, lambda: _by_first_trusted(methods[1:], basis, pair))
+        return by_the_last(pair)
+    # On TPU the reference is made of products, too, and what is between is not worth its
+    # compilation.
+    return jax.lax.platform_dependent(pair, tpu=by_the_last, default=one_after_the_other)

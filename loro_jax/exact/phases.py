@@ -7,6 +7,7 @@ longer, are compiled once per rank.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -21,8 +22,8 @@ from loro_jax.linalg.batching import varying_alike, zeros_beside
 
 Array = jax.Array
 
-# CPU only: upper bound on the coefficients held at once, 13 r x r matrices for each pair; pairs are
-# processed in chunks below it. 128 MiB in float32, which are 9 pairs of rank 512.
+# In chunks only: upper bound on the coefficients held at once, 13 r x r matrices for each pair; the
+# chunks are below it. 128 MiB in float32, which are 9 pairs of rank 512.
 COEFFICIENTS = 2**25
 _PER_PAIR = 13
 
@@ -36,12 +37,15 @@ def graph_steps(batches: Sequence[Batch], basis: str) -> list[ExactStep]:
         The new factors of each batch, or the old ones where ``ok`` is false: these pairs need
         another method.
     """
-    # On CPU LAPACK calls must not be batched (see one_by_one). Accelerators need the parallelism of
-    # a batch.
+    # On CPU LAPACK calls must not be batched (see one_by_one). A GPU needs the parallelism of a
+    # batch. A TPU is busy with one large product, and its compiler takes seven times as long for
+    # those of a batch in full precision (60M, all shapes: 150 s against 22).
+    in_chunks = functools.partial(_in_chunks, basis=basis)
     return jax.lax.platform_dependent(
         list(batches),
-        cpu=lambda batches: _in_chunks(batches, basis),
-        default=lambda batches: _all_at_once(batches, basis),
+        cpu=in_chunks,
+        tpu=in_chunks,
+        default=functools.partial(_all_at_once, basis=basis),
     )
 
 

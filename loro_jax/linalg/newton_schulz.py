@@ -92,20 +92,25 @@ def inverse_root(S: Array, damping: float = 1e-3, steps: int = 16) -> Array:
 # Most iterations of polar_factor: a singular value of 1e-5 of the norm takes 17.
 _MOST_ITERATIONS = 24
 
+# Beyond this scale the largest singular values become so small that their directions drown in
+# rounding errors; the source's bound.
+_LARGEST_SCALE = 1.69770248526
+
 
 def polar_factor(X: Array, least: jax.typing.ArrayLike) -> tuple[Array, Array]:
-    """Computes the orthogonal polar factor: all singular values become one (Newton-Schulz).
+    """Computes the orthonormal polar factor: all singular values become one (Newton-Schulz).
 
     Repeats ``X <- a X (3 I - a^2 X^T X) / 2``. For singular values in [l, 1], the best scale is
-    ``a^2 = 3 / (1 + l + l^2)``, and the new l is the image of the old one: small singular values
-    grow by up to 2.6 per step, and convergence is quadratic.
+    ``a^2 = 3 / (1 + l + l^2)``, within a bound, and the new l is the image of the old one: small
+    singular values grow by up to 2.5 per step, and convergence is quadratic.
 
     Args:
-        X: array of shape (..., r, r), float32 or wider.
+        X: array of shape (..., m, r), m >= r, float32 or wider.
         least: estimate of the smallest singular value of X, shape (...). It only affects speed.
 
     Returns:
-        The factor, and whether it converged, shape (...): false if X is singular or not finite.
+        The factor, and whether it converged, shape (...): false if X is singular or not finite. Of
+        a singular X, singular values at zero stay there, and others are one all the same.
 
     Example:
         >>> import jax.numpy as jnp
@@ -128,7 +133,7 @@ def polar_factor(X: Array, least: jax.typing.ArrayLike) -> tuple[Array, Array]:
 @batches_itself
 def _polar_iteration(X: Array, gram: Array, least: Array) -> tuple[Array, Array]:
     """Returns the polar factor of X, given ``X^T X``, and whether it converged, (..., 1, 1)."""
-    identity = _identity_like(X)
+    identity = _identity_like(gram)
     # One more (quadratic) step reduces an error below this to rounding errors.
     near = 2 * float(jnp.finfo(X.dtype).eps) ** 0.5
 
@@ -140,9 +145,11 @@ def _polar_iteration(X: Array, gram: Array, least: Array) -> tuple[Array, Array]
 
     def again(state: tuple[Array, Array, Array, Array]) -> tuple[Array, Array, Array, Array]:
         step, X, gram, least = state
-        scale = jnp.sqrt(3 / (1 + least + least**2))
+        scale = jnp.minimum(jnp.sqrt(3 / (1 + least + least**2)), _LARGEST_SCALE)
         X = improved(X, gram, scale)
-        least = jnp.minimum(1.5 * scale * least - 0.5 * (scale * least) ** 3, 1)
+        # The smallest is now the image of the smallest, or of the largest, which is one.
+        image = (1.5 * scale * x - 0.5 * (scale * x) ** 3 for x in (least, 1.0))
+        least = jnp.clip(jnp.minimum(*image), 0, 1)
         return step + 1, X, matmul(X.mT, X), least
 
     _, X, gram, _ = jax.lax.while_loop(
