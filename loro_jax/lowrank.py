@@ -62,8 +62,14 @@ class LowRank:
         return self.B @ self.A
 
     def apply(self, x: Array) -> Array:
-        """Computes ``W x`` for x of shape (..., n) by the factors, as ``(x A^T) B^T``."""
-        return (x @ self.A.T) @ self.B.T
+        """Computes ``W x`` for x of shape (..., n) by the factors, as ``(x A^T) B^T``.
+
+        With leading axes, x is one vector for all matrices, (n,), or has vectors for each, (..., k,
+        n), where the leading axes broadcast.
+        """
+        if x.ndim == 1 and self.A.ndim > 2:
+            return self.apply(x[None, :])[..., 0, :]
+        return (x @ self.A.mT) @ self.B.mT
 
     def balance(self) -> LowRank:
         """Balances the factors (``B^T B = A A^T``); see :func:`balance`."""

@@ -48,6 +48,17 @@ def test_apply_is_the_product():
     np.testing.assert_allclose(pair.apply(x), x @ pair.product().T, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("size", [2, 3])  # 2: all axes are as long, and any order of them fits
+def test_apply_with_leading_axes_is_the_product_of_each(size):
+    rng = np.random.default_rng(0)
+    pair = LowRank(jnp.array(rng.normal(size=(2, size, 2))), jnp.array(rng.normal(size=(2, 2, 2))))
+    W = np.asarray(pair.product())
+    x = rng.normal(size=(2, 2, 2))
+    expected = np.einsum("lmn,lkn->lkm", W, x)
+    np.testing.assert_allclose(pair.apply(x), expected, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(pair.apply(x[0, 0]), W @ x[0, 0], rtol=1e-5, atol=1e-6)
+
+
 @pytest.mark.parametrize("shape", [(9, 6), (6, 9), (3, 9, 6)])
 def test_from_dense_is_the_best_approximation_in_balanced_factors(x64, shape):
     W = np.random.default_rng(0).normal(size=shape)

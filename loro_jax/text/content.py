@@ -21,8 +21,10 @@ _READABLE = "expected text, JSON lines or Parquet, the first two also as .gz, .x
 _REFUSED_NAMES = {
     **dict.fromkeys((".tar", ".tgz", ".tbz", ".tbz2", ".txz", ".tzst"), "a tar archive"),
     **dict.fromkeys((".zip", ".7z", ".rar"), "an archive of several files"),
-    **dict.fromkeys((".lz4", ".lzo"), "an archive of another format"),
-    **dict.fromkeys((".arrow", ".feather", ".orc", ".avro"), "a table of another format"),
+    **dict.fromkeys((".lz4", ".lzo", ".z"), "an archive of another format"),
+    **dict.fromkeys(
+        (".csv", ".tsv", ".arrow", ".feather", ".orc", ".avro"), "a table of another format"
+    ),
 }
 
 _REFUSED_BEGINNINGS = [
@@ -33,12 +35,16 @@ _REFUSED_BEGINNINGS = [
         for pattern, what in (
             (rb"PK\x03\x04|7z\xbc\xaf\x27\x1c|Rar!\x1a\x07", "an archive of several files"),
             (rb".{257}ustar", "a tar archive"),
-            (rb"\x04\x22\x4d\x18|LZIP\x01", "an archive of another format"),
+            (rb"\x04\x22\x4d\x18|LZIP\x01|\x1f\x9d", "an archive of another format"),
+            (rb"%PDF-|\{\\rtf", "a document with markup of its own (PDF or RTF)"),
             (rb"\x1f\x8b\x08|\xfd7zXZ\0|\x28\xb5\x2f\xfd|BZh[1-9]1AY&SY", "packed twice"),
             (rb"PAR1.*\0", "a packed Parquet table"),
         )
     ),
 ]
+
+# A byte order mark in a string. Texts in JSON and tables may begin with one, left over from a file.
+TEXT_MARK = "\ufeff"
 
 # Control characters are rare in text; UTF-16 read as bytes is full of them.
 _CONTROLS = bytes({*range(1, 9), *range(14, 27), *range(28, 32)})

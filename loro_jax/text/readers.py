@@ -17,6 +17,7 @@ from typing import Any
 from loro_jax.text.archives import UTF8_MARK, ArchiveError, packing_of, unpack
 from loro_jax.text.content import (
     HEAD,
+    TEXT_MARK,
     NotTextError,
     decoded,
     is_json,
@@ -46,6 +47,8 @@ _MARKS_OF_LINES = re.compile(rb"(?:\A|(?<=\n))(?:\xef\xbb\xbf)+")
 def read_documents(path: str, tally: Tally, text_field: str, whole_files: bool) -> Iterator[str]:
     """Yields the texts of one file in order, skipping those of white space only.
 
+    Byte order marks at the beginning of a text are removed, wherever it comes from.
+
     Args:
         path: the file.
         tally: counts good and bad documents.
@@ -59,6 +62,7 @@ def read_documents(path: str, tally: Tally, text_field: str, whole_files: bool) 
         TrainingError: from the tally, or for a table without such a text column.
     """
     for place, text in _texts(path, tally, text_field, whole_files):
+        text = text.lstrip(TEXT_MARK)
         if len(text) > LONGEST_DOCUMENT:
             tally.add_bad(path, place, f"text of more than {LONGEST_DOCUMENT:,} characters")
         elif text.strip():

@@ -188,8 +188,10 @@ def _file_parts(pattern: str, setting: str, config: DataConfig, split: str | Non
 
 
 def _matching(pattern: str) -> list[str]:
-    """Returns the files that a glob matches, sorted by name."""
+    """Returns the file of this name, or the files that a glob matches, sorted by name."""
     expanded = str(pathlib.Path(pattern).expanduser())
+    if os.path.isfile(expanded):  # a name may hold brackets
+        return [expanded]
     # glob's order is that of the file system, and differs between machines.
     return [path for path in sorted(glob.glob(expanded, recursive=True)) if os.path.isfile(path)]
 

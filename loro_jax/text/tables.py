@@ -9,7 +9,6 @@ import pyarrow
 import pyarrow.parquet
 
 from loro_jax.errors import TrainingError
-from loro_jax.text.archives import UTF8_MARK
 from loro_jax.text.content import NotTextError, decoded
 from loro_jax.text.tally import Tally
 
@@ -114,7 +113,7 @@ def _bytes(value: pyarrow.Scalar) -> bytes | None:
 
 def _text(value: Any, column: str) -> str:
     if isinstance(value, bytes):
-        return decoded(value.removeprefix(UTF8_MARK))
+        return decoded(value)
     if not isinstance(value, str):
         raise NotTextError(f"no text in the column {column!r}")
     return value

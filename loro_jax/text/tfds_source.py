@@ -7,6 +7,7 @@ from typing import Any
 
 from loro_jax.errors import TrainingError
 from loro_jax.text.config import DataConfig
+from loro_jax.text.content import TEXT_MARK, NotTextError, decoded
 from loro_jax.text.documents import VALIDATION_SHARE, Part
 from loro_jax.text.readers import Tally
 
@@ -124,16 +125,19 @@ def _reader(records: Any, indices: range, field: str, name: str) -> Any:
 def _text(records: Any, index: int, field: str, name: str, tally: Tally) -> str | None:
     try:
         value = records[index][field]
-        text = value.decode("utf-8") if isinstance(value, bytes) else str(value)
-    except UnicodeDecodeError:
-        tally.add_bad(name, f"record {index}", "not UTF-8")
-        return None
     except Exception as error:  # ArrayRecord's reader raises various errors for a missing file
         reason = str(error).strip().split("\n")[0][:200]
         tally.add_bad(name, f"record {index}", f"can't be read ({reason})")
         return None
+    try:
+        text = decoded(value) if isinstance(value, bytes) else value
+        if not isinstance(text, str):
+            raise NotTextError(f"no text in the field {field!r}")
+    except NotTextError as error:
+        tally.add_bad(name, f"record {index}", str(error))
+        return None
     tally.good += 1
-    return text
+    return text.lstrip(TEXT_MARK)
 
 
 class _AllBut(Sequence[int]):

@@ -148,6 +148,12 @@ def gzipped(content):
         ("a.jsonl.gz.gz", gzipped(gzipped(ONE))),
         ("a.parquet.gz", gzipped(b"PAR1")),
         ("a.arrow", b"ARROW1"),
+        ("a.csv", b"id,text\n1,first\n"),
+        ("a.TSV.gz", gzipped(b"id\ttext\n1\tfirst\n")),
+        ("a.txt.Z", b"text"),
+        ("a.txt", b"\x1f\x9d\x90text"),
+        ("a.txt", b"%PDF-1.4\n1 0 obj\n\ntext"),
+        ("a.txt.gz", gzipped(b"{\\rtf1\\ansi text}")),
     ],
 )
 def test_other_formats_are_refused(tmp_path, name, content):

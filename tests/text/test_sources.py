@@ -98,6 +98,13 @@ def test_a_whole_surrogate_pair_is_a_character(tmp_path):
     assert read(DataConfig(source=str(tmp_path / "a.jsonl")))["train"] == ["\U0001f600 smiles"]
 
 
+def test_a_file_with_brackets_in_its_name_is_read(tmp_path):
+    for name in ("part[1].txt", "part1.txt"):
+        (tmp_path / name).write_text(name)
+    (part,), _ = source_parts(str(tmp_path / "part[1].txt"), DataConfig())
+    assert part.name == str(tmp_path / "part[1].txt")
+
+
 def test_an_unprepared_tfds_dataset_says_how_to_prepare_it(tmp_path):
     with pytest.raises(TrainingError, match=r"tfds build nowhere --file_format=array_record"):
         load_corpus(config("tfds:nowhere", data={"data_dir": str(tmp_path)}), BYTES)

@@ -62,6 +62,11 @@ def test_bytes_that_are_no_utf_8_are_bad_documents(tmp_path):
     assert "row 2: not UTF-8" in tally.first
 
 
+def test_byte_order_marks_leave_no_trace_in_strings(tmp_path):
+    column = pa.array(["\ufeffmarked", "a\ufeffb", "\ufeff", "\ufeff\ufefftwice"])
+    assert read_file(table(tmp_path, column))[0] == ["marked", "a\ufeffb", "twice"]
+
+
 def unchecked(kind, offsets):
     """Strings of two bytes, the second of which is not UTF-8."""
     ends = pa.array(range(0, 2 * 5, 2), offsets).buffers()[1]

@@ -65,6 +65,9 @@ def test_byte_order_marks_leave_no_trace_in_text(tmp_path, name):
 def test_byte_order_marks_leave_no_trace_in_json_lines(tmp_path):
     content = MARK + MARK + LINES + MARK + LINES + MARK + b"\n"
     assert read_content(tmp_path, "a.jsonl", content) == (["first", "second"] * 2, [])
+    for mark in ("\ufeff", "\\ufeff"):  # of the file that the text came from
+        row = f'{{"text": "{mark}first"}}\n'.encode()
+        assert read_content(tmp_path, "a.jsonl", row) == (["first"], [])
     kept = '{"text": "a\ufeffb"}\n'.encode()  # a character of the text
     assert read_content(tmp_path, "a.jsonl", kept) == (["a\ufeffb"], [])
 

@@ -124,13 +124,14 @@ def test_mixed_with_shards_documents_are_drawn_by_weight(data_dir, tmp_path):
     assert (firsts.count("T"), firsts.count("@")) == (40, 120)
 
 
-@pytest.mark.parametrize("what", ["not UTF-8", "gone"])
+@pytest.mark.parametrize("what", ["not UTF-8", "gone", "a number", "UTF-16"])
 def test_bad_records_are_counted_and_end_the_run(data_dir, monkeypatch, what):
     class Records(list):
         def __getitem__(self, index):
             if index == 3 and what == "gone":
                 raise OSError("no such shard")
-            return {"text": b"caf\xe9" if index == 3 else b"text"}
+            others = {"not UTF-8": b"caf\xe9", "a number": 5, "UTF-16": b"t\0e\0"}
+            return {"text": others[what] if index == 3 else "\ufefftext".encode()}
 
     from loro_jax.text.readers import Tally
     from loro_jax.text.tfds_source import TfdsTexts

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import tokenizers
@@ -132,6 +132,51 @@ def with_control_pieces(model: bytes, ids: Sequence[int]) -> bytes:
     for one in symbols:
         one.type = one.CONTROL
     return proto.SerializeToString() if symbols else model
+
+
+# Added tokens beyond the vocabulary that are plausible.
+_MOST_ADDED = 100_000
+
+
+def with_added_pieces(model: bytes, added: Mapping[str, int], special: Container[str]) -> bytes:
+    """Returns a SentencePiece model with the tokens that were added after its training.
+
+    Args:
+        model: contents of the ``.model`` file.
+        added: ids of the tokens by their text; those within the vocabulary are part of it already.
+        special: which of them can't come from a text (control pieces); others are user-defined
+            symbols, which always become one id.
+
+    Returns:
+        The model; unchanged if there are none. Ids between are control pieces without a use.
+
+    Raises:
+        TrainingError: for an id far beyond the vocabulary.
+    """
+    # Imported here, because few models need protobuf.
+    from sentencepiece import sentencepiece_model_pb2
+
+    message: Any = sentencepiece_model_pb2
+    proto = message.ModelProto.FromString(model)
+    size, known = len(proto.pieces), {one.piece for one in proto.pieces}
+    names = {i: token for token, i in added.items() if i >= size and token not in known}
+    if not names:
+        return model
+    if max(names) >= size + _MOST_ADDED:
+        raise TrainingError(
+            f"the added token {names[max(names)]!r} has the id {max(names)}, but the vocabulary "
+            f"has {size} ids; expected at most {_MOST_ADDED:,} more."
+        )
+    control, symbol = (
+        getattr(message.ModelProto.SentencePiece, kind) for kind in ("CONTROL", "USER_DEFINED")
+    )
+    for i in range(size, max(names) + 1):
+        name = names.get(i, f"<unused {i}>")
+        if i not in names or name in special:
+            proto.pieces.add(piece=name, score=0.0, type=control)
+        else:  # matched in a text whose spaces have been replaced
+            proto.pieces.add(piece=name.replace(" ", _SPACE), score=0.0, type=symbol)
+    return proto.SerializeToString()
 
 
 def _scores(proto: Any, piece: Any) -> list[tuple[str, float]]:

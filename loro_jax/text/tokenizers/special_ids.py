@@ -10,6 +10,9 @@ from typing import Any
 
 from loro_jax.errors import TrainingError
 
+# The usual form of special tokens.
+MARKED = re.compile(r"<.+>|\[.+\]", re.DOTALL)
+
 _ROLES = ("bos", "eos", "pad", "unk", "sep", "cls", "mask")
 
 
@@ -104,6 +107,7 @@ class Beside:
     Attributes:
         tokens: special tokens by role ("eos", "bos", "pad", ...).
         special: all special tokens, including those without a role.
+        added: ids of tokens that were added to the vocabulary, by their text.
         adds_bos: whether texts begin with the beginning-of-text token; None: unknown.
         kind: the tokenizer's class in transformers, or "".
 
@@ -125,11 +129,22 @@ class Beside:
                 # A list, or tokens by name.
                 more = more.values() if isinstance(more, dict) else more
                 self.special |= {one for one in map(_token, more) if one}
-        added = config.get("added_tokens_decoder")
-        for one in added.values() if isinstance(added, dict) else ():
+        # Two formats: ids by token, without saying which are special, and tokens by id.
+        added = _object(directory / "added_tokens.json")
+        self.added: dict[str, int] = {
+            token: i for token, i in added.items() if token and type(i) is int
+        }
+        self.special |= {token for token in self.added if MARKED.fullmatch(token)}
+        decoder = config.get("added_tokens_decoder")
+        for i, one in decoder.items() if isinstance(decoder, dict) else ():
             token = _token(one)
-            if token and one.get("special"):
+            if not token or not i.isdecimal():
+                continue
+            self.added[token] = int(i)
+            if isinstance(one, dict) and one.get("special"):
                 self.special.add(token)
+            else:
+                self.special.discard(token)
         says = config.get("add_bos_token")
         self.adds_bos: bool | None = says if isinstance(says, bool) else None
         kind = config.get("tokenizer_class")

@@ -18,6 +18,7 @@ from loro_jax.text.tokenizers.conversion import (
     from_bytes,
     from_sentencepiece,
     tokenizer_files,
+    with_added_pieces,
     with_control_pieces,
 )
 from loro_jax.text.tokenizers.special_ids import Beside, SpecialIds, written_out
@@ -67,7 +68,7 @@ class SentencePieceTokenizer(SpecialIds):
         model: contents of the ``.model`` file.
         name: name in error messages.
         eos_id: the end-of-text id, or several; None: the model's.
-        beside: special tokens from the files next to it; None: no such files.
+        beside: special and added tokens from the files next to it; None: no such files.
 
     Raises:
         TrainingError: if the bytes are not a SentencePiece model, or has no known end of text.
@@ -81,12 +82,17 @@ class SentencePieceTokenizer(SpecialIds):
         beside: Beside | None = None,
     ):
         try:
-            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model or b"\0")
         except RuntimeError:
             raise TrainingError(
                 f"config.data.tokenizer = {name!r} is not a SentencePiece model."
             ) from None
         self.name = name
+        if beside is not None and beside.added:
+            model = with_added_pieces(
+                model, beside.added, {*beside.special, *beside.tokens.values()}
+            )
+            self._processor = sentencepiece.SentencePieceProcessor(model_proto=model)
         self.vocab_size = self._processor.vocab_size()
         tokens = {} if beside is None else beside.tokens
         found = self._named(tokens.get("eos"), self._processor.eos_id())
@@ -241,7 +247,7 @@ def _load(name: str, eos_ids: list[int], pad_id: int | None) -> Tokenizer:
     path = pathlib.Path(name).expanduser()
     try:
         path = _file_in(path) if path.is_dir() else path
-        if path.suffix == ".json":
+        if path.suffix.lower() == ".json":
             return HuggingFaceTokenizer(path, name, eos_ids, pad_id)
         return SentencePieceTokenizer(path.read_bytes(), name, eos_ids, Beside(path.parent))
     except OSError as error:

@@ -22,7 +22,7 @@ import tokenizers
 
 from loro_jax.errors import TrainingError
 from loro_jax.text.tokenizers.conversion import tokenizer_files
-from loro_jax.text.tokenizers.special_ids import Beside, SpecialIds
+from loro_jax.text.tokenizers.special_ids import MARKED, Beside, SpecialIds
 
 # Usual names, in order of preference.
 _USUAL_EOS = ("</s>", "<|endoftext|>", "<|end_of_text|>", "<eos>", "[SEP]")
@@ -31,15 +31,12 @@ _USUAL_BOS = ("<s>", "<|begin_of_text|>", "<bos>", "<|startoftext|>", "[CLS]")
 _USUAL = {*_USUAL_EOS, *_USUAL_PAD, *_USUAL_BOS, "<unk>", "[UNK]", "<mask>", "[MASK]"}
 
 
-# The usual form of special tokens.
-_MARKED = re.compile(r"<.+>|\[.+\]", re.DOTALL)
-
-
 class HuggingFaceTokenizer(SpecialIds):
     """A ``tokenizer.json`` of Hugging Face's tokenizers library.
 
     The file does not say what its special tokens are for: they come from the arguments, from
-    ``tokenizer_config.json`` next to it, or are found by their usual names.
+    ``tokenizer_config.json`` next to it, or are found by their usual names. The dropout of a
+    byte-pair encoding is left out: a document has the same ids in every epoch and after a resume.
 
     Args:
         path: the file.
@@ -54,7 +51,7 @@ class HuggingFaceTokenizer(SpecialIds):
     def __init__(
         self, path: pathlib.Path, name: str, eos_ids: Sequence[int] = (), pad_id: int | None = None
     ):
-        content = path.read_bytes()
+        content = _without_dropout(path.read_bytes())
         self._tokenizer, data = _read(content, name)
         self._content, self.name = content, name
         beside = Beside(path.parent)
@@ -126,7 +123,7 @@ class HuggingFaceTokenizer(SpecialIds):
             named.add(model["unk_token"])
         # Pieces of ordinary text stay available even if used as special tokens (some pad with "!").
         own = {one["content"] for one in added}
-        named = {token for token in named if token in own or _MARKED.fullmatch(token)}
+        named = {token for token in named if token in own or MARKED.fullmatch(token)}
         found = {token for token in special | named if tokens.token_to_id(token) is not None}
         # A byte-pair encoding needs its single characters for merges.
         return {token for token in found if len(token) > 1 or "merges" not in model}
@@ -159,7 +156,7 @@ class HuggingFaceTokenizer(SpecialIds):
         return made | {"tokenizer.json": self._content if self.adds_bos else self._bare()}
 
     def _bare(self) -> bytes:
-        data = json.loads(self._content)
+        data = json.loads(self._content.decode("utf-8-sig"))
         post = data.get("post_processor")
         several = (post or {}).get("type") == "Sequence"
         steps = post["processors"] if several else [post] if post else []
@@ -171,6 +168,20 @@ class HuggingFaceTokenizer(SpecialIds):
         data["post_processor"] = kept[0] if kept else None
         data["truncation"] = data["padding"] = None
         return (json.dumps(data, ensure_ascii=False, indent=2) + "\n").encode()
+
+
+def _without_dropout(content: bytes) -> bytes:
+    """Removes the dropout of a BPE model, which would draw other ids for a text every time."""
+    if re.search(rb'"dropout"\s*:\s*[\d.]', content) is None:  # the vocabulary may match, too
+        return content
+    try:
+        data = json.loads(content.decode("utf-8-sig"))
+        if not data["model"].get("dropout"):
+            return content
+    except (ValueError, LookupError, TypeError, AttributeError):
+        return content  # not a tokenizer.json; the reader names it
+    data["model"]["dropout"] = None
+    return (json.dumps(data, ensure_ascii=False, indent=2) + "\n").encode()
 
 
 def _read(content: bytes, name: str) -> tuple[tokenizers.Tokenizer, dict[str, Any]]:

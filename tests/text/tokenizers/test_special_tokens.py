@@ -11,7 +11,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 from loro_jax.errors import TrainingError
 from loro_jax.text.documents import Chunk, Position
 from loro_jax.text.encoding import encode_chunks, encode_document
-from loro_jax.text.tokenizers.tokenizer import load_tokenizer
+from loro_jax.text.tokenizers.tokenizer import SentencePieceTokenizer, load_tokenizer
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<pad>", "[SEP]"]
 LETTERS = sorted(set("<>/[]|spadunkSEPhelowrtxy .!\u2581\u0120"))
@@ -274,6 +274,40 @@ class TestSentencePiece:
         assert tokenizer.encode_prompt("hello<end>", special=True) == [*ids, tokenizer.eos_id]
         assert tokenizer.eos_id not in tokenizer.encode(["hello<end>"])[0]
 
+    def test_tokens_added_after_its_training(self, tmp_path):
+        """Chat models keep a LLaMA's model file and number their own tokens from its end on."""
+        content = sentencepiece_model()
+        own = sentencepiece.SentencePieceProcessor(model_proto=content)
+        size = own.vocab_size()
+        (tmp_path / "tokenizer.model").write_bytes(content)
+        added = {"<|end|>": size, "<|user|>": size + 2, "<s>": 1}
+        (tmp_path / "added_tokens.json").write_text(json.dumps(added))
+        decoder = {
+            str(size): {"content": "<|end|>", "special": True},
+            str(size + 3): {"content": "ishmael some", "special": False},
+        }
+        config = {"eos_token": "<|end|>", "added_tokens_decoder": decoder}
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+        tokenizer = load_tokenizer(str(tmp_path))
+        assert (tokenizer.vocab_size, tokenizer.eos_id) == (size + 4, size)
+        prompt = tokenizer.encode_prompt("<|user|>hello<|end|>", bos=False, special=True)
+        assert prompt == [size + 2, *own.encode("hello"), size]
+        documents = tokenizer.encode(["hello<|end|>", "call me ishmael some years"])
+        assert documents[0] == own.encode("hello<|end|>")
+        assert documents[1].count(size + 3) == 1
+        assert tokenizer.decode([*documents[1], size, size + 1]) == "call me ishmael some years"
+        assert tokenizer.fingerprint != SentencePieceTokenizer(content, "own").fingerprint
+        # Other programs get the same vocabulary.
+        made = tokenizers.Tokenizer.from_str(tokenizer.files()["tokenizer.json"].decode())
+        assert made.token_to_id("<|user|>") == size + 2
+        assert made.encode("call me ishmael some years").ids == [own.bos_id(), *documents[1]]
+
+    def test_an_added_token_far_beyond_its_vocabulary_is_named(self, tmp_path):
+        (tmp_path / "tokenizer.model").write_bytes(sentencepiece_model())
+        (tmp_path / "added_tokens.json").write_text('{"<far>": 1000000000}')
+        with pytest.raises(TrainingError, match="added token '<far>' has the id 1000000000"):
+            load_tokenizer(str(tmp_path))
+
     def test_a_symbol_that_ends_texts_is_text_in_documents(self, tmp_path):
         content = sentencepiece_model(user_defined_symbols=["<sep>", "<end>"])
         (tmp_path / "tokenizer.model").write_bytes(content)
@@ -308,6 +342,17 @@ class TestSentencePiece:
             assert again.encode(texts) == own.encode(texts)
             assert again.encode_prompt("x") == own.encode_prompt("x")
             assert (again.bos_id, again.eos_ids) == (own.bos_id, own.eos_ids)
+
+
+def test_dropout_of_a_byte_pair_encoding_is_left_out(tmp_path):
+    tokenizer = bpe()
+    right = tokenizer.encode("hello hell", add_special_tokens=False).ids
+    tokenizer.model.dropout = 0.5
+    path = write(tmp_path, tokenizer)
+    ours = load_tokenizer(path)
+    assert [ours.encode(["hello hell"])[0] for _ in range(20)] == [right] * 20
+    assert [ours.encode_prompt("hello hell", special=True) for _ in range(20)] == [right] * 20
+    assert json.loads(ours.files()["tokenizer.json"])["model"]["dropout"] is None
 
 
 def test_several_end_ids(tmp_path):

@@ -186,11 +186,17 @@ def test_a_missing_file_is_named(tmp_path, name):
         load_tokenizer(str(tmp_path / name))
 
 
+@pytest.mark.parametrize("content", ["not a model", ""])
 @pytest.mark.parametrize(
-    ("name", "kind"), [("bad.model", "a SentencePiece model"), ("bad.json", "a tokenizer.json")]
+    ("name", "kind"),
+    [
+        ("bad.model", "a SentencePiece model"),
+        ("bad.json", "a tokenizer.json"),
+        ("BAD.JSON", "a tokenizer.json"),
+    ],
 )
-def test_a_file_of_something_else_is_named(tmp_path, name, kind):
-    (tmp_path / name).write_text("not a model")
+def test_a_file_of_something_else_is_named(tmp_path, name, kind, content):
+    (tmp_path / name).write_text(content)
     with pytest.raises(TrainingError, match=f"is not {kind}"):
         load_tokenizer(str(tmp_path / name))
 
