@@ -213,6 +213,8 @@ def _sizes(hidden: int, intermediate: int, heads: int, layers: int, vocab: int =
 
 
 PRESETS: dict[str, LlamaConfig] = {
+    # As small as tests and a first look need, with rows for the 259 ids of the bytes tokenizer.
+    "tiny": LlamaConfig(**_sizes(32, 48, 4, 2, vocab=260), rank=8),
     # The paper's Table 7, which swaps two columns of 1B: the model has 24 layers and 32 heads.
     "60m": LlamaConfig(**_sizes(512, 1376, 8, 8), rank=128),
     "130m": LlamaConfig(**_sizes(768, 2048, 12, 12), rank=256),
@@ -257,7 +259,9 @@ def preset(name: str, **changes: object) -> LlamaConfig:
     """
     if name not in PRESETS:
         raise ValueError(f"preset: unknown model {name!r}; expected one of {', '.join(PRESETS)}.")
-    return dataclasses.replace(PRESETS[name], **changes)  # type: ignore[arg-type]
+    made = dataclasses.replace(PRESETS[name], **changes)  # type: ignore[arg-type]
+    # Overrides set fields of this one too, and must not reach the preset.
+    return dataclasses.replace(made, rope_scaling=dataclasses.replace(made.rope_scaling))
 
 
 class RMSNorm(nnx.Module):

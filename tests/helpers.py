@@ -1,7 +1,16 @@
 """What tests of several folders share."""
 
+import json
+import os
+import subprocess
+import sys
+
 import chex
+import jax
+import optax
 import pytest
+
+from tests.conftest import ROOT
 
 
 def assert_trees_match(found, wanted, **tolerance):
@@ -13,3 +22,40 @@ def assert_trees_match(found, wanted, **tolerance):
 def some_fast(values, fast):
     """Parameters of a test: those in ``fast`` in both tiers, all others in the slow one alone."""
     return [x if x in fast else pytest.param(x, marks=pytest.mark.slow) for x in values]
+
+
+def take_steps(tx, params, grads):
+    """Parameters and state after a compiled step along each gradient.
+
+    In place of a gradient may stand a loss, a function of the parameters.
+    """
+    state, update = tx.init(params), jax.jit(tx.update)
+    gradients = {loss: jax.jit(jax.grad(loss)) for loss in grads} if callable(grads[0]) else {}
+    for grad in grads:
+        grad = gradients[grad](params) if callable(grad) else grad
+        updates, state = update(grad, state, params)
+        params = optax.apply_updates(params, updates)
+    return params, state
+
+
+def member(i, stacked):
+    """The i-th of the trees that are stacked along the leading axes of one."""
+    return jax.tree.map(lambda x: x[i], stacked)
+
+
+def run_module(name, *arguments, **environment):
+    """The JSON objects that a module of the checkout prints, one a line, in its own process.
+
+    Its warnings are errors, and it must end well.
+    """
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-m", name, *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        capture_output=True,
+        text=True,
+        timeout=900,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]

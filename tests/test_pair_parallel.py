@@ -1,16 +1,13 @@
 """Exact steps shared by eight simulated devices, from every layout of the factors."""
 
-import json
 import os
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import pytest
 
 from loro_jax.pair_parallel import _division
-from tests.conftest import ROOT
+from tests.helpers import run_module
 
 # Entries of the largest leaf, the B of eight layers.
 SCANNED_FACTOR = 8 * 64 * 16
@@ -19,20 +16,8 @@ SCANNED_FACTOR = 8 * 64 * 16
 @pytest.fixture(scope="module", params=["explicit", "auto"])
 def seen(request):
     """What happened on a mesh of one axis or two, by mesh and layout."""
-    options = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-    flags = {"XLA_FLAGS": options, "JAX_PLATFORMS": "cpu"}
-    command = [sys.executable, "-W", "error", "-m", "tests.eight_devices", request.param]
-    done = subprocess.run(
-        command,
-        env={**os.environ, **flags},
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=900,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
+    rows = run_module("tests.eight_devices", request.param, XLA_FLAGS=flags, JAX_PLATFORMS="cpu")
     return {(row["mesh"], row["layout"]): row for row in rows}
 
 
@@ -80,18 +65,8 @@ def test_the_168_pairs_of_1b_are_shared_by_all_devices(devices, rounds):
     quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 
     def compiled(*arguments):
-        command = [sys.executable, "-m", "tests.exact.exact_step_of_1b", *map(str, arguments)]
-        done = subprocess.run(
-            command,
-            env={**os.environ, "XLA_FLAGS": quick},
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            timeout=600,
-            check=False,
-        )
-        assert done.returncode == 0, done.stderr[-3000:]
-        return json.loads(done.stdout)
+        (row,) = run_module("tests.exact.exact_step_of_1b", *arguments, XLA_FLAGS=quick)
+        return row
 
     row = compiled(devices)
     assert row["factored"] == rounds * compiled(1, 1)["factored"]

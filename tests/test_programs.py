@@ -1,8 +1,6 @@
 """Steps inside the programs that users write around them."""
 
-import subprocess
-import sys
-
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +13,7 @@ from loro_jax import LowRank, exact_update, initialise, loro, orthogonal, with_r
 from loro_jax.pair_parallel import shardings_on_mesh
 from loro_jax.pairs import pairs_of
 from loro_jax.schedules import warmup_cosine
+from tests.helpers import run_module, some_fast
 
 PAIR = LowRank(*initialise(jax.random.key(0), 6, 5, 2))
 PARAMS = {"w": PAIR, "b": jnp.ones(4)}
@@ -37,7 +36,7 @@ def test_sam_chooses_between_states_by_arithmetic():
     assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(params))
 
 
-@pytest.mark.parametrize("options", [{}, {"basis": "nearest"}])
+@pytest.mark.parametrize("options", some_fast([{}, {"basis": "nearest"}], [{"basis": "nearest"}]))
 def test_checkify_accepts_a_step_and_finds_nothing(options):
     tx = loro(0.01, exact_every=1, **options)
     checked = jax.jit(checkify.checkify(tx.update, errors=checkify.float_checks))
@@ -130,8 +129,7 @@ def test_flax_serialization_brings_back_the_same_leaves():
     content = (PARAMS, loro(0.01).init(PARAMS))
     blank = jax.tree.map(jnp.zeros_like, content)
     again = serialization.from_bytes(blank, serialization.to_bytes(content))
-    assert jax.tree.structure(again) == jax.tree.structure(content)
-    jax.tree.map(np.testing.assert_array_equal, again, content)
+    chex.assert_trees_all_equal(again, content)
     by_names = serialization.to_bytes({"w": {"B": PAIR.B, "A": PAIR.A}})
     np.testing.assert_array_equal(serialization.from_bytes({"w": PAIR}, by_names)["w"].A, PAIR.A)
     with pytest.raises(ValueError, match="B and A"):
@@ -209,79 +207,7 @@ def test_export_for_several_platforms():
     np.testing.assert_allclose(updates["w"].B, expected["w"].B, atol=1e-5)
 
 
-ENSEMBLE = """
-import jax, jax.numpy as jnp, optax
-from jax.sharding import PartitionSpec as P
-from loro_jax import LowRank, initialise, loro
-
-members = [LowRank(*initialise(jax.random.key(i), 6, 5, 2)) for i in range(2)]
-ensemble = jax.tree.map(lambda *x: jnp.stack(x), *members)
-mesh = jax.make_mesh((2,), ("members",), axis_types=(jax.sharding.AxisType.Auto,))
-
-for options in ({}, {"basis": "nearest"}, {"moments": "transport"}):
-    tx = loro(0.01, exact_every=2, **options)
-
-    def train(params):
-        def step(carry, _):
-            params, state = carry
-            updates, state = tx.update(params, state, params)
-            return (optax.apply_updates(params, updates), state), None
-        return jax.lax.scan(step, (params, tx.init(params)), length=2)[0][0]
-
-    def share(part):
-        return jax.tree.map(lambda x: x[None], train(jax.tree.map(lambda x: x[0], part)))
-
-    found = jax.jit(jax.shard_map(share, mesh=mesh, in_specs=P("members"), out_specs=P("members")))
-    found = found(ensemble)
-    for i, member in enumerate(members):
-        right = jax.jit(train)(member).product()
-        assert float(jnp.abs(found.product()[i] - right).max()) < 1e-4
-"""
-
-
 @pytest.mark.slow
-def test_members_of_an_ensemble_under_shard_map(monkeypatch):
-    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=2")
-    done = subprocess.run([sys.executable, "-c", ENSEMBLE], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
-
-
-EXPLICIT_ENSEMBLE = """
-import jax, jax.numpy as jnp, optax
-from jax.sharding import AxisType, NamedSharding, PartitionSpec as P
-from loro_jax import LowRank, initialise, loro, orthogonal
-
-members = [LowRank(*initialise(jax.random.key(i), 8, 8, 2)) for i in range(4)]
-ensemble = jax.tree.map(lambda *x: jnp.stack(x), *members)
-mesh = jax.make_mesh((2, 2), ("members", "rows"), axis_types=(AxisType.Explicit,) * 2)
-
-for spec, options in (
-    (P("members"), {}),
-    (P("members", "rows"), {"exact_method": "svd"}),
-    (P("members", None, "rows"), {"exact_method": "gram", "moments": "transport"}),
-    (P("members"), {"basis": "nearest"}),
-    (P("members"), {"direction": orthogonal()}),
-):
-    tx = loro(0.01, exact_every=2, **options)
-
-    def train(params):
-        def step(carry, _):
-            params, state = carry
-            updates, state = tx.update(params, state, params)
-            return (optax.apply_updates(params, updates), state), None
-        return jax.lax.scan(step, (params, tx.init(params)), length=2)[0][0]
-
-    right = jax.jit(jax.vmap(train))(ensemble).product()
-    with jax.set_mesh(mesh):
-        sharded = jax.device_put(ensemble, NamedSharding(mesh, spec))
-        found = jax.jit(jax.vmap(train))(sharded)
-        assert found.B.sharding.spec[0] == "members", found.B.sharding
-        assert jax.numpy.abs(jax.device_get(found.product()) - right).max() < 1e-5, options
-"""
-
-
-@pytest.mark.slow
-def test_members_of_an_ensemble_on_an_explicit_mesh(monkeypatch):
-    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=4")
-    done = subprocess.run([sys.executable, "-c", EXPLICIT_ENSEMBLE], capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-2000:]
+@pytest.mark.parametrize("kind", ["shard_map", "explicit"])
+def test_members_of_an_ensemble_train_as_each_does_alone(kind):
+    run_module("tests.ensembles", kind)

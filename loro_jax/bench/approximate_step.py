@@ -18,27 +18,25 @@ from loro_jax.bench.options import make_parser, parse_options
 from loro_jax.bench.timing import time_in_turns
 from loro_jax.loro import loro
 from loro_jax.tables import report
-
-LAYERS = {"60m": 8, "130m": 12, "1b": 24}
-VOCABULARY = 32_000
+from models.llama import preset
 
 
 def make_leaves(model: str) -> Any:
     """Creates parameters with the shapes of a whole model: stacked pairs, embedding and head."""
     keys = iter(jax.random.split(jax.random.key(0), 20))
-    hidden = MODELS[model][0]
+    config = preset(model)
 
     def normal(*shape: int) -> jax.Array:
         return 0.02 * jax.random.normal(next(keys), shape)
 
-    layers = LAYERS[model]
+    layers = config.num_layers
     pairs = [
         {"B": normal(layers, m, r), "A": normal(layers, r, n)} for m, n, r in layer_shapes(model)
     ]
     return {
         "pairs": pairs,
-        "embedding": normal(VOCABULARY, hidden),
-        "head": normal(VOCABULARY, hidden),
+        "embedding": normal(config.vocab_size, config.hidden_size),
+        "head": normal(config.vocab_size, config.hidden_size),
     }
 
 

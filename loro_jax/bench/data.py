@@ -182,6 +182,13 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument("--steps", type=int, default=8, help="training steps")
     options = parse_options(parser, arguments, PRESETS)
     tokenizer = load_tokenizer(options.tokenizer)
+    for model in options.models:
+        rows = preset(model).vocab_size
+        if tokenizer.vocab_size > rows:
+            parser.error(
+                f"--models: {model} has {rows} ids; expected at least {tokenizer.vocab_size}, "
+                f"those of --tokenizer={options.tokenizer}"
+            )
     with tempfile.TemporaryDirectory() as folder:
         report(_measure(options, tokenizer, pathlib.Path(folder)), options)
 

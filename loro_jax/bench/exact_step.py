@@ -20,9 +20,10 @@ from loro_jax.bench.timing import time_in_turns
 from loro_jax.exact import METHODS
 from loro_jax.exact.update import exact_update
 from loro_jax.tables import report
+from models.llama import PRESETS, preset
 
-# Hidden size, intermediate size and rank of the paper's models.
-MODELS = {"60m": (512, 1376, 128), "130m": (768, 2048, 256), "1b": (2048, 5461, 512)}
+# Names of the presets with low-rank projections.
+MODELS = [name for name, config in PRESETS.items() if config.scope == "all"]
 RATE = 0.01
 
 # Longer than the threads of OpenBLAS and PyTorch spin before they sleep. While they spin, the next
@@ -34,9 +35,9 @@ Pair = tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]
 
 def layer_shapes(model: str) -> list[tuple[int, int, int]]:
     """Returns (m, n, r) of a layer's seven projections."""
-    hidden, intermediate, rank = MODELS[model]
-    attention = [(hidden, hidden, rank)] * 4
-    return [*attention, *[(intermediate, hidden, rank)] * 2, (hidden, intermediate, rank)]
+    config = preset(model)
+    shapes = [*config.shapes("attn").values(), *config.shapes("mlp").values()]
+    return [(*shape, config.rank) for shape in shapes]
 
 
 def make_pairs(shapes: Sequence[tuple[int, int, int]], seed: int = 0) -> list[Pair]:

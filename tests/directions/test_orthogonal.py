@@ -9,6 +9,7 @@ import pytest
 from loro_jax import LowRank, initialise, loro, orthogonal
 from loro_jax.exact.tangent import as_gradients
 from loro_jax.linalg.newton_schulz import OVERSHOOT, QUINTIC, inverse_root
+from tests.helpers import some_fast
 
 M, N, R = 24, 40, 6
 
@@ -79,7 +80,10 @@ def test_the_first_two_steps_are_those_of_float64(nesterov, damping):
         np.testing.assert_allclose(params["w"].A, A64, rtol=0, atol=2e-5)
 
 
-@pytest.mark.parametrize("shape", [(24, 40, 6), (40, 24, 6), (8, 8, 8), (16, 12, 1)])
+@pytest.mark.parametrize(
+    "shape",
+    some_fast([(24, 40, 6), (40, 24, 6), (8, 8, 8), (16, 12, 1)], [(24, 40, 6), (8, 8, 8)]),
+)
 def test_the_product_moves_by_the_learning_rate_at_most(shape):
     m, n, r = shape
     B, A = pair(0, m, n, r)

@@ -13,19 +13,11 @@ import pytest
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
-from models import Llama, LlamaConfig
+from models import Llama, preset
 from models.huggingface import CheckpointError, read_model, write_model
 from models.rope import RopeScaling
 
-CONFIG = LlamaConfig(
-    vocab_size=96,
-    hidden_size=32,
-    intermediate_size=48,
-    num_layers=3,
-    num_heads=4,
-    max_sequence_length=64,
-    rank=8,
-)
+CONFIG = preset("tiny", num_layers=3, max_sequence_length=64)
 KINDS = ("low_rank", "cola", "lora", "switchlora", "sltrain")
 
 
@@ -48,7 +40,7 @@ def assert_same(one, other):
     chex.assert_trees_all_equal(one, other, strict=True)
 
 
-TOKENS = jnp.array(np.random.default_rng(0).integers(96, size=(2, 40)))
+TOKENS = jnp.array(np.random.default_rng(0).integers(CONFIG.vocab_size, size=(2, 40)))
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -12,7 +12,7 @@ from flax import nnx
 from loro_jax.__main__ import main
 from loro_jax.commands.weights import _token_ids
 from loro_jax.text.tokenizers.tokenizer import load_tokenizer
-from models import Llama, LlamaConfig
+from models import Llama, preset
 from models.huggingface import CheckpointError, read_model, write_model
 from models.rope import RopeScaling
 from tests.models.checkpoints import CONFIG, UP, tensors, write
@@ -21,9 +21,12 @@ from tests.models.checkpoints import CONFIG, UP, tensors, write
 def export(out, tokenizer="embedded", **changes):
     """A model that begins to say something, written with a tokenizer."""
     chosen = load_tokenizer(tokenizer)
-    fields = {"hidden_size": 32, "intermediate_size": 48, "num_layers": 1, "num_heads": 4}
-    config = LlamaConfig(
-        chosen.vocab_size, **fields, max_sequence_length=64, initializer_range=0.3, rank=8
+    config = preset(
+        "tiny",
+        vocab_size=chosen.vocab_size,
+        num_layers=1,
+        max_sequence_length=64,
+        initializer_range=0.3,
     )
     model = Llama(dataclasses.replace(config, **changes), nnx.Rngs(0))
     write_model(model, out, files=chosen.files(), token_ids=_token_ids(chosen))
@@ -102,7 +105,7 @@ def test_a_tokenizer_with_several_ends_and_a_beginning():
 
 
 def test_a_list_of_ends_is_written(tmp_path):
-    model = Llama(LlamaConfig(96, 32, 48, num_layers=1, num_heads=4, rank=8), nnx.Rngs(0))
+    model = Llama(preset("tiny", num_layers=1), nnx.Rngs(0))
     write_model(model, tmp_path / "out", token_ids={"eos_token_id": [5, 7], "pad_token_id": None})
     for name in ("config.json", "generation_config.json"):
         content = json.loads((tmp_path / "out" / name).read_text())

@@ -9,18 +9,10 @@ from flax import nnx
 
 from loro_jax import find_pairs
 from loro_jax.memory import count_parameters
-from models import PRESETS, Batch, Llama, LlamaConfig, cross_entropy, next_token_loss, preset
+from models import PRESETS, Batch, Llama, cross_entropy, next_token_loss, preset
 from models.rope import RopeScaling
 
-TINY = LlamaConfig(
-    vocab_size=61,
-    hidden_size=32,
-    intermediate_size=48,
-    num_layers=3,
-    num_heads=4,
-    max_sequence_length=16,
-    rank=8,
-)
+TINY = preset("tiny", vocab_size=61, num_layers=3, max_sequence_length=16)
 
 
 def make(config, seed=0):
@@ -70,6 +62,11 @@ def test_the_dense_rivals_have_the_low_rank_models_size(size, shape):
 @pytest.mark.parametrize("name", PRESETS)
 def test_every_preset_is_valid(name):
     preset(name).validate()
+
+
+def test_a_change_of_a_preset_reaches_no_other():
+    preset("tiny").rope_scaling.factor = 7.0
+    assert preset("tiny").rope_scaling.factor != 7.0
 
 
 def test_unknown_presets_are_named():

@@ -2,23 +2,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from models import Llama, LlamaConfig
+from models import Llama, preset
 from models import windows as windows_module
 from models.huggingface import write_model
 from models.windows import Score, score, windows
 
-CONFIG = LlamaConfig(
-    vocab_size=96,
-    hidden_size=32,
-    intermediate_size=48,
-    num_layers=2,
-    num_heads=4,
-    max_sequence_length=64,
-    rank=8,
-    initializer_range=0.3,
-    initialiser="auto",
-)
-STREAM = np.random.default_rng(0).integers(96, size=203)
+CONFIG = preset("tiny", max_sequence_length=64, initializer_range=0.3, initialiser="auto")
+STREAM = np.random.default_rng(0).integers(CONFIG.vocab_size, size=203)
 
 
 @pytest.mark.parametrize(("length", "stride"), [(16, 16), (16, 5), (16, 1), (64, 64), (202, 7)])

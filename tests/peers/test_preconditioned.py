@@ -11,6 +11,7 @@ from loro_jax import LoroState, LowRank, adam, loro
 from loro_jax.exact.tangent import multiply_by_grams
 from loro_jax.peers.grams import divide_by_grams
 from loro_jax.peers.preconditioned import preconditioned, scale_by_preconditioner
+from tests.helpers import member, take_steps
 
 M, R, N = 7, 3, 5
 
@@ -23,21 +24,6 @@ def tree(seed=0, dtype=jnp.float32, batch=()):
     """A pair and a regular leaf."""
     B, A = normal(seed, *batch, M, R, dtype=dtype), normal(seed + 1, *batch, R, N, dtype=dtype)
     return {"w": LowRank(B, A), "bias": normal(seed + 2, *batch, M, dtype=dtype)}
-
-
-def run(tx, params, grads):
-    """Steps along given gradients, or along those of a loss: a function of the parameters."""
-    state, update = tx.init(params), jax.jit(tx.update)
-    gradients = {loss: jax.jit(jax.grad(loss)) for loss in grads} if callable(grads[0]) else {}
-    for grad in grads:
-        grad = gradients[grad](params) if callable(grad) else grad
-        updates, state = update(grad, state, params)
-        params = optax.apply_updates(params, updates)
-    return params, state
-
-
-def take(i, stacked):
-    return jax.tree.map(lambda x: x[i], stacked)
 
 
 def scaled(B, A, g_B, g_A, delta):
@@ -66,7 +52,7 @@ def test_scaled_gd_follows_its_equation(delta):
     grads = [tree(10 * (t + 1), jnp.float64) for t in range(4)]
     rate = lambda t: 0.1 / (1 + t)  # noqa: E731
     tx = preconditioned(rate, damping=delta, direction=optax.identity(), weight_decay=0.2)
-    moved, _ = run(tx, params, grads)
+    moved, _ = take_steps(tx, params, grads)
     B, A = arrays(params)
     for t, grad in enumerate(grads):
         d_B, d_A = scaled(B, A, *arrays(grad), delta)
@@ -81,7 +67,7 @@ def test_scaled_adamw_follows_its_equations():
     params = tree(dtype=jnp.float64)
     grads = [tree(10 * (t + 1), jnp.float64) for t in range(5)]
     tx = preconditioned(0.05, damping=0.3, direction=adam(0.8, 0.9, 1e-3), weight_decay=0.1)
-    moved, state = run(tx, params, grads)
+    moved, state = take_steps(tx, params, grads)
     factors = [*arrays(params), np.asarray(params["bias"])]
     m, v = [0.0] * 3, [0.0] * 3
     for t, grad in enumerate(grads, start=1):
@@ -107,12 +93,12 @@ def test_scaled_gd_does_not_depend_on_the_factors(exact_every):
         0.3, damping=0.0, direction=optax.identity(), exact_every=exact_every, exact_method="svd"
     )
     losses = [quadratic(normal(5, M, N, dtype=jnp.float64))] * 4
-    one, _ = run(tx, params, losses)
-    two, _ = run(tx, other, losses)
+    one, _ = take_steps(tx, params, losses)
+    two, _ = take_steps(tx, other, losses)
     np.testing.assert_allclose(one["w"].product(), two["w"].product(), rtol=1e-7, atol=1e-9)
     # Plain gradient descent does not.
     plain = loro(0.003, exact_every=None, direction=optax.identity())
-    one, two = run(plain, params, losses)[0], run(plain, other, losses)[0]
+    one, two = take_steps(plain, params, losses)[0], take_steps(plain, other, losses)[0]
     assert np.max(np.abs(one["w"].product() - two["w"].product())) > 0.1
 
 
@@ -123,7 +109,7 @@ def test_exact_step_of_scaled_gd_retracts_the_riemannian_gradient():
     tx = preconditioned(
         0.2, damping=0.0, direction=optax.identity(), exact_every=1, exact_method="svd"
     )
-    moved, state = run(tx, params, [lambda p: jnp.sum(G * p["w"].product())])
+    moved, state = take_steps(tx, params, [lambda p: jnp.sum(G * p["w"].product())])
     P_U, P_V = B @ np.linalg.pinv(B), np.linalg.pinv(A) @ A
     tangent = P_U @ G + G @ P_V - P_U @ G @ P_V
     np.testing.assert_allclose(moved["w"].product(), truncated(B @ A - 0.2 * tangent), atol=1e-9)
@@ -134,7 +120,7 @@ def test_exact_step_of_scaled_gd_retracts_the_riemannian_gradient():
 def test_exact_step_of_scaled_adamw_retracts_the_directions_tangent():
     params, grads = tree(dtype=jnp.float64), tree(10, jnp.float64)
     B, A = arrays(params)
-    moved, _ = run(
+    moved, _ = take_steps(
         preconditioned(
             0.02, exact_every=1, damping=0.1, direction=adam(eps=1e-2), exact_method="svd"
         ),
@@ -159,7 +145,7 @@ def test_exact_and_other_steps_are_of_one_size():
         tx = preconditioned(
             0.01, direction=optax.identity(), exact_every=exact_every, exact_method="svd"
         )
-        changes.append(run(tx, params, [loss])[0]["w"].product() - B @ A)
+        changes.append(take_steps(tx, params, [loss])[0]["w"].product() - B @ A)
     np.testing.assert_allclose(changes[0], changes[1], atol=0.02 * np.max(np.abs(changes[0])))
 
 
@@ -168,7 +154,7 @@ def test_trust_region_bounds_the_exact_step():
     tx = preconditioned(
         1.0, direction=optax.identity(), exact_every=1, max_move=0.05, exact_method="svd"
     )
-    moved, _ = run(tx, params, [grads])
+    moved, _ = take_steps(tx, params, [grads])
     W = params["w"].product()
     assert jnp.linalg.norm(moved["w"].product() - W) <= 0.1001 * jnp.linalg.norm(W)
 
@@ -185,7 +171,7 @@ def test_converges_on_an_ill_conditioned_target():
     )
     params = {"w": near, "bias": jnp.zeros(M)}
     tx = preconditioned(0.4, direction=optax.identity(), regular=optax.set_to_zero())
-    moved, _ = run(tx, params, [quadratic(target)] * 40)
+    moved, _ = take_steps(tx, params, [quadratic(target)] * 40)
     assert np.linalg.norm(moved["w"].product() - target) < 1e-3
 
 
@@ -193,7 +179,7 @@ def test_converges_on_an_ill_conditioned_target():
 def test_scaled_adamw_descends(exact_every):
     params, loss = tree(), quadratic(normal(5, M, R) @ normal(6, R, N))
     rate = optax.linear_schedule(0.1, 0.0, 100)
-    moved, state = run(preconditioned(rate, exact_every=exact_every), params, [loss] * 100)
+    moved, state = take_steps(preconditioned(rate, exact_every=exact_every), params, [loss] * 100)
     assert loss(moved) < 0.01 * loss(params)
     assert int(state.count) == 100
 
@@ -231,10 +217,10 @@ def test_finite_for_factors_of_deficient_rank(delta):
 def test_stacked_layers_step_as_one_by_one(exact_every):
     params, grads = tree(batch=(2,)), [tree(10 * (t + 1), batch=(2,)) for t in range(3)]
     tx = preconditioned(0.01, exact_every=exact_every, exact_method="svd")
-    stacked, _ = run(tx, params, grads)
+    stacked, _ = take_steps(tx, params, grads)
     for i in range(2):
-        first, now, *then = (take(i, t) for t in (params, stacked, *grads))
-        single, _ = run(tx, first, then)
+        first, now, *then = (member(i, t) for t in (params, stacked, *grads))
+        single, _ = take_steps(tx, first, then)
         # The signs of exact steps' factors are free; their products are not.
         np.testing.assert_allclose(now["w"].product(), single["w"].product(), atol=1e-3)
         np.testing.assert_allclose(now["bias"], single["bias"], rtol=1e-5)
@@ -286,8 +272,8 @@ def test_pairs_may_be_named():
     same, same_grads = ({"w": LowRank(t["up"], t["down"])} for t in (params, grads))
     for exact_every in (None, 1):
         settings = {"exact_every": exact_every, "exact_method": "svd"}
-        moved, _ = run(preconditioned(0.1, pairs=spec, **settings), params, [grads])
-        expected, _ = run(preconditioned(0.1, **settings), same, [same_grads])
+        moved, _ = take_steps(preconditioned(0.1, pairs=spec, **settings), params, [grads])
+        expected, _ = take_steps(preconditioned(0.1, **settings), same, [same_grads])
         np.testing.assert_allclose(moved["up"], expected["w"].B, rtol=1e-5)
         np.testing.assert_allclose(moved["down"], expected["w"].A, rtol=1e-5)
 

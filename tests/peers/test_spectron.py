@@ -10,6 +10,7 @@ import pytest
 from loro_jax import LowRank, adam, scale_by_uncorrected_adam
 from loro_jax.linalg.newton_schulz import OVERSHOOT, orthogonalise, power_iteration
 from loro_jax.peers.spectron import spectron
+from tests.helpers import member, take_steps
 
 M, R, N = 7, 3, 5
 
@@ -24,18 +25,6 @@ def tree(seed=0, dtype=jnp.float32, batch=()):
         normal(seed, *batch, M, R, dtype=dtype), normal(seed + 1, *batch, R, N, dtype=dtype)
     )
     return {"w": pair, "bias": normal(seed + 2, *batch, M, dtype=dtype)}
-
-
-def run(tx, params, grads):
-    state, update = tx.init(params), jax.jit(tx.update)
-    for grad in grads:
-        updates, state = update(grad, state, params)
-        params = optax.apply_updates(params, updates)
-    return params, state
-
-
-def take(i, stacked):
-    return jax.tree.map(lambda x: x[i], stacked)
 
 
 def reference(B, A, u_B, u_A, grads, eta, beta, decay, ns_steps):
@@ -80,7 +69,7 @@ def test_factors_follow_the_papers_equations(ns_steps):
         weight_decay=0.1,
     )
     start = tx.init(params).factors.vectors["w"]
-    moved, state = run(tx, params, grads)
+    moved, state = take_steps(tx, params, grads)
     B, A = reference(
         np.asarray(params["w"].B),
         np.asarray(params["w"].A),
@@ -99,7 +88,7 @@ def test_factors_follow_the_papers_equations(ns_steps):
 
 def run_once(params, grads):
     for lr_scale in (25.0, 1.0):
-        yield run(spectron(0.02, lr_scale=lr_scale), params, [grads])[0]
+        yield take_steps(spectron(0.02, lr_scale=lr_scale), params, [grads])[0]
 
 
 def test_other_leaves_follow_adam():
@@ -107,16 +96,16 @@ def test_other_leaves_follow_adam():
     settings = {"b1": 0.8, "b2": 0.9, "eps": 1e-3}
     regular = adam(**settings)
     tx = spectron(0.02, lr_scale=25.0, weight_decay=0.1, regular=regular)
-    moved, _ = run(tx, params, grads)
+    moved, _ = take_steps(tx, params, grads)
     expected = optax.chain(
         scale_by_uncorrected_adam(**settings),
         optax.add_decayed_weights(0.1),
         optax.scale_by_learning_rate(0.02),
     )
-    expected, _ = run(expected, params["bias"], [g["bias"] for g in grads])
+    expected, _ = take_steps(expected, params["bias"], [g["bias"] for g in grads])
     np.testing.assert_allclose(moved["bias"], expected, rtol=1e-5)
     # Without an lr_scale the factors take the same rate.
-    same, _ = run(spectron(0.02, weight_decay=0.1, regular=regular), params, grads)
+    same, _ = take_steps(spectron(0.02, weight_decay=0.1, regular=regular), params, grads)
     np.testing.assert_allclose(same["bias"], expected, rtol=1e-5)
     one, other = (tree["w"].B - params["w"].B for tree in run_once(params, grads[0]))
     np.testing.assert_allclose(one, 25 * other, rtol=1e-4, atol=1e-5)
@@ -161,7 +150,7 @@ def test_estimates_tighten_from_step_to_step():
     """The power iteration goes on from where it stopped: one step each time is enough."""
     params = tree()
     tx = spectron(1e-6)
-    _, state = run(tx, params, [tree(10)] * 60)
+    _, state = take_steps(tx, params, [tree(10)] * 60)
     for left, matrix in (
         (state.factors.vectors["w"].B, params["w"].B),
         (state.factors.vectors["w"].A.T, params["w"].A.T),
@@ -196,7 +185,7 @@ def test_starts_from_a_zero_factor_and_zero_gradients():
     params["w"] = LowRank(jnp.zeros((M, R)), params["w"].A)
     zeros = jax.tree.map(jnp.zeros_like, params)
     tx = spectron(0.1)
-    still, state = run(tx, params, [zeros])
+    still, state = take_steps(tx, params, [zeros])
     chex.assert_trees_all_close(still, params, atol=0)
     updates, state = tx.update(tree(10), state, params)
     new = optax.apply_updates(params, updates)
@@ -229,10 +218,10 @@ def test_descends():
 
 def test_stacked_layers_step_as_one_by_one():
     params, grads = tree(batch=(2,)), [tree(10 * (t + 1), batch=(2,)) for t in range(3)]
-    stacked, _ = run(spectron(0.1), params, grads)
+    stacked, _ = take_steps(spectron(0.1), params, grads)
     for i in range(2):
-        first, now, *then = (take(i, t) for t in (params, stacked, *grads))
-        single, _ = run(spectron(0.1), first, then)
+        first, now, *then = (member(i, t) for t in (params, stacked, *grads))
+        single, _ = take_steps(spectron(0.1), first, then)
         chex.assert_trees_all_close(now, single, rtol=1e-4, atol=1e-5)
 
 

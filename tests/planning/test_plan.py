@@ -11,12 +11,10 @@ from loro_jax.planning.flops import flops_per_token
 from loro_jax.planning.plan import make_plan
 from loro_jax.training.config import Config
 from loro_jax.training.step import make_program
-from models.llama import LlamaConfig
+from models.llama import preset
 from tests.training import runs
 
-MODEL = LlamaConfig(
-    vocab_size=256, hidden_size=64, intermediate_size=96, num_layers=2, num_heads=4, rank=8
-)
+MODEL = preset("tiny")
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +35,7 @@ def test_products_are_those_that_a_step_needs(plan):
     assert found.model_flops == found.tokens * flops_per_token(config)
     # Attention is counted causal there and computed whole; its two products, of scores and of
     # values, are the only ones that the backward pass computes again (remat="dots").
-    one_product = MODEL.num_layers * 2 * 32 * 64 * found.tokens
+    one_product = MODEL.num_layers * 2 * 32 * MODEL.hidden_size * found.tokens
     halves_of_squares, again = 3 * one_product, 2 * one_product
     executed = sum(one.flops for one in found.products)
     assert executed == found.model_flops + halves_of_squares + again

@@ -15,15 +15,14 @@ from tests.training import runs
 CONFIG = """
 from loro_jax.text.config import DataConfig
 from loro_jax.training.config import Config
-from models import LlamaConfig
+from models import preset
 
 
 def get_config():
     return Config(
         steps=12, batch_size=4, sequence_length=32, warmup_steps=2, exact_every=5, log_every=2,
         eval_every=6, checkpoint_every=6, tensorboard=False, exact_method="svd",
-        model=LlamaConfig(vocab_size=260, hidden_size=16, intermediate_size=24, num_layers=1,
-                          num_heads=2, rank=4),
+        model=preset("tiny"),
         data=DataConfig(source={source!r}, tokenizer="bytes", max_eval_sequences=4),
     )
 """

@@ -10,7 +10,7 @@ from loro_jax.text.config import DataConfig
 from loro_jax.training.config import Config
 from loro_jax.training.loop import train
 from loro_jax.training.trained import load_run
-from models import LlamaConfig
+from models import preset
 from tests.training import runs
 
 
@@ -28,9 +28,7 @@ def folder(tmp_path_factory):
         eval_every=40,
         checkpoint_every=40,
         tensorboard=False,
-        model=LlamaConfig(
-            vocab_size=260, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2, rank=4
-        ),
+        model=preset("tiny", rank=4),
         data=DataConfig(source=str(runs.corpus(folder)), tokenizer="bytes", max_eval_sequences=4),
     )
     train(config, str(folder / "arm" / "seed0"))

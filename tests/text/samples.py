@@ -3,7 +3,7 @@
 import dataclasses
 import json
 
-import numpy as np
+import chex
 
 from loro_jax import text
 from loro_jax.text.config import DataConfig
@@ -91,9 +91,7 @@ def take(iterator, count):
 
 
 def assert_equal_batches(some, others):
-    for one, two in zip(some, others, strict=True):
-        np.testing.assert_array_equal(one["tokens"], two["tokens"])
-        np.testing.assert_array_equal(one["mask"], two["mask"])
+    chex.assert_trees_all_equal(list(some), list(others), strict=True)
 
 
 def texts_of(documents):

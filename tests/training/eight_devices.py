@@ -15,7 +15,7 @@ from loro_jax.planning.collectives import read_collectives
 from loro_jax.training.config import Config, MeshConfig
 from loro_jax.training.mesh import make_mesh, put_batch
 from loro_jax.training.step import compile_program, make_program
-from models.llama import LlamaConfig
+from models.llama import preset
 from models.loss import Batch
 from tests.conftest import ROOT
 
@@ -36,14 +36,12 @@ def config_of(method, mesh):
         warmup_steps=5,
         exact_every=8,
         exact_method="svd",
-        model=LlamaConfig(
+        model=preset(
+            "tiny",
             vocab_size=256,
             hidden_size=64,
             intermediate_size=64,
-            num_layers=2,
             num_heads=8,
-            rank=8,
-            max_sequence_length=32,
             loss_chunk_size=16,
         ),
         mesh=MeshConfig(*mesh),

@@ -31,13 +31,6 @@ TINY = {
     "eval_every": 25,
     "checkpoint_every": 11,
     "tensorboard": False,
-    "model.vocab_size": 260,
-    "model.hidden_size": 64,
-    "model.intermediate_size": 96,
-    "model.num_layers": 2,
-    "model.num_heads": 2,
-    "model.rank": 8,
-    "data.tokenizer": "bytes",
     "data.max_eval_sequences": 8,
 }
 
@@ -54,10 +47,10 @@ def flags(workdir, source, **changes):
 
 
 def with_config(arguments):
-    """The arguments, with the paper's settings unless they name a config."""
+    """The arguments, with the tiny model and the paper's settings unless they name a config."""
     if any(argument.startswith("--config=") for argument in arguments):
         return arguments
-    return (f"--config={ROOT}/configs/default.py:paper", *arguments)
+    return (f"--config={ROOT}/configs/tiny.py:paper", *arguments)
 
 
 def run(*arguments):

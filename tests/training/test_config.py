@@ -36,7 +36,7 @@ def load(name):
 
 
 def test_every_run_of_the_paper_has_its_config():
-    assert {"default", *PAPER} <= set(RUNS)
+    assert {"default", "tiny", *PAPER} <= set(RUNS)
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -68,7 +68,7 @@ def small_batch(config):
     return Batch(tokens[:, :-1], tokens[:, 1:], np.ones((2, 16), np.float32))
 
 
-@pytest.mark.parametrize("name", some_fast(RUNS, ("default", "llama_1b")))
+@pytest.mark.parametrize("name", some_fast(RUNS, ("tiny", "llama_1b")))
 def test_every_config_takes_a_step_on_a_small_batch(name):
     """With two layers. The large ones are traced: they differ from the smallest in sizes alone."""
     config = load(name)
@@ -84,7 +84,7 @@ def test_every_config_takes_a_step_on_a_small_batch(name):
         model=model,
     )
     program = make_program(config)
-    if name not in ("default", "llama_60m"):
+    if name not in ("default", "llama_60m", "tiny"):
         state, metrics = jax.eval_shape(
             program.train_step, jax.eval_shape(program.init), small_batch(config)
         )

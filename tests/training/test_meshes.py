@@ -1,13 +1,9 @@
 """The same steps on eight devices, in every direction of a mesh: losses, and what is sent."""
 
-import json
-import subprocess
-import sys
-
 import numpy as np
 import pytest
 
-from tests.conftest import ROOT
+from tests.helpers import run_module
 
 pytestmark = pytest.mark.slow
 
@@ -17,12 +13,7 @@ SCALARS = 256
 
 @pytest.fixture(scope="module")
 def seen():
-    command = [sys.executable, "-W", "error", "-m", "tests.training.eight_devices"]
-    done = subprocess.run(
-        command, cwd=ROOT, capture_output=True, text=True, timeout=900, check=False
-    )
-    assert done.returncode == 0, done.stderr[-3000:]
-    rows = [json.loads(line) for line in done.stdout.splitlines()]
+    rows = run_module("tests.training.eight_devices")
     return {(row["method"], row["mesh"]): row for row in rows}
 
 

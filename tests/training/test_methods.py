@@ -15,12 +15,10 @@ from loro_jax.training.config import Config
 from loro_jax.training.mesh import make_mesh
 from loro_jax.training.methods import METHODS, make_optimizer
 from loro_jax.training.step import compile_program, make_program
-from models import Batch, LlamaConfig
+from models import Batch, preset
 from tests.helpers import some_fast
 
-MODEL = LlamaConfig(
-    vocab_size=64, hidden_size=32, intermediate_size=48, num_layers=2, num_heads=2, rank=8
-)
+MODEL = preset("tiny")
 EVERY = 4
 
 
@@ -68,7 +66,7 @@ def train():
     return run
 
 
-@pytest.mark.parametrize("method", some_fast(METHODS, ("loro", "full", "galore", "relora")))
+@pytest.mark.parametrize("method", some_fast(METHODS, ("loro", "full", "relora")))
 def test_the_loss_falls_and_the_step_holds_what_is_counted(train, method):
     compiled, states, losses = train(method)
     assert np.isfinite(losses).all()
@@ -168,7 +166,7 @@ def test_flops_of_kinds():
     assert flops["full"] < flops["lora"] == flops["switchlora"]
     dense = dataclasses.replace(MODEL, scope="none")
     per_layer = 4 * 32 * 32 + 3 * 32 * 48
-    expected = 6 * (2 * per_layer + 64 * 32) + 2 * 6 * 16 * 32
+    expected = 6 * (2 * per_layer + 260 * 32) + 2 * 6 * 16 * 32
     assert flops_per_token(config("full", model=dense)) == expected
 
 

@@ -41,7 +41,7 @@ def load(name, settings="", changes=()):
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
-@pytest.mark.parametrize("name", ["default", *PAPER, "llama_7b"])
+@pytest.mark.parametrize("name", ["default", "tiny", *PAPER, "llama_7b"])
 def test_they_change_no_more_than_the_optimizer_and_the_projections(name, settings):
     config = load(name, settings)
     config.validate()
@@ -51,7 +51,8 @@ def test_they_change_no_more_than_the_optimizer_and_the_projections(name, settin
 
 
 def test_the_default_is_recommended_and_the_papers_runs_are_the_papers():
-    assert load("default") == load("default", "recommended") != load("default", "paper")
+    for name in ("default", "tiny"):
+        assert load(name) == load(name, "recommended") != load(name, "paper")
     assert (load("default").direction, load("default").model.projection) == ("orthogonal", "cola")
     paper = [load(name) for name in PAPER]
     assert paper == [load(name, "paper") for name in PAPER]

@@ -9,7 +9,7 @@ import pytest
 from loro_jax.training.config import Config
 from loro_jax.training.mesh import make_mesh
 from loro_jax.training.step import compile_program, make_program
-from models import Batch, LlamaConfig
+from models import Batch, preset
 
 BASE = Config(
     steps=50,
@@ -18,21 +18,13 @@ BASE = Config(
     warmup_steps=2,
     exact_every=3,
     exact_method="svd",  # the quickest to compile
-    model=LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_layers=2,
-        num_heads=2,
-        max_sequence_length=16,
-        rank=8,
-    ),
+    model=preset("tiny"),
 )
 
 
 def make_batch(seed=0):
     rng = np.random.default_rng(seed)
-    tokens = rng.integers(64, size=(8, 17))
+    tokens = rng.integers(260, size=(8, 17))
     # Rows of different lengths, so that a mean of means would differ from the mean.
     mask = (np.arange(16) < rng.integers(2, 17, size=(8, 1))).astype(np.float32)
     return Batch(tokens[:, :-1].astype(np.int32), tokens[:, 1:].astype(np.int32), mask)
@@ -69,10 +61,7 @@ def test_exact_steps_need_no_memory_beyond_that_of_the_gradients():
     """Their temporaries take the place of activations, which are gone by then."""
 
     def temporaries(method):
-        model = dataclasses.replace(BASE.model, max_sequence_length=64)
-        config = dataclasses.replace(
-            BASE, sequence_length=64, method=method, model=model, exact_method="graph"
-        )
+        config = dataclasses.replace(BASE, sequence_length=64, method=method, exact_method="graph")
         program, state = compile_program(make_program(config), make_mesh(config.mesh))
         ids = jax.ShapeDtypeStruct((8, 64), jnp.int32)
         batch = Batch(ids, ids, jax.ShapeDtypeStruct((8, 64), jnp.float32))
@@ -124,7 +113,12 @@ def test_clipping_bounds_the_gradient_but_not_what_is_reported(plain):
 
 @pytest.mark.parametrize(
     ("method", "dtype"),
-    [("loro", "float32"), ("loro", "bfloat16"), ("lowrank", "float32"), ("full", "float32")],
+    [
+        ("loro", "float32"),
+        pytest.param("loro", "bfloat16", marks=pytest.mark.slow),
+        pytest.param("lowrank", "float32", marks=pytest.mark.slow),
+        pytest.param("full", "float32", marks=pytest.mark.slow),
+    ],
 )
 def test_every_method_learns_a_batch_by_heart(method, dtype):
     model = dataclasses.replace(BASE.model, dtype=dtype, param_dtype=dtype)
@@ -138,6 +132,7 @@ def test_every_method_learns_a_batch_by_heart(method, dtype):
     assert {leaf.dtype for leaf in jax.tree.leaves(state.params)} == {jnp.dtype(dtype)}
 
 
+@pytest.mark.slow
 def test_lowrank_is_adam_with_one_learning_rate():
     """Against optax.adam, which adds epsilon to the corrected root: the same at a tiny epsilon."""
     config = dataclasses.replace(BASE, method="lowrank", eps=1e-30)

@@ -28,7 +28,7 @@ from loro_jax.training.methods import DIRECTIONS, METHODS, make_optimizer, settl
 from loro_jax.training.registry import Direction, Method
 from loro_jax.training.report import final_report
 from loro_jax.training.step import make_program
-from models import Llama, LlamaConfig
+from models import Llama, preset
 from tests.training import runs
 
 SMALL = Config(
@@ -44,14 +44,7 @@ SMALL = Config(
     checkpoint_every=8,
     log_every=1,
     tensorboard=False,
-    model=LlamaConfig(
-        vocab_size=260,
-        hidden_size=16,
-        intermediate_size=24,
-        num_layers=1,
-        num_heads=2,
-        rank=4,
-    ),
+    model=preset("tiny", rank=4),
 )
 
 
@@ -293,15 +286,14 @@ CONFIG = """
 from loro_jax.text.config import DataConfig
 from loro_jax.training.config import Config
 from loro_jax.training.settings import with_settings
-from models import LlamaConfig
+from models import preset
 
 
 def get_config(settings="recommended"):
     config = Config(
         steps=4, batch_size=4, sequence_length=32, warmup_steps=1, eval_every=4, tensorboard=False,
         exact_method="svd",
-        model=LlamaConfig(vocab_size=260, hidden_size=16, intermediate_size=24, num_layers=1,
-                          num_heads=2, rank=4),
+        model=preset("tiny"),
         data=DataConfig(source={source!r}, tokenizer="bytes", max_eval_sequences=4),
     )
     return with_settings(config, settings)

@@ -19,7 +19,7 @@ from loro_jax.text.sources import shares_text
 from loro_jax.training.config import Config
 from loro_jax.training.loop import train
 from loro_jax.training.trained import load_config, load_model, load_run
-from models import LlamaConfig
+from models import LlamaConfig, preset
 from models.huggingface import read_model
 from tests.training import runs
 
@@ -32,15 +32,7 @@ def make_config(tmp_path_factory):
     source = runs.corpus(tmp_path_factory.mktemp("text"))
 
     def make(**changes):
-        model = LlamaConfig(
-            vocab_size=0,
-            hidden_size=32,
-            intermediate_size=48,
-            num_layers=2,
-            num_heads=2,
-            max_sequence_length=64,
-            rank=8,
-        )
+        model = preset("tiny", vocab_size=0, max_sequence_length=64)
         fields = {
             "steps": 8,
             "batch_size": 4,
