@@ -5,6 +5,10 @@ and may cache latents (``--caches``; see :mod:`models.cache`). Ratios are the de
 low-rank one's: ``byte ratio`` of the bytes read in one decoding step (weights and cache), ``FLOP
 ratio`` of matrix products per decoded token. Speed is bound by bytes at batch size 1, and by FLOPs
 for large batches.
+
+``--counterpart=transformers`` compares greedy texts with those by its ``generate`` instead, in
+turns, from the same weights and prompts: ``ratio`` is our speed over its speed, with the prompt.
+``same tokens`` is the fraction of tokens that agree; after a near tie all later ones differ.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from loro_jax.bench.counterpart import decoding, process
 from loro_jax.bench.options import make_parser, parse_options, whole_numbers
 from loro_jax.bench.timing import time_in_turns
 from loro_jax.memory import count_bytes
@@ -48,12 +53,18 @@ def main(arguments: Sequence[str]) -> None:
     parser.add_argument(
         "--caches", default="full", help=f"caches of the low-rank model, some of {','.join(CACHES)}"
     )
-    options = parse_options(parser, arguments, PRESETS)
+    _add_counterpart(parser, arguments)
+    options = parse_options(parser, arguments, [*PRESETS, decoding.SMOLLM2])
+    if options.counterpart is None and decoding.SMOLLM2 in options.models:
+        parser.error(f"--models={decoding.SMOLLM2}: needs --counterpart=transformers")
     options.caches = options.caches.split(",")
     for cache in options.caches:
         if cache not in CACHES:
             parser.error(f"--caches: expected some of {', '.join(CACHES)}, not {cache!r}")
-    (batch_sizes,) = whole_numbers(parser, options, "batch_sizes")
+    (options.batch_sizes,) = whole_numbers(parser, options, "batch_sizes")
+    if options.counterpart:
+        _report_beside_counterpart(options)
+        return
     rows = []
     for name in options.models:
         changes = {"dtype": options.dtype, "param_dtype": options.dtype}
@@ -68,9 +79,36 @@ def main(arguments: Sequence[str]) -> None:
             )
         models = {"full": (low_rank.dense(), "full")}
         models |= {f"low_rank, {cache} cache": (low_rank, cache) for cache in options.caches}
-        for batch_size in batch_sizes:
+        for batch_size in options.batch_sizes:
             rows += _measure(name, models, batch_size, options)
     report(rows, options)
+
+
+def _add_counterpart(parser: argparse.ArgumentParser, arguments: Sequence[str]) -> None:
+    """Adds the options of the comparison with transformers, and its defaults if it is asked for."""
+    defaults = {"models": f"60m,{decoding.SMOLLM2}", "batch_sizes": "1,8", "prompt": 64}
+    parser.add_argument(
+        "--counterpart",
+        choices=["transformers"],
+        help="compare with transformers' texts (float32, full cache); the defaults are then those "
+        "of " + ", ".join(f"--{name}={value}" for name, value in defaults.items()),
+    )
+    parser.add_argument("--new_tokens", type=int, default=128, help="of these texts, default 128")
+    parser.add_argument("--weights", help="a Hugging Face directory of one more model for them")
+    if parser.parse_known_args(arguments)[0].counterpart:
+        parser.set_defaults(**defaults)
+
+
+def _report_beside_counterpart(options: argparse.Namespace) -> None:
+    if process.skipped(f"--counterpart={options.counterpart}"):
+        return
+    rows: list[dict[str, Any]] = []
+    for name in options.models:
+        rows += decoding.decoding_rows(name, options)
+        report(rows, options)  # after each model, in case a later one is interrupted
+    if options.weights:
+        rows += decoding.rows_of_directory(options)
+        report(rows, options)
 
 
 def _measure(

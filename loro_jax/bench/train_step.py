@@ -8,6 +8,10 @@ MFU is the model's FLOPs (matrix products, no recomputation) per time, as a frac
 ``MFU datasheet`` uses the manufacturer's bfloat16 peak instead, if the device is known.
 ``speed-up`` is relative to the first method, next to the ratio of the FLOPs. ``held MB`` is the
 memory of the compiled step: state, batch, results, temporaries.
+
+``--counterpart=torch`` compares the steps with PyTorch's instead, in turns: transformers' LLaMA,
+with factorised projections if the method is low-rank, and fused AdamW, from the same weights and
+tokens (``loss`` is that of the first step, of both). ``ratio`` is our speed over PyTorch's.
 """
 
 from __future__ import annotations
@@ -42,6 +46,10 @@ _PEAK_SIZE = {"cpu": (2048, 1), "gpu": (8192, 16), "tpu": (8192, 16)}
 # LORO's step with an exact step every time.
 _EXACT = "loro exact"
 
+# Methods whose step PyTorch takes too, by AdamW on the same parameters, and what is compared.
+_HAVE_COUNTERPARTS = ("full", "lowrank", "loro")
+_WITH_COUNTERPART = {"methods": "full,lowrank", "batch_size": 16, "gradient_accumulation": 2}
+
 
 class Case(NamedTuple):
     """A method's compiled step, ready to be timed."""
@@ -58,20 +66,31 @@ class Case(NamedTuple):
 
 def main(arguments: Sequence[str]) -> None:
     """Runs the benchmark; see ``--help``."""
-    options = options_of_steps("train_step", __doc__, arguments)
+    options = options_of_steps("train_step", __doc__, arguments, counterpart=True)
+    measure = _measure
+    if options.counterpart:
+        # Imported here: those modules use this one.
+        from loro_jax.bench.counterpart import process, training
+
+        if process.skipped(f"--counterpart={options.counterpart}"):
+            return
+        measure = training.training_rows
     rows: list[dict[str, Any]] = []
     for model in options.models:
-        rows += _measure(model, options)
+        rows += measure(model, options)
         report(rows, options)  # after each model, in case a later one is interrupted
 
 
-def options_of_steps(name: str, doc: str | None, arguments: Sequence[str]) -> argparse.Namespace:
+def options_of_steps(
+    name: str, doc: str | None, arguments: Sequence[str], counterpart: bool = False
+) -> argparse.Namespace:
     """Parses the options of benchmarks of methods' steps; exits with a message if invalid.
 
     Args:
         name: name of the benchmark.
         doc: its description.
         arguments: command line arguments.
+        counterpart: whether the benchmark has the option ``--counterpart``.
 
     Returns:
         The options, with ``models`` and ``methods`` as lists.
@@ -83,11 +102,22 @@ def options_of_steps(name: str, doc: str | None, arguments: Sequence[str]) -> ar
     add_step_options(
         parser, methods=f"full,lowrank,loro,{_EXACT}", dtype="float32", param_dtype=None
     )
+    known = (*METHODS, _EXACT)
+    if counterpart:
+        parser.add_argument(
+            "--counterpart",
+            choices=["torch"],
+            help="compare with PyTorch's steps; the defaults are then those of "
+            + ", ".join(f"--{name}={value}" for name, value in _WITH_COUNTERPART.items()),
+        )
+        if parser.parse_known_args(arguments)[0].counterpart:
+            parser.set_defaults(**_WITH_COUNTERPART)
+            known = _HAVE_COUNTERPARTS
     options = parse_options(parser, arguments, PRESETS)
     options.methods = options.methods.split(",")
     for method in options.methods:
-        if method not in (*METHODS, _EXACT):
-            parser.error(f"--methods: unknown method {method!r}; expected {', '.join(METHODS)}")
+        if method not in known:
+            parser.error(f"--methods: unknown method {method!r}; expected {', '.join(known)}")
     return options
 
 
@@ -199,13 +229,7 @@ def prepare(config: Config, *, donate: bool = True) -> Case:
     """
     devices = meshes.make_mesh(config.mesh)
     program, abstract = compile_program(make_program(config, devices), devices)
-    rng = np.random.default_rng(0)
-    shape = (config.batch_size, config.sequence_length)
-    tokens = rng.integers(0, config.model.vocab_size, shape, np.int32)
-    batch = jax.device_put(
-        Batch(tokens, np.roll(tokens, -1, axis=1), np.ones(shape, np.float32)),
-        meshes.batch_sharding(devices),
-    )
+    batch = jax.device_put(random_batch(config), meshes.batch_sharding(devices))
     started = time.perf_counter()
     train_step: Any = program.train_step
     if not donate:
@@ -232,6 +256,14 @@ def prepare(config: Config, *, donate: bool = True) -> Case:
         + memory.temp_size_in_bytes
         - memory.alias_size_in_bytes,
     )
+
+
+def random_batch(config: Config) -> Batch:
+    """Returns the batch of random ids that steps of a config are timed with."""
+    rng = np.random.default_rng(0)
+    shape = (config.batch_size, config.sequence_length)
+    tokens = rng.integers(0, config.model.vocab_size, shape, np.int32)
+    return Batch(tokens, np.roll(tokens, -1, axis=1), np.ones(shape, np.float32))
 
 
 def _products(size: int, count: int, dtype: str) -> Callable[[], Any]:
