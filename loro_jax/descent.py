@@ -252,7 +252,11 @@ def _made(
 def _now(descent: _Descent, pairs: Pairs, params: Any, mesh: Any, count: Array) -> _Now:
     """Evaluates the schedules, and splits the parameters into pairs and other leaves."""
     factors, others = pairs.split(params)
-    decays, other_decays = pairs.choose(decayed_leaves(descent.mask, params))
+    flags = decayed_leaves(descent.mask, params)
+    if isinstance(descent.weight_decay, numbers.Real) and descent.weight_decay == 0:
+        # XLA computes 0 * p, and copies parameters whose buffers the step overwrites for it.
+        flags = [False] * len(flags)
+    decays, other_decays = pairs.choose(flags)
     step = FactorStep(
         # The count before this step: schedules start from 0, as in Optax.
         value_at(descent.learning_rate, count),

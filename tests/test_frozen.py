@@ -70,6 +70,16 @@ def test_gradients_of_another_structure_are_refused():
         tx.update({"norm": jnp.ones(3)}, tx.init(PARAMS), PARAMS)
 
 
+def test_without_weight_decay_updates_do_not_read_the_parameters():
+    """A copy of every large parameter is saved; 0 times infinity would be NaN."""
+    params = {"B": jnp.ones((4, 2)), "A": jnp.ones((2, 3)), "bias": jnp.full(3, jnp.inf)}
+    grads = jax.tree.map(jnp.ones_like, params)
+    for decay, finite in ((0.0, True), (0, True), (jnp.zeros([]), False)):
+        tx = loro(0.1, exact_every=None, weight_decay=decay)
+        updates, _ = tx.update(grads, tx.init(params), params)
+        assert bool(jnp.isfinite(updates["bias"]).all()) is finite
+
+
 @pytest.mark.parametrize(
     "mask",
     [
