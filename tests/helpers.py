@@ -59,3 +59,17 @@ def run_module(name, *arguments, **environment):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def act_as(platform: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Makes programs of the library take the branches of another platform."""
+    original = jax.lax.platform_dependent
+
+    def chosen(*arguments, default=None, **by_platform):
+        branch = by_platform.get(platform, default)
+        # JAX's own functions know branches of this platform only.
+        if branch is None:
+            return original(*arguments, default=default, **by_platform)
+        return branch(*arguments)
+
+    monkeypatch.setattr(jax.lax, "platform_dependent", chosen)

@@ -10,12 +10,12 @@ import pytest
 from scipy.linalg import orthogonal_procrustes
 
 from loro_jax import LowRank, exact_update, loro, orthogonal
-from loro_jax.exact import METHODS, Batch, StepSize, retract
+from loro_jax.exact import METHODS, Batch, StepSize, phases, retract
 from loro_jax.exact.basis import by_products, by_singular_vectors
 from loro_jax.linalg.newton_schulz import polar_factor
 from tests.exact.test_retractions import RATE, TOLERANCE, compiled, excess, make_pair, target
 from tests.exact.test_transport import SIGNS, problem
-from tests.helpers import some_fast
+from tests.helpers import act_as, some_fast
 
 SHAPES = [(96, 64, 16), (40, 60, 40), (50, 40, 1)]
 
@@ -102,8 +102,8 @@ def test_balance_of_a_product_with_an_orthonormal_side(balance, condition):
 
 
 def test_other_platforms_find_the_same_factors_by_products(monkeypatch):
-    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, default, **_: default(*args))
-    monkeypatch.setattr(jnp.linalg, "eigh", None)
+    act_as("cuda", monkeypatch)
+    monkeypatch.setattr(phases, "by_singular_vectors", None)
     rng = np.random.default_rng(0)
     pairs = [make_pair(rng, (40, 24, 8), "geometric", condition, 1e-2) for condition in (3, 9)]
     batch = [jnp.array(np.stack(side)) for side in zip(*pairs, strict=True)]
@@ -116,6 +116,17 @@ def test_other_platforms_find_the_same_factors_by_products(monkeypatch):
     expected = nearest("svd")(*batch)
     np.testing.assert_allclose(B, expected[0], atol=1e-5)
     np.testing.assert_allclose(A, expected[1], atol=1e-5)
+
+
+def test_a_polar_factor_keeps_the_largest_direction_however_small_the_least_is_thought():
+    """Scaled without a bound, a singular value at the estimated norm is mapped to nearly zero."""
+    rng = np.random.default_rng(0)
+    X = np.outer(*rng.normal(size=(2, 30))) + 1e-3 * rng.normal(size=(30, 30))
+    found, converged = polar_factor(X.astype(np.float32), 1e-7)
+    U, _, Vt = np.linalg.svd(X)
+    assert converged
+    np.testing.assert_allclose(found, U @ Vt, atol=2e-3)
+    np.testing.assert_allclose(U[:, 0] @ found @ Vt[0], 1, atol=1e-5)
 
 
 @pytest.mark.parametrize("factor", [1, 1e-3, 1e3])

@@ -10,8 +10,9 @@ import pytest
 
 from loro_jax import LowRank, exact_update, loro
 from loro_jax.exact import METHODS, Batch, StepSize, phases, retract
+from loro_jax.exact.reference import svd_step
 from loro_jax.exact.update import counted_exact_updates
-from tests.helpers import some_fast
+from tests.helpers import act_as, some_fast
 
 # Error of W beyond the best rank-r approximation, over |W - lr grad|.
 TOLERANCE = {"svd": 2e-5, "gram": 4e-5, "graph": 4e-5}
@@ -152,9 +153,9 @@ def test_what_a_step_needs_beside_the_pairs_does_not_grow_with_them(monkeypatch)
 
 
 @pytest.mark.slow
-def test_batches_of_other_platforms_fall_back_as_a_whole(monkeypatch):
-    """On GPU and TPU a batch stays one. Run eagerly: batched LAPACK calls may block each other."""
-    monkeypatch.setattr(jax.lax, "platform_dependent", lambda *args, default, **_: default(*args))
+def test_batches_of_a_gpu_fall_back_pair_by_pair(monkeypatch):
+    """Run eagerly: batched LAPACK calls may block each other."""
+    act_as("cuda", monkeypatch)
     rng = np.random.default_rng(0)
     pairs = [make_pair(rng, (40, 24, 8), "geometric", condition, 1e-3) for condition in (3, 1e5)]
     batch = [jnp.array(np.stack(side)) for side in zip(*pairs, strict=True)]
@@ -165,6 +166,49 @@ def test_batches_of_other_platforms_fall_back_as_a_whole(monkeypatch):
     for i, arguments in enumerate(pairs):
         T, s = target(*arguments)
         assert excess(B[i], A[i], T, s) <= 4e-5 * np.linalg.norm(T)
+
+
+@pytest.mark.parametrize("basis", ["singular", "nearest"])
+@pytest.mark.parametrize("kind", ["geometric", "deficient B", "deficient A"])
+def test_the_reference_of_a_tpu_needs_no_svd(kind, basis, monkeypatch):
+    """There it works by polar factors and eigendecompositions, in float32."""
+    act_as("tpu", monkeypatch)
+    for name in ("svd", "qr"):
+        monkeypatch.setattr(jnp.linalg, name, None)
+    size = StepSize(jnp.float32(RATE))
+    step = jax.jit(lambda *arguments: svd_step(*arguments, size, basis))
+    rng = np.random.default_rng(0)
+    for condition in (1, 30, 1e3):
+        for gradient in (0, 1e-3, 1e4):
+            arguments = make_pair(rng, (96, 64, 16), kind, condition, gradient)
+            T, s = target(*arguments)
+            B, A, _ = step(*arguments)
+            assert excess(B, A, T, s) <= TOLERANCE["svd"] * np.linalg.norm(T), (condition, gradient)
+            np.testing.assert_allclose(B.T @ B, A @ A.T, atol=1e-4 * np.linalg.norm(T))
+
+
+def test_pairs_of_all_shapes_step_as_each_alone():
+    """Their r x r parts share a program, in chunks across shapes; so do their fallbacks."""
+    rng = np.random.default_rng(0)
+    shapes = [(40, 24, 8), (24, 56, 8), (40, 40, 8), (24, 24, 5)]
+    conditions = [(3, 1e5), (2, 3, 1e3), (1e5,), (4, 5)]
+    batches = []
+    for shape, of_shape in zip(shapes, conditions, strict=True):
+        pairs = [make_pair(rng, shape, "geometric", c, 1e-3) for c in of_shape]
+        stacked = [np.stack(side) for side in zip(*pairs, strict=True)]
+        batches.append(Batch(*stacked, StepSize(np.full(len(of_shape), RATE, np.float32))))
+    found = jax.jit(lambda batches: retract("graph", batches))(batches)
+    for batch, steps in zip(batches, found, strict=True):
+        (alone,) = jax.jit(lambda batch: retract("graph", [batch]))(batch)
+        np.testing.assert_array_equal(steps.ok, alone.ok)
+        np.testing.assert_allclose(steps.B, alone.B, atol=2e-5)
+        np.testing.assert_allclose(steps.A, alone.A, atol=2e-5)
+    assert [steps.ok.tolist() for steps in found] == [
+        [True, False],
+        [True, True, False],
+        [False],
+        [True, True],
+    ]
 
 
 def test_fallbacks_are_counted_in_the_state():
