@@ -54,13 +54,13 @@ def retract(method: str, batches: Sequence[Batch], basis: str = "singular") -> l
     """
     method = _AUTO if method == "auto" else method
     steps: dict[int, ExactStep] = {}
-    kin: dict[Any, list[int]] = {}
+    of_rank: dict[Any, list[int]] = {}
     for i, batch in enumerate(batches):
         if len(batch.B) == 0:
             steps[i] = ExactStep(batch.B, batch.A, jnp.zeros(0, bool))
         else:
-            kin.setdefault((batch.A.shape[-2], batch.A.dtype), []).append(i)
-    for members in kin.values():
+            of_rank.setdefault((batch.A.shape[-2], batch.A.dtype), []).append(i)
+    for members in of_rank.values():
         # NumPy arrays can't be indexed by the traced index of a loop.
         arguments = jax.tree.map(jnp.asarray, [batches[i] for i in members])
         found = _retract(method, basis, varying_alike(arguments))
@@ -121,7 +121,7 @@ def _with_fallbacks(
         The steps; ``ok`` stays that of the first method, because the fallbacks are counted by it.
     """
     starts = starts_of(batches)
-    m, n = (max(x.shape[axis] for x in side) for side, axis in _long_sides(batches))
+    m, n = max(b.B.shape[1] for b in batches), max(b.A.shape[2] for b in batches)
 
     def read(k: Any, factors: Any) -> Batch:
         """Returns the k-th pair of all, padded."""
@@ -137,7 +137,9 @@ def _with_fallbacks(
                 dA=_padded(one.dA, n, 1),
             )
             # Later batches replace it for as long as the pair is not in one before them.
-            found = one if found is None else _choose(k >= start, one, found)
+            if found is not None:
+                one = jax.tree.map(lambda x, y, here=k >= start: jnp.where(here, x, y), one, found)
+            found = one
         return found
 
     def write(k: Any, factors: Any, step: ExactStep) -> Any:
@@ -164,18 +166,10 @@ def _with_fallbacks(
     return [ExactStep(B, A, step.ok) for (B, A), step in zip(factors, first, strict=True)]
 
 
-def _long_sides(batches: Sequence[Batch]) -> Any:
-    return ([b.B for b in batches], 1), ([b.A for b in batches], 2)
-
-
 def _padded(x: Array, length: int, axis: int) -> Array:
     widths = [(0, 0), (0, 0)]
     widths[axis] = (0, length - x.shape[axis])
     return jnp.pad(x, widths)
-
-
-def _choose(condition: Array, new: Any, old: Any) -> Any:
-    return jax.tree.map(lambda x, y: jnp.where(condition, x, y), new, old)
 
 
 def _by_first_trusted(methods: Sequence[str], basis: str, pair: Batch) -> ExactStep:
