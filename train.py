@@ -82,7 +82,7 @@ def _run(values: flags.FlagValues, argv: Sequence[str]) -> int:
         )
     config, name = _config(values)
     if values.dry_run:
-        dry_run(config, values.devices)
+        dry_run(config, values.devices, values.accelerator)
         return 0
     command = " ".join(["python train.py", *_flags_to_repeat(argv)])
     return train(config, values.workdir or f"runs/{name}", command).exit_status
@@ -179,6 +179,13 @@ def _define(command: list[str]) -> flags.FlagValues:
         None,
         "Devices of a dry run; default: as in config.mesh.",
         lower_bound=1,
+        flag_values=values,
+    )
+    flags.DEFINE_string(
+        "accelerator",
+        None,
+        "Accelerator that a dry run compiles for without having one: h100, h200, a100 (needs "
+        "jax[cuda13]), v5p, v5e or v6e (needs libtpu); default: simulated CPUs.",
         flag_values=values,
     )
     flags.DEFINE_bool("help", False, "Print this help.", short_name="h", flag_values=values)

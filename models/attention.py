@@ -10,11 +10,13 @@ Shapes: as in :mod:`models.llama`; R query heads per key head, Q queries in a bl
 from __future__ import annotations
 
 import math
+import re
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
+from models.layout import target_device
 from models.precision import reduction_dtype
 
 Array = jax.Array
@@ -59,10 +61,10 @@ def causal_attention(
         method = fastest_method(q_BxLxHxK.dtype, q_BxLxHxK.shape[-1])
     if method == "blocks":
         return _in_blocks(q_BxLxHxK, k_BxLxGxK, v_BxLxGxK)
-    if method == "cudnn" and jax.default_backend() != "gpu":
+    if method == "cudnn" and target_device().platform != "gpu":
         raise ValueError(
             "model.attention = 'cudnn' needs an NVIDIA GPU, but JAX runs on "
-            f"{jax.default_backend()}; expected 'auto', 'blocks' or 'whole'."
+            f"{target_device().platform}; expected 'auto', 'blocks' or 'whole'."
         )
     implementation: Literal["cudnn", "xla"] = "cudnn" if method == "cudnn" else "xla"
     return jax.nn.dot_product_attention(
@@ -71,7 +73,7 @@ def causal_attention(
 
 
 def fastest_method(dtype: jax.typing.DTypeLike, head_size: int) -> str:
-    """Returns "cudnn" if the default device runs it, else "blocks".
+    """Returns "cudnn" if the device that is compiled for runs it, else "blocks".
 
     Args:
         dtype: dtype of queries, keys and values.
@@ -93,11 +95,10 @@ def fastest_method(dtype: jax.typing.DTypeLike, head_size: int) -> str:
 
 
 def _compute_capability() -> tuple[int, ...]:
-    """Returns the default device's compute capability, (9, 0) on an H100; () without NVIDIA GPU."""
-    device = jax.local_devices()[0]
-    if device.platform != "gpu" or "cuda" not in device.client.platform_version:
-        return ()
-    return tuple(int(part) for part in str(device.compute_capability).split("."))
+    """Returns the device's compute capability, (9, 0) on an H100; () without NVIDIA GPU."""
+    # AMD's GPUs have names such as "gfx90a" there, other devices nothing.
+    found = re.fullmatch(r"(\d+)\.(\d+)", getattr(target_device(), "compute_capability", ""))
+    return tuple(map(int, found.groups())) if found else ()
 
 
 def _in_blocks(q_BxLxHxK: Array, k_BxLxGxK: Array, v_BxLxGxK: Array) -> Array:

@@ -45,6 +45,15 @@ def laid_out_on(mesh: Mesh | None, without: str | None = None) -> Iterator[None]
         _layout.reset(token)
 
 
+def target_device() -> jax.Device:
+    """Returns a device that a program is traced for: one of the mesh, or else the default device.
+
+    It may be the device of an accelerator that is not there, for which the program is compiled.
+    """
+    layout = _layout.get()
+    return jax.local_devices()[0] if layout is None else layout[0].devices.flat[0]
+
+
 def batch_ways() -> int:
     """Returns the number of devices that a batch is sharded over."""
     _, sizes = _layout.get() or (None, {})

@@ -1,7 +1,8 @@
-"""Estimated cost of training steps on meshes of simulated devices, by method.
+"""Estimated cost of training steps on meshes of devices that are not here, by method.
 
-Each step is compiled for simulated devices, as by ``python train.py --dry_run``. Bytes are per
-device. Times are lower bounds for the products and collectives of a step at an accelerator's peak
+Each step is compiled as by ``python train.py --dry_run``: for simulated devices, with the times of
+an H100, or for the accelerator of ``--accelerator``, if its compiler is installed. Bytes are per
+device. Times are lower bounds for the kernels and collectives of a step at an accelerator's peak
 (see ``loro_jax/planning/plan.py`` and ``accelerators.py``).
 """
 
@@ -27,7 +28,9 @@ def main(arguments: Sequence[str]) -> None:
     """Runs the benchmark; see ``--help``."""
     parser = make_parser("plan", __doc__, "60m", rounds=1)
     parser.add_argument("--meshes", default="8x1x1,1x8x1,1x1x8,2x2x2", help="data x fsdp x tensor")
-    parser.add_argument("--accelerator", default="h100", choices=ACCELERATORS)
+    parser.add_argument(
+        "--accelerator", choices=ACCELERATORS, help="compile for it; default: simulated devices"
+    )
     parser.add_argument("--batch_size", type=int, default=512)
     parser.add_argument(
         "--micro_batch", type=int, default=8, help="most sequences per device and micro-batch"
@@ -35,8 +38,9 @@ def main(arguments: Sequence[str]) -> None:
     add_step_options(parser, param_dtype="float32")
     options = parse_options(parser, arguments, PRESETS)
     meshes = [_mesh(text) for text in options.meshes.split(",")]
-    # Before JAX makes its devices: their number can't be changed afterwards.
-    simulate_devices(max(map(_size, meshes)))
+    if options.accelerator is None:
+        # Before JAX makes its devices: their number can't be changed afterwards.
+        simulate_devices(max(map(_size, meshes)))
     rows = [
         _row(model, method, mesh, options)
         for model in options.models
@@ -68,8 +72,9 @@ def _row(model: str, method: str, mesh: MeshConfig, options: argparse.Namespace)
         mesh=mesh,
     )
     with quiet_partitioner():
-        plan = make_plan(config, _size(mesh))
-    accelerator = ACCELERATORS[options.accelerator]
+        plan = make_plan(config, _size(mesh), options.accelerator)
+    name = options.accelerator or "h100"
+    accelerator = ACCELERATORS[name]
     computing, exchanging = plan.seconds(accelerator)
     peak = plan.devices * accelerator.flops
     return {
@@ -80,11 +85,12 @@ def _row(model: str, method: str, mesh: MeshConfig, options: argparse.Namespace)
         "parameters M": plan.parameters / 1e6,
         "state GB": plan.state_bytes / 1e9,
         "temporaries GB": plan.temporary_bytes / 1e9,
-        "TFLOP": sum(one.flops for one in plan.products) / 1e12,
+        "TFLOP": sum(one.flops for one in plan.kernels) / 1e12,
         "sent GB": plan.sent / 1e9,
         "exact step sends GB more": plan.sent_more / 1e9,
-        f"{options.accelerator} computing ms": 1e3 * computing,
+        f"{name} computing ms": 1e3 * computing,
         "exchanges ms": 1e3 * exchanging,
         "tokens/s at least": plan.tokens / (computing + exchanging),
         "MFU at least": plan.model_flops / peak / (computing + exchanging),
+        "compile s": plan.compile_seconds,
     }

@@ -14,22 +14,27 @@ import jax
 
 from loro_jax.errors import TrainingError
 from loro_jax.planning.accelerators import ACCELERATORS
+from loro_jax.planning.kernels import PARTS
 from loro_jax.planning.plan import Plan, make_plan
+from loro_jax.planning.topologies import NAMES
 from loro_jax.tables import print_table
 from loro_jax.text.tokenizers.tokenizer import load_tokenizer
 from loro_jax.training.config import Config, MeshConfig
 from loro_jax.training.vocabulary import resolve_vocabulary
 
 
-def dry_run(config: Config, devices: int | None) -> None:
-    """Compiles a run's step for simulated devices and prints the estimates.
+def dry_run(config: Config, devices: int | None, accelerator: str | None = None) -> None:
+    """Compiles a run's step for devices that are not here and prints the estimates.
 
     Args:
         config: the run's config.
         devices: number of devices; None: from ``config.mesh``.
+        accelerator: accelerator to compile for, one of
+            :data:`loro_jax.planning.topologies.NAMES`; None: simulated devices.
 
     Raises:
-        TrainingError: for an invalid config, or an unknown number of devices.
+        TrainingError: for an invalid config, an unknown number of devices, or an accelerator whose
+            compiler is not installed.
     """
     config.validate()
     if config.model.vocab_size == 0:
@@ -37,12 +42,21 @@ def dry_run(config: Config, devices: int | None) -> None:
         tokenizer = load_tokenizer(data.tokenizer, data.eos_id, data.pad_id)
         config, _ = resolve_vocabulary(config, tokenizer)
     count = devices or _devices_of(config.mesh)
-    simulate_devices(count)
+    if accelerator is None:
+        simulate_devices(count)
     with quiet_partitioner():
-        plan = make_plan(config, count)
+        plan = make_plan(config, count, accelerator)
     for line in describe(config, plan):
         print(line)
     print_table(step_times(plan))
+    if plan.accelerator is None:
+        print(
+            "Compiled for CPU, so that bytes are upper bounds and times count products alone. "
+            f"Compile for an accelerator that is not here by --accelerator={'|'.join(NAMES)} "
+            "(needs jax[cuda13] for a GPU, libtpu for a TPU)."
+        )
+    else:
+        print_table(times_of_parts(plan))
 
 
 def simulate_devices(count: int) -> None:
@@ -81,7 +95,7 @@ def quiet_partitioner() -> Iterator[None]:
 def describe(config: Config, plan: Plan) -> list[str]:
     """Describes a plan, except for its times."""
     per_device = plan.model_flops / plan.devices
-    executed = sum(one.flops for one in plan.products)
+    executed = sum(one.flops for one in plan.kernels)
     kinds: collections.Counter[str] = collections.Counter()
     for exchange in plan.exchanges:
         kinds[exchange.kind] += round(exchange.sent)
@@ -91,7 +105,8 @@ def describe(config: Config, plan: Plan) -> list[str]:
         f"({config.mesh.data} x {config.mesh.fsdp} x {config.mesh.tensor}, data x fsdp x tensor); "
         f"{plan.tokens:,} tokens per step",
         f"  each device holds {_bytes(plan.state_bytes)} of parameters and optimizer state, and "
-        f"at most {_bytes(plan.temporary_bytes)} more within a step (compiled for CPU)",
+        f"at most {_bytes(plan.temporary_bytes)} more within a step (compiled for "
+        f"{plan.accelerator or 'CPU'} in {plan.compile_seconds:.0f} s)",
         f"  it computes {per_device / 1e12:.3g} TFLOP per step for the model, "
         f"{executed / 1e12:.3g} with recomputed and replicated products",
         f"  it sends {_bytes(plan.sent)} per step" + (f" ({by_kind})" if by_kind else ""),
@@ -102,9 +117,17 @@ def describe(config: Config, plan: Plan) -> list[str]:
 
 
 def step_times(plan: Plan) -> list[dict[str, object]]:
-    """Returns the expected times on each accelerator, as rows of a table."""
+    """Returns bounds on the times of a step, as rows of a table.
+
+    Args:
+        plan: the plan.
+
+    Returns:
+        One row for the accelerator that the step is compiled for, or else one for each.
+    """
     rows: list[dict[str, object]] = []
-    for name, accelerator in ACCELERATORS.items():
+    for name in [plan.accelerator] if plan.accelerator else ACCELERATORS:
+        accelerator = ACCELERATORS[name]
         computing, exchanging = plan.seconds(accelerator)
         least, most = max(computing, exchanging), computing + exchanging
         peak = plan.devices * accelerator.flops
@@ -119,6 +142,33 @@ def step_times(plan: Plan) -> list[dict[str, object]]:
                 "tokens/s": f"{plan.tokens / most:.3g} to {plan.tokens / least:.3g}",
                 "MFU": f"{plan.model_flops / peak / most:.2f} to "
                 f"{plan.model_flops / peak / least:.2f}",
+            }
+        )
+    return rows
+
+
+def times_of_parts(plan: Plan) -> list[dict[str, object]]:
+    """Returns what each part of an approximate step computes and moves, as rows of a table.
+
+    Args:
+        plan: a plan for a named accelerator.
+
+    Returns:
+        One row per part, and one of sums; milliseconds are lower bounds, kernel by kernel.
+    """
+    accelerator = ACCELERATORS[plan.accelerator or ""]
+    rows: list[dict[str, object]] = []
+    for part in (*PARTS, "all"):
+        kernels = [kernel for kernel in plan.kernels if part in (kernel.part, "all")]
+        rows.append(
+            {
+                "part": part,
+                "kernels": sum(kernel.calls for kernel in kernels),
+                "TFLOP": sum(kernel.flops for kernel in kernels) / 1e12,
+                "GB moved": sum(kernel.bytes for kernel in kernels) / 1e9,
+                "products alone ms": 1e3
+                * sum(kernel._replace(bytes=0).seconds(accelerator) for kernel in kernels),
+                "at least ms": 1e3 * sum(kernel.seconds(accelerator) for kernel in kernels),
             }
         )
     return rows

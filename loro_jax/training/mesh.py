@@ -25,34 +25,36 @@ from models.loss import Batch
 ROW_PARALLEL = ("o", "down")
 
 
-def make_mesh(config: MeshConfig, devices: int | None = None) -> Mesh:
+def make_mesh(config: MeshConfig, devices: int | Sequence[jax.Device] | None = None) -> Mesh:
     """Creates a device mesh with the axes data, fsdp and tensor.
 
     Args:
         config: sizes of the axes.
-        devices: number of devices to use, from the first on; None: all.
+        devices: the devices, or the number of JAX's devices to use, from the first on; None: all.
 
     Raises:
         TrainingError: if the sizes do not multiply to the number of devices.
     """
     sizes = {"data": config.data, "fsdp": config.fsdp, "tensor": config.tensor}
-    devices = jax.device_count() if devices is None else devices
+    if devices is None or isinstance(devices, int):
+        devices = jax.devices()[:devices]
+    count = len(devices)
     fixed = int(np.prod([size for size in sizes.values() if size > 0]))
     free = [name for name, size in sizes.items() if size == -1]
     # A second -1, or a remainder, is left to the error below.
-    if len(free) == 1 and devices % fixed == 0:
-        sizes[free[0]] = devices // fixed
-    if min(sizes.values()) < 1 or int(np.prod(list(sizes.values()))) != devices:
+    if len(free) == 1 and count % fixed == 0:
+        sizes[free[0]] = count // fixed
+    if min(sizes.values()) < 1 or int(np.prod(list(sizes.values()))) != count:
         raise TrainingError(
             f"config.mesh = {config.data} x {config.fsdp} x {config.tensor} (data x fsdp x tensor) "
-            f"does not make {devices} device(s); at most one axis may be -1 (the remaining ones)."
+            f"does not make {count} device(s); at most one axis may be -1 (the remaining ones)."
         )
     # Automatic axes: XLA inserts the communication, and the step is written for one device.
     return jax.make_mesh(
         tuple(sizes.values()),
         tuple(sizes),
         axis_types=(AxisType.Auto,) * 3,
-        devices=jax.devices()[:devices],
+        devices=devices,
     )
 
 

@@ -37,7 +37,7 @@ def test_products_are_those_that_a_step_needs(plan):
     # values, are the only ones that the backward pass computes again (remat="dots").
     one_product = MODEL.num_layers * 2 * 32 * MODEL.hidden_size * found.tokens
     halves_of_squares, again = 3 * one_product, 2 * one_product
-    executed = sum(one.flops for one in found.products)
+    executed = sum(one.flops for one in found.kernels)
     assert executed == found.model_flops + halves_of_squares + again
 
 
