@@ -16,14 +16,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from loro_jax.errors import TrainingError
 from loro_jax.memory import count_parameters
 from loro_jax.planning.accelerators import Accelerator
 from loro_jax.planning.collectives import Collective, read_collectives
 from loro_jax.planning.flops import flops_per_token
 from loro_jax.planning.hlo import Instruction, read_instructions
 from loro_jax.planning.kernels import Kernel, part_of, product_flops, read_kernels
-from loro_jax.planning.topologies import Target, make_target
+from loro_jax.planning.topologies import Target, compile_for, make_target
 from loro_jax.training import mesh as meshes
 from loro_jax.training.config import Config
 from loro_jax.training.step import compile_program, make_program
@@ -139,13 +138,7 @@ def _compile(
     ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
     batch = Batch(ids, ids, jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding))
     lowered = program.train_step.lower(state, batch)
-    if target is None:
-        return lowered.compile()
-    try:
-        return lowered.compile(compiler_options=target.compiler_options)
-    except jax.errors.JaxRuntimeError as error:  # a TPU's compiler rejects what does not fit
-        reason = str(error).strip().splitlines()[0]
-        raise TrainingError(f"the step can't be compiled for the accelerator: {reason}") from error
+    return compile_for(target, lowered) if target else lowered.compile()
 
 
 def _held(state: object) -> int:

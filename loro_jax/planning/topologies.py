@@ -7,16 +7,19 @@ collectives. Products are not tuned, because tuning would have to run them.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
 import math
 import os
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 from jax.experimental import topologies
+from jax.experimental.compilation_cache import compilation_cache
 
 from loro_jax.errors import TrainingError
+from loro_jax.planning.accelerators import ACCELERATORS
 
 # XLA's descriptions of GPUs: (cores, arithmetic units a core, bytes of shared memory a core, bytes
 # of it a block can have, bytes per second, bytes of cache, GHz, bytes of memory, major compute
@@ -75,13 +78,18 @@ def make_target(name: str, count: int) -> Target:
         The devices, the first ones of the smallest topology that has as many.
 
     Raises:
-        TrainingError: for an unknown name, or without the accelerator's compiler.
+        TrainingError: for an unknown name, without the accelerator's compiler, or for more chips
+            than a TPU's pod has.
     """
     if name not in NAMES:
         raise TrainingError(f"--accelerator={name}: expected one of {', '.join(NAMES)}.")
     command = missing(name)
     if command is not None:
         raise TrainingError(f"--accelerator={name}: its compiler is not installed; {command}.")
+    if name in _TPUS and count > ACCELERATORS[name].node:
+        raise TrainingError(
+            f"--accelerator={name}: a pod has {ACCELERATORS[name].node} chips, not {count}."
+        )
     # Everything but the step itself stays on the CPU, and no device that is here is touched.
     jax.config.update("jax_platforms", "cpu")
     try:
@@ -90,6 +98,42 @@ def make_target(name: str, count: int) -> Target:
         reason = str(error).strip().splitlines()[0]
         raise TrainingError(f"--accelerator={name}: no {count} devices: {reason}") from error
     return Target(found.devices[:count], _options() if name in _GPUS else {})
+
+
+def compile_for(target: Target, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+    """Compiles a program that was lowered for a target's devices.
+
+    Args:
+        target: the devices.
+        lowered: the program.
+
+    Returns:
+        The compiled program, which can't be run.
+
+    Raises:
+        TrainingError: if the compiler rejects the program; a TPU's does if it needs more memory
+            than there is.
+    """
+    try:
+        with _without_cache():
+            return lowered.compile(compiler_options=target.compiler_options)
+    except jax.errors.JaxRuntimeError as error:
+        reason = str(error).strip().splitlines()[0]
+        raise TrainingError(f"the step can't be compiled for the accelerator: {reason}") from error
+
+
+@contextlib.contextmanager
+def _without_cache() -> Iterator[None]:
+    """Returns a context without JAX's cache of programs, which would load them on a device."""
+    config: Any = jax.config
+    enabled = config.jax_enable_compilation_cache
+    config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # otherwise JAX remembers whether it was enabled
+    try:
+        yield
+    finally:
+        config.update("jax_enable_compilation_cache", enabled)
+        compilation_cache.reset_cache()
 
 
 def _gpus(name: str, count: int) -> topologies.TopologyDescription:
