@@ -71,7 +71,7 @@ def _row(model: str, method: str, mesh: MeshConfig, options: argparse.Namespace)
         gradient_accumulation=max(options.batch_size // (ways * options.micro_batch), 1),
         mesh=mesh,
     )
-    with quiet_partitioner():
+    with quiet_partitioner(options.accelerator):
         plan = make_plan(config, _size(mesh), options.accelerator)
     name = options.accelerator or "h100"
     accelerator = ACCELERATORS[name]

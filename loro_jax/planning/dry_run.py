@@ -16,7 +16,7 @@ from loro_jax.errors import TrainingError
 from loro_jax.planning.accelerators import ACCELERATORS
 from loro_jax.planning.kernels import PARTS
 from loro_jax.planning.plan import Plan, make_plan
-from loro_jax.planning.topologies import NAMES
+from loro_jax.planning.topologies import NAMES, TPUS
 from loro_jax.tables import print_table
 from loro_jax.text.tokenizers.tokenizer import load_tokenizer
 from loro_jax.training.config import Config, MeshConfig
@@ -44,7 +44,12 @@ def dry_run(config: Config, devices: int | None, accelerator: str | None = None)
     count = devices or _devices_of(config.mesh)
     if accelerator is None:
         simulate_devices(count)
-    with quiet_partitioner():
+    else:
+        jax.config.update("jax_platforms", "cpu")
+    # XLA ends the process for an option in XLA_FLAGS that it does not know; here its message is
+    # still seen.
+    jax.devices()
+    with quiet_partitioner(accelerator):
         plan = make_plan(config, count, accelerator)
     for line in describe(config, plan):
         print(line)
@@ -77,8 +82,16 @@ def _devices_of(mesh: MeshConfig) -> int:
 
 
 @contextlib.contextmanager
-def quiet_partitioner() -> Iterator[None]:
-    """Returns a context that suppresses the messages of XLA's partitioner on standard error."""
+def quiet_partitioner(accelerator: str | None = None) -> Iterator[None]:
+    """Returns a context that suppresses the messages of XLA's partitioner on standard error.
+
+    Args:
+        accelerator: what is compiled for. For a TPU nothing is suppressed: its compiler says
+            nothing, but ends the process for an option in XLA_FLAGS that it does not know.
+    """
+    if accelerator in TPUS:
+        yield
+        return
     logging.captureWarnings(True)
     sys.stderr.flush()
     kept = os.dup(2)
@@ -111,7 +124,7 @@ def describe(config: Config, plan: Plan) -> list[str]:
         f"{executed / 1e12:.3g} with recomputed and replicated products",
         f"  it sends {_bytes(plan.sent)} per step" + (f" ({by_kind})" if by_kind else ""),
     ]
-    if plan.exact_exchanges != plan.exchanges:
+    if config.exact_every and plan.exact_exchanges != plan.exchanges:
         lines.append(f"  and {_bytes(plan.sent_more)} more in an exact one")
     return lines
 

@@ -32,17 +32,30 @@ _GPUS = {
 _GPUS_PER_NODE = 8
 
 # Smallest topology of whole hosts' chips, or of one chip.
-_TPUS: dict[str, tuple[int, ...]] = {"v5p": (2, 2, 1), "v5e": (1, 1), "v6e": (1, 1)}
+TPUS: dict[str, tuple[int, ...]] = {"v5p": (2, 2, 1), "v5e": (1, 1), "v6e": (1, 1)}
+
+# libtpu asks for no TPU of this machine, locks none, and writes no log files. Without the last two
+# it complains about their absence.
+_LIBTPU = {
+    "TPU_SKIP_MDS_QUERY": "1",
+    "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",
+    "TPU_LOG_DIR": "disabled",
+    "TPU_WORKER_HOSTNAMES": "localhost",
+    "TPU_ACCELERATOR_TYPE": "v5p-8",
+}
 
 # What to install: the package that has the compiler, and how it is asked for.
 _CUDA = (("jax-cuda13-pjrt", "jax-cuda12-pjrt"), "pip install 'jax[cuda13]'")
 _TPU = (("libtpu",), "pip install libtpu")
 
-NAMES = (*_GPUS, *_TPUS)
+NAMES = (*_GPUS, *TPUS)
 
 # Tuning needs the device. Untuned, Triton's kernels are no better than cuBLAS', and take longer to
 # compile.
-_GPU_OPTIONS = {"xla_gpu_autotune_level": 0, "xla_gpu_enable_triton_gemm": False}
+_GPU_OPTIONS: dict[str, str | bool] = {
+    "xla_gpu_autotune_level": "0",
+    "xla_gpu_enable_triton_gemm": False,
+}
 
 
 class Target(NamedTuple):
@@ -54,7 +67,7 @@ class Target(NamedTuple):
     """
 
     devices: Sequence[jax.Device]
-    compiler_options: dict[str, bool | int]
+    compiler_options: dict[str, str | bool]
 
 
 def missing(name: str) -> str | None:
@@ -86,7 +99,7 @@ def make_target(name: str, count: int) -> Target:
     command = missing(name)
     if command is not None:
         raise TrainingError(f"--accelerator={name}: its compiler is not installed; {command}.")
-    if name in _TPUS and count > ACCELERATORS[name].node:
+    if name in TPUS and count > ACCELERATORS[name].node:
         raise TrainingError(
             f"--accelerator={name}: a pod has {ACCELERATORS[name].node} chips, not {count}."
         )
@@ -147,10 +160,8 @@ def _gpus(name: str, count: int) -> topologies.TopologyDescription:
 
 
 def _tpus(name: str, count: int) -> topologies.TopologyDescription:
-    # No query for this machine's TPU, no lock on it, no log files.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
-    os.environ.setdefault("TPU_LOG_DIR", "disabled")
+    for variable, value in _LIBTPU.items():
+        os.environ.setdefault(variable, value)
     return topologies.get_topology_desc(topology_of(name, count), platform="tpu")
 
 
@@ -161,14 +172,14 @@ def topology_of(name: str, count: int) -> str:
         >>> [topology_of("v5p", n) for n in (1, 5, 64)], topology_of("v5e", 8)
         (['v5p:2x2x1', 'v5p:2x2x2', 'v5p:4x4x4'], 'v5e:2x4')
     """
-    sizes = list(_TPUS[name])
+    sizes = list(TPUS[name])
     while math.prod(sizes) < count:
         sizes[sizes.index(min(sizes))] *= 2
         sizes.sort()
     return f"{name}:{'x'.join(map(str, sizes))}"
 
 
-def _options() -> dict[str, bool | int]:
+def _options() -> dict[str, str | bool]:
     """Returns the compiler's options, but those that the environment sets."""
     given = os.environ.get("XLA_FLAGS", "")
     return {option: value for option, value in _GPU_OPTIONS.items() if option not in given}
