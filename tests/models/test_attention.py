@@ -1,11 +1,14 @@
 """Attention in blocks of queries: the softmax's definition, in float64, whatever the length."""
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from models import attention
+from models.layout import laid_out_on
 
 causal_attention = jax.jit(attention.causal_attention, static_argnums=3)
 
@@ -104,6 +107,27 @@ def test_cudnn_where_there_is_none_is_an_error_that_names_the_field():
 def test_cudnn_is_chosen_where_it_runs(monkeypatch, capability, dtype, head_size, expected):
     monkeypatch.setattr(attention, "_compute_capability", lambda: capability)
     assert attention.fastest_method(dtype, head_size) == expected
+
+
+@pytest.mark.parametrize(
+    ("capability", "expected"),
+    [("9.0", "cudnn"), ("7.5", "blocks"), ("gfx90a", "blocks")],  # the last is AMD's
+)
+def test_the_method_is_chosen_for_the_mesh_and_not_for_the_default_device(capability, expected):
+    class Gpu(NamedTuple):
+        platform: str = "gpu"
+        compute_capability: str = capability
+
+    class Mesh(NamedTuple):
+        shape: dict[str, int]
+        devices: np.ndarray
+
+    devices = np.empty((1, 1, 1), object)
+    devices[0, 0, 0] = Gpu()
+    with laid_out_on(Mesh({"data": 1, "fsdp": 1, "tensor": 1}, devices)):
+        assert attention.fastest_method(jnp.bfloat16, 64) == expected
+    if jax.default_backend() == "cpu":
+        assert attention.fastest_method(jnp.bfloat16, 64) == "blocks"
 
 
 def test_by_default_attention_takes_the_fastest_method(monkeypatch):
