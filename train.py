@@ -65,10 +65,15 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _run(values: flags.FlagValues, argv: Sequence[str]) -> int:
+    from loro_jax.errors import TrainingError
     from loro_jax.planning.dry_run import dry_run
     from loro_jax.training.loop import train
     from loro_jax.training.processes import Cluster, connect
 
+    if values.accelerator and not values.dry_run:
+        raise TrainingError(
+            f"--accelerator={values.accelerator} is for --dry_run; a run uses the devices it finds."
+        )
     # Before JAX's devices are used for the first time.
     if not values.dry_run:
         connect(

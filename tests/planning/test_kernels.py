@@ -48,7 +48,7 @@ ENTRY %main (state: (s32[], bf16[5,64,32], bf16[16,32], bf16[5,16,64])) -> (s32[
 
 # A TPU keeps S(1) on the chip, copies to it, notes no trip counts, and calls products convolutions.
 TPU = """
-%condition (state: (s32[], f32[8,128])) -> pred[] {
+%body_less (state: (s32[], f32[8,128])) -> pred[] {
   %limit = s32[]{:T(128)} constant(7)
   %state = (s32[]{:T(128)}, f32[8,128]{1,0:T(8,128)}) parameter(0)
   %at = s32[]{:T(128)} get-tuple-element(%state), index=0
@@ -67,7 +67,7 @@ TPU = """
 
 ENTRY %main (state: (s32[], f32[8,128])) -> (s32[], f32[8,128]) {
   %state = (s32[]{:T(128)}, f32[8,128]{1,0:T(8,128)}) parameter(0)
-  ROOT %loop = (s32[]{:T(128)}, f32[8,128]{1,0:T(8,128)}) while(%state), condition=%condition, body=%body
+  ROOT %loop = (s32[]{:T(128)}, f32[8,128]{1,0:T(8,128)}) while(%state), condition=%body_less, body=%body
 }
 """
 

@@ -136,6 +136,13 @@ def test_what_is_not_installed_is_named_in_one_line(monkeypatch, tmp_path, name,
     assert not (tmp_path / "run").exists()
 
 
+def test_a_run_has_no_accelerator_but_those_that_are_there(tmp_path):
+    flags = runs.flags(tmp_path / "run", tmp_path / "no_corpus.txt")
+    status, output = runs.run("--accelerator=h100", *flags)
+    assert status == 1
+    assert output.startswith("error: --accelerator=h100 is for --dry_run")
+
+
 def test_options_in_the_environment_win(monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_gpu_autotune_level=4")
     assert topologies._options() == {"xla_gpu_enable_triton_gemm": False}
