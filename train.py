@@ -190,7 +190,7 @@ def _define(command: list[str]) -> flags.FlagValues:
         "accelerator",
         None,
         "Accelerator that a dry run compiles for without having one: h100, h200, a100 (needs "
-        "jax[cuda13]), v5p, v5e or v6e (needs libtpu); default: simulated CPUs.",
+        "jax[cuda13]), v5p, v5e or v6e (needs jax[tpu]); default: simulated CPUs.",
         flag_values=values,
     )
     flags.DEFINE_bool("help", False, "Print this help.", short_name="h", flag_values=values)

@@ -58,7 +58,7 @@ def dry_run(config: Config, devices: int | None, accelerator: str | None = None)
         print(
             "Compiled for CPU, so that bytes are upper bounds and times count products alone. "
             f"Compile for an accelerator that is not here by --accelerator={'|'.join(NAMES)} "
-            "(needs jax[cuda13] for a GPU, libtpu for a TPU)."
+            "(needs jax[cuda13] for a GPU, jax[tpu] for a TPU)."
         )
     else:
         print_table(times_of_parts(plan))

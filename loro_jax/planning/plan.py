@@ -109,9 +109,9 @@ def make_plan(config: Config, devices: int | None = None, accelerator: str | Non
     meshes.check_batch(config, mesh)
     program, state = compile_program(make_program(config, mesh), mesh)
     started = time.perf_counter()
-    compiled: Any = _compile(program, state, config, mesh, target)
+    compiled, text = _compile(program, state, config, mesh, target)
     seconds = time.perf_counter() - started
-    memory, text = compiled.memory_analysis(), compiled.as_text()
+    memory: Any = compiled.memory_analysis()
     tokens = config.batch_size * config.sequence_length
     state_bytes = memory.argument_size_in_bytes if target else _held(state)
     return Plan(
@@ -133,12 +133,15 @@ def make_plan(config: Config, devices: int | None = None, accelerator: str | Non
 
 def _compile(
     program: Any, state: Any, config: Config, mesh: jax.sharding.Mesh, target: Target | None
-) -> jax.stages.Compiled:
+) -> tuple[jax.stages.Compiled, str]:
     shape, sharding = (config.batch_size, config.sequence_length), meshes.batch_sharding(mesh)
     ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
     batch = Batch(ids, ids, jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding))
     lowered = program.train_step.lower(state, batch)
-    return compile_for(target, lowered) if target else lowered.compile()
+    if target is not None:
+        return compile_for(target, lowered)
+    compiled = lowered.compile()
+    return compiled, compiled.as_text()
 
 
 def _held(state: object) -> int:

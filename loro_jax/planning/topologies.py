@@ -46,7 +46,7 @@ _LIBTPU = {
 
 # What to install: the package that has the compiler, and how it is asked for.
 _CUDA = (("jax-cuda13-pjrt", "jax-cuda12-pjrt"), "pip install 'jax[cuda13]'")
-_TPU = (("libtpu",), "pip install libtpu")
+_TPU = (("libtpu",), "pip install 'jax[tpu]'")
 
 NAMES = (*_GPUS, *TPUS)
 
@@ -113,7 +113,7 @@ def make_target(name: str, count: int) -> Target:
     return Target(found.devices[:count], _options() if name in _GPUS else {})
 
 
-def compile_for(target: Target, lowered: jax.stages.Lowered) -> jax.stages.Compiled:
+def compile_for(target: Target, lowered: jax.stages.Lowered) -> tuple[jax.stages.Compiled, str]:
     """Compiles a program that was lowered for a target's devices.
 
     Args:
@@ -121,7 +121,7 @@ def compile_for(target: Target, lowered: jax.stages.Lowered) -> jax.stages.Compi
         lowered: the program.
 
     Returns:
-        The compiled program, which can't be run.
+        The compiled program, which can't be run, and its text.
 
     Raises:
         TrainingError: if the compiler rejects the program; a TPU's does if it needs more memory
@@ -129,10 +129,15 @@ def compile_for(target: Target, lowered: jax.stages.Lowered) -> jax.stages.Compi
     """
     try:
         with _without_cache():
-            return lowered.compile(compiler_options=target.compiler_options)
+            compiled = lowered.compile(compiler_options=target.compiler_options)
+        return compiled, compiled.as_text() or ""
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).strip().splitlines()[0]
-        raise TrainingError(f"the step can't be compiled for the accelerator: {reason}") from error
+        # JAX can't read what a much newer compiler writes.
+        hint = " (is it the one for this JAX?)" if reason.startswith("INTERNAL") else ""
+        raise TrainingError(
+            f"the accelerator's compiler fails on the step: {reason}{hint}"
+        ) from error
 
 
 @contextlib.contextmanager

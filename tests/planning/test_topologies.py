@@ -124,7 +124,7 @@ def test_more_chips_than_a_pod_has_are_an_error(monkeypatch):
     ("name", "message"),
     [
         ("h100", "--accelerator=h100: its compiler is not installed; pip install 'jax[cuda13]'."),
-        ("v6e", "--accelerator=v6e: its compiler is not installed; pip install libtpu."),
+        ("v6e", "--accelerator=v6e: its compiler is not installed; pip install 'jax[tpu]'."),
         ("b9000", "--accelerator=b9000: expected one of h100, h200, a100, v5p, v5e, v6e."),
     ],
 )
