@@ -15,8 +15,8 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from loro_jax.bench.options import add_set_option, make_parser, parse_options
+from loro_jax.bench.steps import Case, prepare, step_config
 from loro_jax.bench.timing import rounds_in_turns
-from loro_jax.bench.train_step import Case, prepare, step_config
 from loro_jax.layers import packing
 from loro_jax.tables import report
 from loro_jax.training.config import Config

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from loro_jax.bench.options import add_step_options, make_parser, model_changes, parse_options
-from loro_jax.bench.train_step import step_config
+from loro_jax.bench.steps import step_config
 from loro_jax.planning.plan import make_plan
 from loro_jax.tables import report
 from models.llama import PRESETS, preset

@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from loro_jax.bench.options import add_step_options, make_parser, model_changes, parse_options
-from loro_jax.bench.train_step import step_config
+from loro_jax.bench.steps import step_config
 from loro_jax.errors import TrainingError
 from loro_jax.planning.accelerators import ACCELERATORS
 from loro_jax.planning.dry_run import quiet_partitioner, simulate_devices

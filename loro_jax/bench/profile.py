@@ -21,8 +21,9 @@ from typing import Any
 
 import jax
 
+from loro_jax.bench.steps import Case, config_of_step, prepare
 from loro_jax.bench.timing import rounds_in_turns
-from loro_jax.bench.train_step import Case, config_of_step, options_of_steps, prepare
+from loro_jax.bench.train_step import options_of_steps
 from loro_jax.tables import report
 
 PARTS = ("attention", "mlp", "loss", "optimizer", "rest")

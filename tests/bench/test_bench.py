@@ -20,7 +20,7 @@ from loro_jax.bench import (
     memory_fit,
     options,
     profile,
-    train_step,
+    steps,
 )
 from loro_jax.training.config import Config
 from loro_jax.training.fields import apply_changes
@@ -386,7 +386,7 @@ def test_a_profile_knows_parts_and_kinds_of_what_is_compiled(tmp_path):
     config = Config(
         batch_size=2, sequence_length=16, exact_method="svd", model=dataclasses.replace(TINY)
     )
-    found = profile.classify(train_step.prepare(config).hlo())
+    found = profile.classify(steps.prepare(config).hlo())
     assert {part for part, _ in found.values()} == set(profile.PARTS)
     assert {kind for _, kind in found.values()} == set(profile.KINDS)
     for part in ("attention", "mlp", "loss"):

@@ -13,7 +13,7 @@ import numpy as np
 from flax import nnx
 
 from loro_jax.bench.counterpart.process import Call, in_turns, summary, threads, torch_process
-from loro_jax.bench.train_step import Case, config_of_step, prepare, random_batch
+from loro_jax.bench.steps import Case, config_of_step, prepare, random_batch
 from loro_jax.planning.flops import flops_per_token
 from loro_jax.training.config import Config
 from loro_jax.training.methods import make_schedule
