@@ -46,7 +46,7 @@ def test_factors_without_their_rank_keep_product_and_balance(method, kind):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("shape", some_fast([*SHAPES, (320, 260, 150)], SHAPES), ids=str)
+@pytest.mark.parametrize("shape", some_fast([*SHAPES, (320, 260, 150)], SHAPES[1:2]), ids=str)
 def test_no_balanced_factors_are_nearer(method, shape):
     """Those in the singular basis, turned by SciPy to be near the old ones."""
     B, A, dB, dA = make_pair(np.random.default_rng(1), shape, "geometric", 3, 0.1)

@@ -187,22 +187,22 @@ def test_the_reference_of_a_tpu_needs_no_svd(kind, basis, monkeypatch):
             np.testing.assert_allclose(B.T @ B, A @ A.T, atol=1e-4 * np.linalg.norm(T))
 
 
-def test_pairs_of_all_shapes_step_as_each_alone():
+def test_pairs_of_all_shapes_step_together(monkeypatch):
     """Their r x r parts share a program, in chunks across shapes; so do their fallbacks."""
+    monkeypatch.setattr(phases, "COEFFICIENTS", 2 * 13 * 8**2)
     rng = np.random.default_rng(0)
     shapes = [(40, 24, 8), (24, 56, 8), (40, 40, 8), (24, 24, 5)]
     conditions = [(3, 1e5), (2, 3, 1e3), (1e5,), (4, 5)]
-    batches = []
+    batches, targets = [], []
     for shape, of_shape in zip(shapes, conditions, strict=True):
         pairs = [make_pair(rng, shape, "geometric", c, 1e-3) for c in of_shape]
+        targets.append([target(*pair) for pair in pairs])
         stacked = [np.stack(side) for side in zip(*pairs, strict=True)]
         batches.append(Batch(*stacked, StepSize(np.full(len(of_shape), RATE, np.float32))))
     found = jax.jit(lambda batches: retract("graph", batches))(batches)
-    for batch, steps in zip(batches, found, strict=True):
-        (alone,) = jax.jit(lambda batch: retract("graph", [batch]))(batch)
-        np.testing.assert_array_equal(steps.ok, alone.ok)
-        np.testing.assert_allclose(steps.B, alone.B, atol=2e-5)
-        np.testing.assert_allclose(steps.A, alone.A, atol=2e-5)
+    for steps, of_batch in zip(found, targets, strict=True):
+        for B, A, (T, s) in zip(steps.B, steps.A, of_batch, strict=True):
+            assert excess(B, A, T, s) <= TOLERANCE["graph"] * np.linalg.norm(T)
     assert [steps.ok.tolist() for steps in found] == [
         [True, False],
         [True, True, False],
