@@ -34,7 +34,9 @@ def test_marked():
 
 @pytest.mark.parametrize("workers", [[], ["-n", "2"]], ids=["one process", "several"])
 @pytest.mark.slow
-def test_a_test_over_the_budget_is_named_and_ends_in_an_error(tmp_path, workers):
+def test_a_test_over_the_budget_is_named_and_ends_in_an_error(tmp_path, workers, monkeypatch):
+    # Options of the session that runs this test.
+    monkeypatch.delenv("PYTEST_ADDOPTS", raising=False)
     (tmp_path / "test_it.py").write_text(FILE)
     (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers = slow\n")
 

@@ -1,36 +1,12 @@
 """The benchmarks beside PyTorch compare the same work; their times are nobody's assertion."""
 
-import dataclasses
 import json
 
 import pytest
 
 from loro_jax.bench import __main__ as bench
-from loro_jax.bench import inference, train_step
 from loro_jax.bench.counterpart import decoding, process
 from loro_jax.errors import TrainingError
-from models.llama import preset
-
-TINY = preset(
-    "60m",
-    num_layers=1,
-    rank=8,
-    vocab_size=64,
-    hidden_size=32,
-    intermediate_size=48,
-    num_heads=2,
-    max_sequence_length=32,
-)
-
-
-@pytest.fixture
-def tiny(monkeypatch):
-    for module in (train_step, inference):
-        monkeypatch.setattr(module, "PRESETS", {"tiny": TINY})
-    for module in (train_step, inference, decoding):
-        monkeypatch.setattr(
-            module, "preset", lambda name, **changes: dataclasses.replace(TINY, **changes)
-        )
 
 
 @pytest.fixture
@@ -40,7 +16,7 @@ def torch():
 
 
 @pytest.mark.slow
-def test_steps_are_timed_in_turns_with_torch_from_the_same_weights(tiny, torch, tmp_path, capsys):
+def test_steps_are_timed_in_turns_with_torch_from_the_same_weights(torch, tmp_path, capsys):
     path = tmp_path / "result.json"
     arguments = ["--models=tiny", "--counterpart=torch", "--rounds=3", "--batch_size=4"]
     assert not bench.main(["train_step", *arguments, "--sequence_length=8", f"--json={path}"])
@@ -58,7 +34,7 @@ def test_steps_are_timed_in_turns_with_torch_from_the_same_weights(tiny, torch, 
 
 
 @pytest.mark.slow
-def test_texts_are_timed_in_turns_with_transformers_and_agree(tiny, torch, tmp_path):
+def test_texts_are_timed_in_turns_with_transformers_and_agree(torch, tmp_path):
     path = tmp_path / "result.json"
     arguments = ["--models=tiny", "--counterpart=transformers", "--rounds=1", "--prompt=5"]
     arguments += ["--new_tokens=6", "--batch_sizes=2", f"--json={path}"]

@@ -73,7 +73,7 @@ def test_the_command():
     assert [row["method"] for row in json.loads(output)] == list(METHODS)
     status, _, errors = command("--model=61m")
     assert (status, errors.count("\n")) == (1, 1)
-    assert "--model=61m: expected one of 60m, 130m" in errors
+    assert "--model=61m: expected one of tiny, 60m, 130m" in errors
     status, _, errors = command("--model=60m", "--rank=1000")
     assert (status, errors.count("\n")) == (1, 1)
     assert "model.rank" in errors
