@@ -9,8 +9,8 @@ and the inverse has ``-L_2^{-1} L_21 L_1^{-1}`` below its diagonal. With the inv
 no triangular system has to be solved, and the blocks are too small for OpenBLAS (the LAPACK that
 JAX calls on CPU) to use its threads. These would spin after each call on the cores that XLA's
 threads need: blocks of 128 rows, which use them, make the exact step of a layer of LLaMA 1B a third
-slower. The price is compilation, 11 seconds more for the step of 1B; other platforms, where this
-was not measured, factorise the whole matrix.
+slower. The price is compilation, once a rank; other platforms, where this was not measured,
+factorise the whole matrix.
 
 Source: Du Croz and Higham, "Stability of methods for matrix inversion", IMA J. Numer. Anal. 12,
 1992, for inverting by blocks; the factorisation itself is the recursive one of textbooks.
