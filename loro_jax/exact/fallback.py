@@ -136,7 +136,7 @@ def _with_fallbacks(
                 A=_padded(one.A, n, 1),
                 dA=_padded(one.dA, n, 1),
             )
-            # Later batches replace it for as long as the pair is not in one before them.
+            # The pair is in the last batch that starts at or before k.
             if found is not None:
                 one = jax.tree.map(lambda x, y, here=k >= start: jnp.where(here, x, y), one, found)
             found = one

@@ -80,6 +80,10 @@ def _in_chunks(batches: Sequence[Batch], basis: str) -> list[ExactStep]:
     chunks = -(-starts[-1] // most)
     at_a_time = -(-starts[-1] // chunks)
 
+    # The last chunk may be shorter: its slice must not be shifted back over its predecessor's.
+    missing = chunks * at_a_time - starts[-1]
+    padded_sizes = jax.tree.map(lambda x: jnp.pad(x, (0, missing)), sizes)
+
     def step(chunk: Any, new: list[ExactStep]) -> list[ExactStep]:
         first = chunk * at_a_time
         count = jnp.minimum(at_a_time, starts[-1] - first)
@@ -113,7 +117,7 @@ def _in_chunks(batches: Sequence[Batch], basis: str) -> list[ExactStep]:
             return jax.lax.fori_loop(
                 0,
                 count,
-                lambda i, all: _with_entry(all, i, function(*(entry(tree, i) for tree in trees))),
+                lambda i, done: _with_entry(done, i, function(*(entry(tree, i) for tree in trees))),
                 room,
             )
 
@@ -131,9 +135,6 @@ def _in_chunks(batches: Sequence[Batch], basis: str) -> list[ExactStep]:
 
         return each_pair(write, new)
 
-    # The last chunk may be shorter: its slice must not be shifted back over its predecessor's.
-    missing = chunks * at_a_time - starts[-1]
-    padded_sizes = jax.tree.map(lambda x: jnp.pad(x, (0, missing)), sizes)
     unwritten = [ExactStep(b.B, b.A, jnp.zeros_like(b.size.rate, dtype=bool)) for b in batches]
     return jax.lax.fori_loop(0, chunks, step, varying_alike(unwritten))
 
@@ -154,4 +155,4 @@ def _room(count: int, function: Callable, *arguments: Any) -> Any:
 
 
 def _with_entry(tree: Any, i: Any, one: Any) -> Any:
-    return jax.tree.map(lambda all, x: all.at[i].set(x), tree, one)
+    return jax.tree.map(lambda every, x: every.at[i].set(x), tree, one)

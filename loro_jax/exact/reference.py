@@ -60,7 +60,7 @@ class _Factorisations(NamedTuple):
 
     # X -> U, s, V^T with X = U s V^T; columns of U for zero singular values may be zero.
     svd: Callable[[Array], tuple[Array, Array, Array]]
-    # X -> Q, R with X = Q R and orthonormal columns of Q; those that X does not need may be zero.
+    # X -> Q, R with X = Q R and orthonormal columns of Q; columns that X does not need may be zero.
     orthonormal: Callable[[Array], tuple[Array, Array]]
 
 

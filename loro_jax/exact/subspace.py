@@ -132,9 +132,8 @@ def new_space(of: Grams, size: StepSize) -> NewSpace:
     N = S + graph.overlap.T
 
     # Q = whiten (Q_b + X^T c) and M = whiten (N Q_a + z), in terms of B, dB, A and dA: with
-    # c = -rate (to_right dB^T - inner Q_b) and z = -rate (to_left dA - core Q_a), each is one
-    # combination of two tall matrices, which is applied only when the basis is known, too.
-    # (to_left is the output side's way to the other, to_right the input side's.)
+    # c = -rate (inp.to_other dB^T - inner Q_b) and z = -rate (out.to_other dA - core Q_a), each is
+    # one combination of two tall matrices, which is applied only when the basis is known, too.
     along = rate * matmul(whiten, X_t)
     # Trusted are only well-conditioned factors, because their Gram matrices are inverted, and steps
     # smaller than W, so that the new leading space can be a graph over the old one.
