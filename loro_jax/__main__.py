@@ -60,6 +60,10 @@ COMMANDS = {
     "compare": Command(
         "train methods side by side, with learning rates and seeds", "loro_jax.commands.compare"
     ),
+    "sweep": Command(
+        "train an arm's learning rates and seeds together, small models on one device",
+        "loro_jax.commands.sweep",
+    ),
     "stability": Command(
         "spikes of the loss and condition numbers of finished runs", "loro_jax.study.stability"
     ),

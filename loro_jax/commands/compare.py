@@ -60,8 +60,17 @@ def load_config(path: str, changes: Sequence[str]) -> Config:
     return config
 
 
-def _arms(methods: str, options: Sequence[str], base: Config) -> list[Arm]:
-    """Returns an arm for each method, and one for each ``NAME=METHOD,FIELD=VALUE,...``."""
+def parse_arms(methods: str, options: Sequence[str], base: Config) -> list[Arm]:
+    """Returns an arm for each method, and one for each ``NAME=METHOD,FIELD=VALUE,...``.
+
+    Args:
+        methods: names of methods, separated by commas.
+        options: values of ``--arm``.
+        base: config whose fields the arms change.
+
+    Raises:
+        TrainingError: for an unknown method or field, or two arms of one name.
+    """
     arms = [Arm(method, method) for method in methods.split(",") if method]
     for option in options:
         name, separator, rest = option.partition("=")
@@ -133,7 +142,7 @@ def _compare(options: argparse.Namespace, command: str) -> int:
     except ValueError:
         raise TrainingError(f"--seeds={options.seeds}: expected whole numbers.") from None
     base = load_config(options.config, options.set)
-    arms = _arms(options.methods, options.arm, base)
+    arms = parse_arms(options.methods, options.arm, base)
     names = [arm.name for arm in arms]
     grids = _grids([str(base.learning_rate), *(options.lrs or [])], names)
     # All arms are validated before the first run starts.
