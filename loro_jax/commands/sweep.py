@@ -1,10 +1,10 @@
 r"""Trains arms with many learning rates and seeds, all of an arm at the same time.
 
 The members of an arm share one program, so that an accelerator trains dozens of small models in
-the time of a few: all combinations of --lrs, --lr_scales and --seeds. For models that fill a device
-by themselves, and for runs with checkpoints, use python -m loro_jax compare. Arms are written as
-there. OUT/ARM.json is written as soon as an arm is done, and arms that have one are left out, so
-that the same command again does the rest.
+the time of a few: all combinations of --lrs, --lr_scales (or --etas) and --seeds. For models that
+fill a device by themselves, and for runs with checkpoints, use python -m loro_jax compare. Arms are
+written as there. OUT/ARM.json is written as soon as an arm is done, and arms that have one are left
+out, so that the same command again does the rest.
 
 Example:
   python -m loro_jax sweep configs/default.py:recommended --arm=ours=loro \
@@ -21,13 +21,14 @@ import math
 import pathlib
 import statistics
 from collections.abc import Sequence
+from itertools import product
 from typing import Any
 
 from loro_jax.command_line import Parser, failing_in_one_line
 from loro_jax.commands.compare import load_config, parse_arms
 from loro_jax.errors import TrainingError
 from loro_jax.study.report import Arm, Run, config_of
-from loro_jax.study.sweep import Evaluation, Swept, members_of, sweep
+from loro_jax.study.sweep import Evaluation, Member, Swept, members_of, sweep
 from loro_jax.tables import environment, print_table, replacing
 
 
@@ -45,6 +46,7 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--lrs", help="peak learning rates; without it the config's")
     parser.add_argument("--lr_scales", help="multipliers of the projections' rate")
+    parser.add_argument("--etas", help="in place of --lr_scales: the projections' rates themselves")
     parser.add_argument("--seeds", default="0")
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")
     parser.add_argument("--out", default="runs/sweep")
@@ -60,6 +62,11 @@ def _sweep(options: argparse.Namespace) -> int:
         raise TrainingError("--arm: expected at least one arm, here or in --methods.")
     rates = _numbers("--lrs", options.lrs) or [base.learning_rate]
     scales = _numbers("--lr_scales", options.lr_scales)
+    etas = _numbers("--etas", options.etas)
+    if scales and etas:
+        raise TrainingError(
+            "--lr_scales, --etas: expected one of them, because eta = lr_scale * lr."
+        )
     try:
         seeds = [int(seed) for seed in options.seeds.split(",")]
     except ValueError:
@@ -76,6 +83,10 @@ def _sweep(options: argparse.Namespace) -> int:
             continue
         config = configs[arm.name]
         members = members_of(rates, scales or [config.lr_scale], seeds)
+        if etas:
+            members = [
+                Member(rate, eta / rate, seed) for rate, eta, seed in product(rates, etas, seeds)
+            ]
         swept = sweep(config, members, functools.partial(_tell, arm))
         rows = summary(swept)
         print_table(rows)
@@ -109,6 +120,7 @@ def summary(swept: Swept) -> list[dict[str, Any]]:
             {
                 "learning rate": rate,
                 "lr_scale": scale,
+                "eta": None if scale is None else rate * scale,
                 "perplexity": statistics.mean(done) if len(done) == len(found) else None,
                 "seeds": ", ".join("diverged" if p is None else f"{p:.2f}" for p in found),
             }

@@ -64,7 +64,7 @@ def test_members_share_whether_they_have_a_scale(base):
 def test_the_command_writes_an_arm_once(config, tmp_path, capsys):
     out = tmp_path / "out"
     arguments = [config, "--arm=ours=loro,exact_every=0,steps=6", f"--out={out}"]
-    arguments += ["--lr_scales=0.5,1", "--seeds=0,1"]
+    arguments += ["--lrs=0.02", "--etas=0.01,0.02", "--seeds=0,1"]
     assert main(arguments) == 0
     content = json.loads((out / "ours.json").read_text())
     assert content["command"].startswith("python -m loro_jax sweep ")
@@ -84,6 +84,7 @@ def test_the_command_writes_an_arm_once(config, tmp_path, capsys):
     [
         (["--lr_scales=0"], "--lr_scales=0: expected numbers above 0."),
         (["--lrs=a"], "--lrs=a: expected numbers"),
+        (["--etas=0.01", "--lr_scales=1"], "--lr_scales, --etas: expected one of them"),
         (["--seeds=a"], "--seeds=a: expected whole numbers."),
         (["--arm=b=loro,exact_evry=1"], "--arm b=loro,exact_evry=1: expected NAME=METHOD"),
     ],
