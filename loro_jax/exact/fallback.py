@@ -157,7 +157,7 @@ def _with_fallbacks(
     def one_more(state: tuple[Array, Any]) -> tuple[Array, Any]:
         to_do, factors = state
         k = jnp.argmax(to_do)
-        step = _by_first_trusted(methods, basis, read(k, factors))
+        step = _if_finite(functools.partial(_by_first_trusted, methods, basis), read(k, factors))
         return to_do.at[k].set(False), write(k, factors, step)
 
     to_do = ~jnp.concatenate([step.ok for step in first])
@@ -170,6 +170,21 @@ def _padded(x: Array, length: int, axis: int) -> Array:
     widths = [(0, 0), (0, 0)]
     widths[axis] = (0, length - x.shape[axis])
     return jnp.pad(x, widths)
+
+
+def _if_finite(step: Callable[[Batch], ExactStep], pair: Batch) -> ExactStep:
+    """Steps a pair, or returns NaN at once if it is not finite.
+
+    No factorisation helps then, and those of NaN take longest: where all gradients are NaN, all
+    pairs would go through them before the run can end.
+    """
+    inputs = (pair.B, pair.A, pair.dB, pair.dA)
+    finite = functools.reduce(jnp.logical_and, [jnp.all(jnp.isfinite(x)) for x in inputs])
+
+    def undefined(pair: Batch) -> ExactStep:
+        return ExactStep(pair.B * jnp.nan, pair.A * jnp.nan, jnp.zeros_like(finite))
+
+    return jax.lax.cond(finite, step, undefined, pair)
 
 
 def _by_first_trusted(methods: Sequence[str], basis: str, pair: Batch) -> ExactStep:

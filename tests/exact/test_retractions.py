@@ -9,8 +9,9 @@ import optax
 import pytest
 
 from loro_jax import LowRank, exact_update, loro
-from loro_jax.exact import METHODS, Batch, StepSize, phases, retract
+from loro_jax.exact import METHODS, Batch, StepSize, fallback, phases, retract
 from loro_jax.exact.reference import svd_step
+from loro_jax.exact.step import ExactStep
 from loro_jax.exact.update import counted_exact_updates
 from tests.helpers import act_as, some_fast
 
@@ -209,6 +210,29 @@ def test_pairs_of_all_shapes_step_together(monkeypatch):
         [False],
         [True, True],
     ]
+
+
+def test_pairs_that_are_not_finite_are_nan_without_a_fallback(monkeypatch):
+    """Factorisations of NaN take hundreds of times as long as the step."""
+
+    # In place of the reference, what nobody can take for a result of its own.
+    def sevens(B, A, *rest, **basis):
+        return ExactStep(7 + 0 * B, 7 + 0 * A, jnp.bool_(True))
+
+    monkeypatch.setattr(fallback, "_STEP_OF_ONE", {"gram": sevens, "svd": sevens})
+    rng = np.random.default_rng(0)
+    pairs = [make_pair(rng, (40, 24, 8), "geometric", c, 1e-3) for c in (3, 2, 4, 1e5)]
+    for i, of_pair in ((1, 2), (2, 0)):  # a direction, a factor
+        pairs[i][of_pair][0, 0] = np.nan
+    batch = [np.stack(side) for side in zip(*pairs, strict=True)]
+    size = StepSize(np.full(4, RATE, np.float32))
+    ((B, A, ok),) = jax.jit(lambda batches: retract("graph", batches))([Batch(*batch, size)])
+    assert ok.tolist() == [True, False, False, False]
+    assert np.isnan(B[1:3]).all()
+    assert np.isnan(A[1:3]).all()
+    T, s = target(*pairs[0])
+    assert excess(B[0], A[0], T, s) <= TOLERANCE["graph"] * np.linalg.norm(T)
+    assert (B[3] == 7).all()
 
 
 def test_fallbacks_are_counted_in_the_state():
