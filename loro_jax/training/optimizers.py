@@ -14,9 +14,11 @@ import optax
 
 from loro_jax.descent import riemannian_descent
 from loro_jax.directions.adam import adam
-from loro_jax.directions.orthogonal import orthogonal
+from loro_jax.directions.magma import magma
+from loro_jax.directions.orthogonal import WHITENING, orthogonal
+from loro_jax.directions.orthogonalisation import EQUILIBRATE
 from loro_jax.directions.protocol import as_direction
-from loro_jax.fields import at_least, field
+from loro_jax.fields import at_least, field, one_of
 from loro_jax.loro import loro
 from loro_jax.peers import (
     adarankgrad,
@@ -28,6 +30,7 @@ from loro_jax.peers import (
     spectron,
     svd_projection,
 )
+from loro_jax.peers.muon import scale_by_muon
 from loro_jax.training.registry import Direction, Making, Optimizer, projections_of_blocks
 
 if TYPE_CHECKING:
@@ -43,6 +46,31 @@ class OrthogonalOptions:
     """Options of the direction "orthogonal"."""
 
     momentum: float = field(0.95, at_least(0, below=1), "decay of the averaged gradients")
+    nesterov: bool = field(True, None, "whether to use Nesterov momentum")
+    newton_schulz_steps: int = field(5, at_least(1), "iterations of the orthogonalisation")
+    damping: float = field(
+        1e-3, at_least(0), "damping of the factors' inverse roots, relative to mean eigenvalues"
+    )
+    whitening: str = field(
+        "product",
+        one_of(WHITENING),
+        "whether factors' moves are orthogonalised as moves of the product, or as they are",
+    )
+    equilibrate: str = field(
+        "none",
+        one_of(EQUILIBRATE),
+        "which rows of the momentum are normalised before the orthogonalisation: none, all rows, "
+        "or the rows (columns) of the longer side",
+    )
+    row_moment: float = field(
+        0.0,
+        at_least(0, below=1),
+        "decay of the mean squares by which rows of the longer side are divided; 0: none",
+    )
+    blocks: int = field(
+        0, at_least(0), "size of blocks of the longer side, orthogonalised separately; 0: whole"
+    )
+    magma: bool = field(False, None, "whether half of the matrices rest in each step, at random")
 
 
 @dataclasses.dataclass
@@ -123,7 +151,21 @@ def adam_of_loro(config: Config, options: Any) -> Any:
 
 def orthogonal_of_loro(config: Config, options: OrthogonalOptions) -> Any:
     """Makes orthogonalised momentum for LORO."""
-    return orthogonal(options.momentum)
+    direction = orthogonal(
+        **_named(options, _SHARED), damping=options.damping, whitening=options.whitening
+    )
+    return magma(direction, seed=config.seed) if options.magma else direction
+
+
+# Options that factors and dense matrices have in common, by the names of the arguments.
+_SHARED = (
+    *("momentum", "nesterov", "newton_schulz_steps"),
+    *("equilibrate", "row_moment", "blocks"),
+)
+
+
+def _named(options: Any, names: tuple[str, ...]) -> dict[str, Any]:
+    return {name: getattr(options, name) for name in names}
 
 
 def adamw(making: Making) -> Optimizer:
@@ -155,11 +197,17 @@ def dense_adamw(making: Making, of_direction: Any) -> Optimizer:
 def dense_muon(making: Making, of_direction: OrthogonalOptions) -> Optimizer:
     """Makes Muon for a dense model."""
     config = making.config
+    direction = scale_by_muon(**_named(of_direction, _SHARED))
+    if of_direction.magma:
+        masked = magma(as_direction(direction), seed=config.seed)
+        direction = optax.GradientTransformation(
+            masked.init, lambda grads, state, params=None: masked.update(grads, state, params, None)
+        )
     return muon(
         making.schedule,
         projected=projections_of_blocks,
         lr_scale=_MUON_SCALE if config.lr_scale is None else config.lr_scale,
-        momentum=of_direction.momentum,
+        direction=direction,
         weight_decay=config.weight_decay,
         **making.adam,
     )
