@@ -10,14 +10,16 @@ import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import jax
 import optax
 
 from loro_jax.descent import riemannian_descent
-from loro_jax.directions.adam import adam
+from loro_jax.directions.adam import adam, scale_by_uncorrected_adam
 from loro_jax.directions.magma import magma
 from loro_jax.directions.orthogonal import WHITENING, orthogonal
 from loro_jax.directions.orthogonalisation import EQUILIBRATE
 from loro_jax.directions.protocol import as_direction
+from loro_jax.directions.row_momentum import scale_by_row_adam, scale_by_rows
 from loro_jax.fields import at_least, field, one_of
 from loro_jax.loro import loro
 from loro_jax.peers import (
@@ -71,6 +73,12 @@ class OrthogonalOptions:
         0, at_least(0), "size of blocks of the longer side, orthogonalised separately; 0: whole"
     )
     magma: bool = field(False, None, "whether half of the matrices rest in each step, at random")
+    regular: str = field(
+        "adam",
+        one_of(("adam", "rows", "row_adam")),
+        "direction of embedding and head: Adam, momentum with rows of one size, or Adam with one "
+        "second moment for each row",
+    )
 
 
 @dataclasses.dataclass
@@ -134,7 +142,7 @@ def make_loro(direction: Direction, of_direction: Any, making: Making) -> Optimi
         moments=config.resolved_moments,
         lr_scale=direction.lr_scale if config.lr_scale is None else config.lr_scale,
         # Directions that are moves apply only to factors: Adam steps the rest.
-        regular=adam(**making.adam) if made.kind == "moves" else None,
+        regular=_regular_of_loro(of_direction, making) if made.kind == "moves" else None,
         weight_decay=config.weight_decay,
         max_move=config.max_move or None,
         damping=config.damping or None,
@@ -166,6 +174,29 @@ _SHARED = (
 
 def _named(options: Any, names: tuple[str, ...]) -> dict[str, Any]:
     return {name: getattr(options, name) for name in names}
+
+
+def _regular_of_loro(options: Any, making: Making) -> Any:
+    plain = adam(**making.adam)
+    kind = getattr(options, "regular", "adam")
+    if kind == "adam":
+        return plain
+    return as_direction(_by_rows(kind, scale_by_uncorrected_adam(**making.adam), making))
+
+
+def _by_rows(
+    kind: str, others: optax.GradientTransformation, making: Making
+) -> optax.GradientTransformation:
+    """Returns a direction of embedding and head, and ``others`` for the rest."""
+    rows = scale_by_rows() if kind == "rows" else scale_by_row_adam(**making.adam)
+
+    def labels(params: Any) -> Any:
+        # Norms' scales in the blocks are stacked: two axes do not make them matrices.
+        return jax.tree_util.tree_map_with_path(
+            lambda path, p: "others" if path[0].key == "blocks" or p.ndim < 2 else "rows", params
+        )
+
+    return optax.partition({"rows": rows, "others": others}, labels)
 
 
 def adamw(making: Making) -> Optimizer:
@@ -203,11 +234,15 @@ def dense_muon(making: Making, of_direction: OrthogonalOptions) -> Optimizer:
         direction = optax.GradientTransformation(
             masked.init, lambda grads, state, params=None: masked.update(grads, state, params, None)
         )
+    kind, regular = of_direction.regular, None
+    if kind != "adam":
+        regular = _by_rows(kind, optax.scale_by_adam(**making.adam), making)
     return muon(
         making.schedule,
         projected=projections_of_blocks,
         lr_scale=_MUON_SCALE if config.lr_scale is None else config.lr_scale,
         direction=direction,
+        regular=regular,
         weight_decay=config.weight_decay,
         **making.adam,
     )
