@@ -15,6 +15,7 @@ import optax
 
 from loro_jax.descent import riemannian_descent
 from loro_jax.directions.adam import adam, scale_by_uncorrected_adam
+from loro_jax.directions.constant_norms import with_constant_norms
 from loro_jax.directions.magma import magma
 from loro_jax.directions.orthogonal import WHITENING, orthogonal
 from loro_jax.directions.orthogonalisation import EQUILIBRATE
@@ -73,6 +74,9 @@ class OrthogonalOptions:
         0, at_least(0), "size of blocks of the longer side, orthogonalised separately; 0: whole"
     )
     magma: bool = field(False, None, "whether half of the matrices rest in each step, at random")
+    hyperball: bool = field(
+        False, None, "whether products (dense: projections) keep their Frobenius norms"
+    )
     regular: str = field(
         "adam",
         one_of(("adam", "rows", "row_adam")),
@@ -134,7 +138,7 @@ def make_loro(direction: Direction, of_direction: Any, making: Making) -> Optimi
     """
     config = making.config
     made = as_direction(direction.make(config, of_direction))
-    return loro(
+    optimizer = loro(
         making.schedule,
         direction=made,
         # In a config 0 stands for None, as in some of the fields below.
@@ -150,6 +154,9 @@ def make_loro(direction: Direction, of_direction: Any, making: Making) -> Optimi
         basis=config.basis,
         mesh=making.mesh,
     )
+    # On top of the optimizer: norms are kept by exact steps too.
+    hyperball = getattr(of_direction, "hyperball", False)
+    return with_constant_norms(optimizer) if hyperball else optimizer
 
 
 def adam_of_loro(config: Config, options: Any) -> Any:
@@ -237,7 +244,7 @@ def dense_muon(making: Making, of_direction: OrthogonalOptions) -> Optimizer:
     kind, regular = of_direction.regular, None
     if kind != "adam":
         regular = _by_rows(kind, optax.scale_by_adam(**making.adam), making)
-    return muon(
+    optimizer = muon(
         making.schedule,
         projected=projections_of_blocks,
         lr_scale=_MUON_SCALE if config.lr_scale is None else config.lr_scale,
@@ -246,6 +253,9 @@ def dense_muon(making: Making, of_direction: OrthogonalOptions) -> Optimizer:
         weight_decay=config.weight_decay,
         **making.adam,
     )
+    if of_direction.hyperball:
+        return with_constant_norms(optimizer, projections_of_blocks)
+    return optimizer
 
 
 def make_lowrank_restarts(making: Making) -> Optimizer:

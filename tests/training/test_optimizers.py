@@ -58,11 +58,29 @@ def test_embedding_and_head_move_by_rows_and_all_else_as_before(method, regular)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), plain, by_rows)
 
 
+@pytest.mark.parametrize("method", ["loro", "full"])
+def test_hyperball_keeps_the_norms_of_projections(method):
+    def norms(params):
+        up = params["blocks"]["up"]
+        W = up["W"] if method == "full" else up["B"] @ up["A"]
+        return jnp.linalg.norm(W, axis=(1, 2))
+
+    params = parameters(method)
+    moved, free = (
+        jax.tree.map(jnp.add, params, step(method, 1.0, hyperball=hyperball))
+        for hyperball in (True, False)
+    )
+    np.testing.assert_allclose(norms(moved), norms(params), rtol=1e-5)
+    assert float(jnp.abs(norms(free) / norms(params) - 1).max()) > 1e-2
+    np.testing.assert_array_equal(moved["embedding"], free["embedding"])
+
+
 OPTIONS = {
     "equilibrate": "long",
     "row_moment": 0.9,
     "blocks": 4,
     "magma": True,
+    "hyperball": True,
     "regular": "rows",
 }
 
