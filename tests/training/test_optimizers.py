@@ -71,7 +71,7 @@ def test_hyperball_keeps_the_norms_of_projections(method):
         for hyperball in (True, False)
     )
     np.testing.assert_allclose(norms(moved), norms(params), rtol=1e-5)
-    assert float(jnp.abs(norms(free) / norms(params) - 1).max()) > 1e-2
+    assert float(jnp.abs(norms(free) / norms(params) - 1).max()) > 1e-3
     np.testing.assert_array_equal(moved["embedding"], free["embedding"])
 
 
