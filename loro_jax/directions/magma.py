@@ -40,14 +40,16 @@ class MagmaState(NamedTuple):
     key: Array
 
 
-def magma(direction: Direction, *, keep: float = 0.5, tau: float = 2.0, seed: int = 0) -> Direction:
+def magma(
+    direction: Direction, *, keep: float = 0.5, tau: float = 2.0, seed: int | Array = 0
+) -> Direction:
     """Returns a direction with Magma's mask.
 
     Args:
         direction: any direction whose state has a first moment ``mu``.
         keep: probability that a matrix moves in a step.
         tau: temperature of the sigmoid.
-        seed: seed of the mask.
+        seed: seed of the mask, a number or a key.
 
     Returns:
         A direction of the same kind, with the same ``lr_scale``.
@@ -76,7 +78,9 @@ def magma(direction: Direction, *, keep: float = 0.5, tau: float = 2.0, seed: in
             )
         # One half is the value for a gradient that is orthogonal to the momentum.
         agreement = jax.tree.map(lambda p: jnp.full_like(_sum(p), 0.5), params)
-        return MagmaState(inner, agreement, jax.random.PRNGKey(seed))
+        is_key = jnp.issubdtype(getattr(seed, "dtype", jnp.int32), jax.dtypes.prng_key)
+        key: Any = seed if is_key else jax.random.key(seed)
+        return MagmaState(inner, agreement, jax.random.key_data(key))
 
     def update(
         grads: Any, state: MagmaState, params: Any, pairs: Pairs, **extra_args: Any
@@ -91,14 +95,14 @@ def magma(direction: Direction, *, keep: float = 0.5, tau: float = 2.0, seed: in
             grads,
         )
         leaves, structure = jax.tree.flatten(agreement)
-        key, *keys = jax.random.split(state.key, 1 + len(leaves))
+        key, *keys = jax.random.split(jax.random.wrap_key_data(state.key), 1 + len(leaves))
         masked = [
             jnp.where(jax.random.bernoulli(one, keep, s.shape), s, 0)
             for one, s in zip(keys, leaves, strict=True)
         ]
         factors = jax.tree.unflatten(structure, masked)
         moves = jax.tree.map(lambda move, s: (s * move).astype(move.dtype), moves, factors)
-        return moves, MagmaState(inner, agreement, key)
+        return moves, MagmaState(inner, agreement, jax.random.key_data(key))
 
     # Not as an Adam, whose directions would be computed from its moments, without the mask.
     return Direction(init, update, direction.kind, direction.lr_scale)

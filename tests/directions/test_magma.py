@@ -81,6 +81,13 @@ def test_steps_of_loro_and_members_that_share_their_masks():
     np.testing.assert_allclose(together["w"].B[1], alone["w"].B, atol=1e-5)
 
 
+def test_a_key_is_a_seed_too():
+    params = stacks()
+    states = [magma(orthogonal(), seed=seed).init(params) for seed in (5, jax.random.key(5), 6)]
+    np.testing.assert_array_equal(states[0].key, states[1].key)
+    assert np.any(states[0].key != states[2].key)
+
+
 def test_adam_inside_is_masked_on_all_steps():
     direction = magma(adam(), keep=1.0)
     assert type(direction) is Direction

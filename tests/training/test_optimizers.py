@@ -29,7 +29,7 @@ def parameters(method):
     }
 
 
-def step(method, learning_rate=0.01, lr_scale=2.0, **options):
+def step(method, learning_rate=0.01, lr_scale=2.0, seed=0, **options):
     config = dataclasses.replace(
         BASE,
         method=method,
@@ -37,6 +37,7 @@ def step(method, learning_rate=0.01, lr_scale=2.0, **options):
         restart_warmup_steps=0,
         learning_rate=learning_rate,
         lr_scale=lr_scale,
+        seed=seed,
         method_options=options,
     )
     params = parameters(method)
@@ -86,10 +87,12 @@ OPTIONS = {
 
 
 @pytest.mark.parametrize("method", ["loro", "full"])
-def test_rates_may_be_members_of_an_ensemble(method):
+def test_rates_and_seeds_may_be_members_of_an_ensemble(method):
     rates, scales = jnp.array([0.01, 0.03]), jnp.array([2.0, 1.0])
-    together = jax.jit(jax.vmap(lambda rate, scale: step(method, rate, scale, **OPTIONS)))(
-        rates, scales
-    )
-    alone = step(method, 0.03, 1.0, **OPTIONS)
+
+    def member(rate, scale, seed):
+        return step(method, rate, scale, jax.random.key(seed), **OPTIONS)
+
+    together = jax.jit(jax.vmap(member))(rates, scales, jnp.array([3, 4]))
+    alone = step(method, 0.03, 1.0, 4, **OPTIONS)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x[1], y, atol=1e-5), together, alone)
