@@ -30,12 +30,15 @@ import jax.numpy as jnp
 
 from loro_jax.checks import check_not_negative, check_orthogonalised_momentum, checked_numbers
 from loro_jax.directions.adam import decay_is_lost
+from loro_jax.directions.orthogonalisation import Orthogonalisation, check_orthogonalisation
 from loro_jax.directions.protocol import Direction
-from loro_jax.linalg.newton_schulz import inverse_root, orthogonalise
+from loro_jax.linalg.newton_schulz import inverse_root
 from loro_jax.linalg.precision import at_least_float32, matmul
-from loro_jax.pairs import Pairs
+from loro_jax.pairs import Both, Pairs
 
 Array = jax.Array
+
+WHITENING = ("product", "none")
 
 
 class MomentumState(NamedTuple):
@@ -48,12 +51,29 @@ class MomentumState(NamedTuple):
     mu: Any
 
 
+class RowMomentState(NamedTuple):
+    """State of :func:`orthogonal` with a ``row_moment``.
+
+    Attributes:
+        mu: averaged gradients, a tree like the factors.
+        rows: running mean squares of the rows of B's moves, (..., m, 1), and of the columns of A's,
+            (..., 1, n).
+    """
+
+    mu: Any
+    rows: Any
+
+
 def orthogonal(
     momentum: float = 0.95,
     *,
     nesterov: bool = True,
     newton_schulz_steps: int = 5,
     damping: float = 1e-3,
+    whitening: str = "product",
+    equilibrate: str = "none",
+    row_moment: float = 0.0,
+    blocks: int = 0,
 ) -> Direction:
     """Returns orthogonalised momentum as a direction for :func:`loro_jax.loro`.
 
@@ -63,13 +83,19 @@ def orthogonal(
         newton_schulz_steps: iterations of the orthogonalisation.
         damping: damping of the inverse roots of ``B^T B`` and ``A A^T``, relative to their mean
             eigenvalue.
+        whitening: "product": the moves described above; "none": each factor's momentum is
+            orthogonalised in its own coordinates, as in Muon, and scaled by ``sqrt(m / r)`` for B
+            and ``sqrt(r / n)`` for A. The size of the product's move then depends on the factors.
+        equilibrate: see :class:`loro_jax.directions.orthogonalisation.Orthogonalisation`.
+        row_moment: see there.
+        blocks: see there.
 
     Returns:
         A direction of kind "moves"; its ``lr_scale`` is 1.
 
     Raises:
-        ValueError: for a ``momentum`` outside [0, 1), no iterations, a negative ``damping``, or an
-            array too narrow for its number.
+        ValueError: for a ``momentum`` outside [0, 1), no iterations, a negative ``damping``, an
+            array too narrow for its number, or a variant out of range.
 
     Example:
         >>> import jax, jax.numpy as jnp, optax
@@ -84,51 +110,84 @@ def orthogonal(
     """
     check_orthogonalised_momentum("orthogonal", momentum, newton_schulz_steps)
     check_not_negative("orthogonal", damping=damping)
-    momentum, damping = checked_numbers("orthogonal", momentum=momentum, damping=damping)
+    if whitening not in WHITENING:
+        raise ValueError(
+            f"orthogonal: whitening must be one of {', '.join(WHITENING)}, but is {whitening!r}."
+        )
+    momentum, damping, row_moment = checked_numbers(
+        "orthogonal", momentum=momentum, damping=damping, row_moment=row_moment
+    )
+    settings = Orthogonalisation(newton_schulz_steps, equilibrate, blocks, row_moment)
+    check_orthogonalisation("orthogonal", settings)
 
     def average(old: Array, grad: Array) -> Array:
         return momentum * old + (1 - momentum) * grad
 
-    def init(params: Any) -> MomentumState:
+    def init(params: Any) -> Any:
         # In bfloat16 an average with a momentum of 0.999 would never decrease.
         def zeros(p: Array) -> Array:
             lost = decay_is_lost(momentum, p.dtype)
             return jnp.zeros_like(p, dtype=at_least_float32(p.dtype) if lost else p.dtype)
 
-        return MomentumState(jax.tree.map(zeros, params))
+        mu = jax.tree.map(zeros, params)
+        if settings.has_moment:
+            return RowMomentState(mu, jax.tree.map(settings.first_moment_of_rows, params))
+        return MomentumState(mu)
 
     def update(
-        grads: Any, state: MomentumState, params: Any, pairs: Pairs, **extra_args: Any
-    ) -> tuple[Any, MomentumState]:
+        grads: Any, state: Any, params: Any, pairs: Pairs, **extra_args: Any
+    ) -> tuple[Any, Any]:
         del extra_args
         mu = jax.tree.map(average, state.mu, grads)
         # Nesterov's momentum averages the newest gradient in once more. No bias correction: the
         # orthogonalisation removes the scale.
         ahead = jax.tree.map(average, mu, grads) if nesterov else mu
-        moves = pairs.map(
-            lambda factors, gradients: _moves(factors, gradients, newton_schulz_steps, damping),
-            params,
-            ahead,
-        )
-        # Rounded only now: the moves come from the unrounded averages.
-        return moves, MomentumState(jax.tree.map(lambda x, old: x.astype(old.dtype), mu, state.mu))
+        # Rounded only here: the moves come from the unrounded averages.
+        kept = state._replace(mu=jax.tree.map(lambda x, old: x.astype(old.dtype), mu, state.mu))
+        given = list(zip(pairs.take(params), pairs.take(ahead), strict=True))
+        whitened = [_whitened(*pair, damping, whitening) for pair in given]
+        parts = [(settings.apply(one.B), settings.apply(one.A)) for one in whitened]
+        if settings.has_moment:
+            both = [
+                (settings.evened(of_B, rows_B), settings.evened(of_A, rows_A))
+                for (of_B, of_A), (rows_B, rows_A) in zip(
+                    parts, pairs.take(state.rows), strict=True
+                )
+            ]
+            parts, rows = ([(of_B[i], of_A[i]) for of_B, of_A in both] for i in (0, 1))
+            kept = kept._replace(rows=pairs.put(state.rows, rows))
+        moves = [one.moves(part) for one, part in zip(whitened, parts, strict=True)]
+        return pairs.put(ahead, moves), kept
 
     return Direction(init, update, kind="moves", lr_scale=1.0)
 
 
-def _moves(
-    factors: tuple[Array, Array], gradients: tuple[Array, Array], steps: int, damping: float
-) -> tuple[Array, Array]:
-    """Returns the moves of one pair, or of a stack of pairs of one shape."""
+class _Whitened(NamedTuple):
+    """Gradients of a pair, or of a stack of pairs, in the coordinates of the orthogonalisation."""
+
+    B: Array
+    A: Array
+    roots: Both | None  # inverse roots of B^T B and A A^T
+
+    def moves(self, orthogonalised: Both) -> Both:
+        """Returns the factors' moves from the orthogonalised gradients."""
+        (O_B, O_A), (m, r), n = orthogonalised, self.B.shape[-2:], self.A.shape[-1]
+        if self.roots is None:
+            return (m / r) ** 0.5 * O_B, (r / n) ** 0.5 * O_A
+        root_B, root_A = self.roots
+        # The mean of the two parts, times the shape factor sqrt(m / n).
+        half = 0.5 * (m / n) ** 0.5
+        # The second root maps back from these coordinates to the factors.
+        return half * matmul(O_B, root_A), half * matmul(root_B, O_A)
+
+
+def _whitened(factors: Both, gradients: Both, damping: float, whitening: str) -> _Whitened:
     dtype = at_least_float32(jnp.result_type(*factors))
     B, A, g_B, g_A = (x.astype(dtype) for x in (*factors, *gradients))
-    # The mean of the two parts, times the shape factor sqrt(m / n).
-    half = 0.5 * (B.shape[-2] / A.shape[-1]) ** 0.5
+    if whitening == "none":
+        return _Whitened(g_B, g_A, None)
     root_A = inverse_root(matmul(A, A.mT), damping)
     root_B = inverse_root(matmul(B.mT, B), damping)
-    # Orthogonalised in coordinates in which the other factor is orthonormal: there the spectral
-    # norm of a factor's move is that of the product's move.
-    O_B = orthogonalise(matmul(g_B, root_A), steps)
-    O_A = orthogonalise(matmul(root_B, g_A), steps)
-    # The second root maps back from these coordinates to the factors.
-    return half * matmul(O_B, root_A), half * matmul(root_B, O_A)
+    # Coordinates in which the other factor is orthonormal: there the spectral norm of a factor's
+    # move is that of the product's move.
+    return _Whitened(matmul(g_B, root_A), matmul(root_B, g_A), (root_B, root_A))

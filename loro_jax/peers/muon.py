@@ -26,7 +26,7 @@ import jax.numpy as jnp
 import optax
 
 from loro_jax.checks import check_orthogonalised_momentum
-from loro_jax.linalg.newton_schulz import orthogonalise
+from loro_jax.directions.orthogonalisation import Orthogonalisation, check_orthogonalisation
 from loro_jax.linalg.precision import at_least_float32
 from loro_jax.peers.projected import Projected
 from loro_jax.schedules import value_at
@@ -44,11 +44,26 @@ class MuonState(NamedTuple):
     mu: Any
 
 
+class RowMomentState(NamedTuple):
+    """State of :func:`scale_by_muon` with a ``row_moment``.
+
+    Attributes:
+        mu: averaged gradients, a tree like the parameters, float32 or wider.
+        rows: running mean squares of the rows (columns) of each matrix's long side.
+    """
+
+    mu: Any
+    rows: Any
+
+
 def scale_by_muon(
     momentum: float | Array = 0.95,
     *,
     nesterov: bool = True,
     newton_schulz_steps: int = 5,
+    equilibrate: str = "none",
+    row_moment: float = 0.0,
+    blocks: int = 0,
 ) -> optax.GradientTransformation:
     """Orthogonalises averaged gradients of matrices, and scales them by ``sqrt(m / n)``.
 
@@ -56,6 +71,9 @@ def scale_by_muon(
         momentum: beta, decay of the averaged gradients.
         nesterov: whether to use Nesterov momentum.
         newton_schulz_steps: number of Newton-Schulz iterations.
+        equilibrate: see :class:`loro_jax.directions.orthogonalisation.Orthogonalisation`.
+        row_moment: see there.
+        blocks: see there.
 
     Returns:
         An ``optax.GradientTransformation`` for leaves of shape (..., m, n), m outputs by n inputs;
@@ -76,36 +94,44 @@ def scale_by_muon(
     Source: Jordan et al., "Muon", 2024.
     """
     check_orthogonalised_momentum("muon", momentum, newton_schulz_steps)
+    settings = Orthogonalisation(newton_schulz_steps, equilibrate, blocks, row_moment)
+    check_orthogonalisation("muon", settings)
 
-    def init(params: Any) -> MuonState:
+    def init(params: Any) -> Any:
         for path, leaf in jax.tree_util.tree_leaves_with_path(params):
             if jnp.ndim(leaf) < 2:
                 raise ValueError(
                     f"muon: the leaf {jax.tree_util.keystr(path)} has shape {jnp.shape(leaf)}; "
                     "expected (..., m, n)."
                 )
-        return MuonState(
-            jax.tree.map(lambda W: jnp.zeros_like(W, dtype=at_least_float32(W.dtype)), params)
-        )
+        mu = jax.tree.map(lambda W: jnp.zeros_like(W, dtype=at_least_float32(W.dtype)), params)
+        if settings.has_moment:
+            return RowMomentState(mu, jax.tree.map(settings.first_moment_of_rows, params))
+        return MuonState(mu)
 
     def average(old: Array, grad: Array) -> Array:
         return momentum * old + (1 - momentum) * grad.astype(old.dtype)
 
-    def move(ahead: Array, grad: Array) -> Array:
+    def scaled(orthogonalised: Array, grad: Array) -> Array:
         m, n = grad.shape[-2:]
         # The shape factor lets learning rates of matrices of different shapes be compared.
-        return (orthogonalise(ahead, newton_schulz_steps) * (m / n) ** 0.5).astype(grad.dtype)
+        return (orthogonalised * (m / n) ** 0.5).astype(grad.dtype)
 
-    def update(grads: Any, state: MuonState, params: Any = None) -> tuple[Any, MuonState]:
+    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
         del params
         # M <- beta M + (1 - beta) G.
         mu = jax.tree.map(average, state.mu, grads)
         # Nesterov: beta M + (1 - beta) G with the new M, without bias correction.
         ahead = jax.tree.map(average, mu, grads) if nesterov else mu
         # W <- W - eta sqrt(m / n) NS(M), without the eta.
-        moves = jax.tree.map(move, ahead, grads)
-        mu = jax.tree.map(lambda new, old: new.astype(old.dtype), mu, state.mu)
-        return moves, MuonState(mu)
+        moves = jax.tree.map(settings.apply, ahead)
+        kept = state._replace(mu=jax.tree.map(lambda new, old: new.astype(old.dtype), mu, state.mu))
+        if settings.has_moment:
+            both = jax.tree.map(settings.evened, moves, state.rows)
+            # A tree of pairs (move, mean squares) becomes two trees.
+            moves, rows = (jax.tree.map(lambda _, x, i=i: x[i], grads, both) for i in (0, 1))
+            kept = kept._replace(rows=rows)
+        return jax.tree.map(scaled, moves, grads), kept
 
     return optax.GradientTransformation(init, update)
 
@@ -122,6 +148,8 @@ def muon(
     b1: float = 0.9,
     b2: float = 0.999,
     eps: float = 1e-8,
+    direction: optax.GradientTransformation | None = None,
+    regular: optax.GradientTransformation | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Creates Muon for the projected leaves, with AdamW for the others.
 
@@ -138,6 +166,9 @@ def muon(
         b1: decay of Adam's first moment.
         b2: decay of Adam's second moment.
         eps: added to the square root of Adam's corrected second moment.
+        direction: what orthogonalises the projections' gradients; None: :func:`scale_by_muon` with
+            the three arguments above. Its variants are passed here.
+        regular: direction of the other leaves, before weight decay and learning rate; None: Adam.
 
     Returns:
         An ``optax.GradientTransformationExtraArgs``, learning rate included.
@@ -168,12 +199,16 @@ def muon(
         flags = projected(params) if callable(projected) else projected
         return jax.tree.map(lambda flag: "projections" if flag else "others", flags)
 
+    if direction is None:
+        direction = scale_by_muon(
+            momentum, nesterov=nesterov, newton_schulz_steps=newton_schulz_steps
+        )
     # Decay after the orthogonalisation and before the learning rate, as in AdamW.
-    projections = optax.chain(
-        scale_by_muon(momentum, nesterov=nesterov, newton_schulz_steps=newton_schulz_steps),
-        optax.add_decayed_weights(weight_decay) if weight_decay else optax.identity(),
-        optax.scale_by_learning_rate(scaled),
-    )
+    decay = optax.add_decayed_weights(weight_decay) if weight_decay else optax.identity()
+    projections = optax.chain(direction, decay, optax.scale_by_learning_rate(scaled))
     # At the plain learning rate: `lr_scale` is for projections alone.
-    others = optax.adamw(learning_rate, b1, b2, eps, weight_decay=weight_decay)
+    if regular is None:
+        others = optax.adamw(learning_rate, b1, b2, eps, weight_decay=weight_decay)
+    else:
+        others = optax.chain(regular, decay, optax.scale_by_learning_rate(learning_rate))
     return optax.partition({"projections": projections, "others": others}, labels)

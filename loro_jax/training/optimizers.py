@@ -10,13 +10,18 @@ import dataclasses
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import jax
 import optax
 
 from loro_jax.descent import riemannian_descent
-from loro_jax.directions.adam import adam
-from loro_jax.directions.orthogonal import orthogonal
+from loro_jax.directions.adam import adam, scale_by_uncorrected_adam
+from loro_jax.directions.constant_norms import with_constant_norms
+from loro_jax.directions.magma import magma
+from loro_jax.directions.orthogonal import WHITENING, orthogonal
+from loro_jax.directions.orthogonalisation import EQUILIBRATE
 from loro_jax.directions.protocol import as_direction
-from loro_jax.fields import at_least, field
+from loro_jax.directions.row_momentum import scale_by_row_adam, scale_by_rows
+from loro_jax.fields import at_least, field, one_of
 from loro_jax.loro import loro
 from loro_jax.peers import (
     adarankgrad,
@@ -28,6 +33,7 @@ from loro_jax.peers import (
     spectron,
     svd_projection,
 )
+from loro_jax.peers.muon import scale_by_muon
 from loro_jax.training.registry import Direction, Making, Optimizer, projections_of_blocks
 
 if TYPE_CHECKING:
@@ -43,6 +49,40 @@ class OrthogonalOptions:
     """Options of the direction "orthogonal"."""
 
     momentum: float = field(0.95, at_least(0, below=1), "decay of the averaged gradients")
+    nesterov: bool = field(True, None, "whether to use Nesterov momentum")
+    newton_schulz_steps: int = field(5, at_least(1), "iterations of the orthogonalisation")
+    damping: float = field(
+        1e-3, at_least(0), "damping of the factors' inverse roots, relative to mean eigenvalues"
+    )
+    whitening: str = field(
+        "product",
+        one_of(WHITENING),
+        "whether factors' moves are orthogonalised as moves of the product, or as they are",
+    )
+    equilibrate: str = field(
+        "none",
+        one_of(EQUILIBRATE),
+        "which rows of the momentum are normalised before the orthogonalisation: none, all rows, "
+        "or the rows (columns) of the longer side",
+    )
+    row_moment: float = field(
+        0.0,
+        at_least(0, below=1),
+        "decay of the mean squares by which rows of the longer side are divided; 0: none",
+    )
+    blocks: int = field(
+        0, at_least(0), "size of blocks of the longer side, orthogonalised separately; 0: whole"
+    )
+    magma: bool = field(False, None, "whether half of the matrices rest in each step, at random")
+    hyperball: bool = field(
+        False, None, "whether products (dense: projections) keep their Frobenius norms"
+    )
+    regular: str = field(
+        "adam",
+        one_of(("adam", "rows", "row_adam")),
+        "direction of embedding and head: Adam, momentum with rows of one size, or Adam with one "
+        "second moment for each row",
+    )
 
 
 @dataclasses.dataclass
@@ -98,7 +138,7 @@ def make_loro(direction: Direction, of_direction: Any, making: Making) -> Optimi
     """
     config = making.config
     made = as_direction(direction.make(config, of_direction))
-    return loro(
+    optimizer = loro(
         making.schedule,
         direction=made,
         # In a config 0 stands for None, as in some of the fields below.
@@ -106,7 +146,7 @@ def make_loro(direction: Direction, of_direction: Any, making: Making) -> Optimi
         moments=config.resolved_moments,
         lr_scale=direction.lr_scale if config.lr_scale is None else config.lr_scale,
         # Directions that are moves apply only to factors: Adam steps the rest.
-        regular=adam(**making.adam) if made.kind == "moves" else None,
+        regular=_regular_of_loro(of_direction, making) if made.kind == "moves" else None,
         weight_decay=config.weight_decay,
         max_move=config.max_move or None,
         damping=config.damping or None,
@@ -114,6 +154,9 @@ def make_loro(direction: Direction, of_direction: Any, making: Making) -> Optimi
         basis=config.basis,
         mesh=making.mesh,
     )
+    # On top of the optimizer: norms are kept by exact steps too.
+    hyperball = getattr(of_direction, "hyperball", False)
+    return with_constant_norms(optimizer) if hyperball else optimizer
 
 
 def adam_of_loro(config: Config, options: Any) -> Any:
@@ -123,7 +166,44 @@ def adam_of_loro(config: Config, options: Any) -> Any:
 
 def orthogonal_of_loro(config: Config, options: OrthogonalOptions) -> Any:
     """Makes orthogonalised momentum for LORO."""
-    return orthogonal(options.momentum)
+    direction = orthogonal(
+        **_named(options, _SHARED), damping=options.damping, whitening=options.whitening
+    )
+    return magma(direction, seed=config.seed) if options.magma else direction
+
+
+# Options that factors and dense matrices have in common, by the names of the arguments.
+_SHARED = (
+    *("momentum", "nesterov", "newton_schulz_steps"),
+    *("equilibrate", "row_moment", "blocks"),
+)
+
+
+def _named(options: Any, names: tuple[str, ...]) -> dict[str, Any]:
+    return {name: getattr(options, name) for name in names}
+
+
+def _regular_of_loro(options: Any, making: Making) -> Any:
+    plain = adam(**making.adam)
+    kind = getattr(options, "regular", "adam")
+    if kind == "adam":
+        return plain
+    return as_direction(_by_rows(kind, scale_by_uncorrected_adam(**making.adam), making))
+
+
+def _by_rows(
+    kind: str, others: optax.GradientTransformation, making: Making
+) -> optax.GradientTransformation:
+    """Returns a direction of embedding and head, and ``others`` for the rest."""
+    rows = scale_by_rows() if kind == "rows" else scale_by_row_adam(**making.adam)
+
+    def labels(params: Any) -> Any:
+        # Norms' scales in the blocks are stacked: two axes do not make them matrices.
+        return jax.tree_util.tree_map_with_path(
+            lambda path, p: "others" if path[0].key == "blocks" or p.ndim < 2 else "rows", params
+        )
+
+    return optax.partition({"rows": rows, "others": others}, labels)
 
 
 def adamw(making: Making) -> Optimizer:
@@ -155,14 +235,27 @@ def dense_adamw(making: Making, of_direction: Any) -> Optimizer:
 def dense_muon(making: Making, of_direction: OrthogonalOptions) -> Optimizer:
     """Makes Muon for a dense model."""
     config = making.config
-    return muon(
+    direction = scale_by_muon(**_named(of_direction, _SHARED))
+    if of_direction.magma:
+        masked = magma(as_direction(direction), seed=config.seed)
+        direction = optax.GradientTransformation(
+            masked.init, lambda grads, state, params=None: masked.update(grads, state, params, None)
+        )
+    kind, regular = of_direction.regular, None
+    if kind != "adam":
+        regular = _by_rows(kind, optax.scale_by_adam(**making.adam), making)
+    optimizer = muon(
         making.schedule,
         projected=projections_of_blocks,
         lr_scale=_MUON_SCALE if config.lr_scale is None else config.lr_scale,
-        momentum=of_direction.momentum,
+        direction=direction,
+        regular=regular,
         weight_decay=config.weight_decay,
         **making.adam,
     )
+    if of_direction.hyperball:
+        return with_constant_norms(optimizer, projections_of_blocks)
+    return optimizer
 
 
 def make_lowrank_restarts(making: Making) -> Optimizer:

@@ -195,6 +195,15 @@ def test_options_have_the_defaults_of_the_functions_that_take_them(method):
         ("fira", {"gamma": 2.0, "scale": 0.5}),
         ("full", {"momentum": 0.5}),
         ("loro", {"momentum": 0.5}),
+        ("loro", {"nesterov": False, "newton_schulz_steps": 3}),
+        ("loro", {"damping": 0.5}),
+        ("loro", {"whitening": "none"}),
+        ("loro", {"equilibrate": "long"}),
+        ("full", {"equilibrate": "rows"}),
+        ("loro", {"row_moment": 0.9}),
+        ("full", {"blocks": 4}),
+        ("loro", {"magma": True}),
+        ("full", {"magma": True}),
         ("preconditioned", {"damping": 1.0}),
     ],
 )
@@ -342,7 +351,7 @@ def test_arms_with_old_names_are_what_they_were(tmp_path):
         "exact_every=2,model.initialiser=auto,model.projection=low_rank,exact_until=0"
     )
     assert (mergeable["moments"], mergeable["basis"]) == ("keep", "nearest")
-    assert arm("loro,momentum=0.5")["method_options"] == {"momentum": 0.5}
+    assert arm("loro,momentum=0.5")["method_options"]["momentum"] == 0.5
     assert arm("galore,exact_every=2,projection_scale=0.5")["method_options"] == {"scale": 0.5}
     assert arm("spectron,method_options.momentum=0.5")["method_options"]["momentum"] == 0.5
     # The settings' direction is Muon for the dense twin; it is passed over where nothing uses it.

@@ -1,0 +1,98 @@
+"""What the options of orthogonalised momentum do with a whole model's parameters."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from loro_jax.training.config import Config
+from loro_jax.training.methods import make_optimizer
+
+BASE = Config(direction="orthogonal", steps=100, warmup_steps=0, initial_lr_ratio=1.0)
+
+
+def draw(seed, *shape):
+    return jax.random.normal(jax.random.key(seed), shape)
+
+
+def parameters(method):
+    up = {"W": draw(0, 2, 8, 6)}
+    if method == "loro":
+        up = {"B": draw(0, 2, 8, 3), "A": draw(1, 2, 3, 6)}
+    return {
+        "blocks": {"up": up, "norm": {"scale": jnp.ones((2, 6))}},
+        "embedding": draw(2, 10, 6),
+        "head": {"W": draw(3, 10, 6)},
+        "norm": {"scale": jnp.ones(6)},
+    }
+
+
+def step(method, learning_rate=0.01, lr_scale=2.0, seed=0, **options):
+    config = dataclasses.replace(
+        BASE,
+        method=method,
+        exact_every=4 if method == "loro" else 0,
+        restart_warmup_steps=0,
+        learning_rate=learning_rate,
+        lr_scale=lr_scale,
+        seed=seed,
+        method_options=options,
+    )
+    params = parameters(method)
+    tx = make_optimizer(config)
+    grads = jax.tree.map(lambda p: jnp.cos(jnp.arange(p.size)).reshape(p.shape), params)
+    return tx.update(grads, tx.init(params), params)[0]
+
+
+@pytest.mark.parametrize("method", ["loro", "full"])
+@pytest.mark.parametrize("regular", ["rows", "row_adam"])
+def test_embedding_and_head_move_by_rows_and_all_else_as_before(method, regular):
+    plain, by_rows = step(method), step(method, regular=regular)
+    for found in (by_rows["embedding"], by_rows["head"]["W"]):
+        # In the first step both have the gradient's direction, and its size in each row.
+        np.testing.assert_allclose(np.sqrt(np.mean(np.square(found), axis=1)), 0.01, rtol=1e-3)
+        assert np.ptp(np.abs(found)) > 1e-3
+    for tree in (plain, by_rows):
+        del tree["embedding"], tree["head"]
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), plain, by_rows)
+
+
+@pytest.mark.parametrize("method", ["loro", "full"])
+def test_hyperball_keeps_the_norms_of_projections(method):
+    def norms(params):
+        up = params["blocks"]["up"]
+        W = up["W"] if method == "full" else up["B"] @ up["A"]
+        return jnp.linalg.norm(W, axis=(1, 2))
+
+    params = parameters(method)
+    moved, free = (
+        jax.tree.map(jnp.add, params, step(method, 1.0, hyperball=hyperball))
+        for hyperball in (True, False)
+    )
+    np.testing.assert_allclose(norms(moved), norms(params), rtol=1e-5)
+    assert float(jnp.abs(norms(free) / norms(params) - 1).max()) > 1e-3
+    np.testing.assert_array_equal(moved["embedding"], free["embedding"])
+
+
+OPTIONS = {
+    "equilibrate": "long",
+    "row_moment": 0.9,
+    "blocks": 4,
+    "magma": True,
+    "hyperball": True,
+    "regular": "rows",
+}
+
+
+@pytest.mark.parametrize("method", ["loro", "full"])
+def test_rates_and_seeds_may_be_members_of_an_ensemble(method):
+    rates, scales = jnp.array([0.01, 0.03]), jnp.array([2.0, 1.0])
+
+    def member(rate, scale, seed):
+        return step(method, rate, scale, jax.random.key(seed), **OPTIONS)
+
+    together = jax.jit(jax.vmap(member))(rates, scales, jnp.array([3, 4]))
+    alone = step(method, 0.03, 1.0, 4, **OPTIONS)
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x[1], y, atol=1e-5), together, alone)
