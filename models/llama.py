@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from loro_jax.fields import Range, above, at_least, check, field, nested, one_of
+from loro_jax.layers.cola import ACTIVATIONS
 from loro_jax.layers.common import LATENT, ProjectionSpec
 from loro_jax.layers.dense import Dense
 from loro_jax.layers.low_rank import LowRankLinear
@@ -77,7 +78,17 @@ class LlamaConfig:
         "low_rank",
         one_of(PROJECTIONS),
         "kind of the low-rank projections, unless the training method has its own; loro also "
-        "trains sltrain (sparse entries like all other leaves) and, without exact steps, cola",
+        "trains scaffold, sltrain (sparse entries like all other leaves) and, without exact steps, "
+        "cola",
+    )
+    activation: str = field(
+        "silu", one_of(ACTIVATIONS), "function between the factors of cola; cos is learnable"
+    )
+    scaffold_scale: float = field(
+        1.0, at_least(0), "norm of scaffold's fixed matrix, relative to a dense initialisation"
+    )
+    scaffold_block: int = field(
+        32, at_least(0), "smallest side of the blocks of scaffold's fixed matrix; 0: one block"
     )
     alpha: float = field(
         32.0, None, "the product of the factors is scaled by alpha / rank (lora, sltrain)"
@@ -193,6 +204,9 @@ class LlamaConfig:
             initializer_range=self.initializer_range,
             alpha=self.alpha,
             density=self.density,
+            activation=self.activation,
+            scaffold_scale=self.scaffold_scale,
+            scaffold_block=self.scaffold_block,
             dtype=jnp.dtype(self.dtype),
             param_dtype=jnp.dtype(self.param_dtype),
         )

@@ -151,7 +151,9 @@ def test_the_dense_twin_needs_no_rank():
     assert config.model_config.scope == "none"
 
 
-@pytest.mark.parametrize(("kind", "exact_every"), [("cola", 0), ("sltrain", 500)])
+@pytest.mark.parametrize(
+    ("kind", "exact_every"), [("cola", 0), ("sltrain", 500), ("scaffold", 500)]
+)
 def test_loro_also_trains_projections_of_other_kinds(kind, exact_every):
     config = Config(exact_every=exact_every, model=LlamaConfig(projection=kind))
     config.validate()
