@@ -12,6 +12,11 @@ from models import Batch, preset
 
 NETWORKS = {
     "scaffold": {"projection": "scaffold", "scaffold_block": 8},
+    "cosine": {"projection": "cola", "activation": "cos"},
+    "outputs cross layers": {"cross_layer": 0.5},
+    "latents cross layers": {"latent_crossing": True},
+    "scaffold and outputs": {"projection": "scaffold", "cross_layer": 0.5},
+    "activations cross layers": {"projection": "cola", "latent_crossing": True},
 }
 
 
