@@ -47,9 +47,10 @@ REMAT_POLICIES = ("none", "full", "dots", "rank")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 _DENSITY = above(0, most=1)
+_NAMED = ("xavier", "kaiming", "auto", "dlr", "orth", "xavorth", "lora")
 _INITIALISERS = Range(
-    lambda: "one of xavier, kaiming, auto, orth, xavorth, lora, randn_X, const_X with a number X",
-    lambda name: bool(re.fullmatch("xavier|kaiming|auto|orth|xavorth|lora|(randn|const)_.+", name)),
+    lambda: f"one of {', '.join(_NAMED)}, randn_X, const_X with a number X",
+    lambda name: name in _NAMED or bool(re.fullmatch("(randn|const)_.+", name)),
     listed=True,
 )
 
@@ -102,13 +103,11 @@ class LlamaConfig:
     cross_layer: float = field(
         0.0,
         at_least(0),
-        "low-rank projections add the output of the same projection one layer below, times a "
+        "projections with a rank add the output of the same projection one layer below, times a "
         "trained number that starts at this value; 0: none",
     )
     latent_crossing: bool = field(
-        False,
-        None,
-        "low_rank and cola projections add the latent of the same projection one layer below",
+        False, None, "low_rank and cola add the latent of the same projection one layer below"
     )
     alpha: float = field(
         32.0, None, "the product of the factors is scaled by alpha / rank (lora, sltrain)"

@@ -12,6 +12,7 @@ from models import Batch, preset
 
 NETWORKS = {
     "scaffold": {"projection": "scaffold", "scaffold_block": 8},
+    "repeated identity": {"initialiser": "dlr"},
     "cosine": {"projection": "cola", "activation": "cos"},
     "outputs cross layers": {"cross_layer": 0.5},
     "latents cross layers": {"latent_crossing": True},
@@ -21,7 +22,7 @@ NETWORKS = {
 
 
 def config(network):
-    model = dataclasses.replace(preset("tiny"), initialiser="auto", **NETWORKS[network])
+    model = dataclasses.replace(preset("tiny"), **({"initialiser": "auto"} | NETWORKS[network]))
     run = Config(
         method="loro",
         direction="orthogonal",
