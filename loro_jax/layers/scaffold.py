@@ -1,8 +1,12 @@
 """A fixed cheap matrix of full rank beside the factors: ``y = S x + B A x``.
 
-``S = c D1 (I_g x T) P D2``: signs D2, a permutation P, the same cosine transform T in each of g
-groups, signs D1. Signs and permutation are drawn once and never trained; T is computed where it is
-needed, so S takes no storage to speak of. With the factors it still merges into one matrix.
+``S = c D1 (I_g x T) P D2``: random signs D2, a perfect shuffle P, the same cosine transform T in
+each of g groups, random signs D1. The signs are drawn once and never trained; T is computed where
+it is needed, so S takes next to no storage. With the factors it still merges into one matrix.
+
+P deals the inputs out to the groups in turn, so that each group gets entries of all heads and of
+all groups of the layers below. Unlike a random permutation it moves no single entries of
+activations, which is slow: it is a transposition.
 
 T has orthonormal rows or orthonormal columns, whichever are fewer. With c, S has the Frobenius norm
 of a dense matrix as it is initialised, times a scale.
@@ -70,8 +74,6 @@ class ScaffoldLinear(LowRankLinear):
         signs_out = jax.random.rademacher(rngs.params(), (m,), jnp.float32)
         self.signs_out = Fixed((size * signs_out).astype(spec.param_dtype))
         self.signs_in = Fixed(jax.random.rademacher(rngs.params(), (n,)).astype(spec.param_dtype))
-        order = jax.random.permutation(rngs.params(), n)
-        self.order = Fixed(order.astype(jnp.int32))
         self.groups = groups(m, n, spec.scaffold_block)
 
     @by_rows
@@ -83,13 +85,9 @@ class ScaffoldLinear(LowRankLinear):
         """Maps (N, in) by S to (N, out), in the dtype of the input."""
         m, n = self.signs_out.shape[-1], self.signs_in.shape[-1]
         signed_NxD = x_NxD * self.signs_in[...].astype(x_NxD.dtype)
-        # Indices of a permutation are unique, with which the gradient needs no atomic additions.
-        spread_NxD = signed_NxD.at[:, self.order[...]].get(
-            unique_indices=True, mode="promise_in_bounds"
-        )
         T = cosine_transform(m // self.groups, n // self.groups).astype(x_NxD.dtype)
-        groups_NxF = spread_NxD.reshape(-1, n // self.groups)
-        y_NxF = jnp.matmul(groups_NxF, T.T, precision=precision).reshape(-1, m)
+        dealt_NxGxJ = signed_NxD.reshape(-1, n // self.groups, self.groups).swapaxes(1, 2)
+        y_NxF = jnp.matmul(dealt_NxGxJ, T.T, precision=precision).reshape(-1, m)
         return y_NxF * self.signs_out[...].astype(x_NxD.dtype)
 
     @staticmethod
