@@ -89,10 +89,10 @@ class LlamaConfig:
         one_of(PROJECTIONS),
         "kind of the low-rank projections, unless the training method has its own; loro also "
         "trains scaffold, sltrain (sparse entries like all other leaves) and, without exact steps, "
-        "cola",
+        "cola and scaffold_cola",
     )
     activation: str = field(
-        "silu", one_of(ACTIVATIONS), "function between the factors of cola; cos is learnable"
+        "silu", one_of(ACTIVATIONS), "function between the factors of cola kinds; cos is learnable"
     )
     scaffold_scale: float = field(
         1.0, at_least(0), "norm of scaffold's fixed matrix, relative to a dense initialisation"

@@ -20,6 +20,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from loro_jax.layers.cola import ColaLinear
 from loro_jax.layers.common import Fixed, ProjectionSpec, by_rows
 from loro_jax.layers.low_rank import LowRankLinear
 from loro_jax.linalg.precision import at_least_float32
@@ -100,3 +101,11 @@ class ScaffoldLinear(LowRankLinear):
         """Returns the weight S + B A, (out, in), in float32 or wider."""
         identity = jnp.eye(self.signs_in.shape[-1], dtype=at_least_float32(self.B[...].dtype))
         return self.fixed(identity, jax.lax.Precision.HIGHEST).T + self.product()
+
+
+class ScaffoldColaLinear(ScaffoldLinear, ColaLinear):
+    """``y = S x + B s(A x)``: the activation of :class:`ColaLinear` beside a fixed S."""
+
+    def weight(self) -> Array:
+        """Raises TypeError: no matrix computes the same function."""
+        return ColaLinear.weight(self)

@@ -73,9 +73,13 @@ def write_model(
     if dtype not in DTYPES:
         raise CheckpointError(f"dtype must be one of {', '.join(DTYPES)}, but is {dtype!r}.")
     config = model.config
-    if not keep_factors and config.scope != "none" and config.projection == "cola":
+    if (
+        not keep_factors
+        and config.scope != "none"
+        and config.projection in ("cola", "scaffold_cola")
+    ):
         raise CheckpointError(
-            'projections of kind "cola" can\'t be merged (there is an activation between their '
+            f'projections of kind "{kind}" can\'t be merged (there is an activation between their '
             'factors); expected --keep_factors, or a model of projection "low_rank".'
         )
     refuse_crossing(config, "the format of Hugging Face", CheckpointError)

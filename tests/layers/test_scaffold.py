@@ -53,6 +53,19 @@ def test_the_fixed_matrix_has_full_rank_and_the_norm_of_a_dense_one(m, n, block)
     np.testing.assert_allclose(np.linalg.norm(S), 0.5 * 0.02 * np.sqrt(m * n), rtol=1e-6)
 
 
+def test_an_activation_beside_the_fixed_matrix():
+    fields = {"rank": 4, "initialiser": "auto", "scaffold_block": 8, "activation": "relu2"}
+    spec = ProjectionSpec(kind="scaffold_cola", **fields)
+    projection = make_projection(32, 86, spec, nnx.Rngs(3))
+    assert not projection.linear
+    S, (B, A) = matrix(projection), (np.float64(f) for f in projection.factors())
+    x = np.random.default_rng(0).normal(size=(5, 32))
+    expected = x @ S.T + np.maximum(x @ A.T, 0) ** 2 @ B.T
+    np.testing.assert_allclose(projection(jnp.asarray(x, jnp.float32)), expected, atol=1e-5)
+    with pytest.raises(TypeError, match="activation between the factors"):
+        projection.weight()
+
+
 def test_blocks_divide_both_sides():
     assert [groups(512, 1376, 32), groups(1376, 512, 32)] == [16, 16]
     assert groups(2048, 5461, 32) == 1

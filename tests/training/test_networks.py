@@ -20,6 +20,7 @@ NETWORKS = {
     "outputs cross layers": {"cross_layer": 0.5},
     "latents cross layers": {"latent_crossing": True},
     "scaffold and outputs": {"projection": "scaffold", "cross_layer": 0.5},
+    "scaffold and cosine": {"projection": "scaffold_cola", "activation": "cos"},
     "activations cross layers": {"projection": "cola", "latent_crossing": True},
 }
 
