@@ -73,11 +73,8 @@ def write_model(
     if dtype not in DTYPES:
         raise CheckpointError(f"dtype must be one of {', '.join(DTYPES)}, but is {dtype!r}.")
     config = model.config
-    if (
-        not keep_factors
-        and config.scope != "none"
-        and config.projection in ("cola", "scaffold_cola")
-    ):
+    kind = config.projection
+    if not keep_factors and config.scope != "none" and kind in ("cola", "scaffold_cola"):
         raise CheckpointError(
             f'projections of kind "{kind}" can\'t be merged (there is an activation between their '
             'factors); expected --keep_factors, or a model of projection "low_rank".'
