@@ -221,6 +221,7 @@ def initialise(
     xavier     sqrt(2 / (m + r))             sqrt(2 / (r + n))             the paper's runs
     kaiming    sqrt(2 / r)                   sqrt(2 / r)                   fan-in of torch
     auto       (s^2 / r)^(1/4)               (s^2 / r)^(1/4)               W's entries: std s
+    dlr        auto, plus R / sqrt(K)        (s^2 / r)^(1/4)               then scaled
     orth       orthonormal columns           orthonormal rows
     xavorth    orth times the std of xavier  orth times the std of xavier
     randn_X    X                             X                             X a number
@@ -228,7 +229,9 @@ def initialise(
     lora       zero                          uniform, 1 / sqrt(n) at most  rank zero: no LORO
     ========== ============================= ============================= ==================
 
-    s is ``initializer_range``.
+    s is ``initializer_range``. R is ``K = ceil(m / r)`` identities on top of each other (DLR, arXiv
+    2606.28932, whose fixed path from latents to outputs is part of B here); both factors of dlr are
+    then scaled so that W's entries have the standard deviation s.
 
     Args:
         key: JAX random key.
@@ -263,6 +266,7 @@ def initialise(
         "xavier": (xavier_B, xavier_A),
         "kaiming": (math.sqrt(2 / r), math.sqrt(2 / r)),
         "auto": (auto, auto),
+        "dlr": (auto, auto),
         "orth": (1.0, 1.0),
         "xavorth": (xavier_B, xavier_A),
     }
@@ -288,7 +292,20 @@ def initialise(
     draw = jax.nn.initializers.orthogonal() if orthonormal else jax.nn.initializers.normal(1.0)
     key_B, key_A = jax.random.split(key)
     B, A = draw(key_B, (m, r), jnp.float32), draw(key_A, (r, n), jnp.float32)
-    return (scale_B * B).astype(jnp.float32), (scale_A * A).astype(jnp.float32)
+    B, A = (scale_B * B).astype(jnp.float32), (scale_A * A).astype(jnp.float32)
+    return (B, A) if method != "dlr" else _with_repeated_identity(B, A, initializer_range)
+
+
+def _with_repeated_identity(B: Array, A: Array, std: float) -> tuple[Array, Array]:
+    """Adds R / sqrt(K) to B, and scales both so that entries of B A have this deviation."""
+    m, r = B.shape
+    copies = -(-m // r)
+    R = jnp.tile(jnp.eye(r, dtype=jnp.float32), (copies, 1))[:m]
+    B = B + R / math.sqrt(copies)
+    # Of an entry of B A: that of auto, and that of an entry of A / sqrt(K), which is independent.
+    variance = std**2 + std / math.sqrt(r) / copies
+    scale = (std**2 / variance) ** 0.25
+    return (scale * B).astype(jnp.float32), (scale * A).astype(jnp.float32)
 
 
 def _is_number(text: str) -> bool:

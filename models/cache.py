@@ -25,6 +25,7 @@ import jax.numpy as jnp
 
 from loro_jax.layers.packing import as_low_rank
 from loro_jax.layers.projections import PROJECTIONS
+from models.crossing import refuse_crossing
 from models.llama import Attention, LlamaConfig
 from models.precision import reduction_dtype
 
@@ -69,7 +70,8 @@ def empty_cache(config: LlamaConfig, batch_size: int, length: int, kind: str = "
         The cache, in the dtype of the activations.
 
     Raises:
-        ValueError: for an unknown kind, or for latents of projections that have none.
+        ValueError: for an unknown kind, for latents of projections that have none, or if anything
+            crosses layers.
 
     Example:
         >>> config = LlamaConfig(hidden_size=32, num_layers=2, num_heads=4, rank=8)
@@ -79,6 +81,7 @@ def empty_cache(config: LlamaConfig, batch_size: int, length: int, kind: str = "
     """
     if kind not in CACHES:
         raise ValueError(f"cache must be one of {', '.join(CACHES)}, but is {kind!r}.")
+    refuse_crossing(config, "generation")
     rank = config.group_rank("attn")
     # Of a kind that adds other terms, the latent does not determine the output.
     if kind != "full" and (rank is None or not PROJECTIONS[config.projection].through_rank):

@@ -13,18 +13,28 @@ import dataclasses
 import functools
 import re
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from loro_jax.fields import Range, above, at_least, check, field, nested, one_of
+from loro_jax.layers.cola import ACTIVATIONS
 from loro_jax.layers.common import LATENT, ProjectionSpec
 from loro_jax.layers.dense import Dense
 from loro_jax.layers.low_rank import LowRankLinear
 from loro_jax.layers.packing import Shared, apply_together
 from loro_jax.layers.projections import PROJECTIONS, make_projection
 from models.attention import ATTENTION, causal_attention
+from models.crossing import (
+    Carried,
+    Crossing,
+    apply_crossed,
+    check_crossing,
+    make_gates,
+    nothing_below,
+)
 from models.layout import by_sequence
 from models.precision import reduction_dtype
 from models.rope import RopeScaling, frequencies, rotary_embedding
@@ -37,9 +47,10 @@ REMAT_POLICIES = ("none", "full", "dots", "rank")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 
 _DENSITY = above(0, most=1)
+_NAMED = ("xavier", "kaiming", "auto", "dlr", "orth", "xavorth", "lora")
 _INITIALISERS = Range(
-    lambda: "one of xavier, kaiming, auto, orth, xavorth, lora, randn_X, const_X with a number X",
-    lambda name: bool(re.fullmatch("xavier|kaiming|auto|orth|xavorth|lora|(randn|const)_.+", name)),
+    lambda: f"one of {', '.join(_NAMED)}, randn_X, const_X with a number X",
+    lambda name: name in _NAMED or bool(re.fullmatch("(randn|const)_.+", name)),
     listed=True,
 )
 
@@ -77,7 +88,26 @@ class LlamaConfig:
         "low_rank",
         one_of(PROJECTIONS),
         "kind of the low-rank projections, unless the training method has its own; loro also "
-        "trains sltrain (sparse entries like all other leaves) and, without exact steps, cola",
+        "trains scaffold, sltrain (sparse entries like all other leaves) and, without exact steps, "
+        "cola and scaffold_cola",
+    )
+    activation: str = field(
+        "silu", one_of(ACTIVATIONS), "function between the factors of cola kinds; cos is learnable"
+    )
+    scaffold_scale: float = field(
+        1.0, at_least(0), "norm of scaffold's fixed matrix, relative to a dense initialisation"
+    )
+    scaffold_block: int = field(
+        32, at_least(0), "smallest side of the blocks of scaffold's fixed matrix; 0: one block"
+    )
+    cross_layer: float = field(
+        0.0,
+        at_least(0),
+        "projections with a rank add the output of the same projection one layer below, times a "
+        "trained number that starts at this value; 0: none",
+    )
+    latent_crossing: bool = field(
+        False, None, "low_rank and cola add the latent of the same projection one layer below"
     )
     alpha: float = field(
         32.0, None, "the product of the factors is scaled by alpha / rank (lora, sltrain)"
@@ -125,6 +155,7 @@ class LlamaConfig:
         check(self, "model.")
         self._check_heads()
         self._check_ranks()
+        check_crossing(self)
 
     def _check_heads(self) -> None:
         if self.attention == "cudnn" and self.dtype not in ("bfloat16", "float16"):
@@ -193,6 +224,9 @@ class LlamaConfig:
             initializer_range=self.initializer_range,
             alpha=self.alpha,
             density=self.density,
+            activation=self.activation,
+            scaffold_scale=self.scaffold_scale,
+            scaffold_block=self.scaffold_block,
             dtype=jnp.dtype(self.dtype),
             param_dtype=jnp.dtype(self.param_dtype),
         )
@@ -287,6 +321,7 @@ class Attention(nnx.Module):
     def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
         make = functools.partial(_make_projection, config, "attn", rngs)
         self.q, self.k, self.v, self.o = make("q"), make("k"), make("v"), make("o")
+        self.gates = make_gates(config, "attn")
         self.head_size = config.head_size
         self.method = config.attention
         self.rope_theta = config.rope_theta
@@ -314,15 +349,15 @@ class Attention(nnx.Module):
         return rotary_embedding(self.heads(y_BxLxC), positions, frequencies_K)
 
     @jax.named_scope("attention")
-    def __call__(self, x_BxLxD: Array) -> Array:
+    def __call__(self, x_BxLxD: Array, crossing: Crossing | None = None) -> Array:
         """Maps (B, L, D) to (B, L, D)."""
         B, L, _ = x_BxLxD.shape
-        q_BxLxC, k_BxLxC, v_BxLxC = self.project(x_BxLxD)
+        q_BxLxC, k_BxLxC, v_BxLxC = apply_crossed(self, ("q", "k", "v"), x_BxLxD, crossing)
         q_BxLxHxK = self.turned_heads(q_BxLxC, jnp.arange(L))
         k_BxLxGxK = self.turned_heads(k_BxLxC, jnp.arange(L))
         v_BxLxGxK = self.heads(v_BxLxC)
         y_BxLxHxK = causal_attention(q_BxLxHxK, k_BxLxGxK, v_BxLxGxK, self.method)
-        return self.o(y_BxLxHxK.reshape(B, L, -1))
+        return apply_crossed(self, ("o",), y_BxLxHxK.reshape(B, L, -1), crossing)[0]
 
 
 class MLP(nnx.Module):
@@ -333,15 +368,17 @@ class MLP(nnx.Module):
     def __init__(self, config: LlamaConfig, rngs: nnx.Rngs):
         make = functools.partial(_make_projection, config, "mlp", rngs)
         self.gate, self.up, self.down = make("gate"), make("up"), make("down")
+        self.gates = make_gates(config, "mlp")
 
     @jax.named_scope("mlp")
-    def __call__(self, x_BxLxD: Array) -> Array:
+    def __call__(self, x_BxLxD: Array, crossing: Crossing | None = None) -> Array:
         """Maps (B, L, D) to (B, L, D)."""
-        gate_BxLxF, up_BxLxF = apply_together((self.gate, self.up), x_BxLxD, shared=self.shared)
+        gate_BxLxF, up_BxLxF = apply_crossed(self, ("gate", "up"), x_BxLxD, crossing)
         y_BxLxF = jax.nn.silu(gate_BxLxF) * up_BxLxF
         # Over `tensor` each device computes its part of the width: gate and up are sharded by
         # outputs, down by inputs.
-        return self.down(by_sequence(y_BxLxF, split_axis=2))
+        y_BxLxF = by_sequence(y_BxLxF, split_axis=2)
+        return apply_crossed(self, ("down",), y_BxLxF, crossing)[0]
 
 
 def _make_projection(
@@ -360,10 +397,10 @@ class Block(nnx.Module):
         self.mlp_norm = RMSNorm(config.hidden_size, config)
         self.mlp = MLP(config, rngs)
 
-    def __call__(self, x_BxLxD: Array) -> Array:
+    def __call__(self, x_BxLxD: Array, crossing: Crossing | None = None) -> Array:
         """Maps (B, L, D) to (B, L, D)."""
-        x_BxLxD = by_sequence(x_BxLxD + self.attention(self.attention_norm(x_BxLxD)))
-        return by_sequence(x_BxLxD + self.mlp(self.mlp_norm(x_BxLxD)))
+        x_BxLxD = by_sequence(x_BxLxD + self.attention(self.attention_norm(x_BxLxD), crossing))
+        return by_sequence(x_BxLxD + self.mlp(self.mlp_norm(x_BxLxD), crossing))
 
 
 class Llama(nnx.Module):
@@ -429,11 +466,15 @@ class Llama(nnx.Module):
         # lax.scan over the stacked parameters compiles a single block for any depth.
         graphdef, stacked = nnx.split(self.blocks)
 
-        def layer(x_BxLxD: Array, params: nnx.State) -> tuple[Array, None]:
-            return nnx.merge(graphdef, params)(x_BxLxD), None
+        def layer(carry: tuple[Array, Carried], params: nnx.State) -> Any:
+            x_BxLxD, below = carry
+            crossing = Crossing(below)
+            x_BxLxD = nnx.merge(graphdef, params)(x_BxLxD, crossing)
+            return (x_BxLxD, crossing.above), None
 
-        x_BxLxD, _ = jax.lax.scan(
-            _remat(layer, self.config.remat), x_BxLxD, stacked, unroll=self.config.unroll
+        carry = (x_BxLxD, nothing_below(self.config, x_BxLxD))
+        (x_BxLxD, _), _ = jax.lax.scan(
+            _remat(layer, self.config.remat), carry, stacked, unroll=self.config.unroll
         )
         return self.norm(x_BxLxD)
 

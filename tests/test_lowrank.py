@@ -103,6 +103,18 @@ def test_auto_gives_the_product_the_dense_standard_deviation():
     np.testing.assert_allclose(np.std(B @ A), 0.05, rtol=0.05)
 
 
+@pytest.mark.parametrize(("m", "n", "rank"), [(512, 384, 64), (200, 512, 64)])
+def test_dlr_adds_repeated_identities_and_gives_the_product_the_size_of_auto(m, n, rank):
+    plain_B, plain_A = initialise(jax.random.key(0), m, n, rank, "auto", initializer_range=0.05)
+    B, A = initialise(jax.random.key(0), m, n, rank, "dlr", initializer_range=0.05)
+    copies = -(-m // rank)
+    scale = float(A[0, 0] / plain_A[0, 0])
+    np.testing.assert_allclose(A, scale * plain_A, rtol=1e-5)
+    R = np.eye(rank)[np.arange(m) % rank]
+    np.testing.assert_allclose(B, scale * (plain_B + R / np.sqrt(copies)), atol=1e-6)
+    assert float(jnp.std(B @ A)) == pytest.approx(0.05, rel=0.03)
+
+
 def test_constant_factors():
     B, A = initialise(jax.random.key(0), 4, 3, 2, "const_0.5")
     assert np.all(B == 0.5)
@@ -149,7 +161,7 @@ def test_complex_matrices_have_complex_factors():
     np.testing.assert_allclose(B2.conj().T @ B2, A2 @ A2.conj().T, atol=1e-4)
 
 
-METHODS_OF_INITIALISE = ["xavier", "orth", "lora", "randn_0.1", "const_0.1"]
+METHODS_OF_INITIALISE = ["xavier", "orth", "dlr", "lora", "randn_0.1", "const_0.1"]
 
 
 @pytest.mark.parametrize("method", METHODS_OF_INITIALISE)

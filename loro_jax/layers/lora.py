@@ -36,9 +36,9 @@ class LoraLinear(LowRankLinear):
         return x @ self.W[...].astype(self.dtype).T + self.scale * ((x @ A.T) @ B.T)
 
     @staticmethod
-    def flops(m: int, n: int, rank: int, tokens: float) -> float:
+    def flops(m: int, n: int, spec: ProjectionSpec, tokens: float) -> float:
         """Returns the operations per token, without a gradient of the fixed weight."""
-        return 4.0 * m * n + 6.0 * rank * (m + n)
+        return 4.0 * m * n + LowRankLinear.flops(m, n, spec, tokens)
 
     def weight(self) -> Array:
         """Returns the merged weight, (out, in), in float32 or wider."""

@@ -78,16 +78,17 @@ class LowRankLinear(nnx.Module):
         return jnp.matmul(B, A, precision=jax.lax.Precision.HIGHEST)
 
     @staticmethod
-    def flops(m: int, n: int, rank: int, tokens: float) -> float:
+    def flops(m: int, n: int, spec: ProjectionSpec, tokens: float) -> float:
         """Returns the operations per token, forward and backward.
 
         Args:
             m: outputs.
             n: inputs.
-            rank: r.
+            spec: specification, with a rank.
             tokens: tokens per pass, over which operations done once per pass are divided.
         """
-        return 6.0 * rank * (m + n)
+        assert spec.rank is not None  # make_projection chose this class by it
+        return 6.0 * spec.rank * (m + n)
 
     def weight(self) -> Array:
         """Returns the weight B A, (out, in), in float32 or wider."""

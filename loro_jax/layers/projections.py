@@ -16,6 +16,7 @@ from loro_jax.layers.common import ProjectionSpec
 from loro_jax.layers.dense import Dense
 from loro_jax.layers.lora import LoraLinear
 from loro_jax.layers.low_rank import LowRankLinear
+from loro_jax.layers.scaffold import ScaffoldColaLinear, ScaffoldLinear
 from loro_jax.layers.sltrain import SparseLowRankLinear
 from loro_jax.layers.switchlora import SwitchLoraLinear
 
@@ -26,6 +27,8 @@ PROJECTIONS: dict[str, type[LowRankLinear]] = {
     "lora": LoraLinear,
     "switchlora": SwitchLoraLinear,
     "sltrain": SparseLowRankLinear,
+    "scaffold": ScaffoldLinear,
+    "scaffold_cola": ScaffoldColaLinear,
 }
 
 

@@ -184,9 +184,10 @@ class SparseLowRankLinear(LowRankLinear):
         )
 
     @staticmethod
-    def flops(m: int, n: int, rank: int, tokens: float) -> float:
+    def flops(m: int, n: int, spec: ProjectionSpec, tokens: float) -> float:
         """Returns the operations per token: W is formed twice, and its gradient once."""
-        return 6.0 * m * n + 8.0 * m * n * rank / tokens
+        assert spec.rank is not None  # make_projection chose this class by it
+        return 6.0 * m * n + 8.0 * m * n * spec.rank / tokens
 
     def weight(self) -> jax.Array:
         """Returns the weight, (out, in), in float32 or wider."""

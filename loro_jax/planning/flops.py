@@ -31,11 +31,11 @@ def flops_per_token(config: Config) -> float:
     tokens = config.batch_size * config.sequence_length / config.gradient_accumulation
     layer = 6.0 * L * queries  # scores and weighted values, 2 L D each forward, halved by the mask
     for group in ("attn", "mlp"):
-        rank = model.group_rank(group)
+        spec = model.projection_spec(group)
         for m, n in model.shapes(group).values():
             # Forward, and backward to the input and to the trained weights.
-            if rank is None:
+            if spec.rank is None:
                 layer += 6.0 * m * n
             else:
-                layer += PROJECTIONS[model.projection].flops(m, n, rank, tokens)
+                layer += PROJECTIONS[spec.kind].flops(m, n, spec, tokens)
     return model.num_layers * layer + 6.0 * model.vocab_size * model.hidden_size

@@ -84,7 +84,7 @@ METHODS: dict[str, Method] = {
         "the paper's method: a Riemannian step of the product every K-th step",
         _loro,
         projection="low_rank",
-        other_projections=("cola", "sltrain"),
+        other_projections=("cola", "sltrain", "scaffold", "scaffold_cola"),
         uses=(
             *_RESTARTED,
             "lr_scale",

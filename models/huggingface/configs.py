@@ -50,6 +50,8 @@ _FACTORED_FIELDS = (
     "density",
     "initialiser",
 )
+# Added later; missing ones have their defaults.
+_OPTIONAL_FIELDS = ("activation", "scaffold_scale", "scaffold_block")
 
 
 def to_huggingface(config: LlamaConfig, dtype: str, factored: bool) -> dict[str, Any]:
@@ -83,7 +85,7 @@ def to_huggingface(config: LlamaConfig, dtype: str, factored: bool) -> dict[str,
         **write_rotary(config),
     }
     if factored:
-        content["loro"] = {name: ours[name] for name in _FACTORED_FIELDS}
+        content["loro"] = {name: ours[name] for name in _FACTORED_FIELDS + _OPTIONAL_FIELDS}
     return content
 
 
@@ -132,9 +134,10 @@ def from_huggingface(content: dict[str, Any], where: str) -> LlamaConfig:
         wrong = [name for name in _FACTORED_FIELDS if name not in factored]
         if wrong:
             raise CheckpointError(f"{where}: loro.{wrong[0]} is missing.")
+    known = _FACTORED_FIELDS + _OPTIONAL_FIELDS
     config = LlamaConfig(
         **fields,
-        **{name: value for name, value in factored.items() if name in _FACTORED_FIELDS},
+        **{name: value for name, value in factored.items() if name in known},
         rope_theta=theta,
         rope_scaling=scaling,
     )

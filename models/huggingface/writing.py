@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from flax import nnx
 
+from models.crossing import refuse_crossing
 from models.huggingface.casts import cast
 from models.huggingface.companions import GENERATION, TokenIds, complete_ids, generation_config
 from models.huggingface.configs import to_huggingface
@@ -72,11 +73,13 @@ def write_model(
     if dtype not in DTYPES:
         raise CheckpointError(f"dtype must be one of {', '.join(DTYPES)}, but is {dtype!r}.")
     config = model.config
-    if not keep_factors and config.scope != "none" and config.projection == "cola":
+    kind = config.projection
+    if not keep_factors and config.scope != "none" and kind in ("cola", "scaffold_cola"):
         raise CheckpointError(
-            'projections of kind "cola" can\'t be merged (there is an activation between their '
+            f'projections of kind "{kind}" can\'t be merged (there is an activation between their '
             'factors); expected --keep_factors, or a model of projection "low_rank".'
         )
+    refuse_crossing(config, "the format of Hugging Face", CheckpointError)
     ids = complete_ids(token_ids)
     content = to_huggingface(config, dtype, keep_factors) | ids
     companions = {GENERATION: generation_config(ids)} if ids else {}

@@ -18,7 +18,7 @@ from models.huggingface import CheckpointError, read_model, write_model
 from models.rope import RopeScaling
 
 CONFIG = preset("tiny", num_layers=3, max_sequence_length=64)
-KINDS = ("low_rank", "cola", "lora", "switchlora", "sltrain")
+KINDS = ("low_rank", "cola", "lora", "switchlora", "sltrain", "scaffold")
 
 
 def make(seed=0, **changes):

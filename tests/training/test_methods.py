@@ -164,6 +164,10 @@ def test_flops_of_kinds():
     assert flops["galore"] == flops["full"]
     assert flops["cola"] == flops["lowrank"] == flops["loro"] < flops["full"]
     assert flops["full"] < flops["lora"] == flops["switchlora"]
+    # Blocks of 8 x 8, 12 x 8 and 8 x 12: a quarter of each fixed matrix, forward and backward.
+    scaffold = dataclasses.replace(MODEL, projection="scaffold", scaffold_block=8)
+    more = flops_per_token(config("loro", model=scaffold)) - flops["loro"]
+    assert more == 2 * 4 * (4 * 32 * 32 + 3 * 32 * 48) / 4
     dense = dataclasses.replace(MODEL, scope="none")
     per_layer = 4 * 32 * 32 + 3 * 32 * 48
     expected = 6 * (2 * per_layer + 260 * 32) + 2 * 6 * 16 * 32

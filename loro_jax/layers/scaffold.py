@@ -1,0 +1,111 @@
+"""A fixed cheap matrix of full rank beside the factors: ``y = S x + B A x``.
+
+``S = c D1 (I_g x T) P D2``: random signs D2, a perfect shuffle P, the same cosine transform T in
+each of g groups, random signs D1. The signs are drawn once and never trained; T is computed where
+it is needed, so S takes next to no storage. With the factors it still merges into one matrix.
+
+P deals the inputs out to the groups in turn, so that each group gets entries of all heads and of
+all groups of the layers below. Unlike a random permutation it moves no single entries of
+activations, which is slow: it is a transposition.
+
+T has orthonormal rows or orthonormal columns, whichever are fewer. With c, S has the Frobenius norm
+of a dense matrix as it is initialised, times a scale.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from loro_jax.layers.cola import ColaLinear
+from loro_jax.layers.common import Fixed, ProjectionSpec, by_rows
+from loro_jax.layers.low_rank import LowRankLinear
+from loro_jax.linalg.precision import at_least_float32
+
+Array = jax.Array
+
+
+def groups(m: int, n: int, block: int) -> int:
+    """Returns g, the number of groups of an (m, n) scaffold.
+
+    Args:
+        m: outputs.
+        n: inputs.
+        block: lower bound on the smaller side of a group; 0: one group.
+
+    Example:
+        >>> groups(128, 128, 32), groups(344, 128, 32), groups(128, 128, 0)
+        (4, 4, 1)
+    """
+    if block == 0:
+        return 1
+    common, most = math.gcd(m, n), max(1, min(m, n) // block)
+    return max(g for g in range(1, most + 1) if common % g == 0)
+
+
+def cosine_transform(m: int, n: int) -> Array:
+    """Returns the first m rows and n columns of the orthonormal DCT-II of size max(m, n), float32.
+
+    Example:
+        >>> T = cosine_transform(3, 5)
+        >>> bool(jnp.allclose(T @ T.T, jnp.eye(3), atol=1e-6))
+        True
+    """
+    size = max(m, n)
+    row, column = jnp.arange(m, dtype=jnp.int32)[:, None], jnp.arange(n, dtype=jnp.int32)
+    # Reduced as whole numbers: the cosine of a large float32 angle would be inaccurate.
+    quarters = (row * (2 * column + 1)) % (4 * size)
+    T = math.sqrt(2 / size) * jnp.cos(quarters.astype(jnp.float32) * (math.pi / (2 * size)))
+    return jnp.where(row == 0, T * math.sqrt(0.5), T).astype(jnp.float32)
+
+
+class ScaffoldLinear(LowRankLinear):
+    """``y = S x + B A x`` with S fixed."""
+
+    through_rank = False
+
+    def __init__(self, in_features: int, out_features: int, spec: ProjectionSpec, rngs: nnx.Rngs):
+        super().__init__(in_features, out_features, spec, rngs)
+        m, n = out_features, in_features
+        # The transform has min(m, n) singular values of 1, a dense weight m n entries of this size.
+        size = spec.scaffold_scale * spec.initializer_range * math.sqrt(max(m, n))
+        signs_out = jax.random.rademacher(rngs.params(), (m,), jnp.float32)
+        self.signs_out = Fixed((size * signs_out).astype(spec.param_dtype))
+        self.signs_in = Fixed(jax.random.rademacher(rngs.params(), (n,)).astype(spec.param_dtype))
+        self.groups = groups(m, n, spec.scaffold_block)
+
+    @by_rows
+    def __call__(self, x: Array) -> Array:
+        """Maps (..., in) to (..., out)."""
+        return self.fixed(x.astype(self.dtype)) + self.up(self.down(x))
+
+    def fixed(self, x_NxD: Array, precision: jax.lax.Precision | None = None) -> Array:
+        """Maps (N, in) by S to (N, out), in the dtype of the input."""
+        m, n = self.signs_out.shape[-1], self.signs_in.shape[-1]
+        signed_NxD = x_NxD * self.signs_in[...].astype(x_NxD.dtype)
+        T = cosine_transform(m // self.groups, n // self.groups).astype(x_NxD.dtype)
+        dealt_NxGxJ = signed_NxD.reshape(-1, n // self.groups, self.groups).swapaxes(1, 2)
+        y_NxF = jnp.matmul(dealt_NxGxJ, T.T, precision=precision).reshape(-1, m)
+        return y_NxF * self.signs_out[...].astype(x_NxD.dtype)
+
+    @staticmethod
+    def flops(m: int, n: int, spec: ProjectionSpec, tokens: float) -> float:
+        """Returns the operations per token, without a gradient of S."""
+        of_scaffold = 4.0 * m * n / groups(m, n, spec.scaffold_block)
+        return of_scaffold + LowRankLinear.flops(m, n, spec, tokens)
+
+    def weight(self) -> Array:
+        """Returns the weight S + B A, (out, in), in float32 or wider."""
+        identity = jnp.eye(self.signs_in.shape[-1], dtype=at_least_float32(self.B[...].dtype))
+        return self.fixed(identity, jax.lax.Precision.HIGHEST).T + self.product()
+
+
+class ScaffoldColaLinear(ScaffoldLinear, ColaLinear):
+    """``y = S x + B s(A x)``: the activation of :class:`ColaLinear` beside a fixed S."""
+
+    def weight(self) -> Array:
+        """Raises TypeError: no matrix computes the same function."""
+        return ColaLinear.weight(self)
