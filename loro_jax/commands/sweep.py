@@ -3,8 +3,9 @@ r"""Trains arms with many learning rates and seeds, all of an arm at the same ti
 The members of an arm share one program, so that an accelerator trains dozens of small models in
 the time of a few: all combinations of --lrs, --lr_scales (or --etas) and --seeds. For models that
 fill a device by themselves, and for runs with checkpoints, use python -m loro_jax compare. Arms are
-written as there. OUT/ARM.json is written as soon as an arm is done, and arms that have one are left
-out, so that the same command again does the rest.
+written as there. OUT/ARM.json is written as soon as an arm is done (until then, what there is after
+each evaluation is in OUT/ARM.partial.json), and arms that have one are left out, so that the same
+command again does the rest.
 
 Example:
   python -m loro_jax sweep configs/default.py:recommended --arm=ours=loro \
@@ -28,8 +29,9 @@ from loro_jax.command_line import Parser, failing_in_one_line
 from loro_jax.commands.compare import load_config, parse_arms
 from loro_jax.errors import TrainingError
 from loro_jax.study.report import Arm, Run, config_of
-from loro_jax.study.sweep import Evaluation, Member, Swept, members_of, sweep
+from loro_jax.study.sweep import Member, Swept, members_of, sweep
 from loro_jax.tables import environment, print_table, replacing
+from loro_jax.training.config import Config
 
 
 def main(arguments: Sequence[str]) -> int:
@@ -87,22 +89,39 @@ def _sweep(options: argparse.Namespace) -> int:
             members = [
                 Member(rate, eta / rate, seed) for rate, eta, seed in product(rates, etas, seeds)
             ]
-        swept = sweep(config, members, functools.partial(_tell, arm))
-        rows = summary(swept)
-        print_table(rows)
-        content = {
-            "command": options.command,
-            "environment": environment(),
-            "arm": {"name": arm.name, "method": arm.method, "changes": dict(arm.changes)},
-            "config": dataclasses.asdict(config),
-            **swept._asdict(),
-            "members": [member._asdict() for member in members],
-            "evaluations": [_finite(found._asdict()) for found in swept.evaluations],
-            "rows": rows,
-        }
-        with replacing(path) as temporary:
-            temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        partial = out / f"{arm.name}.partial.json"
+        told = functools.partial(_tell, arm, config, members, options.command, partial)
+        swept = sweep(config, members, told)
+        print_table(summary(swept))
+        partial.replace(path)  # written after the last evaluation, too
     return 0
+
+
+def _tell(
+    arm: Arm,
+    config: Config,
+    members: Sequence[Member],
+    command: str,
+    path: pathlib.Path,
+    swept: Swept,
+) -> None:
+    """Prints a line after an evaluation, and writes all results so far."""
+    losses = [loss for loss in swept.evaluations[-1].losses if math.isfinite(loss)]
+    best = f"{math.exp(min(losses)):.2f}" if losses else "none"
+    step = swept.evaluations[-1].step
+    print(f"{arm.name}: step {step}, best perplexity {best} of {len(losses)} members", flush=True)
+    content = {
+        "command": command,
+        "environment": environment(),
+        "arm": {"name": arm.name, "method": arm.method, "changes": dict(arm.changes)},
+        "config": dataclasses.asdict(config),
+        **swept._asdict(),
+        "members": [member._asdict() for member in members],
+        "evaluations": [_finite(found._asdict()) for found in swept.evaluations],
+        "rows": summary(swept),
+    }
+    with replacing(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 def summary(swept: Swept) -> list[dict[str, Any]]:
@@ -126,15 +145,6 @@ def summary(swept: Swept) -> list[dict[str, Any]]:
             }
         )
     return rows
-
-
-def _tell(arm: Arm, found: Evaluation) -> None:
-    losses = [loss for loss in found.losses if math.isfinite(loss)]
-    best = f"{math.exp(min(losses)):.2f}" if losses else "none"
-    print(
-        f"{arm.name}: step {found.step}, best perplexity {best} of {len(losses)} members",
-        flush=True,
-    )
 
 
 def _finite(value: Any) -> Any:

@@ -106,14 +106,14 @@ def members_of(
 def sweep(
     config: Config,
     members: Sequence[Member],
-    told: Callable[[Evaluation], None] = lambda evaluation: None,
+    told: Callable[[Swept], None] = lambda swept: None,
 ) -> Swept:
     """Trains an ensemble to the end, on one device, without checkpoints.
 
     Args:
         config: the config of every member, apart from its rates and seed.
         members: the members; all with an ``lr_scale``, or none.
-        told: called after each evaluation.
+        told: called after each evaluation, with the result so far.
 
     Returns:
         The result.
@@ -148,9 +148,12 @@ def sweep(
         tokens += sum(int(count) for _, count in waiting)
         waiting.clear()
         evaluations.append(Evaluation(step, losses.tolist(), train.tolist()))
-        told(evaluations[-1])
-    seconds = time.monotonic() - started
-    return Swept(list(members), evaluations, tokens, parameters, flops_per_token(config), seconds)
+        seconds = time.monotonic() - started
+        swept = Swept(
+            list(members), evaluations, tokens, parameters, flops_per_token(config), seconds
+        )
+        told(swept)
+    return swept
 
 
 def _inputs(config: Config, members: Sequence[Member]) -> tuple[Config, Corpus]:
