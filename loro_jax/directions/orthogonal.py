@@ -38,8 +38,6 @@ from loro_jax.pairs import Both, Pairs
 
 Array = jax.Array
 
-WHITENING = ("product", "none")
-
 
 class MomentumState(NamedTuple):
     """State of :func:`orthogonal`.
@@ -70,10 +68,8 @@ def orthogonal(
     nesterov: bool = True,
     newton_schulz_steps: int = 5,
     damping: float = 1e-3,
-    whitening: str = "product",
-    equilibrate: str = "none",
+    equilibrate: bool = False,
     row_moment: float = 0.0,
-    blocks: int = 0,
 ) -> Direction:
     """Returns orthogonalised momentum as a direction for :func:`loro_jax.loro`.
 
@@ -83,12 +79,8 @@ def orthogonal(
         newton_schulz_steps: iterations of the orthogonalisation.
         damping: damping of the inverse roots of ``B^T B`` and ``A A^T``, relative to their mean
             eigenvalue.
-        whitening: "product": the moves described above; "none": each factor's momentum is
-            orthogonalised in its own coordinates, as in Muon, and scaled by ``sqrt(m / r)`` for B
-            and ``sqrt(r / n)`` for A. The size of the product's move then depends on the factors.
         equilibrate: see :class:`loro_jax.directions.orthogonalisation.Orthogonalisation`.
         row_moment: see there.
-        blocks: see there.
 
     Returns:
         A direction of kind "moves"; its ``lr_scale`` is 1.
@@ -110,14 +102,10 @@ def orthogonal(
     """
     check_orthogonalised_momentum("orthogonal", momentum, newton_schulz_steps)
     check_not_negative("orthogonal", damping=damping)
-    if whitening not in WHITENING:
-        raise ValueError(
-            f"orthogonal: whitening must be one of {', '.join(WHITENING)}, but is {whitening!r}."
-        )
     momentum, damping, row_moment = checked_numbers(
         "orthogonal", momentum=momentum, damping=damping, row_moment=row_moment
     )
-    settings = Orthogonalisation(newton_schulz_steps, equilibrate, blocks, row_moment)
+    settings = Orthogonalisation(newton_schulz_steps, equilibrate, row_moment)
     check_orthogonalisation("orthogonal", settings)
 
     def average(old: Array, grad: Array) -> Array:
@@ -145,7 +133,7 @@ def orthogonal(
         # Rounded only here: the moves come from the unrounded averages.
         kept = state._replace(mu=jax.tree.map(lambda x, old: x.astype(old.dtype), mu, state.mu))
         given = list(zip(pairs.take(params), pairs.take(ahead), strict=True))
-        whitened = [_whitened(*pair, damping, whitening) for pair in given]
+        whitened = [_whitened(*pair, damping) for pair in given]
         parts = [(settings.apply(one.B), settings.apply(one.A)) for one in whitened]
         if settings.has_moment:
             both = [
@@ -167,13 +155,11 @@ class _Whitened(NamedTuple):
 
     B: Array
     A: Array
-    roots: Both | None  # inverse roots of B^T B and A A^T
+    roots: Both  # inverse roots of B^T B and A A^T
 
     def moves(self, orthogonalised: Both) -> Both:
         """Returns the factors' moves from the orthogonalised gradients."""
-        (O_B, O_A), (m, r), n = orthogonalised, self.B.shape[-2:], self.A.shape[-1]
-        if self.roots is None:
-            return (m / r) ** 0.5 * O_B, (r / n) ** 0.5 * O_A
+        (O_B, O_A), m, n = orthogonalised, self.B.shape[-2], self.A.shape[-1]
         root_B, root_A = self.roots
         # The mean of the two parts, times the shape factor sqrt(m / n).
         half = 0.5 * (m / n) ** 0.5
@@ -181,11 +167,9 @@ class _Whitened(NamedTuple):
         return half * matmul(O_B, root_A), half * matmul(root_B, O_A)
 
 
-def _whitened(factors: Both, gradients: Both, damping: float, whitening: str) -> _Whitened:
+def _whitened(factors: Both, gradients: Both, damping: float) -> _Whitened:
     dtype = at_least_float32(jnp.result_type(*factors))
     B, A, g_B, g_A = (x.astype(dtype) for x in (*factors, *gradients))
-    if whitening == "none":
-        return _Whitened(g_B, g_A, None)
     root_A = inverse_root(matmul(A, A.mT), damping)
     root_B = inverse_root(matmul(B.mT, B), damping)
     # Coordinates in which the other factor is orthonormal: there the spectral norm of a factor's

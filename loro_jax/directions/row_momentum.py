@@ -1,13 +1,7 @@
 """Momentum normalised by rows, for embedding and head: one scale for each token's vector.
 
-* :func:`scale_by_rows`: averaged gradients whose rows all have a root mean square of one;
-* :func:`scale_by_row_adam`: Adam with one second moment for each row, the mean square of the row's
-  gradient. Rows of tokens that do not occur come to rest as their momentum decays, as in Adam.
-
-Both need one array as large as the parameters; Adam needs two. A row of an embedding or a head
-(V x d) is a token's vector.
-
-Source: one second moment for each token is from Zhang et al., "Adam-mini", arXiv 2406.16793, 2024.
+A row of an embedding or a head (V x d) is a token's vector. One array as large as the parameters is
+kept; Adam keeps two.
 """
 
 from __future__ import annotations
@@ -32,20 +26,6 @@ class RowsState(NamedTuple):
     """
 
     mu: Any
-
-
-class RowAdamState(NamedTuple):
-    """State of :func:`scale_by_row_adam`.
-
-    Attributes:
-        count: steps taken, int32 scalar.
-        mu: first moments, a tree like the parameters, float32 or wider.
-        nu: second moments of rows, (..., m, 1).
-    """
-
-    count: Array  # type: ignore[assignment]  # shadows tuple.count, as in Optax
-    mu: Any
-    nu: Any
 
 
 def scale_by_rows(momentum: float = 0.95, *, nesterov: bool = True) -> optax.GradientTransformation:
@@ -89,53 +69,6 @@ def scale_by_rows(momentum: float = 0.95, *, nesterov: bool = True) -> optax.Gra
         mu = jax.tree.map(average, state.mu, grads)
         ahead = jax.tree.map(average, mu, grads) if nesterov else mu
         return jax.tree.map(normalised, ahead, grads), RowsState(mu)
-
-    return optax.GradientTransformation(init, update)
-
-
-def scale_by_row_adam(
-    b1: float = 0.9, b2: float = 0.999, eps: float = 1e-8
-) -> optax.GradientTransformation:
-    """Rescales gradients by Adam with one second moment for each row.
-
-    Args:
-        b1: decay of the first moment.
-        b2: decay of the second moments.
-        eps: added to the root of the corrected second moment.
-
-    Returns:
-        An ``optax.GradientTransformation`` for matrices.
-
-    Example:
-        >>> import jax.numpy as jnp
-        >>> tx = scale_by_row_adam()
-        >>> grads = jnp.array([[1.0, 7.0], [0.0, 0.0]])
-        >>> moves, state = tx.update(grads, tx.init(grads))
-        >>> [[round(float(x), 3) for x in row] for row in moves], state.nu.shape
-        ([[0.2, 1.4], [0.0, 0.0]], (2, 1))
-    """
-
-    def init(params: Any) -> RowAdamState:
-        mu = jax.tree.map(_wide_zeros, params)
-        return RowAdamState(
-            jnp.zeros([], jnp.int32), mu, jax.tree.map(lambda m: jnp.zeros_like(m[..., :1]), mu)
-        )
-
-    def update(grads: Any, state: RowAdamState, params: Any = None) -> tuple[Any, RowAdamState]:
-        del params
-        count = optax.safe_increment(state.count)
-        wide = jax.tree.map(lambda g, m: g.astype(m.dtype), grads, state.mu)
-        mu = jax.tree.map(lambda m, g: b1 * m + (1 - b1) * g, state.mu, wide)
-        nu = jax.tree.map(
-            lambda v, g: b2 * v + (1 - b2) * jnp.mean(jnp.square(g), axis=-1, keepdims=True),
-            state.nu,
-            wide,
-        )
-        first, second = (optax.tree.bias_correction(x, b, count) for x, b in ((mu, b1), (nu, b2)))
-        moves = jax.tree.map(
-            lambda m, v, g: (m / (jnp.sqrt(v) + eps)).astype(g.dtype), first, second, grads
-        )
-        return moves, RowAdamState(count, mu, nu)
 
     return optax.GradientTransformation(init, update)
 

@@ -61,9 +61,8 @@ def scale_by_muon(
     *,
     nesterov: bool = True,
     newton_schulz_steps: int = 5,
-    equilibrate: str = "none",
+    equilibrate: bool = False,
     row_moment: float = 0.0,
-    blocks: int = 0,
 ) -> optax.GradientTransformation:
     """Orthogonalises averaged gradients of matrices, and scales them by ``sqrt(m / n)``.
 
@@ -73,7 +72,6 @@ def scale_by_muon(
         newton_schulz_steps: number of Newton-Schulz iterations.
         equilibrate: see :class:`loro_jax.directions.orthogonalisation.Orthogonalisation`.
         row_moment: see there.
-        blocks: see there.
 
     Returns:
         An ``optax.GradientTransformation`` for leaves of shape (..., m, n), m outputs by n inputs;
@@ -94,7 +92,7 @@ def scale_by_muon(
     Source: Jordan et al., "Muon", 2024.
     """
     check_orthogonalised_momentum("muon", momentum, newton_schulz_steps)
-    settings = Orthogonalisation(newton_schulz_steps, equilibrate, blocks, row_moment)
+    settings = Orthogonalisation(newton_schulz_steps, equilibrate, row_moment)
     check_orthogonalisation("muon", settings)
 
     def init(params: Any) -> Any:

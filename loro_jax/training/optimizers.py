@@ -15,12 +15,9 @@ import optax
 
 from loro_jax.descent import riemannian_descent
 from loro_jax.directions.adam import adam, scale_by_uncorrected_adam
-from loro_jax.directions.constant_norms import with_constant_norms
-from loro_jax.directions.magma import magma
-from loro_jax.directions.orthogonal import WHITENING, orthogonal
-from loro_jax.directions.orthogonalisation import EQUILIBRATE
+from loro_jax.directions.orthogonal import orthogonal
 from loro_jax.directions.protocol import as_direction
-from loro_jax.directions.row_momentum import scale_by_row_adam, scale_by_rows
+from loro_jax.directions.row_momentum import scale_by_rows
 from loro_jax.fields import at_least, field, one_of
 from loro_jax.loro import loro
 from loro_jax.peers import (
@@ -54,34 +51,18 @@ class OrthogonalOptions:
     damping: float = field(
         1e-3, at_least(0), "damping of the factors' inverse roots, relative to mean eigenvalues"
     )
-    whitening: str = field(
-        "product",
-        one_of(WHITENING),
-        "whether factors' moves are orthogonalised as moves of the product, or as they are",
-    )
-    equilibrate: str = field(
-        "none",
-        one_of(EQUILIBRATE),
-        "which rows of the momentum are normalised before the orthogonalisation: none, all rows, "
-        "or the rows (columns) of the longer side",
+    equilibrate: bool = field(
+        False, None, "whether rows of the longer side are normalised before the orthogonalisation"
     )
     row_moment: float = field(
         0.0,
         at_least(0, below=1),
         "decay of the mean squares by which rows of the longer side are divided; 0: none",
     )
-    blocks: int = field(
-        0, at_least(0), "size of blocks of the longer side, orthogonalised separately; 0: whole"
-    )
-    magma: bool = field(False, None, "whether half of the matrices rest in each step, at random")
-    hyperball: bool = field(
-        False, None, "whether products (dense: projections) keep their Frobenius norms"
-    )
     regular: str = field(
         "adam",
-        one_of(("adam", "rows", "row_adam")),
-        "direction of embedding and head: Adam, momentum with rows of one size, or Adam with one "
-        "second moment for each row",
+        one_of(("adam", "rows")),
+        "direction of embedding and head: Adam, or momentum with rows of one size",
     )
 
 
@@ -138,7 +119,7 @@ def make_loro(direction: Direction, of_direction: Any, making: Making) -> Optimi
     """
     config = making.config
     made = as_direction(direction.make(config, of_direction))
-    optimizer = loro(
+    return loro(
         making.schedule,
         direction=made,
         # In a config 0 stands for None, as in some of the fields below.
@@ -154,9 +135,6 @@ def make_loro(direction: Direction, of_direction: Any, making: Making) -> Optimi
         basis=config.basis,
         mesh=making.mesh,
     )
-    # On top of the optimizer: norms are kept by exact steps too.
-    hyperball = getattr(of_direction, "hyperball", False)
-    return with_constant_norms(optimizer) if hyperball else optimizer
 
 
 def adam_of_loro(config: Config, options: Any) -> Any:
@@ -166,36 +144,23 @@ def adam_of_loro(config: Config, options: Any) -> Any:
 
 def orthogonal_of_loro(config: Config, options: OrthogonalOptions) -> Any:
     """Makes orthogonalised momentum for LORO."""
-    direction = orthogonal(
-        **_named(options, _SHARED), damping=options.damping, whitening=options.whitening
-    )
-    return magma(direction, seed=config.seed) if options.magma else direction
+    return orthogonal(**_shared(options), damping=options.damping)
 
 
-# Options that factors and dense matrices have in common, by the names of the arguments.
-_SHARED = (
-    *("momentum", "nesterov", "newton_schulz_steps"),
-    *("equilibrate", "row_moment", "blocks"),
-)
-
-
-def _named(options: Any, names: tuple[str, ...]) -> dict[str, Any]:
+def _shared(options: OrthogonalOptions) -> dict[str, Any]:
+    """Returns the options that factors and dense matrices have in common."""
+    names = ("momentum", "nesterov", "newton_schulz_steps", "equilibrate", "row_moment")
     return {name: getattr(options, name) for name in names}
 
 
 def _regular_of_loro(options: Any, making: Making) -> Any:
-    plain = adam(**making.adam)
-    kind = getattr(options, "regular", "adam")
-    if kind == "adam":
-        return plain
-    return as_direction(_by_rows(kind, scale_by_uncorrected_adam(**making.adam), making))
+    if getattr(options, "regular", "adam") == "adam":
+        return adam(**making.adam)
+    return as_direction(_by_rows(scale_by_uncorrected_adam(**making.adam)))
 
 
-def _by_rows(
-    kind: str, others: optax.GradientTransformation, making: Making
-) -> optax.GradientTransformation:
-    """Returns a direction of embedding and head, and ``others`` for the rest."""
-    rows = scale_by_rows() if kind == "rows" else scale_by_row_adam(**making.adam)
+def _by_rows(others: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Returns momentum by rows for embedding and head, and ``others`` for the rest."""
 
     def labels(params: Any) -> Any:
         # Norms' scales in the blocks are stacked: two axes do not make them matrices.
@@ -203,7 +168,7 @@ def _by_rows(
             lambda path, p: "others" if path[0].key == "blocks" or p.ndim < 2 else "rows", params
         )
 
-    return optax.partition({"rows": rows, "others": others}, labels)
+    return optax.partition({"rows": scale_by_rows(), "others": others}, labels)
 
 
 def adamw(making: Making) -> Optimizer:
@@ -235,27 +200,16 @@ def dense_adamw(making: Making, of_direction: Any) -> Optimizer:
 def dense_muon(making: Making, of_direction: OrthogonalOptions) -> Optimizer:
     """Makes Muon for a dense model."""
     config = making.config
-    direction = scale_by_muon(**_named(of_direction, _SHARED))
-    if of_direction.magma:
-        masked = magma(as_direction(direction), seed=config.seed)
-        direction = optax.GradientTransformation(
-            masked.init, lambda grads, state, params=None: masked.update(grads, state, params, None)
-        )
-    kind, regular = of_direction.regular, None
-    if kind != "adam":
-        regular = _by_rows(kind, optax.scale_by_adam(**making.adam), making)
-    optimizer = muon(
+    by_rows = of_direction.regular == "rows"
+    return muon(
         making.schedule,
         projected=projections_of_blocks,
         lr_scale=_MUON_SCALE if config.lr_scale is None else config.lr_scale,
-        direction=direction,
-        regular=regular,
+        direction=scale_by_muon(**_shared(of_direction)),
+        regular=_by_rows(optax.scale_by_adam(**making.adam)) if by_rows else None,
         weight_decay=config.weight_decay,
         **making.adam,
     )
-    if of_direction.hyperball:
-        return with_constant_norms(optimizer, projections_of_blocks)
-    return optimizer
 
 
 def make_lowrank_restarts(making: Making) -> Optimizer:

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from loro_jax.directions.row_momentum import scale_by_row_adam, scale_by_rows
+from loro_jax.directions.row_momentum import scale_by_rows
 from tests.directions.test_orthogonal import draw
 
 
@@ -28,24 +28,9 @@ def test_rows_are_those_of_float64(nesterov):
         np.testing.assert_allclose(moves, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_row_adam_is_that_of_float64():
-    grads, mu, nu = [draw(i, 7, 5) for i in range(3)], 0.0, 0.0
-    tx = scale_by_row_adam(0.9, 0.99, 1e-3)
-    for t, (grad, (moves, state)) in enumerate(zip(grads, run(tx, grads), strict=True), 1):
-        g = np.float64(grad)
-        mu = 0.9 * mu + 0.1 * g
-        nu = 0.99 * nu + 0.01 * np.mean(g**2, axis=1, keepdims=True)
-        expected = mu / (1 - 0.9**t) / (np.sqrt(nu / (1 - 0.99**t)) + 1e-3)
-        np.testing.assert_allclose(moves, expected, rtol=1e-4, atol=1e-6)
-        assert state.nu.shape == (7, 1)
-
-
 def test_rows_may_have_any_scale_and_zeros_rest():
     G = draw(0, 4, 6)
     sizes = jnp.array([[1e-30], [1.0], [1e6], [0.0]])
-    for tx in (scale_by_rows(), scale_by_row_adam(eps=0.0)):
-        ((plain, _),), ((scaled, _),) = run(tx, [G]), run(tx, [G * sizes])
-        rows = slice(0, 3) if tx.init(G)._fields == ("mu",) else slice(1, 3)
-        np.testing.assert_allclose(plain[rows], scaled[rows], rtol=1e-5)
-    ((scaled, _),) = run(scale_by_rows(), [G * sizes])
+    ((plain, _),), ((scaled, _),) = run(scale_by_rows(), [G]), run(scale_by_rows(), [G * sizes])
+    np.testing.assert_allclose(plain[:3], scaled[:3], rtol=1e-5)
     assert not np.any(scaled[3])

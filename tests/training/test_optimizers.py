@@ -47,11 +47,10 @@ def step(method, learning_rate=0.01, lr_scale=2.0, seed=0, **options):
 
 
 @pytest.mark.parametrize("method", ["loro", "full"])
-@pytest.mark.parametrize("regular", ["rows", "row_adam"])
-def test_embedding_and_head_move_by_rows_and_all_else_as_before(method, regular):
-    plain, by_rows = step(method), step(method, regular=regular)
+def test_embedding_and_head_move_by_rows_and_all_else_as_before(method):
+    plain, by_rows = step(method), step(method, regular="rows")
     for found in (by_rows["embedding"], by_rows["head"]["W"]):
-        # In the first step both have the gradient's direction, and its size in each row.
+        # The first step has the gradient's direction.
         np.testing.assert_allclose(np.sqrt(np.mean(np.square(found), axis=1)), 0.01, rtol=1e-3)
         assert np.ptp(np.abs(found)) > 1e-3
     for tree in (plain, by_rows):
@@ -59,31 +58,7 @@ def test_embedding_and_head_move_by_rows_and_all_else_as_before(method, regular)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, rtol=1e-6), plain, by_rows)
 
 
-@pytest.mark.parametrize("method", ["loro", "full"])
-def test_hyperball_keeps_the_norms_of_projections(method):
-    def norms(params):
-        up = params["blocks"]["up"]
-        W = up["W"] if method == "full" else up["B"] @ up["A"]
-        return jnp.linalg.norm(W, axis=(1, 2))
-
-    params = parameters(method)
-    moved, free = (
-        jax.tree.map(jnp.add, params, step(method, 1.0, hyperball=hyperball))
-        for hyperball in (True, False)
-    )
-    np.testing.assert_allclose(norms(moved), norms(params), rtol=1e-5)
-    assert float(jnp.abs(norms(free) / norms(params) - 1).max()) > 1e-3
-    np.testing.assert_array_equal(moved["embedding"], free["embedding"])
-
-
-OPTIONS = {
-    "equilibrate": "long",
-    "row_moment": 0.9,
-    "blocks": 4,
-    "magma": True,
-    "hyperball": True,
-    "regular": "rows",
-}
+OPTIONS = {"equilibrate": True, "row_moment": 0.9, "regular": "rows"}
 
 
 @pytest.mark.parametrize("method", ["loro", "full"])
