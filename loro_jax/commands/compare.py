@@ -4,7 +4,7 @@ The grid is run with the first seed, then each method's best learning rate with 
 --arm slow=lowrank,lr_scale=0.25 adds an arm: a method with its own values of config fields. Every
 run has its own directory and is resumable: run the same command again to finish an interrupted
 comparison; two processes with the same command share the work. Runs that diverge are listed in the
-table.
+table. --equal=flops gives each arm as many steps as the first arm's operations pay for.
 
 Example:
   python -m loro_jax compare configs/default.py:paper --methods=full,lowrank,loro \
@@ -23,6 +23,7 @@ from collections.abc import Sequence
 
 from loro_jax.command_line import Parser, failing_in_one_line
 from loro_jax.errors import TrainingError
+from loro_jax.study.budgets import BUDGETS, with_equal_compute
 from loro_jax.study.comparison import StoppedError, compare
 from loro_jax.study.report import Arm, Run, config_of
 from loro_jax.training.config import METHODS, Config
@@ -129,6 +130,12 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--lrs", action="append", help="RATES for all or NAME=RATES; may be repeated"
     )
+    parser.add_argument(
+        "--equal",
+        choices=BUDGETS,
+        default="tokens",
+        help="what arms have in common: tokens, or the first arm's operations (steps follow)",
+    )
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")
     parser.add_argument("--out", default="runs/comparison")
     options = parser.parse_args(arguments)
@@ -143,6 +150,8 @@ def _compare(options: argparse.Namespace, command: str) -> int:
         raise TrainingError(f"--seeds={options.seeds}: expected whole numbers.") from None
     base = load_config(options.config, options.set)
     arms = parse_arms(options.methods, options.arm, base)
+    if options.equal == "flops":
+        arms = with_equal_compute(base, arms)
     names = [arm.name for arm in arms]
     grids = _grids([str(base.learning_rate), *(options.lrs or [])], names)
     # All arms are validated before the first run starts.

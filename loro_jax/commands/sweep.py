@@ -28,6 +28,7 @@ from typing import Any
 from loro_jax.command_line import Parser, failing_in_one_line
 from loro_jax.commands.compare import load_config, parse_arms
 from loro_jax.errors import TrainingError
+from loro_jax.study.budgets import BUDGETS, with_equal_compute
 from loro_jax.study.report import Arm, Run, config_of
 from loro_jax.study.sweep import Member, Swept, members_of, sweep
 from loro_jax.tables import environment, print_table, replacing
@@ -50,6 +51,12 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--lr_scales", help="multipliers of the projections' rate")
     parser.add_argument("--etas", help="in place of --lr_scales: the projections' rates themselves")
     parser.add_argument("--seeds", default="0")
+    parser.add_argument(
+        "--equal",
+        choices=BUDGETS,
+        default="tokens",
+        help="what arms have in common: tokens, or the first arm's operations (steps follow)",
+    )
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")
     parser.add_argument("--out", default="runs/sweep")
     options = parser.parse_args(arguments)
@@ -62,6 +69,8 @@ def _sweep(options: argparse.Namespace) -> int:
     arms = parse_arms(options.methods, options.arm, base)
     if not arms:
         raise TrainingError("--arm: expected at least one arm, here or in --methods.")
+    if options.equal == "flops":
+        arms = with_equal_compute(base, arms)
     rates = _numbers("--lrs", options.lrs) or [base.learning_rate]
     scales = _numbers("--lr_scales", options.lr_scales)
     etas = _numbers("--etas", options.etas)
