@@ -58,7 +58,7 @@ def test_the_loss_falls_and_nothing_fixed_moves(network):
         np.testing.assert_array_equal(one, other)
 
 
-@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("network", ["scaffold and outputs", "repeated identity"])
 @pytest.mark.slow
 def test_seeds_trained_together_are_each_alone(network):
     """Also with a traced seed: initialisation, loss and gradient under vmap."""
