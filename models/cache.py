@@ -25,8 +25,9 @@ import jax.numpy as jnp
 
 from loro_jax.layers.packing import as_low_rank
 from loro_jax.layers.projections import PROJECTIONS
-from models.crossing import refuse_crossing
-from models.llama import Attention, LlamaConfig
+from models.config import LlamaConfig
+from models.crossing import crosses
+from models.llama import Attention
 from models.precision import reduction_dtype
 
 Array = jax.Array
@@ -70,8 +71,7 @@ def empty_cache(config: LlamaConfig, batch_size: int, length: int, kind: str = "
         The cache, in the dtype of the activations.
 
     Raises:
-        ValueError: for an unknown kind, for latents of projections that have none, or if anything
-            crosses layers.
+        ValueError: for an unknown kind, or for latents that do not determine keys and values.
 
     Example:
         >>> config = LlamaConfig(hidden_size=32, num_layers=2, num_heads=4, rank=8)
@@ -81,7 +81,6 @@ def empty_cache(config: LlamaConfig, batch_size: int, length: int, kind: str = "
     """
     if kind not in CACHES:
         raise ValueError(f"cache must be one of {', '.join(CACHES)}, but is {kind!r}.")
-    refuse_crossing(config, "generation")
     rank = config.group_rank("attn")
     # Of a kind that adds other terms, the latent does not determine the output.
     if kind != "full" and (rank is None or not PROJECTIONS[config.projection].through_rank):
@@ -89,6 +88,12 @@ def empty_cache(config: LlamaConfig, batch_size: int, length: int, kind: str = "
         raise ValueError(
             f"cache={kind} keeps the latents of the key and value projections, "
             f"but these {found}; expected cache=full."
+        )
+    if kind != "full" and crosses(config, "attn"):
+        raise ValueError(
+            f"cache={kind} keeps the latents of the key and value projections, but with "
+            f"model.cross_layer = {config.cross_layer} these do not determine keys and values; "
+            "expected cache=full."
         )
     heads = (config.num_layers, batch_size, config.kv_heads, length, config.head_size)
     latents = (config.num_layers, batch_size, length, rank)

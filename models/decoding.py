@@ -19,6 +19,7 @@ from flax import nnx
 
 from loro_jax.layers.packing import Shared, can_share
 from models.cache import Cache, attend, empty_cache, remember
+from models.crossing import Crossing, Outputs, nothing_below
 from models.llama import Llama
 from models.precision import reduction_dtype
 from models.sampling import GREEDY, Sampling, next_tokens
@@ -89,21 +90,25 @@ def extend(
     x_BxLxD = model.embedding[...][tokens_BxL].astype(jnp.dtype(model.config.dtype))
     graphdef, stacked = nnx.split(model.blocks)
 
-    def layer(carry: tuple[Array, Cache], inputs: tuple[Array, nnx.State]) -> Any:
+    def layer(carry: tuple[Array, Cache, Outputs], inputs: tuple[Array, nnx.State]) -> Any:
         # As a carry the cache is written in place; as a scan output it would be copied every time.
-        x_BxLxD, cache = carry
+        x_BxLxD, cache, below = carry
         number, params = inputs
-        block = nnx.merge(graphdef, params)
+        block, crossing = nnx.merge(graphdef, params), Crossing(below)
         attention, h_BxLxD = block.attention, block.attention_norm(x_BxLxD)
         q_BxLxC, k_BxLxC, v_BxLxC = attention.project(h_BxLxD, (False, *cache.latent))
+        q_BxLxC, k_BxLxC, v_BxLxC = crossing.add(attention.gates, q=q_BxLxC, k=k_BxLxC, v=v_BxLxC)
         cache = remember(attention, k_BxLxC, v_BxLxC, positions_BxL, cache, number, slot)
         q_BxLxHxK = attention.turned_heads(q_BxLxC, positions_BxL)
         y_BxLxHxK = attend(attention, q_BxLxHxK, cache, number, positions_BxT, seen_BxLxT)
-        x_BxLxD = x_BxLxD + attention.o(y_BxLxHxK.reshape(*x_BxLxD.shape[:2], -1))
-        return (x_BxLxD + block.mlp(block.mlp_norm(x_BxLxD)), cache), None
+        y_BxLxD = attention.o(y_BxLxHxK.reshape(*x_BxLxD.shape[:2], -1))
+        x_BxLxD = x_BxLxD + crossing.add(attention.gates, o=y_BxLxD)[0]
+        x_BxLxD = x_BxLxD + block.mlp(block.mlp_norm(x_BxLxD), crossing)
+        return (x_BxLxD, cache, crossing.above), None
 
     layers = (jnp.arange(model.config.num_layers), stacked)
-    (x_BxLxD, cache), _ = jax.lax.scan(layer, (x_BxLxD, cache), layers)
+    carry = (x_BxLxD, cache, nothing_below(model.config, x_BxLxD))
+    (x_BxLxD, cache, _), _ = jax.lax.scan(layer, carry, layers)
     # Padding is on the left, so the last slot holds the last token of every row.
     last_BxD = model.norm(x_BxLxD[:, -1])
     dtype = reduction_dtype(last_BxD.dtype)

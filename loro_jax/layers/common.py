@@ -30,7 +30,6 @@ class ProjectionSpec:
         initializer_range: standard deviation of a dense weight's entries.
         alpha: the product of factors is scaled by ``alpha / rank`` (lora, sltrain).
         density: fraction of a sparse matrix's entries that are not zero (sltrain).
-        activation: the function between the factors (cola).
         scaffold_scale: size of the fixed matrix, relative to a dense initialisation (scaffold).
         scaffold_block: lower bound on the smaller side of its blocks; 0: one block (scaffold).
         dtype: dtype of the products.
@@ -43,7 +42,6 @@ class ProjectionSpec:
     initializer_range: float = 0.02
     alpha: float = 32.0
     density: float = 0.03
-    activation: str = "silu"
     scaffold_scale: float = 1.0
     scaffold_block: int = 32
     dtype: Any = jnp.float32

@@ -1,15 +1,27 @@
-"""A fixed cheap matrix of full rank beside the factors: ``y = S x + B A x``.
+"""A fixed cheap matrix S of full rank beside the factors: ``y = S x + B A x``.
+
+Source: LottaLoRA (arXiv 2604.08749) trains low-rank factors beside frozen random matrices and comes
+close to full training, and of the methods compared here :mod:`~loro_jax.layers.lora`, whose fixed
+matrix is never trained, is among the best. A random matrix would cost a dense layer's memory and
+operations; structure makes S cheap:
 
 ``S = c D1 (I_g x T) P D2``: random signs D2, a perfect shuffle P, the same cosine transform T in
-each of g groups, random signs D1. The signs are drawn once and never trained; T is computed where
-it is needed, so S takes next to no storage. With the factors it still merges into one matrix.
+each of g groups (x: Kronecker product), random signs D1.
 
-P deals the inputs out to the groups in turn, so that each group gets entries of all heads and of
-all groups of the layers below. Unlike a random permutation it moves no single entries of
-activations, which is slow: it is a transposition.
+* Stored, and never trained: the m + n signs, those of D1 times c. T is computed where it is needed.
+* Operations per token: 2 m n / g forward and as many backward, where there is a gradient of the
+  input alone; the factors' 6 r (m + n) are added to both.
+* P deals the inputs out to the groups in turn, so that each group gets entries of all heads and of
+  all groups of the layers below. Unlike a random permutation it moves no single entries of
+  activations, which is slow: it is a transposition.
+* T has orthonormal rows or orthonormal columns, whichever are fewer, and c gives S the Frobenius
+  norm of a dense matrix as it is initialised, times ``scaffold_scale``: S has full rank and equal
+  singular values.
 
-T has orthonormal rows or orthonormal columns, whichever are fewer. With c, S has the Frobenius norm
-of a dense matrix as it is initialised, times a scale.
+``S + B A`` is one matrix: a trained projection merges into a dense one. With an activation between
+the factors, ``y = S x + B silu(A x)``, it does not.
+
+Shapes: N rows of activations, D inputs, F outputs, G groups, J inputs of a group.
 """
 
 from __future__ import annotations
@@ -63,7 +75,16 @@ def cosine_transform(m: int, n: int) -> Array:
 
 
 class ScaffoldLinear(LowRankLinear):
-    """``y = S x + B A x`` with S fixed."""
+    """``y = S x + B A x`` with S fixed.
+
+    Example:
+        >>> spec = ProjectionSpec(kind="scaffold", rank=2)
+        >>> projection = ScaffoldLinear(96, 64, spec, nnx.Rngs(0))
+        >>> projection(jnp.ones((5, 96))).shape, projection.groups
+        ((5, 64), 2)
+        >>> sum(leaf.size for leaf in jax.tree.leaves(nnx.state(projection, Fixed)))
+        160
+    """
 
     through_rank = False
 
@@ -83,7 +104,12 @@ class ScaffoldLinear(LowRankLinear):
         return self.fixed(x.astype(self.dtype)) + self.up(self.down(x))
 
     def fixed(self, x_NxD: Array, precision: jax.lax.Precision | None = None) -> Array:
-        """Maps (N, in) by S to (N, out), in the dtype of the input."""
+        """Maps (N, in) by S to (N, out), in the dtype of the input.
+
+        Args:
+            x_NxD: the input.
+            precision: of the products with T; None: the default.
+        """
         m, n = self.signs_out.shape[-1], self.signs_in.shape[-1]
         signed_NxD = x_NxD * self.signs_in[...].astype(x_NxD.dtype)
         T = cosine_transform(m // self.groups, n // self.groups).astype(x_NxD.dtype)
@@ -93,7 +119,7 @@ class ScaffoldLinear(LowRankLinear):
 
     @staticmethod
     def flops(m: int, n: int, spec: ProjectionSpec, tokens: float) -> float:
-        """Returns the operations per token, without a gradient of S."""
+        """Returns the operations per token, forward and backward, without a gradient of S."""
         of_scaffold = 4.0 * m * n / groups(m, n, spec.scaffold_block)
         return of_scaffold + LowRankLinear.flops(m, n, spec, tokens)
 
@@ -104,7 +130,16 @@ class ScaffoldLinear(LowRankLinear):
 
 
 class ScaffoldColaLinear(ScaffoldLinear, ColaLinear):
-    """``y = S x + B s(A x)``: the activation of :class:`ColaLinear` beside a fixed S."""
+    """``y = S x + B silu(A x)``: the activation of :class:`ColaLinear` beside a fixed S.
+
+    Example:
+        >>> spec = ProjectionSpec(kind="scaffold_cola", rank=2)
+        >>> projection = ScaffoldColaLinear(96, 64, spec, nnx.Rngs(0))
+        >>> x = jnp.ones((5, 96))
+        >>> factors = jax.nn.silu(x @ projection.A[...].T) @ projection.B[...].T
+        >>> bool(jnp.allclose(projection(x), projection.fixed(x) + factors, atol=1e-6))
+        True
+    """
 
     def weight(self) -> Array:
         """Raises TypeError: no matrix computes the same function."""

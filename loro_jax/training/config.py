@@ -248,21 +248,14 @@ def _network(config: Config) -> None:
 
 
 def _activation_without_exact_steps(config: Config) -> None:
-    if "basis" not in METHODS[config.method].uses or not config.exact_every:
-        return
-    model = config.model_config
-    if not PROJECTIONS[model.projection].linear:
-        found = f'projection = "{model.projection}" (an activation stands between them)'
-        expected = 'projection "low_rank"'
-    elif model.latent_crossing:
-        found = "latent_crossing = True (latents of other factors are added between them)"
-        expected = "latent_crossing False"
-    else:
-        return
-    raise ValueError(
-        f"exact_every = {config.exact_every}: an exact step gives the product B A new factors, "
-        f"which mean another function with config.model.{found}; expected 0 (never), or {expected}."
-    )
+    projection = config.model_config.projection
+    linear = PROJECTIONS[projection].linear
+    if not linear and "basis" in METHODS[config.method].uses and config.exact_every:
+        raise ValueError(
+            f"exact_every = {config.exact_every}: an exact step gives the product B A new "
+            f'factors, which mean another function with config.model.projection = "{projection}" '
+            '(an activation stands between them); expected 0 (never), or projection "low_rank".'
+        )
 
 
 def _factors(config: Config) -> None:

@@ -10,7 +10,8 @@ import jax
 import numpy as np
 from flax import nnx
 
-from models.crossing import refuse_crossing
+from models.config import GROUPS
+from models.crossing import crosses
 from models.huggingface.casts import cast
 from models.huggingface.companions import GENERATION, TokenIds, complete_ids, generation_config
 from models.huggingface.configs import to_huggingface
@@ -79,7 +80,11 @@ def write_model(
             f'projections of kind "{kind}" can\'t be merged (there is an activation between their '
             'factors); expected --keep_factors, or a model of projection "low_rank".'
         )
-    refuse_crossing(config, "the format of Hugging Face", CheckpointError)
+    if any(crosses(config, group) for group in GROUPS):
+        raise CheckpointError(
+            f"model.cross_layer = {config.cross_layer}: the format of Hugging Face has no outputs "
+            "that cross layers; expected a model with cross_layer = 0."
+        )
     ids = complete_ids(token_ids)
     content = to_huggingface(config, dtype, keep_factors) | ids
     companions = {GENERATION: generation_config(ids)} if ids else {}

@@ -95,33 +95,3 @@ def test_latents_are_given_where_they_are_wanted(rows):
     output, latent = apply_together(several, x, latent=(False, True))
     np.testing.assert_allclose(output, several[0](x), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(latent, several[1].down(x), rtol=1e-5, atol=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("activation", "expected"),
-    [
-        ("silu", lambda z: z / (1 + np.exp(-z))),
-        ("relu2", lambda z: np.maximum(z, 0) ** 2),
-        ("cos", lambda z: np.sin(np.sin(z))),
-    ],
-)
-def test_activations_between_the_factors(activation, expected):
-    spec = ProjectionSpec(kind="cola", rank=4, activation=activation)
-    projection = make_projection(8, 6, spec, nnx.Rngs(0))
-    x = np.random.default_rng(0).normal(size=(5, 8))
-    B, A = (np.float64(factor) for factor in projection.factors())
-    found = projection(jnp.asarray(x, jnp.float32))
-    np.testing.assert_allclose(found, expected(x @ A.T) @ B.T, atol=1e-5)
-
-
-def test_the_cosine_is_trained_coordinate_by_coordinate():
-    spec = ProjectionSpec(kind="cola", rank=4, activation="cos")
-    projection = make_projection(8, 6, spec, nnx.Rngs(0))
-    w, f = np.random.default_rng(0).normal(size=(2, 2, 4))
-    projection.frequencies[...], projection.phases[...] = jnp.float32(w), jnp.float32(f)
-    z = np.random.default_rng(1).normal(size=(3, 4))
-    expected = np.cos(w[1] * np.cos(w[0] * z + f[0]) + f[1])
-    np.testing.assert_allclose(projection.activated(jnp.float32(z)), expected, atol=1e-5)
-    graphdef, state = nnx.split(projection)
-    gradient = jax.grad(lambda s: jnp.sum(nnx.merge(graphdef, s)(jnp.ones((3, 8)))))(state)
-    assert all(np.all(np.asarray(g) != 0) for g in jax.tree.leaves(gradient))

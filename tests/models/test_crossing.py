@@ -1,4 +1,5 @@
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -8,19 +9,30 @@ from flax import nnx
 
 from models import Llama, preset
 from models.cache import empty_cache
+from models.decoding import extend, for_decoding
 from models.huggingface.errors import CheckpointError
 from models.huggingface.writing import write_model
-from models.llama import Block
 from models.rope import frequencies, rotary_embedding
+from tests.helpers import some_fast
 
 CONFIG = dataclasses.replace(preset("tiny"), initialiser="auto", num_layers=3)
 TOKENS = np.arange(10).reshape(2, 5) * 7 % 64
-BOTH = [{"cross_layer": 0.5}, {"latent_crossing": True}]
 
 
-def make(seed=0, **fields):
-    config = dataclasses.replace(CONFIG, **fields)
+def make(seed=0, cross_layer=0.5, **fields):
+    config = dataclasses.replace(CONFIG, cross_layer=cross_layer, **fields)
     return Llama(config, nnx.Rngs(jax.random.key(seed)))
+
+
+def make_different(**fields):
+    """A model whose numbers all differ, so that no two can be taken for each other."""
+    model = make(**fields)
+    for part in (model.blocks.attention, model.blocks.mlp):
+        for i, name in enumerate(("q", "k", "v", "o", "gate", "up", "down")):
+            if hasattr(part.gates, name):
+                start = getattr(part.gates, name)
+                start[...] = start[...] + 0.1 * i + 0.03 * jnp.arange(3)
+    return model
 
 
 def rms_norm(x, scale):
@@ -52,13 +64,8 @@ def logits_by_hand(model):
     x, below = state["embedding"][TOKENS], {}
 
     def crossed(part, name, x):
-        place = block[part][name]
-        z = x @ place["A"].T
-        if model.config.latent_crossing:
-            y = (z + below.get(name, 0)) @ place["B"].T
-            below[name] = z
-            return y
-        below[name] = z @ place["B"].T + block[part]["gates"][name] * below.get(name, 0)
+        place, b = block[part][name], block[part]["gates"][name]
+        below[name] = x @ place["A"].T @ place["B"].T + b * below.get(name, 0)
         return below[name]
 
     for layer in range(model.config.num_layers):
@@ -72,26 +79,54 @@ def logits_by_hand(model):
     return rms_norm(x, state["norm"]["scale"]) @ state["head"]["W"].T
 
 
-@pytest.mark.parametrize("fields", BOTH)
-def test_logits_are_those_of_the_definition(fields):
-    model = make(**fields)
-    if "cross_layer" in fields:
-        # All different, so that no two can be taken for each other.
-        for part in (model.blocks.attention, model.blocks.mlp):
-            for i, name in enumerate(("q", "k", "v", "o", "gate", "up", "down")):
-                if hasattr(part.gates, name):
-                    start = getattr(part.gates, name)
-                    start[...] = start[...] + 0.1 * i + 0.03 * jnp.arange(3)
+def test_logits_are_those_of_the_definition():
+    model = make_different()
     found = model(jnp.asarray(TOKENS))
     np.testing.assert_allclose(found, logits_by_hand(model), atol=2e-5)
-    assert np.max(np.abs(found - make()(jnp.asarray(TOKENS)))) > 1e-3
+    assert np.max(np.abs(found - make(cross_layer=0.0)(jnp.asarray(TOKENS)))) > 1e-3
 
 
-@pytest.mark.parametrize("fields", BOTH)
-@pytest.mark.parametrize("remat", ["none", "full", "dots", "rank"])
-def test_remat_changes_no_gradient(fields, remat):
+def carried(model):
+    """The shapes that the loop over layers carries in the gradient's program, forward."""
+    graphdef, state = nnx.split(model)
+
+    def loss(state):
+        return jnp.sum(nnx.merge(graphdef, state)(jnp.asarray(TOKENS)))
+
+    program = jax.make_jaxpr(jax.value_and_grad(loss))(state)
+    loop = next(e for e in program.eqns if e.primitive.name == "scan")
+    first, count = loop.params["num_consts"], loop.params["num_carry"]
+    return sorted(x.aval.shape for x in loop.invars[first : first + count] if x.aval.ndim)
+
+
+def test_the_loop_over_layers_carries_nothing_more_without_it():
+    hidden, rest = (2, 5, 32), [(2, 5, 48)] * 2
+    assert carried(make(cross_layer=0.0)) == [hidden]
+    assert carried(make(scope="mlp")) == [hidden] * 2 + rest
+    assert carried(make()) == [hidden] * 6 + rest
+
+
+@pytest.mark.parametrize("projection", some_fast(["low_rank", "scaffold_cola"], ["low_rank"]))
+def test_decoding_token_by_token_gives_the_logits_of_the_whole(projection):
+    model = make_different(projection=projection)
+    whole = model(jnp.asarray(TOKENS))
+    # One row has two slots of padding before its tokens.
+    rows = jnp.asarray([[*TOKENS[0], 0, 0], [0, 0, *TOKENS[1]]])
+    step = jax.jit(functools.partial(extend, for_decoding(model)))
+    cache, padding = empty_cache(model.config, 2, 7), jnp.array([0, 2])
+    logits = []
+    for slots in (slice(0, 3), *(slice(i, i + 1) for i in range(3, 7))):
+        last, cache = step(rows[:, slots], cache, slots.start, padding)
+        logits.append(last)
+    np.testing.assert_allclose(jnp.stack(logits[:3])[:, 0], whole[0, 2:], atol=2e-5)
+    np.testing.assert_allclose(jnp.stack(logits)[:, 1], whole[1], atol=2e-5)
+
+
+@pytest.mark.parametrize("remat", ["full", "dots", "rank"])
+@pytest.mark.slow
+def test_remat_changes_no_gradient(remat):
     def gradient(remat):
-        graphdef, state = nnx.split(make(**fields, remat=remat))
+        graphdef, state = nnx.split(make(remat=remat))
         tokens = jnp.asarray(TOKENS)
         return jax.grad(lambda s: jnp.sum(jnp.sin(nnx.merge(graphdef, s)(tokens))))(state)
 
@@ -100,50 +135,22 @@ def test_remat_changes_no_gradient(fields, remat):
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("fields", BOTH)
-def test_seeds_under_vmap_give_what_each_gives_alone(fields):
-    together = jax.vmap(lambda seed: nnx.state(make(seed, **fields)))(jnp.arange(2))
-    for seed in range(2):
-        alone = jax.tree.leaves(nnx.state(make(seed, **fields)))
-        for one, other in zip(jax.tree.leaves(together), alone, strict=True):
-            np.testing.assert_allclose(one[seed], other, rtol=1e-5, atol=1e-7)
-
-
 def test_only_projections_with_a_rank_take_part():
-    model = make(cross_layer=0.5, scope="mlp")
+    model = make(scope="mlp")
     assert model.blocks.attention.gates is None
     assert model.blocks.mlp.gates.up.shape == (3,)
     assert np.isfinite(model(jnp.asarray(TOKENS))).all()
-    dense = make(cross_layer=0.5, scope="none")
-    expected = make(scope="none")(jnp.asarray(TOKENS))
-    np.testing.assert_array_equal(dense(jnp.asarray(TOKENS)), expected)
+    tokens = jnp.asarray(TOKENS)
+    expected = make(cross_layer=0.0, scope="none")(tokens)
+    np.testing.assert_array_equal(make(scope="none")(tokens), expected)
 
 
-def test_a_block_alone_has_nothing_below():
-    block = Block(dataclasses.replace(CONFIG, cross_layer=0.5), nnx.Rngs(0))
-    plain = Block(CONFIG, nnx.Rngs(0))
-    x = jnp.ones((1, 3, 32))
-    np.testing.assert_array_equal(block(x), plain(x))
-
-
-@pytest.mark.parametrize("fields", BOTH)
-def test_what_does_not_support_it_says_so(fields, tmp_path):
-    (name,) = fields
-    with pytest.raises(ValueError, match=rf"model\.{name} = .*generation"):
-        empty_cache(dataclasses.replace(CONFIG, **fields), 1, 4)
-    with pytest.raises(CheckpointError, match=rf"model\.{name} = .*Hugging Face"):
-        write_model(make(**fields), tmp_path / "out", keep_factors=True)
+def test_what_does_not_support_it_says_so(tmp_path):
+    model = make()
+    with pytest.raises(ValueError, match=r"cache=latent .*cross_layer = 0.5.*expected cache=full"):
+        empty_cache(model.config, 1, 4, "latent")
+    with pytest.raises(CheckpointError, match=r"cross_layer = 0.5: .*expected .*cross_layer = 0"):
+        write_model(model, tmp_path / "out", keep_factors=True)
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize(
-    ("fields", "message"),
-    [
-        ({"cross_layer": 0.5, "latent_crossing": True}, "expected latent_crossing False"),
-        ({"projection": "scaffold", "latent_crossing": True}, '"scaffold"; expected "low_rank"'),
-        ({"cross_layer": -1.0}, "model.cross_layer must be at least 0"),
-    ],
-)
-def test_fields_that_do_not_fit_are_named(fields, message):
-    with pytest.raises(ValueError, match=message):
-        dataclasses.replace(CONFIG, **fields).validate()
+    with pytest.raises(ValueError, match=r"model.cross_layer must be at least 0"):
+        dataclasses.replace(CONFIG, cross_layer=-1.0).validate()

@@ -138,7 +138,6 @@ def test_every_config_takes_a_step_on_a_small_batch(name):
         ({"model": LlamaConfig(rank=513)}, "config.model.attn_rank .* but is 513"),
         ({"model": LlamaConfig(scope="none")}, "needs factors"),
         ({"model": LlamaConfig(projection="cola")}, "config.exact_every = 500.* expected 0 "),
-        ({"model": LlamaConfig(latent_crossing=True)}, "latent_crossing = True .* expected 0 "),
     ],
 )
 def test_bad_values_are_named_with_what_was_expected(changes, message):
