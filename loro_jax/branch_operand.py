@@ -7,7 +7,7 @@ directions inside the branch stores nothing. The branch returns moves, which ove
 moments. This is sound only if the next step resets them.
 
 It reduces the time of an approximate step of the pairs, embedding and head of LLaMA-60M to three
-quarters to four fifths on CPU (``python -m loro_jax.bench approximate_step``).
+quarters to four fifths on CPU (``python -m loro_jax bench approximate_step``).
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``python -m loro_jax.bench NAME [options]``."""
+"""``python -m loro_jax bench NAME [options]``."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str]) -> int:
         likely = difflib.get_close_matches(name, BENCHMARKS, n=1)
         hint = f"; did you mean {likely[0]!r}?" if likely else ""
         print(
-            f"usage: python -m loro_jax.bench {{{','.join(BENCHMARKS)}}} [options]{hint}",
+            f"usage: python -m loro_jax bench {{{','.join(BENCHMARKS)}}} [options]{hint}",
             file=sys.stderr,
         )
         return 2

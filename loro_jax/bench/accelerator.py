@@ -29,7 +29,7 @@ _STEP = (
     "--remat=full=dots,loro=rank",
 )
 
-# Name -> arguments of ``python -m loro_jax.bench``, the most important first.
+# Name -> arguments of ``python -m loro_jax bench``, the most important first.
 MEASUREMENTS: dict[str, list[str]] = {
     # The 168 pairs of 1B in one step, compared with the paper's algorithm.
     "exact_step_1b": [
@@ -79,7 +79,7 @@ _VARIABLES_OF = {
 
 def main(arguments: Sequence[str]) -> None:
     """Runs the measurements; see ``--help``."""
-    parser = Parser("python -m loro_jax.bench accelerator", __doc__)
+    parser = Parser("python -m loro_jax bench accelerator", __doc__)
     parser.add_argument("--out", type=pathlib.Path, required=True, help="directory of the results")
     parser.add_argument(
         "--only", default=",".join(MEASUREMENTS), help="names, separated by commas; default: all"

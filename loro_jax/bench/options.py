@@ -22,7 +22,7 @@ def make_parser(name: str, doc: str | None, models: str, rounds: int) -> Parser:
     Returns:
         The parser.
     """
-    parser = Parser(f"python -m loro_jax.bench {name}", doc)
+    parser = Parser(f"python -m loro_jax bench {name}", doc)
     parser.add_argument("--models", default=models, help=f"comma-separated, default {models}")
     parser.add_argument("--rounds", type=int, default=rounds, help=f"default {rounds}")
     parser.add_argument("--json", help="write the results to this file, too")

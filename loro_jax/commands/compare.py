@@ -139,7 +139,7 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")
     parser.add_argument("--out", default="runs/comparison")
     options = parser.parse_args(arguments)
-    command = " ".join(["python -m loro_jax.compare", *arguments])
+    command = " ".join(["python -m loro_jax compare", *arguments])
     return failing_in_one_line(lambda: _compare(options, command))
 
 

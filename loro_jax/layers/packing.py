@@ -94,7 +94,7 @@ def apply_together(
         pieces = shared(x)
     elif low_rank and rows >= ROWS_WORTH_PACKING:
         # Meant for accelerators, which narrow products don't saturate; on two CPU cores it is
-        # neither faster nor slower (``python -m loro_jax.bench together``). For few rows copying
+        # neither faster nor slower (``python -m loro_jax bench together``). For few rows copying
         # the A's does not pay.
         A = jnp.concatenate([p.first() for p in projections])
         latents_NxR = named(x.reshape(-1, x.shape[-1]).astype(A.dtype) @ A.T)

@@ -130,8 +130,9 @@ def together(action: Callable[[], T]) -> T:
         raise failure
     for process, said in enumerate(messages):
         if said.any():
-            # Without the zeros that fill the message up.
-            raise TrainingError(f"process {process}: {bytes(said).rstrip(bytes(1)).decode()}")
+            # Without the zeros that fill the message up; its last character may be cut.
+            message_text = bytes(said).rstrip(bytes(1)).decode(errors="ignore")
+            raise TrainingError(f"process {process}: {message_text}")
     return outcome  # type: ignore[return-value]
 
 

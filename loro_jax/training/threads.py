@@ -15,7 +15,7 @@ def lapack_by_one_thread() -> Iterator[None]:
 
     JAX calls SciPy's OpenBLAS, which has one thread per core and lets them spin while they wait for
     more work, on the cores that XLA's threads need. For an exact step this costs more than a second
-    thread gains (``python -m loro_jax.bench exact_step``, with and without
+    thread gains (``python -m loro_jax bench exact_step``, with and without
     ``OPENBLAS_NUM_THREADS=1``).
 
     Example:

@@ -52,7 +52,7 @@ def test_a_benchmark_prints_a_table_and_writes_json(tmp_path, capsys, name, expe
     result = json.loads(path.read_text())
     assert expected <= set(result["rows"][0])
     assert {"device", "date", "jax"} <= set(result["environment"])
-    assert result["command"].startswith(f"python -m loro_jax.bench {name}")
+    assert result["command"].startswith(f"python -m loro_jax bench {name}")
 
 
 def test_slow_exact_steps_may_be_timed_with_fewer_layers(monkeypatch, tmp_path):
@@ -340,7 +340,7 @@ def test_all_measurements_of_an_accelerator_go_on_where_they_stopped(monkeypatch
         assert error == f"error: not measured: bad; see their logs in {tmp_path}\n"
         assert seen in out
         assert "bad: failed with status" in out
-    assert (tmp_path / "bad.log").read_text().startswith("usage: python -m loro_jax.bench")
+    assert (tmp_path / "bad.log").read_text().startswith("usage: python -m loro_jax bench")
     assert bench.main(["accelerator", f"--out={tmp_path}", "--only=bad", "--seconds=0"]) == 1
     assert "bad: no time left" in capsys.readouterr().out
     with pytest.raises(SystemExit):

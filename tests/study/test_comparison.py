@@ -49,7 +49,7 @@ def compared(config, tmp_path_factory):
 def test_the_table_has_a_row_a_method(compared):
     _, out = compared
     content = json.loads((out / "table.json").read_text())
-    assert content["command"].startswith("python -m loro_jax.compare ")
+    assert content["command"].startswith("python -m loro_jax compare ")
     assert content["config"]["steps"] == 12
     rows = {row["arm"]: row for row in content["rows"]}
     assert set(rows) == {"lowrank", "full"}
