@@ -140,6 +140,12 @@ class Config:
     )
     log_every: int = field(10, at_least(1), "steps between training rows")
     eval_every: int = field(1_000, at_least(1), "steps between evaluations (and one at the end)")
+    published_ppl: bool = field(
+        False,
+        None,
+        "evaluations also print the perplexity that evaluators of published tables would print, "
+        "and the number of batches (of batch_size / gradient_accumulation sequences)",
+    )
     checkpoint_every: int = field(
         1_000, at_least(1), "steps between checkpoints (and one at the end)"
     )

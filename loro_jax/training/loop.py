@@ -25,6 +25,7 @@ from loro_jax.training.metrics import MetricsWriter, read_rows
 from loro_jax.training.plots import plot_run
 from loro_jax.training.processes import is_first, largest, others_alive, together
 from loro_jax.training.progress import ProgressDisplay
+from loro_jax.training.published import published
 from loro_jax.training.report import corpus_ngrams, final_report
 from loro_jax.training.run_directory import RunDirectory
 from loro_jax.training.start import check_start, start_from, with_architecture
@@ -276,7 +277,8 @@ class _Run:
                 for batch in map(self._put_whole, self._validation)
             ]
             # In float64, because large sums of float32 would lose the last digits of the loss.
-            loss_sum, tokens = np.sum(np.asarray(jax.device_get(parts), np.float64), axis=0)
+            losses = np.asarray(jax.device_get(parts), np.float64)
+        loss_sum, tokens = np.sum(losses, axis=0)
         val_loss = float(loss_sum / tokens)
         if not math.isfinite(val_loss):
             raise self._not_finite(step, {"val_loss": val_loss})
@@ -286,6 +288,9 @@ class _Run:
             "val_ppl": math.exp(val_loss),
             "tokens": self._tokens,
         }
+        if self._config.published_ppl:
+            found = published(*losses.T)
+            row |= {"published_ppl": found.perplexity, "val_batches": found.batches}
         self._write(row)
         self._display.evaluation(row)
 

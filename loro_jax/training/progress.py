@@ -63,10 +63,14 @@ class ProgressDisplay:
     def evaluation(self, row: dict[str, Any]) -> None:
         """Shows an evaluation row."""
         self._validation = f"  val ppl {row['val_ppl']:.2f}"
+        published = ""
+        if "published_ppl" in row:
+            published = f" (published {row['published_ppl']:.2f}, n = {row['val_batches']})"
+            self._validation += published
         if self._bar is None:
             self._console.print(
                 f"step {row['step']}/{self._total}  validation loss {row['val_loss']:.4f}  "
-                f"ppl {row['val_ppl']:.2f}"
+                f"ppl {row['val_ppl']:.2f}{published}"
             )
 
     def say(self, line: str) -> None:

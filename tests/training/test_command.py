@@ -3,6 +3,7 @@
 import dataclasses
 import fcntl
 import json
+import math
 import shutil
 
 import pytest
@@ -14,7 +15,7 @@ from loro_jax.training.loop import train
 from models import LlamaConfig
 from tests.training import runs
 
-AS_FINISHED = {"tensorboard": True}
+AS_FINISHED = {"tensorboard": True, "published_ppl": True}
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +52,12 @@ def test_a_run_leaves_what_it_promises(finished):
     assert training[-1]["tokens"] == 120 * 8 * 64
     assert {"step", "val_loss", "val_ppl"} <= set(evaluation[0])
     assert evaluation[-1]["val_loss"] < evaluation[0]["val_loss"]
+    for row in evaluation:
+        # Batches are of almost as many tokens each.
+        n = row["val_batches"]
+        expected = row["val_loss"] * n / (n + 1)
+        assert math.log(row["published_ppl"]) == pytest.approx(expected, rel=0.02)
+    assert f"(published {evaluation[-1]['published_ppl']:.2f}, n = {n})" in output
     assert sorted(p.name for p in (workdir / "checkpoints").iterdir()) == ["110", "120"]
     assert (workdir / "plot.png").read_bytes().startswith(b"\x89PNG")
     assert list((workdir / "tensorboard").glob("events.*"))
