@@ -4,7 +4,8 @@
 XLA's optimizations: most of its time goes into compiling small programs that run once. Any other
 choice of markers than the default compiles as users do. Environment variables:
 
-* ``LORO_JAX_TESTS_XLA=default`` leaves XLA's options alone in the fast tier too.
+* ``LORO_JAX_TESTS_XLA=default`` leaves XLA's options alone in the fast tier too, and ``quick``
+  compiles any choice of markers without optimizations.
 * ``LORO_JAX_TESTS_CACHE=DIR`` keeps compiled programs in another directory than
   ``~/.cache/loro_jax_tests/<version of JAX>``; empty: in a directory of this session alone.
 """
@@ -101,8 +102,9 @@ def _is_known(option):
 def pytest_configure(config):
     """Sets XLA's options before it starts, here and in the processes that inherit them."""
     is_worker = hasattr(config, "workerinput")
-    is_fast = config.option.markexpr == "not slow"
-    if is_fast and not is_worker and os.environ.get("LORO_JAX_TESTS_XLA") != "default":
+    chosen = os.environ.get("LORO_JAX_TESTS_XLA")
+    is_quick = chosen == "quick" or (chosen != "default" and config.option.markexpr == "not slow")
+    if is_quick and not is_worker:
         given = os.environ.get("XLA_FLAGS", "")
         os.environ["XLA_FLAGS"] = " ".join([*_known_options(config), given]).strip()
 
