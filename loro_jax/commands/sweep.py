@@ -26,9 +26,8 @@ from itertools import product
 from typing import Any
 
 from loro_jax.command_line import Parser, failing_in_one_line
-from loro_jax.commands.compare import load_config, parse_arms
+from loro_jax.commands.arms import add_arm_options, read_arms
 from loro_jax.errors import TrainingError
-from loro_jax.study.budgets import BUDGETS, with_equal_compute
 from loro_jax.study.report import Arm, Run, config_of
 from loro_jax.study.sweep import Member, Swept, members_of, sweep
 from loro_jax.tables import environment, print_table, replacing
@@ -38,39 +37,17 @@ from loro_jax.training.config import Config
 def main(arguments: Sequence[str]) -> int:
     """Runs ``python -m loro_jax sweep``; returns the exit status."""
     parser = Parser("python -m loro_jax sweep", __doc__)
-    parser.add_argument("config", metavar="CONFIG", help="a config file, as of train.py")
-    parser.add_argument("--methods", default="", help="arms by the names of their methods")
-    parser.add_argument(
-        "--arm",
-        action="append",
-        default=[],
-        metavar="NAME=METHOD,FIELD=VALUE,...",
-        help="another arm: a method with its own values of fields; may be repeated",
-    )
+    add_arm_options(parser, "", "runs/sweep")
     parser.add_argument("--lrs", help="peak learning rates; without it the config's")
     parser.add_argument("--lr_scales", help="multipliers of the projections' rate")
     parser.add_argument("--etas", help="in place of --lr_scales: the projections' rates themselves")
-    parser.add_argument("--seeds", default="0")
-    parser.add_argument(
-        "--equal",
-        choices=BUDGETS,
-        default="tokens",
-        help="what arms have in common: tokens, or the first arm's operations (steps follow)",
-    )
-    parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")
-    parser.add_argument("--out", default="runs/sweep")
     options = parser.parse_args(arguments)
     options.command = " ".join(["python -m loro_jax sweep", *arguments])
     return failing_in_one_line(lambda: _sweep(options))
 
 
 def _sweep(options: argparse.Namespace) -> int:
-    base = load_config(options.config, options.set)
-    arms = parse_arms(options.methods, options.arm, base)
-    if not arms:
-        raise TrainingError("--arm: expected at least one arm, here or in --methods.")
-    if options.equal == "flops":
-        arms = with_equal_compute(base, arms)
+    base, arms, seeds = read_arms(options)
     rates = _numbers("--lrs", options.lrs) or [base.learning_rate]
     scales = _numbers("--lr_scales", options.lr_scales)
     etas = _numbers("--etas", options.etas)
@@ -78,10 +55,6 @@ def _sweep(options: argparse.Namespace) -> int:
         raise TrainingError(
             "--lr_scales, --etas: expected one of them, because eta = lr_scale * lr."
         )
-    try:
-        seeds = [int(seed) for seed in options.seeds.split(",")]
-    except ValueError:
-        raise TrainingError(f"--seeds={options.seeds}: expected whole numbers.") from None
     configs = {arm.name: config_of(base, Run(arm, rates[0], seeds[0])) for arm in arms}
     for config in configs.values():  # all, before the first is trained
         config.validate()

@@ -2,7 +2,7 @@
 
 import pytest
 
-from loro_jax.commands.compare import load_config, parse_arms
+from loro_jax.commands.arms import load_config, parse_arms
 from loro_jax.planning.flops import flops_per_token
 from loro_jax.study.budgets import with_equal_compute
 from loro_jax.study.report import Run, config_of

@@ -6,7 +6,8 @@ import re
 
 import pytest
 
-from loro_jax.commands.compare import load_config, main
+from loro_jax.commands.arms import load_config
+from loro_jax.commands.compare import main
 from loro_jax.errors import TrainingError
 from loro_jax.study import comparison
 from loro_jax.training.config import Config

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from loro_jax.commands.compare import load_config
+from loro_jax.commands.arms import load_config
 from loro_jax.commands.sweep import main
 from loro_jax.errors import TrainingError
 from loro_jax.study.sweep import Member, sweep

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 
 from loro_jax import LowRank, initialise
-from loro_jax.commands.compare import load_config
+from loro_jax.commands.arms import load_config
 from loro_jax.errors import TrainingError
 from loro_jax.training.config import Config, differences
 from loro_jax.training.loop import train

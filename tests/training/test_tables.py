@@ -12,7 +12,8 @@ import pytest
 from flax import nnx
 
 from loro_jax import peers
-from loro_jax.commands.compare import load_config, main
+from loro_jax.commands.arms import load_config
+from loro_jax.commands.compare import main
 from loro_jax.errors import TrainingError
 from loro_jax.fields import above, field
 from loro_jax.layers.low_rank import LowRankLinear
