@@ -1,8 +1,9 @@
 """Shared by all tests: the two tiers, XLA's options, compiled programs, float64, real corpora.
 
-``pytest`` runs the fast tier, ``pytest -m slow`` the slow one. The fast tier compiles without
-XLA's optimizations: most of its time goes into compiling small programs that run once. Any other
-choice of markers than the default compiles as users do. Environment variables:
+``pytest`` runs the fast tier, ``pytest -m slow`` the slow one, ``pytest -m optimized`` what depends
+on XLA's optimizations. The fast tier compiles without them: most of its time goes into compiling
+small programs that run once. Any other choice of markers compiles as users do. Environment
+variables:
 
 * ``LORO_JAX_TESTS_XLA=default`` leaves XLA's options alone in the fast tier too, and ``quick``
   compiles any choice of markers without optimizations.
@@ -41,13 +42,14 @@ QUICK = (
     "--xla_cpu_use_fusion_emitters=false",
 )
 
-# Files that the slow tier runs once more, as users compile them: what they compare are roundings.
+# What is run once more, compiled as users do: it compares roundings, or what a program holds.
 OPTIMIZED = (
     "exact/test_retractions.py",
     "exact/test_tangent.py",
     "linalg/",
     "test_parity.py",
-    "training/test_step.py",
+    "training/test_step.py::test_the_step",
+    "training/test_step.py::test_exact_steps_need_no_memory",
 )
 
 FOURTEEN_DAYS = 14 * 24 * 3600
@@ -110,10 +112,10 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    """Marks the tests of the files that the slow tier runs once more."""
+    """Marks the tests that are run once more, with XLA's optimizations."""
     for item in items:
-        path = item.path.relative_to(ROOT / "tests").as_posix()
-        if path.startswith(OPTIMIZED):
+        name = f"{item.path.relative_to(ROOT / 'tests').as_posix()}::{item.name}"
+        if name.startswith(OPTIMIZED):
             item.add_marker(pytest.mark.optimized)
 
 
