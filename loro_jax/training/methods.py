@@ -38,6 +38,7 @@ DIRECTIONS: dict[str, Direction] = {
         "orthogonalised momentum on the factors; Muon on dense projections",
         optimizers.orthogonal_of_loro,
         options=optimizers.OrthogonalOptions,
+        of_factors=("damping",),
         lr_scale=2.4,
         dense=optimizers.dense_muon,
     ),
@@ -311,6 +312,12 @@ def resolved_options(config: Config) -> dict[str, Any]:
     return options
 
 
+def _unused(config: Config) -> tuple[str, ...]:
+    """Returns options of a config's direction that its method has no use for."""
+    dense = METHODS[config.method].projection is None
+    return DIRECTIONS[config.direction].of_factors if dense and takes_direction(config) else ()
+
+
 def check_options(config: Config) -> None:
     """Raises ValueError for an option that the method lacks, or a value outside its range."""
     kinds = _kinds_of(config)
@@ -322,6 +329,11 @@ def check_options(config: Config) -> None:
                 of += f' with config.direction = "{config.direction}"'
             has = f"it has {', '.join(known)}" if known else "it has none"
             raise ValueError(f"method_options.{name}: {of} has no such option; {has}.")
+        if name in _unused(config):
+            raise ValueError(
+                f"method_options.{name}: only factors use it, which config.method = "
+                f'"{config.method}" has none of; expected it not to be set.'
+            )
     for kind in kinds:
         check(_options(kind, config), "method_options.")
 
@@ -330,7 +342,7 @@ def uses_field(config: Config, name: str) -> bool:
     """Returns whether a config's method uses a field, given by its dotted name."""
     if name.startswith("method_options."):
         options = {one.name for kind in _kinds_of(config) for one in dataclasses.fields(kind)}
-        return name.partition(".")[2] in options
+        return name.partition(".")[2] in options.difference(_unused(config))
     if name == "direction" and not takes_direction(config):
         return False
     # Fields that no entry lists are read by the trainer itself, whatever the method.

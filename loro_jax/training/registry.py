@@ -100,6 +100,7 @@ class Direction:
         meaning: a one-line description.
         make: (config, options) -> the ``direction`` of :func:`loro_jax.loro`; None: its Adam.
         options: a dataclass of its own fields, ``config.method_options``.
+        of_factors: names of options that only factors use, not dense projections.
         lr_scale: ``lr_scale`` of :func:`loro_jax.loro` if the config has none.
         dense: (making, direction's options) -> an optimizer of dense projections, for the method
             "full"; None: there is no dense counterpart.
@@ -108,6 +109,7 @@ class Direction:
     meaning: str
     make: Callable[[Config, Any], Any]
     options: type = NoOptions
+    of_factors: tuple[str, ...] = ()
     lr_scale: float | None = None
     dense: Callable[[Making, Any], Optimizer] | None = None
 

@@ -116,6 +116,14 @@ BAD_FLAGS = {
         ],
         'method_options.momentum: config.method = "galore" has no such option; it has scale.',
     ),
+    "an option for factors of a dense model": (
+        [
+            "--config.method=full",
+            "--config.direction=orthogonal",
+            "--config.method_options.damping=0.5",
+        ],
+        "method_options.damping: only factors use it",
+    ),
     "a missing corpus": (["--config.data.source=none/*.txt"], "matches no file"),
 }
 
