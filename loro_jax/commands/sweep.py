@@ -1,8 +1,8 @@
 r"""Trains arms with many learning rates and seeds, all of an arm at the same time.
 
 The members of an arm share one program, so that an accelerator trains dozens of small models in
-the time of a few: all combinations of --lrs, --lr_scales (or --etas) and --seeds. For models that
-fill a device by themselves, and for runs with checkpoints, use python -m loro_jax compare. Arms are
+the time of a few: all combinations of --lrs, --lr_scales (or --etas) and --seeds. For models of
+which one fills a device, and for runs with checkpoints, use python -m loro_jax compare. Arms are
 written as there. OUT/ARM.json is written as soon as an arm is done (until then, what there is after
 each evaluation is in OUT/ARM.partial.json), and arms that have one are left out, so that the same
 command again does the rest.

@@ -126,7 +126,7 @@ def make_loro(direction: Direction, of_direction: Any, making: Making) -> Optimi
         exact_every=config.exact_every or None,
         moments=config.resolved_moments,
         lr_scale=direction.lr_scale if config.lr_scale is None else config.lr_scale,
-        # Directions that are moves apply only to factors: Adam steps the rest.
+        # Directions that are moves apply only to factors: another steps the rest.
         regular=_regular_of_loro(of_direction, making) if made.kind == "moves" else None,
         weight_decay=config.weight_decay,
         max_move=config.max_move or None,

@@ -13,29 +13,6 @@ from loro_jax.study import comparison
 from loro_jax.training.config import Config
 from tests.training import runs
 
-CONFIG = """
-from loro_jax.text.config import DataConfig
-from loro_jax.training.config import Config
-from models import preset
-
-
-def get_config():
-    return Config(
-        steps=12, batch_size=4, sequence_length=32, warmup_steps=2, exact_every=5, log_every=2,
-        eval_every=6, checkpoint_every=6, tensorboard=False, exact_method="svd",
-        model=preset("tiny"),
-        data=DataConfig(source={source!r}, tokenizer="bytes", max_eval_sequences=4),
-    )
-"""
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("comparison")
-    path = folder / "tiny.py"
-    path.write_text(CONFIG.format(source=str(runs.corpus(folder))))
-    return str(path)
-
 
 @pytest.fixture(scope="module")
 def compared(config, tmp_path_factory):

@@ -10,16 +10,7 @@ from loro_jax.commands.sweep import main
 from loro_jax.errors import TrainingError
 from loro_jax.study.sweep import Member, sweep
 from loro_jax.training.loop import train
-from tests.study.test_comparison import CONFIG
 from tests.training import runs
-
-
-@pytest.fixture(scope="module")
-def config(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("sweep")
-    path = folder / "tiny.py"
-    path.write_text(CONFIG.format(source=str(runs.corpus(folder))))
-    return str(path)
 
 
 @pytest.fixture(scope="module")
