@@ -209,7 +209,7 @@ def initialise(
     in_features: int,
     rank: int,
     method: str = "xavier",
-    initializer_range: float = 0.02,
+    initializer_range: float | Array = 0.02,
 ) -> tuple[Array, Array]:
     """Initialises the factors of a pair; methods have the authors' names.
 
@@ -274,6 +274,8 @@ def initialise(
         bound = n**-0.5  # PyTorch's default for a linear layer with n inputs
         A = jax.random.uniform(key, (r, n), jnp.float32, -bound, bound)
         return jnp.zeros((m, r), jnp.float32), A
+    scale_B: float | Array
+    scale_A: float | Array
     name, _, number = method.partition("_")
     if name in ("randn", "const") and _is_number(number):
         scale_B = scale_A = float(number)
@@ -296,7 +298,7 @@ def initialise(
     return (B, A) if method != "dlr" else _with_repeated_identity(B, A, initializer_range)
 
 
-def _with_repeated_identity(B: Array, A: Array, std: float) -> tuple[Array, Array]:
+def _with_repeated_identity(B: Array, A: Array, std: float | Array) -> tuple[Array, Array]:
     """Adds R / sqrt(K) to B, and scales both so that entries of B A have this deviation."""
     m, r = B.shape
     copies = -(-m // r)

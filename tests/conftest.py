@@ -44,10 +44,17 @@ QUICK = (
 
 # What is run once more, compiled as users do: it compares roundings, or what a program holds.
 OPTIMIZED = (
-    "exact/test_retractions.py",
-    "exact/test_tangent.py",
+    "exact/test_retractions.py::test_float32_error",
+    "exact/test_retractions.py::test_ranks_of_several_blocks",
+    "exact/test_retractions.py::test_the_reference_of_a_tpu",
+    "exact/test_retractions.py::test_pairs_of_all_shapes",
+    "exact/test_retractions.py::test_a_batch_falls_back",
+    "exact/test_retractions.py::test_what_a_step_needs",
+    "exact/test_tangent.py::test_exact_update_is_the_truncated_svd",
+    "exact/test_tangent.py::test_narrow_factors",
+    "exact/test_tangent.py::test_float32_is_close",
     "linalg/",
-    "test_parity.py",
+    "test_parity.py::test_every_loss",
     "training/test_step.py::test_the_step",
     "training/test_step.py::test_exact_steps_need_no_memory",
 )

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+
+from loro_jax.linalg.precision import inexact
 
 Array = jax.Array
 
@@ -32,8 +34,10 @@ class ProjectionSpec:
         density: fraction of a sparse matrix's entries that are not zero (sltrain).
         scaffold_scale: size of the fixed matrix, relative to a dense initialisation (scaffold).
         scaffold_block: lower bound on the smaller side of its blocks; 0: one block (scaffold).
-        dtype: dtype of the products.
+        use_bias: whether the output has a bias, zero at first.
+        dtype: dtype of the products; None: that of the input and the weights, promoted.
         param_dtype: dtype of the stored weights.
+        precision: precision of the products; None: the default.
     """
 
     kind: str = "low_rank"
@@ -44,8 +48,60 @@ class ProjectionSpec:
     density: float = 0.03
     scaffold_scale: float = 1.0
     scaffold_block: int = 32
+    use_bias: bool = False
     dtype: Any = jnp.float32
     param_dtype: Any = jnp.float32
+    precision: Any = None
+
+
+def make_bias(spec: ProjectionSpec, out_features: int) -> nnx.Param | None:
+    """Makes the bias that a spec asks for."""
+    return nnx.Param(jnp.zeros(out_features, spec.param_dtype)) if spec.use_bias else None
+
+
+def with_bias(y: Array, bias: nnx.Variable | None) -> Array:
+    """Adds a bias, if there is one."""
+    return y if bias is None else y + bias[...].astype(y.dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Original:
+    """The layer whose place a low-rank one has taken, without its arrays.
+
+    Attributes:
+        definition: what it is made again from.
+        options: its attributes other than variables, such as ``out_features``: other code may read
+            them from the layer.
+    """
+
+    definition: nnx.GraphDef
+    options: tuple[tuple[str, Any], ...]
+
+    @classmethod
+    def of(cls, layer: nnx.Module) -> Original:
+        """Returns a layer without its arrays."""
+        options = tuple(
+            (name, value)
+            for name, value in vars(layer).items()
+            if not name.startswith("_") and not isinstance(value, nnx.Variable)
+        )
+        return cls(nnx.split(layer)[0], options)
+
+
+class TakesPlace(nnx.Module):
+    """A module that answers with the options of the layer whose place it has taken, if any."""
+
+    original: Original | None
+
+    if not TYPE_CHECKING:
+
+        def __getattr__(self, name: str) -> Any:
+            original = vars(self).get("original")
+            if original is not None:
+                for option, value in original.options:
+                    if option == name:
+                        return value
+            raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
 
 class Fixed(nnx.Variable):
@@ -57,15 +113,25 @@ def named(latent: Array) -> Array:
     return checkpoint_name(latent, LATENT)
 
 
-def by_rows(call: Callable[[Any, Array], Array]) -> Callable[[Any, Array], Array]:
+def products_dtype(dtype: Any, *arrays: Array) -> Any:
+    """Returns the dtype of products: the given one; None: that of the arrays, promoted."""
+    return inexact(jnp.result_type(*arrays)) if dtype is None else dtype
+
+
+def by_rows(call: Callable[[Any, Array], Array]) -> Callable[..., Array]:
     """Passes inputs (..., in) of a projection's ``__call__`` as matrices (N, in).
 
     The gradient of a weight then sums over one axis. For two axes, (B, L), XLA's CPU backend first
     writes transposed copies of both operands, which takes most of the gradient's time.
+
+    As Flax's layers, the projection then takes ``out_sharding``, for meshes with explicit axes.
     """
 
     @functools.wraps(call)
-    def on_rows(self: Any, x: Array) -> Array:
+    def on_rows(self: Any, x: Array, out_sharding: Any = None) -> Array:
+        if out_sharding is not None:
+            # Axes that are sharded differently can't become one.
+            return jax.sharding.reshard(call(self, x), out_sharding)
         # A reshape of leading axes moves no data.
         y_NxF = call(self, x.reshape(-1, x.shape[-1]))
         return y_NxF.reshape(*x.shape[:-1], y_NxF.shape[-1])

@@ -7,7 +7,7 @@ import dataclasses
 import jax
 from flax import nnx
 
-from loro_jax.layers.common import Fixed, ProjectionSpec, by_rows
+from loro_jax.layers.common import Fixed, ProjectionSpec, by_rows, products_dtype, with_bias
 from loro_jax.layers.dense import Dense
 from loro_jax.layers.low_rank import LowRankLinear
 
@@ -30,10 +30,11 @@ class LoraLinear(LowRankLinear):
     @by_rows
     def __call__(self, x: Array) -> Array:
         """Maps (..., in) to (..., out)."""
-        x = x.astype(self.dtype)
         B, A = self.factors()
+        x = x.astype(products_dtype(self.dtype, x, B))
         # Two thin products for each input; the sum W + s B A is formed only to merge.
-        return x @ self.W[...].astype(self.dtype).T + self.scale * ((x @ A.T) @ B.T)
+        y = x @ self.W[...].astype(x.dtype).T + self.scale * ((x @ A.T) @ B.T)
+        return with_bias(y, self.bias)
 
     @staticmethod
     def flops(m: int, n: int, spec: ProjectionSpec, tokens: float) -> float:

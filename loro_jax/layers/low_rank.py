@@ -6,15 +6,40 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from loro_jax.layers.common import ProjectionSpec, by_rows, named
-from loro_jax.linalg.precision import at_least_float32
+from loro_jax.layers.common import (
+    Original,
+    ProjectionSpec,
+    TakesPlace,
+    by_rows,
+    make_bias,
+    named,
+    products_dtype,
+    with_bias,
+)
+from loro_jax.linalg.precision import at_least_float32, matmul
 from loro_jax.lowrank import initialise
 
 Array = jax.Array
 
 
-class LowRankLinear(nnx.Module):
-    """``y = (x A^T) B^T`` with B (out x r) and A (r x in)."""
+class LowRankLinear(TakesPlace):
+    """``y = (x A^T) B^T`` with B (out x r) and A (r x in), plus a bias where the spec asks for one.
+
+    Args:
+        in_features: size of the input's last axis.
+        out_features: size of the output's last axis.
+        spec: specification, with a rank.
+        rngs: NNX random streams; the ``params`` stream is used.
+
+    Attributes:
+        original: the layer that :func:`loro_jax.layers.factorise` replaced by this one; None: there
+            was none.
+
+    Example:
+        >>> projection = LowRankLinear(8, 6, ProjectionSpec(rank=2, use_bias=True), nnx.Rngs(0))
+        >>> projection(jnp.ones((4, 5, 8))).shape
+        (4, 5, 6)
+    """
 
     # Whether y = up(down(x)); False for kinds that add other terms.
     through_rank = True
@@ -33,7 +58,10 @@ class LowRankLinear(nnx.Module):
         )
         self.B = nnx.Param(B.astype(spec.param_dtype))
         self.A = nnx.Param(A.astype(spec.param_dtype))
+        self.bias = nnx.data(make_bias(spec, out_features))
         self.dtype = spec.dtype
+        self.precision = spec.precision
+        self.original: Original | None = None
 
     @property
     def rank(self) -> int:
@@ -42,7 +70,7 @@ class LowRankLinear(nnx.Module):
 
     def first(self) -> Array:
         """Returns A, which is applied to the input, in the dtype of the products."""
-        return self.A[...].astype(self.dtype)
+        return self.A[...].astype(self.A.dtype if self.dtype is None else self.dtype)
 
     def rest(self, y: Array) -> Array:
         """Maps ``x A^T`` to the output."""
@@ -50,12 +78,15 @@ class LowRankLinear(nnx.Module):
 
     def factors(self) -> tuple[Array, Array]:
         """Returns B and A in the dtype of the products."""
-        return self.B[...].astype(self.dtype), self.A[...].astype(self.dtype)
+        dtype = products_dtype(self.dtype, self.B[...], self.A[...])
+        return self.B[...].astype(dtype), self.A[...].astype(dtype)
 
     def down(self, x: Array) -> Array:
         """Maps (..., in) to the latent (..., r)."""
         # Named before the activation, which is cheap to recompute in the backward pass.
-        return self.activated(named(x.astype(self.dtype) @ self.first().T))
+        x = x.astype(products_dtype(self.dtype, x, self.A[...]))
+        A = self.first().astype(x.dtype)
+        return self.activated(named(jnp.matmul(x, A.T, precision=self.precision)))
 
     def activated(self, latent: Array) -> Array:
         """Returns ``x A^T`` unchanged; kinds with an activation override this."""
@@ -63,7 +94,8 @@ class LowRankLinear(nnx.Module):
 
     def up(self, latent: Array) -> Array:
         """Maps the latent (..., r) to (..., out)."""
-        return latent @ self.B[...].astype(self.dtype).T
+        B = self.B[...].astype(latent.dtype)
+        return with_bias(jnp.matmul(latent, B.T, precision=self.precision), self.bias)
 
     @by_rows
     def __call__(self, x: Array) -> Array:
@@ -73,9 +105,8 @@ class LowRankLinear(nnx.Module):
     def product(self) -> Array:
         """Returns B A, (out, in), in float32 or wider."""
         dtype = at_least_float32(self.B[...].dtype)
-        B, A = self.B[...].astype(dtype), self.A[...].astype(dtype)
         # For merging and export: accelerators would round the inputs of the product otherwise.
-        return jnp.matmul(B, A, precision=jax.lax.Precision.HIGHEST)
+        return matmul(self.B[...].astype(dtype), self.A[...].astype(dtype))
 
     @staticmethod
     def flops(m: int, n: int, spec: ProjectionSpec, tokens: float) -> float:

@@ -33,7 +33,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from loro_jax.layers.cola import ColaLinear
-from loro_jax.layers.common import Fixed, ProjectionSpec, by_rows
+from loro_jax.layers.common import Fixed, ProjectionSpec, by_rows, products_dtype
 from loro_jax.layers.low_rank import LowRankLinear
 from loro_jax.linalg.precision import at_least_float32
 
@@ -101,7 +101,8 @@ class ScaffoldLinear(LowRankLinear):
     @by_rows
     def __call__(self, x: Array) -> Array:
         """Maps (..., in) to (..., out)."""
-        return self.fixed(x.astype(self.dtype)) + self.up(self.down(x))
+        x = x.astype(products_dtype(self.dtype, x, self.A[...]))
+        return self.fixed(x) + self.up(self.down(x))
 
     def fixed(self, x_NxD: Array, precision: jax.lax.Precision | None = None) -> Array:
         """Maps (N, in) by S to (N, out), in the dtype of the input.

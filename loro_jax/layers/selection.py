@@ -93,7 +93,7 @@ def resolve_rank(rank: Rank, path: str, shape: tuple[int, int], caller: str) -> 
         >>> resolve_rank(0.25, "head", (100, 64), "factorise")
         16
     """
-    value = rank(path, shape) if callable(rank) else rank
+    value: Any = rank(path, shape) if callable(rank) else rank
     if value is None and callable(rank):
         return None
     smaller = min(shape)

@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from loro_jax.layers.common import Fixed, ProjectionSpec, by_rows
+from loro_jax.layers.common import Fixed, ProjectionSpec, by_rows, products_dtype, with_bias
 from loro_jax.layers.low_rank import LowRankLinear
 
 
@@ -178,10 +178,10 @@ class SparseLowRankLinear(LowRankLinear):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps (..., in) to (..., out); W exists only during the product."""
         B, A = self.factors()
-        values = self.values[...].astype(self.dtype)
-        return sparse_low_rank_product(
-            x.astype(self.dtype), B, A, values, self.columns[...], self.scale
-        )
+        x = x.astype(products_dtype(self.dtype, x, B))
+        values = self.values[...].astype(x.dtype)
+        y = sparse_low_rank_product(x, B, A, values, self.columns[...], self.scale)
+        return with_bias(y, self.bias)
 
     @staticmethod
     def flops(m: int, n: int, spec: ProjectionSpec, tokens: float) -> float:
