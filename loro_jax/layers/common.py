@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 
 from loro_jax.linalg.precision import inexact
 
@@ -118,6 +119,24 @@ def products_dtype(dtype: Any, *arrays: Array) -> Any:
     return inexact(jnp.result_type(*arrays)) if dtype is None else dtype
 
 
+def latent_sharding(x: Array, contracted: tuple[int, ...] = (-1,)) -> PartitionSpec | None:
+    """Returns the sharding of latents, for a product that contracts a sharded axis of its input.
+
+    Args:
+        x: the input.
+        contracted: its axes that the latents do not have.
+
+    Returns:
+        That of the other axes of the input, the rank unsharded; None without a mesh with explicit
+        axes, where the compiler chooses.
+    """
+    spec = jax.typeof(x).sharding.spec
+    if not any(spec):
+        return None
+    gone = {axis % x.ndim for axis in contracted}
+    return PartitionSpec(*(spec[axis] for axis in range(x.ndim) if axis not in gone), None)
+
+
 def by_rows(call: Callable[[Any, Array], Array]) -> Callable[..., Array]:
     """Passes inputs (..., in) of a projection's ``__call__`` as matrices (N, in).
 
@@ -130,8 +149,9 @@ def by_rows(call: Callable[[Any, Array], Array]) -> Callable[..., Array]:
     @functools.wraps(call)
     def on_rows(self: Any, x: Array, out_sharding: Any = None) -> Array:
         if out_sharding is not None:
-            # Axes that are sharded differently can't become one.
             return jax.sharding.reshard(call(self, x), out_sharding)
+        if latent_sharding(x) is not None:
+            return call(self, x)  # axes that are sharded differently can't become one
         # A reshape of leading axes moves no data.
         y_NxF = call(self, x.reshape(-1, x.shape[-1]))
         return y_NxF.reshape(*x.shape[:-1], y_NxF.shape[-1])

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from loro_jax.layers.common import Original, TakesPlace
+from loro_jax.layers.common import Original, TakesPlace, latent_sharding
 from loro_jax.layers.kernels import (
     Layout,
     convolution_layout,
@@ -37,12 +37,14 @@ class Split:
         layout: which axes of the kernel are inputs and outputs.
         down: makes the first layer, without a kernel, for a rank.
         up: makes the second layer, without a kernel, for a rank.
+        contracted: axes of the input that the latents do not have; None: it takes no shardings.
     """
 
     kernel: str
     layout: Layout
     down: Callable[[int], nnx.GraphDef]
     up: Callable[[int], nnx.GraphDef]
+    contracted: tuple[int, ...] | None = (-1,)
 
 
 class FactorisedLayer(TakesPlace):
@@ -71,6 +73,7 @@ class FactorisedLayer(TakesPlace):
         self.bias = nnx.data(bias)
         rank = B.shape[-1]
         self.kernel_name, self.layout = split.kernel, split.layout
+        self.contracted = split.contracted
         self.first, self.second = split.down(rank), split.up(rank)
         self.original = original
 
@@ -82,9 +85,11 @@ class FactorisedLayer(TakesPlace):
     def __call__(self, x: Array, **options: Any) -> Array:
         """Maps the inputs as the dense layer does; ``out_sharding`` is that of the output."""
         down = nnx.merge(self.first, {self.kernel_name: self.layout.down(self.A[...])})
+        sharding = None if self.contracted is None else latent_sharding(x, self.contracted)
+        latent = down(x) if sharding is None else down(x, out_sharding=sharding)
         rest = {} if self.bias is None else {"bias": self.bias[...]}
         up = nnx.merge(self.second, {self.kernel_name: self.layout.up(self.B[...]), **rest})
-        return up(down(x), **options)
+        return up(latent, **options)
 
     def product(self) -> Array:
         """Returns B A, in float32 or wider."""
@@ -156,6 +161,7 @@ def _split_general(layer: nnx.LinearGeneral) -> Split:
         lambda r: without_arrays(layer, out_features=(r,), **_without_bias(layer)),
         # The first layer's outputs are the last axis; its axes of a batch come first.
         lambda r: without_arrays(layer, in_features=(r,), axis=(-1,)),
+        tuple(layer.axis),
     )
 
 
@@ -180,6 +186,7 @@ def _split_einsum(layer: Any) -> Split:
         layout,
         lambda r: without_arrays(layer, **changes(equations.down, ()), **_without_bias(layer)),
         lambda r: without_arrays(layer, **changes(equations.up, (*batch, r, *outputs))),
+        equations.contracted if isinstance(layer, nnx.Einsum) else None,
     )
 
 

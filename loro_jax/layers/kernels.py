@@ -91,11 +91,13 @@ class Equations:
         roles: role of each of the kernel's axes, as in :class:`Layout`.
         down: equation of the first layer.
         up: equation of the second layer.
+        contracted: axes of the input that the latents do not have.
     """
 
     roles: str
     down: str
     up: str
+    contracted: tuple[int, ...]
 
 
 def split_equation(equation: str) -> Equations:
@@ -113,7 +115,7 @@ def split_equation(equation: str) -> Equations:
 
     Example:
         >>> split_equation("BTD,DNH->BTNH")
-        Equations(roles='ioo', down='BTD,Da->BTa', up='BTa,aNH->BTNH')
+        Equations(roles='ioo', down='BTD,Da->BTa', up='BTa,aNH->BTNH', contracted=(2,))
     """
     operands, _, output = equation.replace(" ", "").partition("->")
     given, _, kernel = operands.partition(",")
@@ -134,7 +136,12 @@ def split_equation(equation: str) -> Equations:
     kept = "".join(index for index in given if index in output or index == ".")
     down = f"{given},{by_role[BATCH]}{by_role[INPUT]}{rank}->{kept}{rank}"
     up = f"{kept}{rank},{by_role[BATCH]}{rank}{by_role[OUTPUT]}->{output}"
-    return Equations(roles, down, up)
+    # After "...", axes are counted from the end.
+    start, dots, end = given.partition("...")
+    places = [(index, axis) for axis, index in enumerate(start)]
+    places += [(index, axis - len(end)) for axis, index in enumerate(end)] if dots else []
+    contracted = tuple(axis for index, axis in places if index not in output)
+    return Equations(roles, down, up, contracted)
 
 
 def _role(index: str, given: str, output: str) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
@@ -11,6 +13,7 @@ from loro_jax.layers.common import (
     ProjectionSpec,
     TakesPlace,
     by_rows,
+    latent_sharding,
     make_bias,
     named,
     products_dtype,
@@ -86,7 +89,10 @@ class LowRankLinear(TakesPlace):
         # Named before the activation, which is cheap to recompute in the backward pass.
         x = x.astype(products_dtype(self.dtype, x, self.A[...]))
         A = self.first().astype(x.dtype)
-        return self.activated(named(jnp.matmul(x, A.T, precision=self.precision)))
+        # Not in every product: the argument would be part of programs without a mesh, too.
+        sharding = latent_sharding(x)
+        options: dict[str, Any] = {} if sharding is None else {"out_sharding": sharding}
+        return self.activated(named(jnp.matmul(x, A.T, precision=self.precision, **options)))
 
     def activated(self, latent: Array) -> Array:
         """Returns ``x A^T`` unchanged; kinds with an activation override this."""

@@ -249,6 +249,9 @@ def _matrix(variable: nnx.Variable, split: Split) -> Array:
     kernel = as_array(variable.get_value())
     if isinstance(kernel, jax.ShapeDtypeStruct):
         return jax.eval_shape(split.layout.matrix, kernel)
+    if any(jax.typeof(kernel).sharding.spec):
+        # On a mesh with explicit axes, neither a reshape nor an SVD takes a sharded matrix.
+        kernel = jax.sharding.reshard(kernel, PartitionSpec())
     return split.layout.matrix(kernel)
 
 
@@ -274,12 +277,15 @@ def _variable(like: nnx.Param, value: Array, names: tuple[Any, ...]) -> nnx.Para
 
 def _placed(kernel: Array, layout: Layout, B: Array, A: Array) -> tuple[Array, Array]:
     """Shards factors as the kernel is sharded, if it is."""
-    sharding = None if isinstance(kernel, jax.core.Tracer) else getattr(kernel, "sharding", None)
-    if not isinstance(sharding, NamedSharding) or isinstance(B, jax.ShapeDtypeStruct):
+    if isinstance(kernel, jax.core.Tracer):  # it says so on a mesh with explicit axes alone
+        sharding, place = jax.typeof(kernel).sharding, jax.sharding.reshard
+    else:
+        sharding, place = getattr(kernel, "sharding", None), jax.device_put
+    if not isinstance(sharding, NamedSharding) or not any(sharding.spec):
         return B, A
     axes = (*sharding.spec, *[None] * (kernel.ndim - len(sharding.spec)))
     of_B, of_A = (NamedSharding(sharding.mesh, PartitionSpec(*a)) for a in pair_axes(layout, axes))
-    return jax.device_put(B, of_B), jax.device_put(A, of_A)
+    return place(B, of_B), place(A, of_A)
 
 
 def _dense(name: str, layer: LowRankLinear | FactorisedLayer) -> nnx.Module:

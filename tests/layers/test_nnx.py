@@ -11,7 +11,7 @@ import numpy as np
 import optax
 import orbax.checkpoint as ocp
 import pytest
-from flax import nnx
+from flax import nnx, serialization
 from jax.sharding import AxisType, PartitionSpec
 
 from loro_jax import find_pairs, loro
@@ -20,6 +20,7 @@ from loro_jax.layers.common import ProjectionSpec
 from loro_jax.layers.factorised import FactorisedLayer
 from loro_jax.layers.low_rank import LowRankLinear
 from models import Llama, LlamaConfig
+from tests.helpers import run_module
 
 
 def rngs():
@@ -385,10 +386,14 @@ def test_it_survives_copies_and_files(net, tmp_path):
         chex.assert_trees_all_equal(other(x), wanted)
         assert nnx.graphdef(other) == nnx.graphdef(low_rank)
     graphdef, state = nnx.split(low_rank)
+    plain = nnx.to_pure_dict(state)
+    zeros = jax.tree.map(jnp.zeros_like, plain)
+    read = serialization.from_bytes(zeros, serialization.to_bytes(plain))
+    chex.assert_trees_all_equal(read, plain)
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(tmp_path / "saved", nnx.to_pure_dict(state))
+        checkpointer.save(tmp_path / "saved", plain)
         checkpointer.wait_until_finished()
-        restored = checkpointer.restore(tmp_path / "saved", nnx.to_pure_dict(state))
+        restored = checkpointer.restore(tmp_path / "saved", zeros)
     nnx.replace_by_pure_dict(state, restored)
     chex.assert_trees_all_equal(nnx.merge(graphdef, state)(x), wanted)
 
@@ -549,3 +554,23 @@ def test_optax_chains_find_the_pairs(net):
     state = tx.init(params)
     updates, _ = tx.update(params, state, params)
     chex.assert_trees_all_equal_shapes(updates, params)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("axes", ["auto", "explicit"])
+def test_on_eight_devices_factors_are_sharded_as_the_kernel_was(axes):
+    flags = "--xla_force_host_platform_device_count=8"
+    (seen,) = run_module("tests.layers.eight_devices", axes, XLA_FLAGS=flags)
+    rows, columns, whole = (str(PartitionSpec(*names)) for names in SPECS)
+    over_data = str(PartitionSpec(None, "data"))
+    assert seen["axes"] == {
+        **{"up": [rows, whole], "heads": [rows, whole]},
+        **{"down": [whole, columns], "out": [whole, columns], "head": [whole, over_data]},
+    }
+    assert seen["error"] < 1e-5
+    assert seen["merged"] < 1e-5
+    assert seen["losses"][-1] < seen["losses"][0]
+
+
+# Rows of B, columns of A, and neither.
+SPECS = [("tensor", None), (None, "tensor"), (None, None)]

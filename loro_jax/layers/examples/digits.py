@@ -42,7 +42,7 @@ def train(model: nnx.Module, tx: optax.GradientTransformation, steps: int) -> li
     return curve
 
 
-def main(plot: str = "digits.png", steps: int = 500) -> dict[str, list[float]]:
+def main(plot: str = "digits.png", *, steps: int = 500) -> dict[str, list[float]]:
     dense = VisionTransformer(nnx.Rngs(0))
     low_rank = factorise(dense, rank=12, where="blocks")
     print(summary(low_rank))
