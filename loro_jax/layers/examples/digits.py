@@ -13,9 +13,9 @@ from loro_jax import loro, warmup_cosine
 from loro_jax.layers import factorise, summary
 from loro_jax.layers.examples.vision_transformer import VisionTransformer
 
-pixels, labels = load_digits(return_X_y=True)
-images = jnp.asarray(pixels.reshape(-1, 8, 8, 1) / 16, jnp.float32)
-labels, trained_on = jnp.asarray(labels), 1400
+shuffle, trained_on = jax.random.permutation(jax.random.key(0), 1797), 1400
+pixels, labels = (jnp.asarray(x, jnp.float32)[shuffle] for x in load_digits(return_X_y=True))
+images, labels = pixels.reshape(-1, 8, 8, 1) / 16, labels.astype(int)
 
 
 def loss(model: nnx.Module, batch: jax.Array) -> jax.Array:
@@ -42,11 +42,11 @@ def train(model: nnx.Module, tx: optax.GradientTransformation, steps: int) -> li
     return curve
 
 
-def main(plot: str = "digits.png", *, steps: int = 500) -> dict[str, list[float]]:
+def main(plot: str = "digits.png", *, steps: int = 300) -> dict[str, list[float]]:
     dense = VisionTransformer(nnx.Rngs(0))
     low_rank = factorise(dense, rank=12, where="blocks")
     print(summary(low_rank))
-    adam, eta = optax.adam(warmup_cosine(3e-3, steps, 50)), warmup_cosine(1e-2, steps, 50)
+    adam, eta = optax.adam(warmup_cosine(1e-2, steps, 50)), warmup_cosine(2e-2, steps, 50)
     curves = {"dense, Adam": train(dense, adam, steps)}
     curves["low-rank, LORO"] = train(low_rank, loro(eta, exact_every=50), steps)
     for name, curve in curves.items():

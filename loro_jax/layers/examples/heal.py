@@ -9,10 +9,10 @@ from loro_jax.layers.examples.digits import accuracy, train
 from loro_jax.layers.examples.vision_transformer import VisionTransformer
 
 
-def main(steps: int = 500) -> dict[str, float]:
+def main(steps: int = 300) -> dict[str, float]:
     # 1. A dense network, trained by whatever it was trained by.
     dense = VisionTransformer(nnx.Rngs(0))
-    train(dense, optax.adam(warmup_cosine(3e-3, steps, steps // 10)), steps)
+    train(dense, optax.adam(warmup_cosine(1e-2, steps, 50)), steps)
     found = {"dense": float(accuracy(dense))}
 
     # 2. A quarter of the rank: the best approximation of each weight, and how far off it is.
