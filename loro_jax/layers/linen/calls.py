@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,7 +11,7 @@ import flax.linen as nn
 from flax import errors
 from flax.core import meta
 
-from loro_jax.layers.linen.kinds import KINDS, input_and_equation, through_rank
+from loro_jax.layers.linen.kinds import KINDS, NORMALISING, input_and_equation, through_rank
 from loro_jax.layers.selection import joined
 
 _CALLER = "low_rank_calls"
@@ -40,22 +41,35 @@ def low_rank_calls() -> Iterator[None]:
         >>> bool(jnp.allclose(y, model.apply({"params": params}, x), atol=1e-5))
         True
     """
-    with nn.intercept_methods(_call):
+    with nn.intercept_methods(functools.partial(_call, [])):
         yield
 
 
 def _call(
+    normalising: list[nn.Module],
     next_fun: Callable[..., Any],
     args: tuple[Any, ...],
     kwargs: dict[str, Any],
     context: nn.module.InterceptorContext,
 ) -> Any:
+    """Calls a method of a module, within the given ones that normalise kernels."""
     module = context.module
+    if isinstance(module, NORMALISING):
+        normalising.append(module)
+        try:
+            return next_fun(*args, **kwargs)
+        finally:
+            normalising.pop()
     if module.scope is None or not _holds_pair(module):
         return next_fun(*args, **kwargs)
     kind = next((kind for kind in KINDS if kind.is_called(context)), None)
     if kind is None:
         return _call_other(next_fun, args, kwargs, module)
+    if normalising:
+        raise ValueError(
+            f"{_CALLER}: {joined(module.path)!r}: {type(normalising[-1]).__name__} normalises a "
+            f"kernel, but finds a pair; leave it out: where='!{joined(module.path)}'."
+        )
     x, equation = input_and_equation(module, args, kwargs)
     B, A, bias = (
         meta.unbox(module.get_variable("params", name, None)) for name in ("B", "A", "bias")

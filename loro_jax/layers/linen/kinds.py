@@ -130,6 +130,9 @@ EINSUM = Kind(nn.Einsum, _einsum, _einsum_halves)
 CONVOLUTION = Kind(nn.Conv, _convolution, _convolution_halves)
 KINDS = (DENSE, GENERAL, EINSUM, CONVOLUTION)
 
+# Modules that compute with another kernel than the one in the parameters.
+NORMALISING = (nn.WeightNorm, nn.SpectralNorm)
+
 
 def input_and_equation(module: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[Array, str]:
     """Returns the input of a layer's call, and the equation if it is an einsum."""

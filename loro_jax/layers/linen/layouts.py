@@ -9,7 +9,7 @@ import flax.linen as nn
 import jax
 
 from loro_jax.layers.kernels import Layout
-from loro_jax.layers.linen.kinds import DENSE, GENERAL, KINDS, Kind, input_and_equation
+from loro_jax.layers.linen.kinds import DENSE, GENERAL, KINDS, NORMALISING, Kind, input_and_equation
 from loro_jax.layers.linen.modules import LowRankDense, LowRankDenseGeneral
 from loro_jax.layers.linen.tree import KERNEL, layers_of, value_of
 from loro_jax.layers.selection import joined
@@ -45,7 +45,7 @@ def kernel_layouts(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Lay
         {'layers_0': ((3, 3, 2, 8), 'iiio'), 'layers_1': ((8, 4), 'io')}
     """
     found: dict[str, Layout | None] = {}
-    within: list[nn.Module] = []  # low-rank modules whose calls are being traced
+    within: list[nn.Module] = []  # modules being called whose parts are no layers with a matrix
 
     def note(
         next_fun: Callable[..., Any],
@@ -53,23 +53,21 @@ def kernel_layouts(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Lay
         named: dict[str, Any],
         context: nn.module.InterceptorContext,
     ) -> Any:
-        kind = next((kind for kind in (*KINDS, *_OF_PAIRS) if kind.is_called(context)), None)
-        # The halves of a low-rank module are no layers of the network.
-        if kind is None or within:
-            return next_fun(*given, **named)
         module = context.module
-        try:
-            layout = kind.layout(module, *input_and_equation(module, given, named))
-        except ValueError:  # its kernel is no matrix
-            layout = None
-        path = joined(module.path)
-        # A layer that is called in two ways has no layout.
-        found[path] = layout if found.get(path, layout) == layout else None
-        within.extend([module] * (kind in _OF_PAIRS))
+        kind = next((kind for kind in (*KINDS, *_OF_PAIRS) if kind.is_called(context)), None)
+        if kind is not None and not within:
+            path = joined(module.path)
+            layout = _layout(kind, module, given, named)
+            # A layer that is called in two ways has no layout.
+            found[path] = layout if found.get(path, layout) == layout else None
+        # The halves of a low-rank module are no layers of the network.
+        if kind not in _OF_PAIRS and not isinstance(module, NORMALISING):
+            return next_fun(*given, **named)
+        within.append(module)
         try:
             return next_fun(*given, **named)
         finally:
-            within.clear()
+            within.pop()
 
     leaves, structure = jax.tree.flatten((args, kwargs))
     arrays = {i: leaf for i, leaf in enumerate(leaves) if hasattr(leaf, "dtype")}
@@ -88,6 +86,16 @@ def kernel_layouts(model: nn.Module, *args: Any, **kwargs: Any) -> dict[str, Lay
         for path, layout in found.items()
         if layout is not None and path in layers and _fits(layers[path], layout)
     }
+
+
+def _layout(
+    kind: Kind, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> Layout | None:
+    """Returns the layout of a called layer; None: its kernel is no matrix."""
+    try:
+        return kind.layout(module, *input_and_equation(module, args, kwargs))
+    except ValueError:
+        return None
 
 
 def _fits(layer: Any, layout: Layout) -> bool:

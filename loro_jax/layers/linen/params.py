@@ -230,9 +230,9 @@ def _layout_of_kernel(path: str, layer: Layer, layouts: Layouts) -> Layout | Non
     layout = layouts.get(path)
     if layout is not None and shape[len(shape) - len(layout.shape) :] != layout.shape:
         raise ValueError(
-            f"the kernel of {path!r} has shape {shape}, but its layout is for {layout.shape}, "
-            "before which only axes of a stack may come; expected the layouts of the same network, "
-            "stacked by nn.scan or nn.vmap with variable_axes={'params': 0}."
+            f"{_FACTORISE}: the kernel of {path!r} has shape {shape}, but its layout is for "
+            f"{layout.shape}, before which only axes of a stack may come; expected the layouts of "
+            "the same network, stacked by nn.scan or nn.vmap with variable_axes={'params': 0}."
         )
     return layout
 
