@@ -88,6 +88,7 @@ def test_no_kernel_is_formed():
     pairs = factorise_params(params, 2, layouts=kernel_layouts(layer, x))
     program = jax.make_jaxpr(jax.value_and_grad(lambda p: by_pairs(layer)({"params": p}, x).sum()))
     assert "64,32" not in str(program(pairs))
+    assert "name=latent" in str(program(pairs))
     sizes = {
         v.aval.size
         for e in program(pairs).jaxpr.eqns
