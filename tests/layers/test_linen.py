@@ -11,6 +11,7 @@ import optax
 import pytest
 from flax import serialization
 from flax.core import freeze
+from jax.sharding import NamedSharding, PartitionSpec
 
 from loro_jax import find_pairs, loro
 from loro_jax.layers.kernels import Layout
@@ -323,6 +324,18 @@ def test_names_constrain_the_factors_where_there_is_a_mesh():
     with jax.set_mesh(mesh), nn.logical_axis_rules((("mlp", "x"), ("embed", None))):
         program = str(jax.make_jaxpr(by_pairs(layer))({"params": pairs}, x))
     assert "'x', None" in program
+
+
+@pytest.mark.parametrize("abstract", [False, True])
+def test_factors_are_sharded_as_the_kernel_is(abstract):
+    mesh = jax.make_mesh((1, 1), ("x", "y"), axis_types=(jax.sharding.AxisType.Auto,) * 2)
+    sharding = NamedSharding(mesh, PartitionSpec("x", "y"))
+    kernel = jax.device_put(jnp.ones((4, 6)), sharding)
+    if abstract:
+        kernel = jax.ShapeDtypeStruct(kernel.shape, kernel.dtype, sharding=sharding)
+    pairs = factorise_params({"up": {"kernel": kernel}}, 2)["up"]
+    assert pairs["B"].sharding == NamedSharding(mesh, PartitionSpec("y", None))
+    assert pairs["A"].sharding == NamedSharding(mesh, PartitionSpec(None, "x"))
 
 
 def test_shapes_alone_are_enough(network):

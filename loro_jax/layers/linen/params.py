@@ -11,6 +11,7 @@ import numpy as np
 
 from loro_jax.layers.initial import initial_factors, key_of, relative_error
 from loro_jax.layers.kernels import BATCH, Layout, as_array, dense_layout
+from loro_jax.layers.linen.sharding import placed_pair
 from loro_jax.layers.linen.tree import (
     KERNEL,
     boxed_kernel,
@@ -45,8 +46,8 @@ def factorise_params(
     """Replaces the kernels of a network by pairs, in its parameters.
 
     In place of "kernel", a layer has "B" (..., m, r) and "A" (..., r, n), for m outputs and n
-    inputs; its bias and all other parameters stay. Within :func:`low_rank_calls` the network
-    computes by them.
+    inputs; its bias and all other parameters stay. Factors are sharded as the kernel is. Within
+    :func:`low_rank_calls` the network computes by them.
 
     Args:
         params: the collection "params" of a network, as nested dicts. Parameters may be boxed with
@@ -85,6 +86,7 @@ def factorise_params(
         W = _matrix(layer, layout)
         _check_real(W, path)
         factors = initial_factors(W, r, init, key_of(key, path))
+        factors = placed_pair(value_of(layer[KERNEL]), layout, *factors)
         B, A = boxed_pair(layer[KERNEL], layout, *factors)
         new[path] = _replaced(layer, {KERNEL: {"B": B, "A": A}})
     return replace_layers(params, new)
