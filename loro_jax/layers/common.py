@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
-from jax.sharding import PartitionSpec
 
+from loro_jax.layers.sharding import latent_sharding
 from loro_jax.linalg.precision import inexact
 
 Array = jax.Array
@@ -117,24 +117,6 @@ def named(latent: Array) -> Array:
 def products_dtype(dtype: Any, *arrays: Array) -> Any:
     """Returns the dtype of products: the given one; None: that of the arrays, promoted."""
     return inexact(jnp.result_type(*arrays)) if dtype is None else dtype
-
-
-def latent_sharding(x: Array, contracted: tuple[int, ...] = (-1,)) -> PartitionSpec | None:
-    """Returns the sharding of latents, for a product that contracts a sharded axis of its input.
-
-    Args:
-        x: the input.
-        contracted: its axes that the latents do not have.
-
-    Returns:
-        That of the other axes of the input, the rank unsharded; None without a mesh with explicit
-        axes, where the compiler chooses.
-    """
-    spec = jax.typeof(x).sharding.spec
-    if not any(spec):
-        return None
-    gone = {axis % x.ndim for axis in contracted}
-    return PartitionSpec(*(spec[axis] for axis in range(x.ndim) if axis not in gone), None)
 
 
 def by_rows(call: Callable[[Any, Array], Array]) -> Callable[..., Array]:

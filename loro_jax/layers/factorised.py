@@ -15,7 +15,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from loro_jax.layers.common import Original, TakesPlace, latent_sharding
+from loro_jax.layers.common import Original, TakesPlace
 from loro_jax.layers.kernels import (
     Layout,
     convolution_layout,
@@ -23,6 +23,7 @@ from loro_jax.layers.kernels import (
     general_layout,
     split_equation,
 )
+from loro_jax.layers.sharding import latent_sharding
 from loro_jax.linalg.precision import at_least_float32, matmul
 
 Array = jax.Array

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import zlib
 
@@ -47,8 +48,16 @@ def initial_factors(W: Array, rank: int, init: str, key: Array) -> tuple[Array, 
     if isinstance(W, jax.ShapeDtypeStruct):
         return jax.eval_shape(lambda W: initial_factors(W, rank, init, jax.random.key(0)), W)
     if init == "svd":
-        return from_dense(W, rank)
+        return _truncated(W, rank)
+    return _drawn(W, key, rank, init)
 
+
+# Compiled: networks have many layers of a shape.
+_truncated = jax.jit(from_dense, static_argnames="rank")
+
+
+@functools.partial(jax.jit, static_argnames=("rank", "init"))
+def _drawn(W: Array, key: Array, rank: int, init: str) -> tuple[Array, Array]:
     def draw(key: Array, W: Array) -> tuple[Array, Array]:
         m, n = W.shape
         size = jnp.sqrt(jnp.mean(jnp.square(W.astype(at_least_float32(W.dtype)))))

@@ -13,12 +13,12 @@ from loro_jax.layers.common import (
     ProjectionSpec,
     TakesPlace,
     by_rows,
-    latent_sharding,
     make_bias,
     named,
     products_dtype,
     with_bias,
 )
+from loro_jax.layers.sharding import latent_sharding
 from loro_jax.linalg.precision import at_least_float32, matmul
 from loro_jax.lowrank import initialise
 

@@ -9,15 +9,16 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 
 from loro_jax.layers.common import Original, ProjectionSpec
 from loro_jax.layers.dense import Dense
 from loro_jax.layers.factorised import FactorisedLayer, Split, split_of
 from loro_jax.layers.initial import initial_factors, key_of, relative_error
-from loro_jax.layers.kernels import Layout, as_array, pair_axes
+from loro_jax.layers.kernels import as_array, pair_axes
 from loro_jax.layers.low_rank import LowRankLinear
 from loro_jax.layers.selection import Rank, Where, is_inclusive, joined, resolve_rank, select
+from loro_jax.layers.sharding import placed_pair, whole
 from loro_jax.layers.table import Row, Summary
 
 Array = jax.Array
@@ -214,7 +215,7 @@ def _low_rank(plan: _Plan, init: str, key: Array | None) -> nnx.Module:
     variable, layout = plan.kernel, plan.split.layout
     W = _matrix(variable, plan.split)
     B, A = initial_factors(W, plan.rank, init, key_of(key, joined(plan.path)))
-    B, A = _placed(variable.get_value(), layout, B, A)
+    B, A = placed_pair(variable.get_value(), layout, B, A)
     names_B, names_A = pair_axes(layout, _axes(variable))
     of_B, of_A = _variable(variable, B, names_B), _variable(variable, A, names_A)
     original = Original.of(plan.layer)
@@ -249,10 +250,7 @@ def _matrix(variable: nnx.Variable, split: Split) -> Array:
     kernel = as_array(variable.get_value())
     if isinstance(kernel, jax.ShapeDtypeStruct):
         return jax.eval_shape(split.layout.matrix, kernel)
-    if any(jax.typeof(kernel).sharding.spec):
-        # On a mesh with explicit axes, neither a reshape nor an SVD takes a sharded matrix.
-        kernel = jax.sharding.reshard(kernel, PartitionSpec())
-    return split.layout.matrix(kernel)
+    return split.layout.matrix(whole(kernel))
 
 
 def _axes(variable: nnx.Variable) -> tuple[Any, ...]:
@@ -273,19 +271,6 @@ def _variable(like: nnx.Param, value: Array, names: tuple[Any, ...]) -> nnx.Para
     made = type(like)(value, eager_sharding=False, **metadata)
     made.set_metadata(eager_sharding=eager)
     return made
-
-
-def _placed(kernel: Array, layout: Layout, B: Array, A: Array) -> tuple[Array, Array]:
-    """Shards factors as the kernel is sharded, if it is."""
-    if isinstance(kernel, jax.core.Tracer):  # it says so on a mesh with explicit axes alone
-        sharding, place = jax.typeof(kernel).sharding, jax.sharding.reshard
-    else:
-        sharding, place = getattr(kernel, "sharding", None), jax.device_put
-    if not isinstance(sharding, NamedSharding) or not any(sharding.spec):
-        return B, A
-    axes = (*sharding.spec, *[None] * (kernel.ndim - len(sharding.spec)))
-    of_B, of_A = (NamedSharding(sharding.mesh, PartitionSpec(*a)) for a in pair_axes(layout, axes))
-    return place(B, of_B), place(A, of_A)
 
 
 def _dense(name: str, layer: LowRankLinear | FactorisedLayer) -> nnx.Module:

@@ -11,7 +11,6 @@ import numpy as np
 
 from loro_jax.layers.initial import initial_factors, key_of, relative_error
 from loro_jax.layers.kernels import BATCH, Layout, as_array, dense_layout
-from loro_jax.layers.linen.sharding import placed_pair
 from loro_jax.layers.linen.tree import (
     KERNEL,
     boxed_kernel,
@@ -23,8 +22,9 @@ from loro_jax.layers.linen.tree import (
     value_of,
 )
 from loro_jax.layers.selection import Rank, Where, is_inclusive, resolve_rank, select
+from loro_jax.layers.sharding import placed_pair, whole
 from loro_jax.layers.table import Row, Summary
-from loro_jax.linalg.precision import at_least_float32
+from loro_jax.linalg.precision import at_least_float32, matmul
 
 Array = jax.Array
 Layer = Mapping[str, Any]
@@ -265,7 +265,7 @@ def _matrix(layer: Layer, layout: Layout) -> Any:
     kernel = as_array(value_of(layer[KERNEL]))
     if isinstance(kernel, jax.ShapeDtypeStruct):
         return jax.eval_shape(layout.matrix, kernel)
-    return layout.matrix(kernel)
+    return layout.matrix(whole(kernel))
 
 
 def _product(layer: Layer) -> Any:
@@ -273,9 +273,7 @@ def _product(layer: Layer) -> Any:
 
     def multiply(B: Array, A: Array) -> Array:
         wide = at_least_float32(B.dtype)
-        # Accelerators would round the inputs of the product otherwise.
-        W = jnp.matmul(B.astype(wide), A.astype(wide), precision=jax.lax.Precision.HIGHEST)
-        return W.astype(B.dtype)
+        return matmul(B.astype(wide), A.astype(wide)).astype(B.dtype)
 
     B, A = as_array(value_of(layer["B"])), as_array(value_of(layer["A"]))
     if isinstance(B, jax.ShapeDtypeStruct):
