@@ -1,0 +1,81 @@
+"""A character model in Equinox on the embedded novels: dense with Adam, low-rank with LORO."""
+
+from importlib.resources import files
+
+import equinox as eqx
+import jax
+import jax.numpy as jnp
+import optax
+
+from loro_jax import loro, warmup_cosine
+from loro_jax.layers.equinox import factorise, summary
+
+WIDTH, CONTEXT, RANK, BATCH = 64, 64, 16, 16
+
+
+def make(key: jax.Array) -> dict:
+    """Returns a transformer of three layers for the characters of ASCII."""
+    keys, stack = jax.random.split(key, (4, 3)), eqx.filter_vmap
+    inputs = jax.random.normal(keys[3, 0], (128 + CONTEXT, WIDTH))
+    attention = stack(lambda key: eqx.nn.MultiheadAttention(4, WIDTH, key=key))(keys[0])
+    mlp = stack(lambda key: eqx.nn.MLP(WIDTH, WIDTH, 4 * WIDTH, 1, key=key))(keys[1])
+    head = eqx.nn.Linear(WIDTH, 128, key=keys[2, 0])
+    return {"inputs": inputs, "attention": attention, "mlp": mlp, "head": head}
+
+
+def bits(net: dict, rows: jax.Array) -> jax.Array:
+    """Returns the loss on rows of CONTEXT + 1 characters, in bits a character."""
+    layers, static = eqx.partition((net["attention"], net["mlp"]), eqx.is_array)
+
+    def layer(x: jax.Array, arrays: tuple) -> tuple[jax.Array, None]:
+        (attention, mlp), y = eqx.combine(arrays, static), jax.nn.standardize(x)
+        x = x + attention(y, y, y, mask=jnp.tri(CONTEXT, dtype=bool))
+        return x + jax.vmap(mlp)(jax.nn.standardize(x)), None
+
+    def loss(row: jax.Array) -> jax.Array:
+        x, _ = jax.lax.scan(layer, net["inputs"][row[:-1]] + net["inputs"][128:], layers)
+        logits = jax.vmap(net["head"])(jax.nn.standardize(x))
+        return optax.softmax_cross_entropy_with_integer_labels(logits, row[1:]).mean()
+
+    return jax.vmap(loss)(rows).mean() / jnp.log(2)
+
+
+def train(net: dict, tx: optax.GradientTransformation, text: jax.Array, steps: int) -> dict:
+    """Returns the network after steps on random rows of the text."""
+
+    @eqx.filter_jit
+    def step(net: dict, state: tuple, key: jax.Array) -> tuple[dict, tuple]:
+        starts = jax.random.randint(key, (BATCH, 1), 0, len(text) - CONTEXT)
+        grads = eqx.filter_grad(bits)(net, text[starts + jnp.arange(CONTEXT + 1)])
+        updates, state = tx.update(grads, state, eqx.filter(net, eqx.is_array))
+        return eqx.apply_updates(net, updates), state
+
+    state = tx.init(eqx.filter(net, eqx.is_array))
+    for key in jax.random.split(jax.random.key(1), steps):
+        net, state = step(net, state, key)
+    return net
+
+
+def main(steps: int = 300) -> dict[str, float]:
+    """Trains both networks on the same rows; prints and returns their validation losses."""
+    corpus, losses = files("loro_jax") / "text" / "corpus", {}
+    novels = [corpus.joinpath(name).read_text("utf-8") for name in ("train.txt", "valid.txt")]
+    text, held_out = (jnp.frombuffer(x.encode("ascii", "replace"), jnp.uint8) for x in novels)
+    rows = held_out[: 500 * (CONTEXT + 1)].reshape(500, -1)
+    dense = make(jax.random.key(0))
+    low_rank = factorise(dense, RANK, where="!head")
+    print(summary(low_rank))
+    # Each rate is the best of several that differ by a factor of two.
+    adam = optax.adam(warmup_cosine(0.01, steps, steps // 10))
+    schedule = warmup_cosine(0.04, steps, steps // 10)
+    riemannian = loro(schedule, exact_every=50, basis="nearest", exact_method="svd")
+    for name, net, tx in (("dense, Adam", dense, adam), ("low-rank, LORO", low_rank, riemannian)):
+        losses[name] = float(eqx.filter_jit(bits)(train(net, tx, text, steps), rows))
+        print(
+            f"{name}: {summary(net).parameters:,} parameters, {losses[name]:.3f} bits a character"
+        )
+    return losses
+
+
+if __name__ == "__main__":
+    main()
