@@ -56,7 +56,7 @@ def train(net: dict, tx: optax.GradientTransformation, text: jax.Array, steps: i
     return net
 
 
-def main(steps: int = 300) -> dict[str, float]:
+def main(steps: int = 200) -> dict[str, float]:
     """Trains both networks on the same rows; prints and returns their validation losses."""
     corpus, losses = files("loro_jax") / "text" / "corpus", {}
     novels = [corpus.joinpath(name).read_text("utf-8") for name in ("train.txt", "valid.txt")]
@@ -67,13 +67,12 @@ def main(steps: int = 300) -> dict[str, float]:
     print(summary(low_rank))
     # Each rate is the best of several that differ by a factor of two.
     adam = optax.adam(warmup_cosine(0.01, steps, steps // 10))
-    schedule = warmup_cosine(0.04, steps, steps // 10)
-    riemannian = loro(schedule, exact_every=50, basis="nearest", exact_method="svd")
+    rate = warmup_cosine(0.04, steps, steps // 10)
+    riemannian = loro(rate, exact_every=50, basis="nearest", exact_method="svd")
     for name, net, tx in (("dense, Adam", dense, adam), ("low-rank, LORO", low_rank, riemannian)):
         losses[name] = float(eqx.filter_jit(bits)(train(net, tx, text, steps), rows))
-        print(
-            f"{name}: {summary(net).parameters:,} parameters, {losses[name]:.3f} bits a character"
-        )
+        parameters = summary(net).parameters
+        print(f"{name}: {parameters:,} parameters, {losses[name]:.3f} bits a character")
     return losses
 
 
