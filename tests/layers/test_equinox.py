@@ -1,5 +1,4 @@
 import pickle
-import warnings
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +6,7 @@ import numpy as np
 import optax
 import pytest
 
-from loro_jax import find_pairs, loro
+from loro_jax import loro
 
 eqx = pytest.importorskip("equinox", reason="layers for Equinox need equinox")
 
@@ -19,90 +18,20 @@ from loro_jax.layers.equinox import (  # noqa: E402
     summary,
 )
 from loro_jax.layers.examples import characters  # noqa: E402
-
-KEY = jax.random.key(0)
-
-
-def linear(m=24, n=16, layer_class=eqx.nn.Linear, **kwargs):
-    return layer_class(n, m, key=KEY, **kwargs)
-
-
-class OwnCall(eqx.nn.Linear):
-    def __call__(self, x, *, key=None):
-        return 2 * super().__call__(x)
-
-
-class OwnField(eqx.nn.Linear):
-    scale: jax.Array
-
-    def __init__(self, in_features, out_features, *, key):
-        super().__init__(in_features, out_features, key=key)
-        self.scale = jnp.ones(3)
-
-
-class OwnInit(eqx.nn.Linear):
-    def __init__(self, in_features, out_features, *, key):
-        super().__init__(in_features, out_features, use_bias=False, key=key)
-        self.weight = 0.02 * self.weight
-
-
-class Block(eqx.Module):
-    attn: eqx.nn.MultiheadAttention
-    mlp: eqx.nn.MLP
-    norm: eqx.nn.LayerNorm
-
-    def __init__(self, key):
-        keys = jax.random.split(key)
-        self.attn = eqx.nn.MultiheadAttention(2, 16, use_query_bias=True, key=keys[0])
-        self.mlp = eqx.nn.MLP(16, 16, 24, depth=1, key=keys[1])
-        self.norm = eqx.nn.LayerNorm(16)
-
-    def __call__(self, x):
-        y = jax.vmap(self.norm)(x)
-        x = x + self.attn(y, y, y)
-        return x + jax.vmap(self.mlp)(x)
-
-
-def network():
-    """Layers in modules, tuples and dicts."""
-    keys = jax.random.split(KEY, 3)
-    head = linear(4)
-    return {"blocks": [Block(keys[0]), Block(keys[1])], "head": (head, jax.nn.relu)}
-
-
-def apply(net, x):
-    for block in net["blocks"]:
-        x = block(x)
-    return net["head"][1](jax.vmap(net["head"][0])(x))
-
-
-PROJECTIONS = ["attn/query_proj", "attn/key_proj", "attn/value_proj", "attn/output_proj"]
-IN_BLOCK = [*PROJECTIONS, "mlp/layers/0", "mlp/layers/1"]
-ALL = [f"blocks/{i}/{path}" for i in range(2) for path in IN_BLOCK] + ["head/0"]
-
-
-def paths_of(tree):
-    """Paths of the pairs that LORO finds, as layers have them."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        pairs = find_pairs(eqx.filter(tree, eqx.is_inexact_array))
-    return [pair.name.replace(".", "/") for pair in pairs]
-
-
-def leaves_of(tree):
-    return sum(x.size for x in jax.tree.leaves(eqx.filter(tree, eqx.is_inexact_array)))
-
-
-def assert_same(found, wanted):
-    """One structure, and equal leaves of equal dtypes."""
-    assert jax.tree.structure(found) == jax.tree.structure(wanted)
-    for x, y in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
-        if eqx.is_array(x):
-            assert x.dtype == y.dtype
-            np.testing.assert_array_equal(np.asarray(x, np.float64), np.asarray(y, np.float64))
-        else:
-            assert x is y or x == y
-
+from tests.layers.equinox_helpers import (  # noqa: E402
+    ALL,
+    KEY,
+    Block,
+    OwnCall,
+    OwnField,
+    OwnInit,
+    apply,
+    assert_same,
+    leaves_of,
+    linear,
+    network,
+    paths_of,
+)
 
 # Factorising
 
@@ -406,115 +335,6 @@ def test_a_stack_of_convolutions():
     call = eqx.filter_vmap(lambda conv, x: conv(x))
     np.testing.assert_allclose(call(low_rank, x), call(convs, x), atol=1e-5)
     assert merge(low_rank).weight.shape == convs.weight.shape
-
-
-# What is left alone, and errors
-
-ODD = {
-    "call": (lambda: linear(layer_class=OwnCall), "has the class OwnCall, with another __call__"),
-    "field": (lambda: linear(layer_class=OwnField), "has the class OwnField, with other fields"),
-    "scalar": (lambda: linear("scalar"), 'has "scalar" features'),
-    "grouped": (
-        lambda: eqx.nn.Conv1d(4, 4, 3, groups=2, key=KEY),
-        "is a convolution with 2 groups",
-    ),
-    "norm/layer": (
-        lambda: eqx.nn.WeightNorm(linear()),
-        "has a weight that eqx.nn.WeightNorm normalises",
-    ),
-    "spectral/layer": (
-        lambda: eqx.nn.SpectralNorm(linear(), "weight", key=KEY),
-        "has a weight that eqx.nn.SpectralNorm normalises",
-    ),
-    "axes": (
-        lambda: eqx.filter_vmap(lambda key: linear(), out_axes=1)(jax.random.split(KEY, 3)),
-        "has a weight of 24 x 3 x 16, float32, in place of 24 x 16, real",
-    ),
-    "complex": (lambda: linear(dtype=jnp.complex64), "has a weight of 24 x 16, complex64"),
-    "empty": (lambda: linear(4, 0), "has an empty weight, 4 x 0"),
-    "none": (
-        lambda: eqx.tree_at(lambda layer: layer.weight, linear(), None),
-        "has no array as its weight, but None",
-    ),
-    "pair": (lambda: factorise(linear(), 4), "is low-rank already: merge it first"),
-}
-
-
-@pytest.mark.parametrize("path", ODD)
-def test_what_cannot_be_factorised(path):
-    make, obstacle = ODD[path]
-    tree = {path.split("/")[0]: make(), "z": linear()}
-    low_rank = factorise(tree, 4)
-    others = [before for before in jax.tree.leaves(tree) if before is not tree["z"].weight]
-    assert all(any(x is y for y in jax.tree.leaves(low_rank)) for x in others)
-    assert isinstance(low_rank["z"], LowRankLinear)
-    assert summary(low_rank).parameters == leaves_of(low_rank)
-    with pytest.raises(ValueError, match=f"^factorise: '{path}' {obstacle}") as error:
-        factorise(tree, 4, where=path)
-    assert str(error.value).endswith(f"leave it out: where='!{path}'.")
-    assert "\n" not in str(error.value)
-
-
-def test_errors():
-    net = network()
-    with pytest.raises(ValueError, match=r"'head/0', 16 inputs to 4 outputs.* 1 and 4, but is 5"):
-        factorise(net, 5)
-    with pytest.raises(ValueError, match=r"where = 'embed' matches no layer; its layers are: bloc"):
-        factorise(net, 4, where="embed")
-    with pytest.raises(ValueError, match="the predicate `where` selects no layer"):
-        factorise(net, 4, where=lambda path, layer: False)
-    with pytest.raises(ValueError, match=r"no layer of the network can be factorised; expected an"):
-        factorise({"norm": eqx.nn.LayerNorm(4), "a": linear(layer_class=OwnCall)}, 4)
-    with pytest.raises(TypeError, match="the rank of 'blocks/0/attn/query_proj' must be a whole"):
-        factorise(net, "4")
-    with pytest.raises(ValueError, match="unknown method 'svdd'"):
-        factorise(net, 4, init="svdd")
-
-
-def test_tied_weights():
-    embedding = eqx.nn.Embedding(24, 16, key=KEY)
-    head = eqx.tree_at(lambda layer: layer.weight, linear(), embedding.weight)
-    tree = {"embed": embedding, "head": head, "other": linear(8, 4)}
-    message = r"^factorise: 'head/weight' and 'embed/weight' are the same array, .*'!head'\.$"
-    for where in (None, "head"):
-        with pytest.raises(ValueError, match=message):
-            factorise(tree, 4, where=where)
-    assert paths_of(factorise(tree, 2, where="!head")) == ["other"]
-    with pytest.raises(ValueError, match=r"'0/weight' and '1/weight' are the same array"):
-        factorise([head, head], 4)
-
-
-@pytest.mark.parametrize("transpose", [False, True])
-def test_weights_that_equinox_shares(transpose):
-    embedding = eqx.nn.Embedding(24, 16, key=KEY)
-    layer = linear(16, 24) if transpose else linear(24, 16)
-    get = (lambda pair: pair[1].weight.T) if transpose else (lambda pair: pair[1].weight)
-    tree = {
-        "from": eqx.nn.Shared((embedding, layer), lambda pair: pair[0].weight, get),
-        "a": linear(),
-    }
-    low_rank = factorise(tree, 4)
-    assert paths_of(low_rank) == ["a"]
-    low_rank["from"]()
-    with pytest.raises(ValueError, match=r"'from/pytree/1' has a weight that eqx.nn.Shared ties"):
-        factorise(tree, 4, where="from")
-    if not transpose:
-        tree = {
-            "to": eqx.nn.Shared(
-                (embedding, layer), lambda pair: pair[1].weight, lambda pair: pair[0].weight
-            )
-        }
-        with pytest.raises(ValueError, match="'to/pytree/1' has no array as its weight, but Sha"):
-            factorise(tree, 4, where="to")
-
-
-def test_layers_that_equinox_shares():
-    pair = (linear(16), eqx.nn.Linear(16, 16, key=jax.random.key(1)), linear(8))
-    shared = eqx.nn.Shared(pair, lambda layers: layers[1], lambda layers: layers[0])
-    low_rank = factorise({"s": shared}, 4)
-    assert paths_of(low_rank) == ["s/pytree/0", "s/pytree/2"]
-    first, second, _ = low_rank["s"]()
-    assert first.B is second.B
 
 
 # The example
