@@ -53,6 +53,7 @@ OPTIMIZED = (
     "exact/test_tangent.py::test_exact_update_is_the_truncated_svd",
     "exact/test_tangent.py::test_narrow_factors",
     "exact/test_tangent.py::test_float32_is_close",
+    "layers/test_equinox.py::test_the_character_model",
     "linalg/",
     "test_parity.py::test_every_loss",
     "training/test_step.py::test_the_step",

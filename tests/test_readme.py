@@ -73,7 +73,7 @@ def test_examples_run_and_learn(name, capsys):
     printed = capsys.readouterr().out
     assert printed
     if " -> " in printed:
-        before, after = (float(x) for x in printed.split(" -> "))
+        before, after = (float(x) for x in printed.splitlines()[-1].split(" -> "))
         assert after < 0.8 * before
 
 

@@ -15,6 +15,7 @@ import numpy as np
 from loro_jax.layers.initial import initial_factors, key_of, relative_error
 from loro_jax.layers.kernels import Layout, as_array
 from loro_jax.layers.selection import Rank, Where, is_inclusive, resolve_rank, select
+from loro_jax.layers.sharding import placed_pair, whole
 from loro_jax.layers.table import Row, Summary
 from loro_jax.linalg.precision import at_least_float32, matmul
 from loro_jax.lowrank import initialise
@@ -291,8 +292,9 @@ def summary(tree: Any, dense: Any = None) -> Summary:
 
 def _low_rank(layer: Any, rank: int, init: str, key: Array) -> Any:
     """Returns a dense layer as a pair."""
-    W = _mapped(_layout(layer).matrix, as_array(layer.weight))
-    B, A = initial_factors(W, rank, init, key)
+    layout, weight = _layout(layer), as_array(layer.weight)
+    W = _mapped(lambda weight: layout.matrix(whole(weight)), weight)
+    B, A = placed_pair(weight, layout, *initial_factors(W, rank, init, key))
     new_class = LowRankLinear if isinstance(layer, eqx.nn.Linear) else LowRankConv
     return _made(new_class, B=B, A=A, bias=layer.bias, dense_class=type(layer), **_settings(layer))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -10,7 +12,7 @@ from loro_jax.layers.kernels import Layout, pair_axes
 Array = jax.Array
 
 
-def placed_pair(kernel: Array, layout: Layout, B: Array, A: Array) -> tuple[Array, Array]:
+def placed_pair(kernel: Array, layout: Layout, B: Any, A: Any) -> tuple[Any, Any]:
     """Shards factors as the kernel whose place they take is sharded.
 
     Args:

@@ -6,6 +6,7 @@ import pytest
 matplotlib.use("Agg")
 
 
+@pytest.mark.slow
 def test_a_vision_transformer_of_low_rank_learns_digits(tmp_path, capsys):
     pytest.importorskip("sklearn", reason="the digits are scikit-learn's")
     from loro_jax.layers.examples import digits
@@ -22,6 +23,6 @@ def test_a_truncated_network_is_healed():
     pytest.importorskip("sklearn", reason="the digits are scikit-learn's")
     from loro_jax.layers.examples import heal
 
-    found = heal.main(steps=150)
+    found = heal.main(steps=100)
     assert found["truncated"] < found["healed"] - 0.05
     assert found["merged"] == pytest.approx(found["healed"], abs=0.01)

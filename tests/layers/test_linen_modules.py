@@ -108,6 +108,7 @@ class Perceptron(nn.Module):
         return self.dense_cls(4, name="down")(h)
 
 
+@pytest.mark.slow
 def test_a_network_with_a_hook_is_trained_without_recompiling():
     network = Perceptron(functools.partial(LowRankDense, rank=0.5))
     variables, x = drawn(network, (8, 12))

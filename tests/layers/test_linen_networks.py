@@ -58,6 +58,7 @@ def _all_pairs(params):
     return jax.tree_util.tree_map_with_path(label, params)
 
 
+@pytest.mark.slow
 def test_a_mixture_of_experts_is_trained_without_recompiling(experts):
     model, params, tokens = experts
     dense = params

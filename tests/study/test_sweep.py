@@ -20,6 +20,7 @@ def base(config):
     return load_config(config, changes)
 
 
+@pytest.mark.slow
 def test_members_end_where_runs_of_their_own_do(base, tmp_path):
     # The last one diverges, which must not end the others.
     members = [Member(0.01, 0.5, 0), Member(0.003, 2, 0), Member(0.003, 2, 1), Member(1e30, 1, 0)]

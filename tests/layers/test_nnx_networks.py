@@ -1,4 +1,6 @@
-"""The LLaMA of google-tunix, written in Flax NNX with einsum modules of its own."""
+"""Networks that somebody else wrote in Flax NNX: a vision transformer of attnax, with dense layers
+and a convolution, and the LLaMA of google-tunix, with einsum modules of its own.
+"""
 
 import importlib
 import importlib.util
@@ -46,43 +48,64 @@ def tunix():
         del sys.modules[name]
 
 
-@pytest.fixture(scope="module")
 def llama(tunix):
-    """The network on a mesh of one device, and a function that applies one of its kind."""
     mesh = jax.make_mesh((1, 1), ("fsdp", "tp"), axis_types=(AxisType.Auto,) * 2)
     tokens = jax.random.randint(jax.random.key(0), (2, 7), 0, 64)
     positions = jnp.broadcast_to(jnp.arange(7), (2, 7))
     mask = jnp.broadcast_to(jnp.tril(jnp.ones((7, 7), bool)), (2, 7, 7))
     with jax.set_mesh(mesh):
         model = tunix.Llama3(tunix.ModelConfig(**SIZES), rngs=nnx.Rngs(0))
-        yield model, lambda model: model(tokens, positions, None, mask)[0]
+        yield model, lambda model: model(tokens, positions, None, mask)[0], "lm_head"
 
 
-def test_at_full_rank_the_logits_are_the_same(llama):
-    dense, logits = llama
+def vision_transformer():
+    attnax = pytest.importorskip("attnax", reason="the network of another package")
+    sizes = {"image_size": 16, "patch_size": 4, "d_model": 32, "d_ff": 64, "num_heads": 4}
+    config = attnax.VisionTransformerConfig(
+        **sizes, num_layers=2, num_classes=10, attention_type="standard"
+    )
+    images = jax.random.normal(jax.random.key(0), (2, 16, 16, 3))
+    model = attnax.VisionTransformer(nnx.Rngs(0), config)
+    yield model, lambda model: model(images, deterministic=True), "head"
+
+
+@pytest.fixture(scope="module", params=["attnax", pytest.param("tunix", marks=pytest.mark.slow)])
+def network(request):
+    """A network, a function that applies one of its kind, and the path of its head."""
+    if request.param == "attnax":
+        yield from vision_transformer()
+    else:
+        yield from llama(request.getfixturevalue("tunix"))
+
+
+def test_at_full_rank_the_output_is_the_same(network):
+    dense, output, _ = network
     low_rank = factorise(dense, 1.0, init="svd")
-    wanted = logits(dense)
+    wanted = output(dense)
     size = jnp.abs(wanted).max()
-    np.testing.assert_allclose(logits(low_rank) / size, wanted / size, atol=1e-5)
-    np.testing.assert_allclose(logits(merge(low_rank)) / size, wanted / size, atol=1e-5)
+    np.testing.assert_allclose(output(low_rank) / size, wanted / size, atol=1e-5)
+    np.testing.assert_allclose(output(merge(low_rank)) / size, wanted / size, atol=1e-5)
     table = summary(low_rank, dense)
-    assert len(table.rows) == 2 * 7 + 1
-    assert all(row.error < 1e-5 for row in table.rows)
+    assert all(row.rank is not None and row.error < 1e-5 for row in table.rows)
 
 
-def test_at_a_quarter_of_the_rank_it_trains_without_compiling_again(llama):
-    dense, logits = llama
-    model = factorise(dense, 0.25, where="layers")
+def test_at_a_quarter_of_the_rank_it_trains_without_compiling_again(network):
+    dense, output, head = network
+    model = factorise(dense, 0.25, where=["layers", f"!{head}"])
     parameters = nnx.state(model, nnx.Param)
-    assert summary(model).parameters == sum(leaf.size for leaf in jax.tree.leaves(parameters))
-    assert len(find_pairs(parameters)) == 2 * 7
+    table = summary(model)
+    assert table.parameters == sum(leaf.size for leaf in jax.tree.leaves(parameters))
+    low_rank = [row.path for row in table.rows if row.rank is not None]
+    assert sorted(pair.name for pair in find_pairs(parameters)) == sorted(low_rank)
+    assert all(path.startswith("layers/") for path in low_rank)
     optimizer = nnx.Optimizer(model, loro(0.01, exact_every=2), wrt=nnx.Param)
 
     @nnx.jit
     def step(model, optimizer):
-        loss, grads = nnx.value_and_grad(lambda m: -jax.nn.log_softmax(logits(m))[..., 3].mean())(
-            model
-        )
+        def loss(model):
+            return -jax.nn.log_softmax(output(model))[..., 3].mean()
+
+        loss, grads = nnx.value_and_grad(loss)(model)
         optimizer.update(model, grads)
         return loss
 
