@@ -35,6 +35,7 @@ from flax import nnx
 from loro_jax.layers.cola import ColaLinear
 from loro_jax.layers.common import Fixed, ProjectionSpec, by_rows, products_dtype
 from loro_jax.layers.low_rank import LowRankLinear
+from loro_jax.linalg.cosine import cosine_transform
 from loro_jax.linalg.precision import at_least_float32
 
 Array = jax.Array
@@ -56,22 +57,6 @@ def groups(m: int, n: int, block: int) -> int:
         return 1
     common, most = math.gcd(m, n), max(1, min(m, n) // block)
     return max(g for g in range(1, most + 1) if common % g == 0)
-
-
-def cosine_transform(m: int, n: int) -> Array:
-    """Returns the first m rows and n columns of the orthonormal DCT-II of size max(m, n), float32.
-
-    Example:
-        >>> T = cosine_transform(3, 5)
-        >>> bool(jnp.allclose(T @ T.T, jnp.eye(3), atol=1e-6))
-        True
-    """
-    size = max(m, n)
-    row, column = jnp.arange(m, dtype=jnp.int32)[:, None], jnp.arange(n, dtype=jnp.int32)
-    # Reduced as whole numbers: the cosine of a large float32 angle would be inaccurate.
-    quarters = (row * (2 * column + 1)) % (4 * size)
-    T = math.sqrt(2 / size) * jnp.cos(quarters.astype(jnp.float32) * (math.pi / (2 * size)))
-    return jnp.where(row == 0, T * math.sqrt(0.5), T).astype(jnp.float32)
 
 
 class ScaffoldLinear(LowRankLinear):

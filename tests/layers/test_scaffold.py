@@ -6,7 +6,8 @@ from flax import nnx
 
 from loro_jax.layers.common import Fixed, ProjectionSpec
 from loro_jax.layers.projections import make_projection
-from loro_jax.layers.scaffold import cosine_transform, groups
+from loro_jax.layers.scaffold import groups
+from loro_jax.linalg.cosine import cosine_transform
 from tests.helpers import some_fast
 
 # Square, wide and tall; sizes that are no powers of two; one block and several.
