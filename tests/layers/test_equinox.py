@@ -98,6 +98,7 @@ def test_ranks_may_differ_between_layers():
     assert rows["head/0"] is None
 
 
+@pytest.mark.slow
 def test_new_factors_depend_on_key_path_and_init():
     net = network()
     keys = (None, None, jax.random.key(1))
@@ -114,6 +115,7 @@ def test_new_factors_depend_on_key_path_and_init():
     np.testing.assert_allclose(jnp.std(product), jnp.std(linear(200, 200).weight), rtol=0.1)
 
 
+@pytest.mark.slow
 def test_a_layer_can_be_made_without_a_dense_one():
     layer = LowRankLinear(400, 300, rank=100, key=KEY)
     dense = eqx.nn.Linear(400, 300, key=KEY)
@@ -300,6 +302,7 @@ def test_the_table_counts_what_the_tree_has():
 # Convolutions
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "space"),
     [
@@ -328,6 +331,7 @@ def test_convolutions(make, space):
     assert paths_of(small) == [""]
 
 
+@pytest.mark.slow
 def test_a_stack_of_convolutions():
     convs = eqx.filter_vmap(lambda key: eqx.nn.Conv2d(3, 5, 2, key=key))(jax.random.split(KEY, 4))
     low_rank, x = factorise(convs, 5, init="svd"), jnp.ones((4, 3, 6, 6))
@@ -371,6 +375,7 @@ def logits(model, x):
     return jax.vmap(lambda x: model(x, key=KEY, inference=True))(x)
 
 
+@pytest.mark.slow
 def test_a_vision_transformer_of_another_package(vision_transformer):
     dense, model = vision_transformer, factorise(vision_transformer, quarter)
     full = factorise(dense, 1.0, init="svd")

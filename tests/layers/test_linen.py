@@ -73,6 +73,7 @@ def test_at_full_rank_a_layer_computes_the_same(name):
     assert_close(layer.apply({"params": merged}, x), layer.apply(variables, x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", LAYERS)
 def test_below_full_rank_a_layer_computes_what_its_merged_kernel_does(name):
     layer, shape, _ = LAYERS[name]
@@ -159,6 +160,7 @@ def test_a_network_at_full_rank_computes_the_same(network):
     chex.assert_trees_all_close(statistics, statistics_wanted, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_a_network_is_merged_exactly(network):
     model, variables, x, layouts = network
     pairs = factorise_params(variables["params"], 1.0, init="svd", layouts=layouts)
@@ -264,6 +266,7 @@ def test_products_have_the_precision_of_the_layer():
     )
 
 
+@pytest.mark.slow
 def test_metadata_keeps_its_names():
     partitioned = functools.partial(nn.with_partitioning, nn.initializers.lecun_normal())
 
@@ -440,6 +443,7 @@ def test_the_equation_may_be_given_in_the_call():
     assert kernel_layouts(Called(("btd,dh->bth", "bth,dh->btd")), x) == {}
 
 
+@pytest.mark.slow
 def test_layers_without_a_matrix_are_left_alone():
     model = nn.Sequential(
         [

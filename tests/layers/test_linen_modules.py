@@ -72,6 +72,7 @@ def test_it_takes_the_place_of_a_module_of_flax(name):
     assert row.after == sum(leaf.size for leaf in jax.tree.leaves(variables))
 
 
+@pytest.mark.slow
 def test_factors_start_from_the_kernel():
     x = jnp.ones((1, 400))
     init = functools.partial(LowRankDense, 200)(rank=16).init(jax.random.key(0), x)["params"]
@@ -137,6 +138,7 @@ def test_a_network_with_a_hook_is_trained_without_recompiling():
     assert losses[-1] < 0.9 * losses[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lifted", ["scan", "vmap"])
 def test_stacks(lifted):
     lift = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}

@@ -34,6 +34,7 @@ def experts():
     return model, jax.jit(model.init)(jax.random.key(0), tokens)["params"], tokens
 
 
+@pytest.mark.slow
 def test_a_mixture_of_experts_at_full_rank_computes_the_same(experts):
     model, params, tokens = experts
     layouts = kernel_layouts(model, tokens)

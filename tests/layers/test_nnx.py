@@ -180,6 +180,7 @@ def test_the_svd_is_the_best_approximation():
     assert f"{100 * error:.2f}%" in str(summary(low_rank, dense))
 
 
+@pytest.mark.slow
 def test_factors_are_drawn_at_the_size_of_the_weights():
     dense = nnx.Linear(300, 200, rngs=rngs())
     dense.kernel[...] = 3.0 * normal(300, 200)
@@ -195,6 +196,7 @@ def test_factors_are_drawn_at_the_size_of_the_weights():
     assert not jnp.allclose(other.A[...], second.A[...])
 
 
+@pytest.mark.slow
 def test_a_weight_of_zeros_stays_zero_and_trains():
     dense = nnx.Linear(6, 5, kernel_init=nnx.initializers.zeros, rngs=rngs())
     low_rank = factorise(dense, 3)
@@ -278,6 +280,7 @@ def test_exact_steps_move_the_product_as_the_paper_says():
     np.testing.assert_allclose(updates["B"][...], wanted["B"], rtol=1e-3, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_dtypes_and_precision_are_those_of_the_layer():
     options = {"dtype": jnp.bfloat16, "param_dtype": jnp.float16, "precision": "highest"}
     for make in (
@@ -386,6 +389,7 @@ def test_shapes_alone_and_traced_networks(net):
     )
 
 
+@pytest.mark.slow
 def test_it_survives_copies_and_files(net, tmp_path):
     low_rank = factorise(net, 2)
     x = normal(2, 8, 8, 3)
@@ -435,6 +439,7 @@ def test_the_summary_counts_all_parameters(net):
     assert (stem.shape, stem.flops_after) == ((8, 27), 6 * 4 * (8 + 27))
 
 
+@pytest.mark.slow
 def test_our_own_llama_merges_and_has_a_summary():
     config = LlamaConfig(
         64, hidden_size=16, intermediate_size=24, num_layers=2, num_heads=2, rank=4

@@ -78,6 +78,7 @@ def network(request):
         yield from llama(request.getfixturevalue("tunix"))
 
 
+@pytest.mark.slow
 def test_at_full_rank_the_output_is_the_same(network):
     dense, output, _ = network
     low_rank = factorise(dense, 1.0, init="svd")
@@ -89,6 +90,7 @@ def test_at_full_rank_the_output_is_the_same(network):
     assert all(row.rank is not None and row.error < 1e-5 for row in table.rows)
 
 
+@pytest.mark.slow
 def test_at_a_quarter_of_the_rank_it_trains_without_compiling_again(network):
     dense, output, head = network
     model = factorise(dense, 0.25, where=["layers", f"!{head}"])

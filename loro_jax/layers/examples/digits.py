@@ -1,7 +1,5 @@
 """Trains a vision transformer (Flax NNX) on scikit-learn's digits: dense against low-rank."""
 
-import sys
-
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
@@ -42,7 +40,7 @@ def train(model: nnx.Module, tx: optax.GradientTransformation, steps: int) -> li
     return curve
 
 
-def main(plot: str = "digits.png", *, steps: int = 300) -> dict[str, list[float]]:
+def main(plot: str = "digits.png", steps: int = 300) -> dict[str, list[float]]:
     dense = VisionTransformer(nnx.Rngs(0))
     low_rank = factorise(dense, rank=12, where="blocks")
     print(summary(low_rank))
@@ -57,4 +55,4 @@ def main(plot: str = "digits.png", *, steps: int = 300) -> dict[str, list[float]
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()
