@@ -67,7 +67,14 @@ class Config:
         None,
         None,
         "a directory of a Hugging Face LLaMA, dense or with factors: the run uses its "
-        "architecture and starts from its weights (factors: from their truncated SVD)",
+        "architecture and starts from its weights (factors: from their truncated SVD). Or a run "
+        "directory of the same method: with model.num_layers a multiple of its layers, its stack "
+        "is repeated",
+    )
+    init_optimizer: str = field(
+        "fresh",
+        one_of(("fresh", "copied")),
+        "with a run in init_from: a new optimizer state at step 0, or that run's, at its step",
     )
     batch_size: int = field(512, at_least(1), "sequences per optimizer step, on all devices")
     sequence_length: int = field(256, at_least(1), "tokens per sequence")

@@ -160,6 +160,8 @@ class _Run:
             self._state: TrainState = self._program.init()
             if config.init_from is not None:
                 self._state, note = start_from(config, self._state)
+                # Not zero with the optimizer's state of another run.
+                self._start = int(self._state.step)
                 notes.append(note)
         else:
             self._start, self._tokens = restored.step, int(restored.progress["tokens"])

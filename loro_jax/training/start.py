@@ -1,4 +1,4 @@
-"""Initialisation of runs with the weights of a model in Hugging Face's format."""
+"""Starts runs from the weights of another run, or of a model in Hugging Face's format."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ from flax import nnx
 from loro_jax.errors import TrainingError
 from loro_jax.text.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from loro_jax.training.config import Config
+from loro_jax.training.growth import grown
 from loro_jax.training.step import TrainState, joined
+from loro_jax.training.trained import load_state, run_config
 from models.huggingface import CheckpointError, check_parameters, read_config, read_parameters
 from models.llama import Llama
 
@@ -36,7 +38,8 @@ _ARCHITECTURE = (
 def with_architecture(config: Config) -> Config:
     """Replaces the architecture of a config with that of the model in ``init_from``.
 
-    Rank, kind of projections and precision are kept.
+    Rank, kind of projections and precision are kept; so is the number of layers if ``init_from`` is
+    a run directory, whose stack of layers is then repeated.
 
     Args:
         config: config of a run.
@@ -45,16 +48,47 @@ def with_architecture(config: Config) -> Config:
         The new config; the same one if ``init_from`` is None.
 
     Raises:
-        TrainingError: if the directory can't be read.
+        TrainingError: if the directory can't be read, or the number of layers is no multiple of
+            that of the run.
     """
     if config.init_from is None:
+        _check_optimizer_is_fresh(config)
         return config
-    try:
-        there = read_config(config.init_from)
-    except CheckpointError as error:
-        raise TrainingError(f"config.init_from: {error}") from None
-    fields = {name: getattr(there, name) for name in _ARCHITECTURE}
+    run = _run_there(config.init_from)
+    if run is not None:
+        there, layers = run.model, config.model.num_layers
+        if layers % there.num_layers:
+            raise TrainingError(
+                f"config.model.num_layers = {layers} is no multiple of the {there.num_layers} "
+                f"layers of config.init_from = {config.init_from!r}; expected {there.num_layers}, "
+                f"or {2 * there.num_layers}, {3 * there.num_layers}, ... to repeat its stack."
+            )
+        names = [name for name in _ARCHITECTURE if name != "num_layers"]
+    else:
+        _check_optimizer_is_fresh(config)
+        try:
+            there = read_config(config.init_from)
+        except CheckpointError as error:
+            raise TrainingError(f"config.init_from: {error}") from None
+        names = list(_ARCHITECTURE)
+    fields = {name: getattr(there, name) for name in names}
     return dataclasses.replace(config, model=dataclasses.replace(config.model, **fields))
+
+
+def _run_there(directory: str) -> Config | None:
+    """Returns the config of the run in a directory; None if there is none."""
+    path = pathlib.Path(directory)
+    if not (path / "config.json").is_file() or not (path / "checkpoints").is_dir():
+        return None
+    return run_config(path)
+
+
+def _check_optimizer_is_fresh(config: Config) -> None:
+    if config.init_optimizer != "fresh":
+        raise TrainingError(
+            f"config.init_optimizer = {config.init_optimizer!r} needs a run directory in "
+            f"config.init_from, which is {config.init_from!r}; expected 'fresh'."
+        )
 
 
 def check_start(config: Config, tokenizer: Tokenizer) -> None:
@@ -64,6 +98,11 @@ def check_start(config: Config, tokenizer: Tokenizer) -> None:
     number of ids.
     """
     if config.init_from is None:
+        return
+    run = _run_there(config.init_from)
+    if run is not None:
+        theirs = load_tokenizer(run.data.tokenizer, run.data.eos_id, run.data.pad_id)
+        _check_tokenizers(config, tokenizer, theirs, run.data.tokenizer)
         return
     model = nnx.eval_shape(lambda: Llama(config.model_config, nnx.Rngs(0)))
     try:
@@ -77,6 +116,10 @@ def check_start(config: Config, tokenizer: Tokenizer) -> None:
         return
     # With the run's special ids: only the number of ids is compared.
     theirs = load_tokenizer(str(path), eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
+    _check_tokenizers(config, tokenizer, theirs, path)
+
+
+def _check_tokenizers(config: Config, tokenizer: Tokenizer, theirs: Tokenizer, path: Any) -> None:
     if theirs.vocab_size != tokenizer.vocab_size:
         raise TrainingError(
             f"config.data.tokenizer = {config.data.tokenizer!r} has {tokenizer.vocab_size} ids, "
@@ -98,6 +141,8 @@ def start_from(config: Config, state: TrainState) -> tuple[TrainState, str]:
         TrainingError: if the directory can't be read, or does not fit the run's projections.
     """
     assert config.init_from is not None  # checked by the caller
+    if _run_there(config.init_from) is not None:
+        return _start_from_run(config, state)
     # Both parts are read as one model, and then taken apart again by their paths.
     fresh = {"params": state.params, "fixed": state.fixed}
     wanted = joined(state.params, state.fixed)
@@ -127,3 +172,36 @@ def start_from(config: Config, state: TrainState) -> tuple[TrainState, str]:
     if zero:
         line += f"; {', '.join(zero)} all zeros, so their factors can't be trained"
     return state._replace(params=picked["params"], fixed=picked["fixed"]), line
+
+
+def _start_from_run(config: Config, state: TrainState) -> tuple[TrainState, str]:
+    """Loads the weights of a run, its stack of layers repeated as often as the config asks for."""
+    assert config.init_from is not None  # checked by the caller
+    run, step, there = load_state(config.init_from)
+    times = config.model.num_layers // run.model.num_layers
+    line = f"starting from step {step} of {config.init_from}"
+    if times > 1:
+        line += f", its {run.model.num_layers} layers {times} times"
+    copied = config.init_optimizer == "copied"
+    if copied and step >= config.steps:
+        raise TrainingError(
+            f"config.steps = {config.steps} is not above step {step} of config.init_from = "
+            f"{config.init_from!r}, where the run would continue with config.init_optimizer = "
+            "'copied'."
+        )
+    if copied:
+        line += ", with its optimizer's state"
+        old, fresh = there, state
+    else:
+        # One structure for both, without the parts that stay as they are.
+        old = there._replace(step=state.step, opt_state=())
+        fresh = state._replace(opt_state=())
+    try:
+        new = grown(old, fresh, times)
+    except ValueError as error:
+        raise TrainingError(
+            f"config.init_from = {config.init_from!r}, a run of method {run.method!r}, does not "
+            f"fit this run, of method {config.method!r}: {error}"
+        ) from None
+    placed = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), new, fresh)
+    return (placed if copied else placed._replace(opt_state=state.opt_state)), line

@@ -14,7 +14,7 @@ from loro_jax.training.checkpoint import read_checkpoint
 from loro_jax.training.config import Config
 from loro_jax.training.mesh import make_mesh
 from loro_jax.training.renamed import upgraded
-from loro_jax.training.step import abstract_state, make_program, merge_model
+from loro_jax.training.step import TrainState, abstract_state, make_program, merge_model
 from models.huggingface import read_model
 from models.llama import Llama
 
@@ -48,6 +48,19 @@ def load_run(path: str | pathlib.Path, step: int | None = None) -> Trained:
     Raises:
         TrainingError: if there is no such run or checkpoint, or it is damaged.
     """
+    config, chosen, state = load_state(path, step)
+    model = merge_model(config, state.params, state.fixed)
+    tokenizer = load_tokenizer(config.data.tokenizer, config.data.eos_id, config.data.pad_id)
+    tokenizer.adds_bos = False  # documents do not begin with it in training
+    return Trained(config, chosen, model, tokenizer)
+
+
+def load_state(path: str | pathlib.Path, step: int | None = None) -> tuple[Config, int, TrainState]:
+    """Loads all of a run's training state, as :func:`load_run` does.
+
+    Returns:
+        (config of the run, step of the checkpoint, the state).
+    """
     directory = pathlib.Path(path)
     config = load_config(directory / "config.json")
     checkpoints = directory / "checkpoints"
@@ -70,10 +83,7 @@ def load_run(path: str | pathlib.Path, step: int | None = None) -> Trained:
     except Exception as error:  # damaged files raise various errors
         reason = str(error).strip().split("\n")[0][:120]
         raise TrainingError(f"{checkpoints / str(chosen)} can't be read ({reason}).") from None
-    model = merge_model(config, state.params, state.fixed)
-    tokenizer = load_tokenizer(config.data.tokenizer, config.data.eos_id, config.data.pad_id)
-    tokenizer.adds_bos = False  # documents do not begin with it in training
-    return Trained(config, chosen, model, tokenizer)
+    return config, chosen, state
 
 
 def load_model(path: str | pathlib.Path) -> tuple[Llama, Tokenizer]:
