@@ -54,7 +54,7 @@ def main():
             for name, layer in vars(model).items()
             if isinstance(layer, nnx.Module)
         }
-        optimizer = nnx.Optimizer(model, loro(0.01, exact_every=0), wrt=nnx.Param)
+        optimizer = nnx.Optimizer(model, loro(0.01, exact_every=100), wrt=nnx.Param)
 
         @nnx.jit
         def step(model, optimizer):
