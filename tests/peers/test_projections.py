@@ -1,5 +1,7 @@
 """GaLore, Fira and AdaRankGrad with every basis, and with every rule for moments."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -11,9 +13,23 @@ from loro_jax.peers.bases import BASES, MOMENTS
 from loro_jax.peers.fira import fira
 from loro_jax.peers.galore import galore
 from tests.helpers import run_module
-from tests.peers.projected_methods import B1, B2, SETTINGS, adam_direction, gradients, run
+from tests.peers.projected_methods import (
+    B1,
+    B2,
+    SETTINGS,
+    CommonChecks,
+    adam_direction,
+    gradients,
+    run,
+)
 
 SHAPE, RANK, EVERY = (3, 4, 7), 2, 2
+
+
+class TestCosines(CommonChecks):
+    """All checks of GaLore with a basis that is stored as indices, and moments that move."""
+
+    make = staticmethod(functools.partial(galore, basis="dct", moments="rotate"))
 
 
 def as_matrix(basis, stored, shape):
