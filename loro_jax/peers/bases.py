@@ -321,7 +321,8 @@ def _rotate_blocks(
     new: Array, old: Array, mu: Array, nu: Array, shape: Shape
 ) -> tuple[Array, Array]:
     kept = _positions(old, math.prod(shape[:-2]))[new]
-    return tuple(jnp.take(x, kept, axis=0, mode="fill", fill_value=0) for x in (mu, nu))
+    moved = [jnp.take(x, kept, axis=0, mode="fill", fill_value=0) for x in (mu, nu)]
+    return moved[0], moved[1]
 
 
 BASES: dict[str, Basis] = {

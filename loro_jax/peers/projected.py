@@ -99,7 +99,8 @@ class ProjectedSettings(NamedTuple):
         """
         basis, T = BASES[self.basis], self.update_every
         # At t = 0, T, 2T, ... the projector from this step's gradient.
-        P, mu, nu = renewed(basis, self.moments, held, G, is_due(count, T), count)
+        P, mu, nu = held
+        P, mu, nu = renewed(basis, self.moments, (P, mu, nu), G, is_due(count, T), count)
         R = basis.project(P, G)
         N, mu, nu = adam(R, mu, nu, step_of_adam(count, T, self.moments), self.constants)
         return R, N, (P, mu, nu)

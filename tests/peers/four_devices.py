@@ -1,4 +1,4 @@
-"""Takes steps by GaLore and FRUGAL on four simulated devices, one JSON object a basis and layout.
+"""Takes steps by GaLore and FRUGAL on four simulated devices, one JSON object for each basis.
 
 A program of its own, because the number of devices is fixed when JAX starts. Usage:
 ``python -m tests.peers.four_devices``.
@@ -16,7 +16,8 @@ from loro_jax.peers.frugal import frugal
 from loro_jax.peers.galore import galore
 
 SHAPE = (4, 8, 12)
-LAYOUTS = {"rows": PartitionSpec(None, "x"), "columns": PartitionSpec(None, None, "x")}
+# By methods: the smaller side is divided, or the larger one.
+LAYOUTS = {"galore": PartitionSpec(None, "x"), "frugal": PartitionSpec(None, None, "x")}
 
 
 def make(method, basis):
@@ -40,13 +41,12 @@ if __name__ == "__main__":
     mesh = jax.make_mesh((4,), ("x",), axis_types=(AxisType.Auto,))
     rng = np.random.default_rng(0)
     grads = [jnp.asarray(rng.normal(size=SHAPE), jnp.float32) for _ in range(3)]
-    for method in ("galore", "frugal"):
+    for method, spec in LAYOUTS.items():
         for basis in BASES:
             tx = make(method, basis)
             one, _ = steps(tx, jnp.ones(SHAPE), grads)
-            for layout, spec in LAYOUTS.items():
-                placed = jax.device_put([jnp.ones(SHAPE), *grads], NamedSharding(mesh, spec))
-                several, devices = steps(tx, placed[0], placed[1:])
-                row = {"method": method, "basis": basis, "layout": layout, "devices": devices}
-                sums = {"one": one.sum(axis=-1).tolist(), "several": several.sum(axis=-1).tolist()}
-                print(json.dumps(row | sums), flush=True)
+            placed = jax.device_put([jnp.ones(SHAPE), *grads], NamedSharding(mesh, spec))
+            several, devices = steps(tx, placed[0], placed[1:])
+            row = {"method": method, "basis": basis, "devices": devices}
+            sums = {"one": one.sum(axis=-1).tolist(), "several": several.sum(axis=-1).tolist()}
+            print(json.dumps(row | sums), flush=True)

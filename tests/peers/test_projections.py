@@ -151,7 +151,7 @@ def test_bad_settings(make, settings, message):
 @pytest.mark.slow
 def test_on_several_devices_steps_are_those_of_one():
     rows = run_module("tests.peers.four_devices")
-    assert len(rows) == 2 * 2 * len(BASES)
+    assert len(rows) == 2 * len(BASES)
     for row in rows:
         np.testing.assert_allclose(row["several"], row["one"], rtol=1e-3, atol=1e-6)
         assert row["devices"] == 4, row
