@@ -2,6 +2,7 @@
 
 from loro_jax.peers.adarankgrad import adarankgrad
 from loro_jax.peers.fira import fira
+from loro_jax.peers.frugal import frugal
 from loro_jax.peers.galore import galore
 from loro_jax.peers.muon import muon, scale_by_muon
 from loro_jax.peers.preconditioned import preconditioned, scale_by_preconditioner
@@ -13,6 +14,7 @@ from loro_jax.peers.switchlora import switch
 __all__ = [
     "adarankgrad",
     "fira",
+    "frugal",
     "galore",
     "jagged_schedule",
     "lowrank_restarts",

@@ -71,6 +71,7 @@ def adarankgrad(
     b2: float = 0.999,
     eps: float = 1e-8,
     weight_decay: float = 0.0,
+    basis: str = "randomised",
 ) -> optax.GradientTransformationExtraArgs:
     """Creates AdaRankGrad for the projected leaves, with Adam for the others.
 
@@ -92,12 +93,13 @@ def adarankgrad(
         b2: decay of Adam's second moment.
         eps: Adam's epsilon.
         weight_decay: decoupled decay.
+        basis: "randomised" or "svd"; other bases have no singular values to choose a rank by.
 
     Returns:
         An ``optax.GradientTransformationExtraArgs``, learning rate included.
 
     Raises:
-        ValueError: as GaLore; for an ``eta`` or a ``tolerance`` outside [0, 1).
+        ValueError: as GaLore; for an ``eta`` or a ``tolerance`` outside [0, 1), or another basis.
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -118,7 +120,11 @@ def adarankgrad(
     for name, value in (("eta", eta), ("tolerance", tolerance)):
         if not 0 <= value < 1:
             raise ValueError(f"adarankgrad: {name} must be at least 0 and below 1, is {value!r}.")
-    find = functools.partial(adaptive_projector, rank=rank, eta=eta)
+    if basis not in ("randomised", "svd"):
+        raise ValueError(f'adarankgrad: basis must be "randomised" or "svd", is {basis!r}.')
+    find = functools.partial(
+        adaptive_projector, rank=rank, eta=eta, randomised=basis == "randomised"
+    )
 
     def begin(shape: tuple[int, ...], dtype: Any) -> Slots:
         layers = shape[:-2]

@@ -20,8 +20,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from loro_jax.peers.bases import BASES
 from loro_jax.peers.projected import Projected, ProjectedSettings, Slots, projected_descent
-from loro_jax.peers.projection import AdamConstants, adam, lift, project, renewed_projector
+from loro_jax.peers.projection import AdamConstants
 
 Array = jax.Array
 
@@ -34,7 +35,8 @@ class FiraState(NamedTuple):
 
     Attributes:
         count: number of steps taken, int32 scalar.
-        projector: tree like the parameters: (..., k, r), or a scalar for leaves not projected.
+        projector: tree like the parameters: (..., k, r), or indices, int32, for bases that are
+            stored as such; a scalar for leaves not projected.
         mu: tree of first moments: (..., r, l), or the leaf's own shape.
         nu: tree of second moments, shapes as ``mu``.
         norm: tree of the last remainders' norms, one per matrix; zero before the first step.
@@ -104,6 +106,8 @@ def fira(
     b2: float = 0.999,
     eps: float = 1e-8,
     weight_decay: float = 0.0,
+    basis: str = "svd",
+    moments: str = "keep",
 ) -> optax.GradientTransformationExtraArgs:
     """Creates Fira for the projected leaves, with Adam for the others.
 
@@ -122,12 +126,14 @@ def fira(
         b2: decay of Adam's second moment.
         eps: Adam's epsilon.
         weight_decay: decoupled decay.
+        basis: the kind of subspace; all but "blocks", in which no column has both parts.
+        moments: "keep", "reset" or "rotate".
 
     Returns:
         An ``optax.GradientTransformationExtraArgs``, learning rate included.
 
     Raises:
-        ValueError: as GaLore; for a ``gamma`` below 1.
+        ValueError: as GaLore; for a ``gamma`` below 1, or the basis "blocks".
 
     Example:
         >>> import jax, jax.numpy as jnp
@@ -144,8 +150,21 @@ def fira(
     """
     constants = AdamConstants(b1, b2, eps)
     settings = ProjectedSettings(
-        learning_rate, rank, projected, update_every, scale, constants, weight_decay
+        learning_rate,
+        rank,
+        projected,
+        update_every,
+        scale,
+        constants,
+        weight_decay,
+        basis,
+        moments,
     ).checked("fira")
+    if basis == "blocks":
+        raise ValueError(
+            'fira: basis "blocks" gives whole matrices, with no projected part to scale the rest '
+            "by; expected another basis."
+        )
     if gamma < 1:
         raise ValueError(f"fira: gamma must be at least 1, is {gamma!r}.")
 
@@ -153,15 +172,15 @@ def fira(
         return (*settings.begin(shape, dtype), jnp.zeros(shape[:-2], dtype))
 
     def step(G: Array, held: Slots, count: Array) -> tuple[Array, Slots]:
-        P, mu, nu, last = held
+        *subspace, last = held
+        lift = BASES[basis].lift
         # GaLore's step: the projector every T steps, R = P^T G, and Adam's N of R.
-        P = renewed_projector(P, G, count, update_every)
-        R = project(P, G)
-        N, mu, nu = adam(R, mu, nu, count + 1, constants)
+        R, N, (P, mu, nu) = settings.in_subspace(G, tuple(subspace), count)
         # The remainder S = G - P R, its columns scaled by phi_j = |N_j| / |R_j|, and limited in its
         # growth.
-        S, norm = limit_growth(norm_scaling(N, R) * (G - lift(P, R)), last, gamma)
+        rest = G - lift(P, R, G.shape)
+        S, norm = limit_growth(norm_scaling(N, R) * rest, last, gamma)
         # alpha is not applied to S, as in the authors' code.
-        return scale * lift(P, N) + S, (P, mu, nu, norm)
+        return scale * lift(P, N, G.shape) + S, (P, mu, nu, norm)
 
     return projected_descent("fira", settings, FiraState, begin, step)

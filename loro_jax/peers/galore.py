@@ -3,7 +3,7 @@
 Source: Zhao et al., ICML 2024 (arXiv 2403.03507), Algorithm 2. For a weight m x n with m <= n,
 every T steps P becomes the first r left singular vectors of the gradient; then ``R = P^T G``, Adam
 turns R into N, and the weight moves by ``-lr alpha P N``. For m > n the same is done with the
-transpose. Moments are kept when P changes.
+transpose. Moments are kept when P changes. Other subspaces and rules for moments are options.
 
 ``optax.contrib.galore`` is not wrapped here, because four things cannot be configured:
 
@@ -27,8 +27,9 @@ from typing import Any, NamedTuple
 import jax
 import optax
 
+from loro_jax.peers.bases import BASES
 from loro_jax.peers.projected import Projected, ProjectedSettings, Slots, projected_descent
-from loro_jax.peers.projection import AdamConstants, adam, lift, project, renewed_projector
+from loro_jax.peers.projection import AdamConstants
 
 Array = jax.Array
 
@@ -38,7 +39,8 @@ class GaLoreState(NamedTuple):
 
     Attributes:
         count: number of steps taken, int32 scalar.
-        projector: tree like the parameters: (..., k, r), or a scalar for leaves not projected.
+        projector: tree like the parameters: (..., k, r), or indices, int32, for bases that are
+            stored as such; a scalar for leaves not projected.
         mu: tree of first moments: (..., r, l), or the leaf's own shape.
         nu: tree of second moments, shapes as ``mu``.
     """
@@ -60,6 +62,8 @@ def galore(
     b2: float = 0.999,
     eps: float = 1e-8,
     weight_decay: float = 0.0,
+    basis: str = "svd",
+    moments: str = "keep",
 ) -> optax.GradientTransformationExtraArgs:
     """Creates GaLore for the projected leaves, with Adam for the others.
 
@@ -78,13 +82,19 @@ def galore(
         b2: decay of the second moment.
         eps: added to the square root of the corrected second moment, as in ``optax.scale_by_adam``.
         weight_decay: decoupled decay of all leaves, ``lr * weight_decay`` per step.
+        basis: the kind of subspace, see :mod:`loro_jax.peers.bases`: "svd", the paper's,
+            "randomised", "random", "dct", "columns" or "blocks". With the last three the state
+            holds indices in place of projectors, and a renewal costs no factorisation.
+        moments: "keep" Adam's moments when P changes, as in the paper, "reset" them, and Adam's
+            bias correction, or "rotate" them into the new subspace.
 
     Returns:
         An ``optax.GradientTransformationExtraArgs``, learning rate included.
 
     Raises:
         ValueError: for settings out of range; from ``init``, if ``projected`` does not match the
-            parameters or the rank exceeds the smaller side of a leaf; from ``update``, without
+            parameters, the rank exceeds the smaller side of a leaf, or the basis is "blocks" and a
+            projected leaf has no layers; from ``update``, without
             ``params`` if there is a weight decay.
 
     Example:
@@ -104,17 +114,22 @@ def galore(
     """
     constants = AdamConstants(b1, b2, eps)
     settings = ProjectedSettings(
-        learning_rate, rank, projected, update_every, scale, constants, weight_decay
+        learning_rate,
+        rank,
+        projected,
+        update_every,
+        scale,
+        constants,
+        weight_decay,
+        basis,
+        moments,
     ).checked("galore")
 
     def step(G: Array, held: Slots, count: Array) -> tuple[Array, Slots]:
-        P, mu, nu = held
-        # Algorithm 2: at t = 0, T, 2T, ... the projector from this step's gradient; moments are
-        # kept.
-        P = renewed_projector(P, G, count, update_every)
-        # R = P^T G, Adam's N of R, and W <- W - lr alpha P N.
-        N, mu, nu = adam(project(P, G), mu, nu, count + 1, constants)
+        # Algorithm 2: R = P^T G with the projector of the last renewal, Adam's N of R, and
+        # W <- W - lr alpha P N.
+        _, N, held = settings.in_subspace(G, held, count)
         # alpha scales only the step within the subspace; weight decay is added without it.
-        return scale * lift(P, N), (P, mu, nu)
+        return scale * BASES[basis].lift(held[0], N, G.shape), held
 
     return projected_descent("galore", settings, GaLoreState, settings.begin, step)

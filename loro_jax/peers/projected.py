@@ -14,6 +14,15 @@ import jax.numpy as jnp
 import optax
 
 from loro_jax.linalg.precision import at_least_float32
+from loro_jax.peers.bases import (
+    BASES,
+    MOMENTS,
+    Basis,
+    basis_of,
+    is_due,
+    renewed,
+    step_of_adam,
+)
 from loro_jax.peers.projection import AdamConstants, adam, as_shaped, smaller_side_first
 from loro_jax.schedules import value_at
 
@@ -36,6 +45,9 @@ class ProjectedSettings(NamedTuple):
         scale: alpha, a factor on the updates within the subspace.
         constants: Adam's decays and epsilon, as in ``optax.scale_by_adam``.
         weight_decay: decoupled decay of all leaves, ``lr * weight_decay`` per step.
+        basis: the kind of basis, a key of :data:`loro_jax.peers.bases.BASES`.
+        moments: the treatment of Adam's moments when the subspace changes, one of
+            :data:`loro_jax.peers.bases.MOMENTS`.
     """
 
     learning_rate: optax.ScalarOrSchedule
@@ -45,6 +57,8 @@ class ProjectedSettings(NamedTuple):
     scale: float
     constants: AdamConstants
     weight_decay: float
+    basis: str = "svd"
+    moments: str = "keep"
 
     def checked(self, where: str) -> ProjectedSettings:
         """Returns the settings; raises ValueError for values that no method can use."""
@@ -59,13 +73,43 @@ class ProjectedSettings(NamedTuple):
         for name, amount in (("eps", self.constants.eps), ("weight_decay", self.weight_decay)):
             if amount < 0:
                 raise ValueError(f"{where}: {name} must not be negative, is {amount!r}.")
+        basis_of(self.basis, where)
+        if self.moments not in MOMENTS:
+            raise ValueError(
+                f"{where}: moments must be one of {', '.join(MOMENTS)}, is {self.moments!r}."
+            )
         return self
 
     def begin(self, shape: tuple[int, ...], dtype: Any) -> Slots:
         """Returns zeros for the projector and the moments of a matrix (..., k, l), k <= l."""
-        *batch, k, l = shape  # noqa: E741  # the sides of a matrix, the smaller one first
-        shapes = (*batch, k, self.rank), (*batch, self.rank, l), (*batch, self.rank, l)
-        return tuple(jnp.zeros(shape, dtype) for shape in shapes)
+        return empty_slots(BASES[self.basis], shape, self.rank, dtype)
+
+    def in_subspace(
+        self, G: Array, held: Slots, count: Array
+    ) -> tuple[Array, Array, tuple[Array, Array, Array]]:
+        """Renews the projector if that is due, projects a gradient, and takes a step of Adam.
+
+        Args:
+            G: gradient, (..., k, l) with k <= l.
+            held: projector and moments.
+            count: number of steps taken.
+
+        Returns:
+            The projected gradient R, Adam's direction N of R, and projector and moments.
+        """
+        basis, T = BASES[self.basis], self.update_every
+        # At t = 0, T, 2T, ... the projector from this step's gradient.
+        P, mu, nu = held
+        P, mu, nu = renewed(basis, self.moments, (P, mu, nu), G, is_due(count, T), count)
+        R = basis.project(P, G)
+        N, mu, nu = adam(R, mu, nu, step_of_adam(count, T, self.moments), self.constants)
+        return R, N, (P, mu, nu)
+
+
+def empty_slots(basis: Basis, shape: tuple[int, ...], rank: int, dtype: Any) -> Slots:
+    """Returns zeros for a basis and Adam's moments of a matrix (..., k, l), k <= l."""
+    moments = basis.moments(shape, rank)
+    return basis.begin(shape, rank, dtype), jnp.zeros(moments, dtype), jnp.zeros(moments, dtype)
 
 
 def projected_descent(
@@ -102,7 +146,7 @@ def projected_descent(
         treedef: Any
         leaves, treedef = jax.tree.flatten(params)
         if not leaves:  # includes Optax's placeholder for a tree of parameters
-            fields = len(jax.eval_shape(lambda: begin((1, 1), jnp.float32)))
+            fields = len(jax.eval_shape(lambda: begin((1, 1, 1), jnp.float32)))
             return state_type(count, *[params] * fields)
         flags = _flags(params, settings.projected, settings.rank, where)
         slots = [_begin(leaf, flag, begin) for leaf, flag in zip(leaves, flags, strict=True)]
@@ -164,7 +208,7 @@ def _begin(leaf: Array, flag: bool, begin: Callable[[tuple[int, ...], Any], Slot
         return begin((*batch, min(m, n), max(m, n)), dtype)
     # Scalars replace the arrays that plain Adam does not need: every tree has an array at every
     # leaf, and none is empty, so containers and checkpoints need no special case.
-    projector, _, _, *others = jax.eval_shape(lambda: begin((1, 1), dtype))
+    projector, _, _, *others = jax.eval_shape(lambda: begin((1, 1, 1), dtype))
     mu, nu = jnp.zeros(leaf.shape, dtype), jnp.zeros(leaf.shape, dtype)
     return (
         jnp.zeros([], projector.dtype),
@@ -184,7 +228,7 @@ def _direction(
     projector, mu, nu, *others = held
     wide = G.astype(mu.dtype)
     # `_begin` gave leaves that are not projected a scalar in the place of a projector.
-    if projector.ndim >= 2:
+    if projector.ndim > 0:
         D, new = step(smaller_side_first(wide), held, count)
         return as_shaped(D, G.shape), new
     D, mu, nu = adam(wide, mu, nu, count + 1, constants)

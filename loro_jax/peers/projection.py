@@ -7,7 +7,6 @@ gradient ``R = P^T G`` is (..., r, l), and so are its moments.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
@@ -16,7 +15,6 @@ import optax
 
 from loro_jax.linalg.batching import one_by_one
 from loro_jax.linalg.precision import matmul
-from loro_jax.schedules import countable
 
 Array = jax.Array
 
@@ -82,15 +80,6 @@ def leading_vectors(G: Array, rank: int) -> Array:
         return jnp.linalg.svd(G, full_matrices=False)[0][:, :rank]
 
     return one_by_one(of_one, G.ndim - 2)(G)
-
-
-def renewed_projector(P: Array, G: Array, count: Array, update_every: int) -> Array:
-    """Renews the projector from the gradient if ``count`` is a multiple of ``update_every``.
-
-    The condition is one scalar for all layers, so ``lax.cond`` skips the SVD on other steps.
-    """
-    renew: Callable[[], Array] = lambda: leading_vectors(G, P.shape[-1])  # noqa: E731
-    return jax.lax.cond(count % countable(update_every) == 0, renew, lambda: P)
 
 
 def adam(

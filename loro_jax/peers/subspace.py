@@ -78,7 +78,53 @@ def adaptive_rank(s: Array, total: Array, eta: float) -> Array:
     return jnp.clip(too_little + 1, 1, s.shape[-1])
 
 
-def adaptive_projector(G: Array, count: Array, *, rank: int, eta: float) -> tuple[Array, Array]:
+def randomised_factors(G: Array, count: Array, rank: int) -> tuple[Array, Array]:
+    """Approximates the leading left singular vectors and values of stacked matrices.
+
+    Args:
+        G: (..., k, l) with k <= l.
+        count: the step, which seeds the sketch, so that the state needs no random key.
+        rank: number of vectors.
+
+    Returns:
+        (..., k, rank) orthonormal columns, and (..., rank) singular values.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> _, s = randomised_factors(jnp.diag(jnp.array([1.0, 3.0, 2.0])), jnp.int32(0), 2)
+        >>> [round(float(x), 3) for x in s]
+        [3.0, 2.0]
+    """
+
+    def of_one(G: Array, count: Array) -> tuple[Array, Array]:
+        key = jax.random.fold_in(jax.random.key(0), count)
+        return randomised_vectors(G, key, rank, _OVERSAMPLE, _ITERATIONS)
+
+    # One count per layer, because the mapped function must not close over traced values.
+    counts = jnp.broadcast_to(count, G.shape[:-2])
+    return one_by_one(of_one, G.ndim - 2)(G, counts)
+
+
+def leading_factors(G: Array, rank: int) -> tuple[Array, Array]:
+    """Computes the leading left singular vectors and values of stacked matrices.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> _, s = leading_factors(jnp.diag(jnp.array([1.0, 3.0, 2.0])), 2)
+        >>> [round(float(x), 3) for x in s]
+        [3.0, 2.0]
+    """
+
+    def of_one(G: Array) -> tuple[Array, Array]:
+        U, s, _ = jnp.linalg.svd(G, full_matrices=False)
+        return U[:, :rank], s[:rank]
+
+    return one_by_one(of_one, G.ndim - 2)(G)
+
+
+def adaptive_projector(
+    G: Array, count: Array, *, rank: int, eta: float, randomised: bool = True
+) -> tuple[Array, Array]:
     """Returns the projector of a gradient, with zero columns beyond its adaptive rank.
 
     Args:
@@ -86,6 +132,7 @@ def adaptive_projector(G: Array, count: Array, *, rank: int, eta: float) -> tupl
         count: the step, which seeds the sketch, so that the state needs no random key.
         rank: r, the largest rank.
         eta: see :func:`adaptive_rank`.
+        randomised: whether the SVD is a randomised one.
 
     Returns:
         (..., k, r) and the ranks, int32 (...,).
@@ -97,14 +144,7 @@ def adaptive_projector(G: Array, count: Array, *, rank: int, eta: float) -> tupl
         >>> int(r), [round(float(x), 3) for x in jnp.linalg.norm(P, axis=0)]
         (2, [1.0, 1.0, 0.0])
     """
-
-    def of_one(G: Array, count: Array) -> tuple[Array, Array]:
-        key = jax.random.fold_in(jax.random.key(0), count)
-        return randomised_vectors(G, key, rank, _OVERSAMPLE, _ITERATIONS)
-
-    # One count per layer, because the mapped function must not close over traced values.
-    counts = jnp.broadcast_to(count, G.shape[:-2])
-    U, s = one_by_one(of_one, G.ndim - 2)(G, counts)
+    U, s = randomised_factors(G, count, rank) if randomised else leading_factors(G, rank)
     ranks = adaptive_rank(s, jnp.sum(G**2, axis=(-2, -1)), eta)
     return U * (jnp.arange(rank) < ranks[..., None])[..., None, :], ranks
 

@@ -197,6 +197,13 @@ METHODS: dict[str, Method] = {
         options=optimizers.AdaRankGradOptions,
         periodic=True,
     ),
+    "frugal": Method(
+        "Adam for a share of the dense projections, renewed every K-th step; signs for the rest",
+        optimizers.make_frugal,
+        uses=("exact_every",),
+        options=optimizers.FrugalOptions,
+        periodic=True,
+    ),
     "full": Method(
         "the dense model, by AdamW or, with direction orthogonal, by Muon",
         _full,

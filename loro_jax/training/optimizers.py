@@ -18,11 +18,12 @@ from loro_jax.directions.adam import adam, scale_by_uncorrected_adam
 from loro_jax.directions.orthogonal import orthogonal
 from loro_jax.directions.protocol import as_direction
 from loro_jax.directions.row_momentum import scale_by_rows
-from loro_jax.fields import at_least, field, one_of
+from loro_jax.fields import at_least, between, either, field, one_of
 from loro_jax.loro import loro
 from loro_jax.peers import (
     adarankgrad,
     fira,
+    frugal,
     galore,
     lowrank_restarts,
     muon,
@@ -30,6 +31,8 @@ from loro_jax.peers import (
     spectron,
     svd_projection,
 )
+from loro_jax.peers.bases import BASES, MOMENTS, ORDERS
+from loro_jax.peers.frugal import REMAINDERS
 from loro_jax.peers.muon import scale_by_muon
 from loro_jax.training.registry import Direction, Making, Optimizer, projections_of_blocks
 
@@ -86,6 +89,10 @@ class GaLoreOptions:
     """Options of GaLore."""
 
     scale: float = field(0.25, at_least(0), "alpha, a factor on the steps of projected gradients")
+    basis: str = field("svd", one_of(BASES), "the kind of subspace that gradients are projected to")
+    moments: str = field(
+        "keep", one_of(MOMENTS), "what happens to moments when the subspace changes"
+    )
 
 
 @dataclasses.dataclass
@@ -96,9 +103,13 @@ class FiraOptions(GaLoreOptions):
 
 
 @dataclasses.dataclass
-class AdaRankGradOptions(GaLoreOptions):
+class AdaRankGradOptions:
     """Options of AdaRankGrad."""
 
+    scale: float = field(0.25, at_least(0), "alpha, a factor on the steps of projected gradients")
+    basis: str = field(
+        "randomised", either("randomised", "svd"), "how the gradients' subspaces are computed"
+    )
     eta: float = field(
         0.04, at_least(0, below=1), "fraction of the gradient's squared norm that may be lost"
     )
@@ -107,6 +118,20 @@ class AdaRankGradOptions(GaLoreOptions):
         at_least(0, below=1),
         "a subspace is renewed when the projected gradient's norm falls below this fraction",
     )
+
+
+@dataclasses.dataclass
+class FrugalOptions:
+    """Options of FRUGAL."""
+
+    density: float = field(0.25, between(0, 1), "rho, the share of the projections with state")
+    basis: str = field("blocks", one_of(BASES), "the kind of subspace that has state")
+    order: str = field("descending", one_of(ORDERS), "in which order blocks takes the layers")
+    scale: float = field(1.0, at_least(0), "factor on the steps of the projections")
+    remainder: str = field(
+        "sign_sgd", one_of(REMAINDERS), "the step of the gradient's part outside of the subspace"
+    )
+    remainder_scale: float = field(1.0, at_least(0), "c, a factor on the step of that part")
 
 
 def make_loro(direction: Direction, of_direction: Any, making: Making) -> Optimizer:
@@ -289,10 +314,19 @@ def make_adarankgrad(making: Making) -> Optimizer:
     return adarankgrad(making.schedule, **_of_projected(making))
 
 
+def make_frugal(making: Making) -> Optimizer:
+    """Makes FRUGAL for the projections."""
+    return frugal(making.schedule, **_of_shares(making))
+
+
 def _of_projected(making: Making) -> dict[str, Any]:
-    """Returns the arguments of methods that project gradients, including their options."""
+    """Returns the arguments of methods that project gradients to the model's rank."""
+    return {"rank": making.config.model.rank, **_of_shares(making)}
+
+
+def _of_shares(making: Making) -> dict[str, Any]:
+    """Returns the arguments of all methods that project gradients, including their options."""
     return {
-        "rank": making.config.model.rank,
         "projected": projections_of_blocks,
         "update_every": making.config.exact_every,
         "weight_decay": making.config.weight_decay,

@@ -114,7 +114,8 @@ BAD_FLAGS = {
             "--config.exact_every=9",
             "--config.method_options.momentum=0.5",
         ],
-        'method_options.momentum: config.method = "galore" has no such option; it has scale.',
+        'method_options.momentum: config.method = "galore" has no such option; it has scale, '
+        "basis, moments.",
     ),
     "an option for factors of a dense model": (
         [

@@ -48,9 +48,10 @@ def train():
     """Trains by a method for some steps: its compiled step and all states, kept for other tests."""
     known = {}
 
-    def run(method, steps=12):
-        if method not in known:
-            run = config(method)
+    def run(method, steps=12, options=None):
+        key = method, *(options or {}).items()
+        if key not in known:
+            run = config(method, method_options=options or {})
             run.validate()
             devices = make_mesh(run.mesh)
             program, abstract = compile_program(make_program(run, devices), devices)
@@ -60,8 +61,8 @@ def train():
                 states.append(jax.tree.map(np.asarray, state))
                 state, metrics = compiled(state, batch())
                 losses.append(float(metrics["loss"]))
-            known[method] = compiled, states, losses
-        return known[method]
+            known[key] = compiled, states, losses
+        return known[key]
 
     return run
 
@@ -142,10 +143,54 @@ def test_restarts_balance_the_factors(train):
 
 def test_projected_methods_hold_less_state_than_adam():
     full = held_by(config("full"))
-    for method in ("galore", "fira", "adarankgrad"):
+    for method in ("galore", "fira", "adarankgrad", "frugal"):
         held = held_by(config(method))
         assert held.total == full.total
         assert held.optimizer < 0.8 * full.optimizer
+
+
+# Two layers of four matrices 32 x 32 and three 32 x 48, at rank 8 and half of the layers.
+MOMENTS_OF_GALORE = 2 * 4 * 2 * 8 * (4 * 32 + 3 * 48)
+MOMENTS_OF_FRUGAL = 2 * 4 * (4 * 32 * 32 + 3 * 32 * 48)
+
+
+@pytest.mark.parametrize(
+    ("method", "options", "expected"),
+    [
+        ("galore", {"basis": "svd"}, MOMENTS_OF_GALORE + 4 * 2 * 7 * 32 * 8),
+        ("galore", {"basis": "dct"}, MOMENTS_OF_GALORE + 4 * 2 * 7 * 8),
+        ("frugal", {"density": 0.5}, MOMENTS_OF_FRUGAL + 4 * 7),
+        ("frugal", {"density": 0.0}, 4 * 3 * 7),
+        ("frugal", {"density": 0.5, "basis": "columns"}, MOMENTS_OF_FRUGAL + 4 * 2 * 7 * 16),
+        ("frugal", {"density": 1.0, "basis": "dct"}, 2 * MOMENTS_OF_FRUGAL + 4 * 2 * 7 * 32),
+    ],
+)
+def test_what_each_basis_holds(method, options, expected):
+    """Bytes of the projections' state; the other leaves have a placeholder each, and Adam's."""
+    projections = 2 * 4 * 2 * (4 * 32 * 32 + 3 * 32 * 48)
+    others = held_by(config("full")).optimizer - projections
+    held = held_by(config(method, method_options=options))
+    assert held.optimizer - others == pytest.approx(expected, abs=4 * 10)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [
+        ("galore", {"basis": "dct", "moments": "rotate"}),
+        ("galore", {"basis": "blocks"}),
+        ("fira", {"basis": "columns"}),
+        ("frugal", {"basis": "svd"}),
+        ("frugal", {"density": 0.0}),
+    ],
+)
+def test_the_step_holds_what_is_counted_in_other_bases(train, method, options):
+    run = config(method, method_options=options)
+    compiled, _, losses = train(method, options=options)
+    assert losses[-1] < losses[0] - 0.3
+    held = held_by(run)
+    arguments = compiled.memory_analysis().argument_size_in_bytes - count_bytes(batch())
+    assert arguments == pytest.approx(held.weights + held.optimizer, rel=0.01)
 
 
 def test_a_learning_rate_of_their_own_for_the_factors():

@@ -192,7 +192,17 @@ def test_options_have_the_defaults_of_the_functions_that_take_them(method):
     [
         ("spectron", {"momentum": 0.5}),
         ("adarankgrad", {"eta": 0.5}),
+        ("adarankgrad", {"basis": "svd", "scale": 0.5}),
         ("galore", {"scale": 0.5}),
+        ("galore", {"basis": "dct"}),
+        ("galore", {"moments": "reset"}),
+        ("fira", {"basis": "columns", "moments": "rotate"}),
+        ("frugal", {"density": 0.0}),
+        ("frugal", {"basis": "random"}),
+        ("frugal", {"order": "ascending"}),
+        ("frugal", {"scale": 0.5}),
+        ("frugal", {"remainder": "no"}),
+        ("frugal", {"remainder_scale": 0.5}),
         ("fira", {"gamma": 2.0, "scale": 0.5}),
         ("full", {"momentum": 0.5}),
         ("loro", {"momentum": 0.5}),
@@ -217,18 +227,22 @@ def test_options_reach_the_optimizer(method, options):
         name: jnp.eye(*shape) + jnp.cos(jnp.arange(np.prod(shape))).reshape(shape)
         for name, shape in shapes.items()
     }
+    if METHODS[method].projection is None:
+        mixed = jax.tree.map(lambda p: jnp.stack([p] * 4), mixed)  # some choose among layers
     params = {"blocks": {"up": mixed}, "bias": jnp.ones(3)}
     grads = [
         jax.tree.map(lambda p, i=i: jnp.sin(i + jnp.arange(p.size)).reshape(p.shape), params)
-        for i in range(2)
+        for i in range(5)  # one more than up to the next subspace
     ]
 
     def moved(config):
         tx = make_optimizer(config)
         state, update = tx.init(params), jax.jit(tx.update)
+        every = []
         for grad in grads:
             updates, state = update(grad, state, params)
-        return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(updates)])
+            every += [np.ravel(leaf) for leaf in jax.tree.leaves(updates)]
+        return np.concatenate(every)
 
     assert np.abs(moved(changed) - moved(plain)).max() > 1e-5
 
