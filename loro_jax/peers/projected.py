@@ -184,7 +184,7 @@ def _direction(
     projector, mu, nu, *others = held
     wide = G.astype(mu.dtype)
     # `_begin` gave leaves that are not projected a scalar in the place of a projector.
-    if projector.ndim >= 2:
+    if projector.ndim > 0:
         D, new = step(smaller_side_first(wide), held, count)
         return as_shaped(D, G.shape), new
     D, mu, nu = adam(wide, mu, nu, count + 1, constants)
