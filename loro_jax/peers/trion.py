@@ -15,9 +15,9 @@ columns: M keeps what the step leaves out (error feedback), and only its part in
 decays. With r the smaller side, it is Muon without Nesterov momentum, because NS commutes with Q.
 
 Differences from the authors' code: momentum and NS are float32, where they have the parameters'
-dtype and bfloat16 there; wide matrices have the same basis as tall ones, where the code's products
-take the transposed basis for one of them; Adam's constants for the other leaves are the usual ones,
-not 0.9, 0.95 and 1e-10.
+dtype and bfloat16 there; all matrices have the same basis, where the code's product takes the
+transposed one for tall matrices, and its Fourier transform lifts wide ones by the transposed one;
+Adam's constants for the other leaves are the usual ones, not 0.9, 0.95 and 1e-10.
 """
 
 from __future__ import annotations
