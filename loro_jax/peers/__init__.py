@@ -1,6 +1,7 @@
 """The methods that LORO is compared with; each file describes its method and names the source."""
 
 from loro_jax.peers.adarankgrad import adarankgrad
+from loro_jax.peers.dct_adamw import dct_adamw
 from loro_jax.peers.fira import fira
 from loro_jax.peers.frugal import frugal
 from loro_jax.peers.galore import galore
@@ -10,9 +11,11 @@ from loro_jax.peers.relora import jagged_schedule, merge_and_restart
 from loro_jax.peers.restarts import lowrank_restarts, svd_projection
 from loro_jax.peers.spectron import spectron
 from loro_jax.peers.switchlora import switch
+from loro_jax.peers.trion import scale_by_trion, trion
 
 __all__ = [
     "adarankgrad",
+    "dct_adamw",
     "fira",
     "frugal",
     "galore",
@@ -23,7 +26,9 @@ __all__ = [
     "preconditioned",
     "scale_by_muon",
     "scale_by_preconditioner",
+    "scale_by_trion",
     "spectron",
     "svd_projection",
     "switch",
+    "trion",
 ]

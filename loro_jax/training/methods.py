@@ -190,6 +190,17 @@ METHODS: dict[str, Method] = {
         options=optimizers.FiraOptions,
         periodic=True,
     ),
+    "dct_adamw": Method(
+        "Adam on dense projections in columns of a cosine basis, chosen anew at each step",
+        optimizers.make_dct_adamw,
+        options=optimizers.DCTAdamWOptions,
+    ),
+    "trion": Method(
+        "orthogonalised momentum of dense projections in columns of a cosine basis",
+        optimizers.make_trion,
+        uses=("lr_scale",),
+        options=optimizers.TrionOptions,
+    ),
     "adarankgrad": Method(
         "GaLore with a rank that adapts to the gradient",
         optimizers.make_adarankgrad,

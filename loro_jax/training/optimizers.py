@@ -22,6 +22,7 @@ from loro_jax.fields import at_least, between, either, field, one_of
 from loro_jax.loro import loro
 from loro_jax.peers import (
     adarankgrad,
+    dct_adamw,
     fira,
     frugal,
     galore,
@@ -30,10 +31,12 @@ from loro_jax.peers import (
     preconditioned,
     spectron,
     svd_projection,
+    trion,
 )
 from loro_jax.peers.bases import BASES, MOMENTS, ORDERS
 from loro_jax.peers.frugal import REMAINDERS
 from loro_jax.peers.muon import scale_by_muon
+from loro_jax.peers.trion import SHAPE_FACTORS
 from loro_jax.training.registry import Direction, Making, Optimizer, projections_of_blocks
 
 if TYPE_CHECKING:
@@ -42,6 +45,9 @@ if TYPE_CHECKING:
 # Default lr_scale of dense projections with Muon, with which they move by 0.012 at a learning rate
 # of 0.01: better than 0.024 at 2.56M tokens.
 _MUON_SCALE = 1.2
+
+# The same for Trion: its authors' rate, 0.02, at a learning rate of 0.01.
+_TRION_SCALE = 2.0
 
 
 @dataclasses.dataclass
@@ -75,6 +81,32 @@ class SpectronOptions:
 
     momentum: float = field(0.95, at_least(0, below=1), "decay of the averaged gradients")
     newton_schulz_steps: int = field(5, at_least(1), "iterations of the orthogonalisation")
+
+
+@dataclasses.dataclass
+class TrionOptions:
+    """Options of Trion."""
+
+    momentum: float = field(
+        0.95, at_least(0, below=1), "part of the momentum in the subspace that is kept"
+    )
+    newton_schulz_steps: int = field(5, at_least(1), "iterations of the orthogonalisation")
+    shape_factor: str = field(
+        "kj", one_of(SHAPE_FACTORS), "factor on the steps by the shape of a matrix"
+    )
+
+
+@dataclasses.dataclass
+class DCTAdamWOptions:
+    """Options of DCT-AdamW."""
+
+    update_every: int = field(1, at_least(1), "steps between choices of columns")
+    error_feedback: bool = field(
+        False, None, "whether the part of a gradient outside of the subspace is added to the next"
+    )
+    max_side: int = field(
+        32_000, at_least(1), "projections with a side of at least this length get AdamW"
+    )
 
 
 @dataclasses.dataclass
@@ -297,6 +329,33 @@ def make_spectron(making: Making) -> Optimizer:
         weight_decay=making.config.weight_decay,
         regular=adam(**making.adam),
     )
+
+
+def make_dct_adamw(making: Making) -> Optimizer:
+    """Makes DCT-AdamW for the projections."""
+    return dct_adamw(making.schedule, **_of_columns(making))
+
+
+def make_trion(making: Making) -> Optimizer:
+    """Makes Trion for the projections."""
+    lr_scale = making.config.lr_scale
+    return trion(
+        making.schedule,
+        lr_scale=_TRION_SCALE if lr_scale is None else lr_scale,
+        **_of_columns(making),
+    )
+
+
+def _of_columns(making: Making) -> dict[str, Any]:
+    """Returns the arguments of methods that choose columns of a basis, including their options."""
+    return {
+        "rank": making.config.model.rank,
+        "projected": projections_of_blocks,
+        "weight_decay": making.config.weight_decay,
+        **making.adam,
+        # Fields of the options have the names of the arguments.
+        **dataclasses.asdict(making.options),
+    }
 
 
 def make_galore(making: Making) -> Optimizer:

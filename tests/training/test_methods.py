@@ -143,7 +143,7 @@ def test_restarts_balance_the_factors(train):
 
 def test_projected_methods_hold_less_state_than_adam():
     full = held_by(config("full"))
-    for method in ("galore", "fira", "adarankgrad", "frugal"):
+    for method in ("galore", "fira", "adarankgrad", "frugal", "dct_adamw"):
         held = held_by(config(method))
         assert held.total == full.total
         assert held.optimizer < 0.8 * full.optimizer
@@ -248,6 +248,19 @@ def test_the_dense_twin_by_muon_holds_one_moment_less():
     projections = 2 * (4 * 32 * 32 + 3 * 32 * 48)
     assert adam.total == muon.total
     assert adam.optimizer - muon.optimizer == pytest.approx(4 * projections, abs=16)
+
+
+def test_trion_holds_the_state_of_muon():
+    """Its momentum is not of low rank, and the columns are not held."""
+    muon, trion = held_by(config("full", direction="orthogonal")), held_by(config("trion"))
+    assert (muon.total, muon.optimizer) == (trion.total, trion.optimizer)
+
+
+def test_dct_adamw_holds_indices_in_place_of_projectors():
+    galore, dct = held_by(config("galore")), held_by(config("dct_adamw"))
+    # Seven matrices in each of two layers, whose smaller side is 32.
+    indices, projectors = 14 * MODEL.rank, 14 * MODEL.rank * 32
+    assert galore.optimizer - dct.optimizer == 4 * (projectors - indices)
 
 
 def test_the_dense_twin_learns_by_muon():

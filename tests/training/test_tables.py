@@ -204,6 +204,10 @@ def test_options_have_the_defaults_of_the_functions_that_take_them(method):
         ("frugal", {"remainder": "no"}),
         ("frugal", {"remainder_scale": 0.5}),
         ("fira", {"gamma": 2.0, "scale": 0.5}),
+        ("dct_adamw", {"error_feedback": True}),
+        ("dct_adamw", {"max_side": 8}),
+        ("trion", {"momentum": 0.5}),
+        ("trion", {"newton_schulz_steps": 3, "shape_factor": "kimi"}),
         ("full", {"momentum": 0.5}),
         ("loro", {"momentum": 0.5}),
         ("loro", {"nesterov": False, "newton_schulz_steps": 3}),
@@ -253,6 +257,7 @@ REFUSED = [
     ({"method": "galore", "damping": 0.1}, "damping", "galore"),
     ({"method": "galore", "lr_scale": 0.1}, "lr_scale", "galore"),
     ({"method": "full", "exact_every": 10}, "exact_every", "full"),
+    ({"method": "dct_adamw", "exact_every": 10}, "exact_every", "dct_adamw"),
     ({"method": "spectron", "max_move": 0.1}, "max_move", "spectron"),
     ({"method": "cola", "moments": "keep"}, "moments", "cola"),
 ]

@@ -1,0 +1,126 @@
+"""Subspaces spanned by columns of one cosine basis, chosen by norm: no factorisation, no projector.
+
+Matrices have their longer side first here, (..., l, k) with l >= k. The basis Q is orthonormal, k x
+k, its columns are the vectors of the discrete cosine transform (DCT-II): ``Q_ji = sqrt(2 / k)
+cos(pi i (2 j + 1) / (2 k))``, and column 0 is constant. With ``S = X Q``, the r columns of S that
+have the largest L1 norms are the projected matrix, and their indices, r whole numbers for each
+layer, are all that defines the subspace. Q is the same for all matrices of a size and is computed
+from its formula where it is needed, so no state holds it.
+
+Choices are gathers with static shapes, for all layers of a stack at once.
+
+Source: Modoranu et al., arXiv 2505.17967. The authors' code computes S by a fast Fourier transform,
+which pays for large k, or by a product. Only the former has this basis; the latter's is the
+transpose of Q, which is orthonormal, too. Here S is a product.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+
+from loro_jax.linalg.cosine import cosine_transform
+
+Array = jax.Array
+
+
+def cosine_basis(X: Array) -> Array:
+    """Returns Q for X (..., l, k), in the dtype of X.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> Q = cosine_basis(jnp.zeros((5, 3)))
+        >>> bool(jnp.allclose(Q.T @ Q, jnp.eye(3), atol=1e-6))
+        True
+    """
+    return cosine_transform(X.shape[-1], X.shape[-1], X.dtype).mT
+
+
+def longer_side_first(G: Array) -> Array:
+    """Swaps the last two axes of G (..., m, n) if m < n; :func:`as_before` is the inverse.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> longer_side_first(jnp.ones((2, 3, 5))).shape
+        (2, 5, 3)
+    """
+    return G.mT if G.shape[-2] < G.shape[-1] else G
+
+
+def as_before(X: Array, shape: tuple[int, ...]) -> Array:
+    """Inverts :func:`longer_side_first` for a leaf of the given shape.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> as_before(jnp.ones((2, 5, 3)), (2, 3, 5)).shape
+        (2, 3, 5)
+    """
+    return X.mT if shape[-2] < shape[-1] else X
+
+
+def largest_columns(S: Array, rank: int) -> Array:
+    """Returns the indices of the columns with the largest L1 norms.
+
+    Args:
+        S: (..., l, k).
+        rank: r <= k.
+
+    Returns:
+        int32 (..., r), sorted; of equal norms the first are taken.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> largest_columns(jnp.array([[1.0, -5.0, 0.0], [1.0, 0.0, 3.0]]), 2).tolist()
+        [1, 2]
+    """
+    largest = jax.lax.top_k(jnp.sum(jnp.abs(S), axis=-2), rank)[1]
+    # Sorted, so that coordinates are not exchanged whenever the order of the norms changes.
+    return jnp.sort(largest.astype(jnp.int32), axis=-1)
+
+
+def take_columns(S: Array, columns: Array) -> Array:
+    """Returns columns of S (..., l, k) by their indices (..., r).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> take_columns(jnp.array([[1.0, 2.0, 3.0]]), jnp.array([2, 0])).tolist()
+        [[3.0, 1.0]]
+    """
+    return jnp.take_along_axis(S, columns[..., None, :], axis=-1)
+
+
+def vectors_of(Q: Array, columns: Array) -> Array:
+    """Returns ``Q_I^T`` (..., r, k), the chosen columns of Q as rows.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> vectors_of(jnp.array([[1.0, 2.0], [3.0, 4.0]]), jnp.array([1])).tolist()
+        [[2.0, 4.0]]
+    """
+    return jnp.take(Q.mT, columns, axis=0)
+
+
+def moved_columns(X: Array, old: Array, new: Array) -> Array:
+    """Moves coordinates from some columns of the basis to others, ``X Q_old^T Q_new``.
+
+    Both are columns of one orthonormal matrix, so this product is a partial permutation:
+    coordinates of columns that stay are copied, those of new columns are zero.
+
+    Args:
+        X: (..., l, r), coordinates in the old columns.
+        old: int (..., r).
+        new: int (..., r).
+
+    Returns:
+        (..., l, r), coordinates in the new columns.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> X = jnp.array([[1.0, 2.0, 3.0]])
+        >>> moved_columns(X, jnp.array([4, 0, 7]), jnp.array([7, 5, 4])).tolist()
+        [[3.0, 0.0, 1.0]]
+    """
+    same = old[..., :, None] == new[..., None, :]
+    # argmax finds the place of a new column among the old ones; where there is none it is unused.
+    found = take_columns(X, jnp.argmax(same, axis=-2))
+    return jnp.where(jnp.any(same, axis=-2)[..., None, :], found, 0)
