@@ -85,7 +85,7 @@ METHODS: dict[str, Method] = {
         "the paper's method: a Riemannian step of the product every K-th step",
         _loro,
         projection="low_rank",
-        other_projections=("cola", "sltrain", "scaffold", "scaffold_cola"),
+        other_projections=("cola", "sltrain", "lost", "scaffold", "scaffold_cola"),
         uses=(
             *_RESTARTED,
             "lr_scale",
@@ -150,6 +150,12 @@ METHODS: dict[str, Method] = {
         "AdamW on factors plus a sparse matrix",
         optimizers.adamw,
         projection="sltrain",
+        uses=("lr_scale",),
+    ),
+    "lost": Method(
+        "AdamW on factors with an activation, plus some dense columns, all from an SVD",
+        optimizers.adamw,
+        projection="lost",
         uses=("lr_scale",),
     ),
     "lora": Method(

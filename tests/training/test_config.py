@@ -138,6 +138,9 @@ def test_every_config_takes_a_step_on_a_small_batch(name):
         ({"model": LlamaConfig(rank=513)}, "config.model.attn_rank .* but is 513"),
         ({"model": LlamaConfig(scope="none")}, "needs factors"),
         ({"model": LlamaConfig(projection="cola")}, "config.exact_every = 500.* expected 0 "),
+        ({"model": LlamaConfig(projection="lost")}, 'projection = "lost".* expected 0 '),
+        ({"model": LlamaConfig(lost_gamma=1.5)}, "config.model.lost_gamma must be between 0 and 1"),
+        ({"model": LlamaConfig(lost_channels=0.0)}, "config.model.lost_channels must be above 0"),
     ],
 )
 def test_bad_values_are_named_with_what_was_expected(changes, message):
@@ -152,7 +155,7 @@ def test_the_dense_twin_needs_no_rank():
 
 
 @pytest.mark.parametrize(
-    ("kind", "exact_every"), [("cola", 0), ("sltrain", 500), ("scaffold", 500)]
+    ("kind", "exact_every"), [("cola", 0), ("lost", 0), ("sltrain", 500), ("scaffold", 500)]
 )
 def test_loro_also_trains_projections_of_other_kinds(kind, exact_every):
     config = Config(exact_every=exact_every, model=LlamaConfig(projection=kind))

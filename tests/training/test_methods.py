@@ -164,6 +164,8 @@ def test_flops_of_kinds():
     assert flops["galore"] == flops["full"]
     assert flops["cola"] == flops["lowrank"] == flops["loro"] < flops["full"]
     assert flops["full"] < flops["lora"] == flops["switchlora"]
+    # A column of each projection: 6 m operations, for five with 32 outputs and two with 48 in a layer.
+    assert flops["lost"] == flops["cola"] + 2 * 6 * (5 * 32 + 2 * 48)
     # Blocks of 8 x 8, 12 x 8 and 8 x 12: a quarter of each fixed matrix, forward and backward.
     scaffold = dataclasses.replace(MODEL, projection="scaffold", scaffold_block=8)
     more = flops_per_token(config("loro", model=scaffold)) - flops["loro"]
