@@ -3,6 +3,7 @@
 from loro_jax.peers.adarankgrad import adarankgrad
 from loro_jax.peers.fira import fira
 from loro_jax.peers.galore import galore
+from loro_jax.peers.gradnormlorp import gradnormlorp
 from loro_jax.peers.muon import muon, scale_by_muon
 from loro_jax.peers.preconditioned import preconditioned, scale_by_preconditioner
 from loro_jax.peers.relora import jagged_schedule, merge_and_restart
@@ -14,6 +15,7 @@ __all__ = [
     "adarankgrad",
     "fira",
     "galore",
+    "gradnormlorp",
     "jagged_schedule",
     "lowrank_restarts",
     "merge_and_restart",

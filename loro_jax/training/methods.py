@@ -203,6 +203,13 @@ METHODS: dict[str, Method] = {
         options=optimizers.AdaRankGradOptions,
         periodic=True,
     ),
+    "gradnormlorp": Method(
+        "GaLore on the directions of rows, Adam on their magnitudes",
+        optimizers.make_gradnormlorp,
+        uses=("exact_every",),
+        options=optimizers.GaLoreOptions,
+        periodic=True,
+    ),
     "full": Method(
         "the dense model, by AdamW or, with direction orthogonal, by Muon",
         _full,

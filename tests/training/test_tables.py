@@ -193,6 +193,7 @@ def test_options_have_the_defaults_of_the_functions_that_take_them(method):
         ("spectron", {"momentum": 0.5}),
         ("adarankgrad", {"eta": 0.5}),
         ("galore", {"scale": 0.5}),
+        ("gradnormlorp", {"scale": 0.5}),
         ("fira", {"gamma": 2.0, "scale": 0.5}),
         ("full", {"momentum": 0.5}),
         ("loro", {"momentum": 0.5}),
