@@ -23,6 +23,7 @@ the rule of the paper.
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -209,21 +210,14 @@ def gradnormlorp(
         split = [_split(G, W, row) for G, W, row in zip(leaves, weights, held, strict=True)]
         moves, inner = of_directions.update(treedef.unflatten([dv for _, dv in split]), inner)
         rate = value_at(learning_rate, state.count)
-        updates, rows = [], []
-        for (dg, _), move, W, row in zip(
-            split, treedef.flatten_up_to(moves), weights, held, strict=True
-        ):
-            wide = W.astype(move.dtype)
-            if dg is None:
-                change = move - rate * weight_decay * wide
-            else:
-                D, mu, nu = adam(dg, row.mu, row.nu, state.count + 1, constants)
-                g = row.magnitude - rate * (D + weight_decay * row.magnitude)
-                v = row.norm * directions(wide, row.magnitude) + move
-                row = Rows(g, row_norms(v), mu, nu)
-                change = g * directions(v, jnp.ones_like(g)) - wide
-            updates.append(change.astype(W.dtype))
-            rows.append(row)
+        step = functools.partial(_step, constants=constants, rate=rate, decay=rate * weight_decay)
+        steps = [
+            step(dg, move, W, row, count=inner.count)
+            for (dg, _), move, W, row in zip(
+                split, treedef.flatten_up_to(moves), weights, held, strict=True
+            )
+        ]
+        updates, rows = [update for update, _ in steps], [row for _, row in steps]
         # Without leaves zip yields nothing, and the empty trees stay.
         fields = [treedef.unflatten(field) for field in zip(*rows, strict=True)] or trees
         return treedef.unflatten(updates), GradNormLoRPState(*inner, *fields)
@@ -246,3 +240,26 @@ def _split(G: Array, W: Array, row: Rows) -> tuple[Array | None, Array]:
         return None, G.astype(dtype)
     u = directions(W.astype(dtype), row.magnitude)
     return split_gradient(G.astype(dtype), u, row.magnitude, row.norm)
+
+
+def _step(
+    dg: Array | None,
+    move: Array,
+    W: Array,
+    row: Rows,
+    *,
+    constants: AdamConstants,
+    rate: Array,
+    decay: Array,
+    count: Array,
+) -> tuple[Array, Rows]:
+    """Returns the update of a weight, given the move of v or (without dg) its own, and its rows."""
+    wide = W.astype(move.dtype)
+    if dg is None:
+        return (move - decay * wide).astype(W.dtype), row
+    D, mu, nu = adam(dg, row.mu, row.nu, count, constants)
+    g = row.magnitude - rate * D - decay * row.magnitude
+    v = row.norm * directions(wide, row.magnitude) + move
+    # g v / |v|: the sign of the new g is not in v's rows.
+    new = g * directions(v, jnp.ones_like(g))
+    return (new - wide).astype(W.dtype), Rows(g, row_norms(v), mu, nu)
