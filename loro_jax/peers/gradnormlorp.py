@@ -16,9 +16,12 @@ emits ``W_new - W``. A row of zeros has no direction, and stays zero.
 **Weight decay** is that of W, as everywhere here: it shrinks g, because W is proportional to g and
 does not depend on |v|.
 
-In the authors' code dv lacks its second term and the factor g / |v|, and their optimizers lose the
-steps of the magnitudes, as g is computed from the weight again, or write no weight back; this is
-the rule of the paper.
+The parametrisation and its gradients are those of the paper. Norms of rows, and GaLore's projection
+of one side with its scale, are those of the authors' pretraining code; the paper also describes a
+projection of both sides, and, for fine-tuning, a v that is a fixed matrix plus factors, which is
+not implemented here. Not taken from their code: one of its optimizers sets g = |v| before every
+step, which undoes the last step of g, and leaves out the second term of dv; the other writes no
+weight back, and leaves out the factor g / |v|.
 """
 
 from __future__ import annotations
