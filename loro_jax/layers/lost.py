@@ -10,8 +10,9 @@ I is sorted, and has the same number of channels in all layers, so that a model'
 have one shape. Where B A is all of W0 (r = min(m, n)) the residual is rounding error, and I is
 arbitrary.
 
-A projection costs one SVD of W0 when a model is initialised, and none when it is restored. g is 0.7
-and the share of channels 0.01, as reported for the authors' runs; their code was not compared.
+A projection costs one SVD of W0 when a model is initialised, and none when it is restored. The
+defaults, g = 0.7 and 1% of the channels, are those that are reported of the authors' runs. Their
+code was not at hand: what the paper leaves open is not compared with it.
 """
 
 from __future__ import annotations

@@ -194,8 +194,9 @@ def gradnormlorp(
         leaves, treedef = jax.tree.flatten(params)
         if not leaves:  # includes Optax's placeholder for a tree of parameters
             return GradNormLoRPState(*inner, *[params] * len(Rows._fields))
-        projectors = treedef.flatten_up_to(inner.projector)
-        rows = [_begin(W, P.ndim >= 2) for W, P in zip(leaves, projectors, strict=True)]
+        # GaLore has checked the flags.
+        flags = jax.tree.leaves(projected(params) if callable(projected) else projected)
+        rows = [_begin(W, flag) for W, flag in zip(leaves, flags, strict=True)]
         return GradNormLoRPState(*inner, *map(treedef.unflatten, zip(*rows, strict=True)))
 
     def update(
