@@ -11,7 +11,7 @@ import re
 
 import jax.numpy as jnp
 
-from loro_jax.fields import Range, above, at_least, check, field, nested, one_of
+from loro_jax.fields import Range, above, at_least, between, check, field, nested, one_of
 from loro_jax.layers.common import ProjectionSpec
 from loro_jax.layers.projections import PROJECTIONS
 from models.attention import ATTENTION
@@ -65,7 +65,7 @@ class LlamaConfig:
         one_of(PROJECTIONS),
         "kind of the low-rank projections, unless the training method has its own; loro also "
         "trains scaffold, sltrain (sparse entries like all other leaves) and, without exact steps, "
-        "cola and scaffold_cola",
+        "cola, lost and scaffold_cola",
     )
     scaffold_scale: float = field(
         1.0, at_least(0), "norm of scaffold's fixed matrix, relative to a dense initialisation"
@@ -84,6 +84,14 @@ class LlamaConfig:
     )
     density: float = field(
         0.03, _DENSITY, "fraction of nonzero entries in the sparse matrices of sltrain"
+    )
+    lost_gamma: float = field(
+        0.7,
+        between(0, 1),
+        "weight of the factors' term in lost; that of the dense columns is 1 minus it",
+    )
+    lost_channels: float = field(
+        0.01, _DENSITY, "fraction of the inputs of lost that have a dense column"
     )
     initialiser: str = field("xavier", _INITIALISERS, "how factors are drawn")
     initializer_range: float = field(
@@ -193,6 +201,8 @@ class LlamaConfig:
             initializer_range=self.initializer_range,
             alpha=self.alpha,
             density=self.density,
+            lost_gamma=self.lost_gamma,
+            lost_channels=self.lost_channels,
             scaffold_scale=self.scaffold_scale,
             scaffold_block=self.scaffold_block,
             dtype=jnp.dtype(self.dtype),

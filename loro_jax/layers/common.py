@@ -33,6 +33,8 @@ class ProjectionSpec:
         initializer_range: standard deviation of a dense weight's entries.
         alpha: the product of factors is scaled by ``alpha / rank`` (lora, sltrain).
         density: fraction of a sparse matrix's entries that are not zero (sltrain).
+        lost_gamma: weight of the factors' term; that of the dense columns is 1 minus it (lost).
+        lost_channels: fraction of the inputs that have a dense column (lost).
         scaffold_scale: size of the fixed matrix, relative to a dense initialisation (scaffold).
         scaffold_block: lower bound on the smaller side of its blocks; 0: one block (scaffold).
         use_bias: whether the output has a bias, zero at first.
@@ -47,6 +49,8 @@ class ProjectionSpec:
     initializer_range: float = 0.02
     alpha: float = 32.0
     density: float = 0.03
+    lost_gamma: float = 0.7
+    lost_channels: float = 0.01
     scaffold_scale: float = 1.0
     scaffold_block: int = 32
     use_bias: bool = False

@@ -15,6 +15,7 @@ from loro_jax.layers.cola import ColaLinear
 from loro_jax.layers.common import ProjectionSpec
 from loro_jax.layers.dense import Dense
 from loro_jax.layers.lora import LoraLinear
+from loro_jax.layers.lost import LostLinear
 from loro_jax.layers.low_rank import LowRankLinear
 from loro_jax.layers.scaffold import ScaffoldColaLinear, ScaffoldLinear
 from loro_jax.layers.sltrain import SparseLowRankLinear
@@ -27,6 +28,7 @@ PROJECTIONS: dict[str, type[LowRankLinear]] = {
     "lora": LoraLinear,
     "switchlora": SwitchLoraLinear,
     "sltrain": SparseLowRankLinear,
+    "lost": LostLinear,
     "scaffold": ScaffoldLinear,
     "scaffold_cola": ScaffoldColaLinear,
 }

@@ -5,6 +5,7 @@ from loro_jax.peers.dct_adamw import dct_adamw
 from loro_jax.peers.fira import fira
 from loro_jax.peers.frugal import frugal
 from loro_jax.peers.galore import galore
+from loro_jax.peers.gradnormlorp import gradnormlorp
 from loro_jax.peers.muon import muon, scale_by_muon
 from loro_jax.peers.preconditioned import preconditioned, scale_by_preconditioner
 from loro_jax.peers.relora import jagged_schedule, merge_and_restart
@@ -19,6 +20,7 @@ __all__ = [
     "fira",
     "frugal",
     "galore",
+    "gradnormlorp",
     "jagged_schedule",
     "lowrank_restarts",
     "merge_and_restart",

@@ -85,7 +85,7 @@ METHODS: dict[str, Method] = {
         "the paper's method: a Riemannian step of the product every K-th step",
         _loro,
         projection="low_rank",
-        other_projections=("cola", "sltrain", "scaffold", "scaffold_cola"),
+        other_projections=("cola", "sltrain", "lost", "scaffold", "scaffold_cola"),
         uses=(
             *_RESTARTED,
             "lr_scale",
@@ -152,6 +152,12 @@ METHODS: dict[str, Method] = {
         projection="sltrain",
         uses=("lr_scale",),
     ),
+    "lost": Method(
+        "AdamW on factors with an activation, plus some dense columns, all from an SVD",
+        optimizers.adamw,
+        projection="lost",
+        uses=("lr_scale",),
+    ),
     "lora": Method(
         "AdamW on factors added to a fixed weight",
         optimizers.adamw,
@@ -213,6 +219,13 @@ METHODS: dict[str, Method] = {
         optimizers.make_frugal,
         uses=("exact_every",),
         options=optimizers.FrugalOptions,
+        periodic=True,
+    ),
+    "gradnormlorp": Method(
+        "GaLore on the directions of rows, Adam on their magnitudes",
+        optimizers.make_gradnormlorp,
+        uses=("exact_every",),
+        options=optimizers.GaLoreOptions,
         periodic=True,
     ),
     "full": Method(

@@ -26,6 +26,7 @@ from loro_jax.peers import (
     fira,
     frugal,
     galore,
+    gradnormlorp,
     lowrank_restarts,
     muon,
     preconditioned,
@@ -366,6 +367,11 @@ def make_galore(making: Making) -> Optimizer:
 def make_fira(making: Making) -> Optimizer:
     """Makes Fira for the projections."""
     return fira(making.schedule, **_of_projected(making))
+
+
+def make_gradnormlorp(making: Making) -> Optimizer:
+    """Makes GradNormLoRP for the projections."""
+    return gradnormlorp(making.schedule, **_of_projected(making))
 
 
 def make_adarankgrad(making: Making) -> Optimizer:

@@ -75,7 +75,7 @@ def write_model(
         raise CheckpointError(f"dtype must be one of {', '.join(DTYPES)}, but is {dtype!r}.")
     config = model.config
     kind = config.projection
-    if not keep_factors and config.scope != "none" and kind in ("cola", "scaffold_cola"):
+    if not keep_factors and config.scope != "none" and kind in ("cola", "lost", "scaffold_cola"):
         raise CheckpointError(
             f'projections of kind "{kind}" can\'t be merged (there is an activation between their '
             'factors); expected --keep_factors, or a model of projection "low_rank".'

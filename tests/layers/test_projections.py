@@ -23,7 +23,7 @@ def test_low_rank_maps_by_the_product():
     np.testing.assert_allclose(projection(jnp.array(x)), x @ W.T, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("kind", ["low_rank", "cola", "lora", "sltrain"])
+@pytest.mark.parametrize("kind", ["low_rank", "cola", "lora", "sltrain", "lost"])
 @pytest.mark.parametrize("rows", [2, 40])
 @pytest.mark.slow
 def test_projections_of_one_input_together_are_each_by_itself(kind, rows):

@@ -305,7 +305,7 @@ def test_a_model_for_decoding_reads_the_matrices_of_one_input_together(changes, 
     chex.assert_trees_all_equal(before, nnx.state(model))
 
 
-@pytest.mark.parametrize("projection", some_fast(["lora", "sltrain"], ["sltrain"]))
+@pytest.mark.parametrize("projection", some_fast(["lora", "sltrain", "lost"], ["sltrain"]))
 def test_projections_that_add_to_their_product_stay_apart(projection):
     model = make(projection=projection)
     ready = for_decoding(model)

@@ -18,7 +18,7 @@ from models.huggingface import CheckpointError, read_model, write_model
 from models.rope import RopeScaling
 
 CONFIG = preset("tiny", num_layers=3, max_sequence_length=64)
-KINDS = ("low_rank", "cola", "lora", "switchlora", "sltrain", "scaffold")
+KINDS = ("low_rank", "cola", "lora", "switchlora", "sltrain", "lost", "scaffold")
 
 
 def make(seed=0, **changes):
@@ -79,9 +79,10 @@ def test_merged_projections_compute_the_same(changes, tmp_path):
         chex.assert_trees_all_equal(one, other)
 
 
-def test_projections_with_an_activation_can_not_be_merged(tmp_path):
+@pytest.mark.parametrize("kind", ["cola", "lost"])
+def test_projections_with_an_activation_can_not_be_merged(kind, tmp_path):
     with pytest.raises(CheckpointError, match="--keep_factors"):
-        write_model(make(projection="cola"), tmp_path / "out")
+        write_model(make(projection=kind), tmp_path / "out")
     assert not list(tmp_path.iterdir())
 
 

@@ -11,13 +11,14 @@ from loro_jax.errors import TrainingError
 from loro_jax.memory import count_parameters
 from loro_jax.training.config import Config, differences, field_names
 from loro_jax.training.mesh import make_mesh
-from loro_jax.training.methods import METHODS
+from loro_jax.training.methods import METHODS, make_schedule
 from loro_jax.training.step import compile_program, make_program
 from models import Batch, LlamaConfig
 from tests.helpers import some_fast
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
-RUNS = sorted(path.stem for path in CONFIGS.glob("*.py") if path.stem not in ("paper", "__init__"))
+FILES = (path.relative_to(CONFIGS).with_suffix("") for path in CONFIGS.rglob("*.py"))
+RUNS = sorted(path.as_posix() for path in FILES if path.name not in ("paper", "__init__"))
 
 # What the paper says of each run: (steps, warm-up, rank, learning rate, K).
 PAPER = {
@@ -28,15 +29,22 @@ PAPER = {
 }
 
 
+# The examples of other methods' repositories, in the words of their scripts.
+EXAMPLES = {
+    "peers/galore_60m": {"galore_scale": 0.25},
+    "peers/fira_60m": {"alpha": 0.25, "gamma": 1.01},
+}
+
+
 def load(name):
-    spec = importlib.util.spec_from_file_location(name, CONFIGS / f"{name}.py")
+    spec = importlib.util.spec_from_file_location(pathlib.Path(name).name, CONFIGS / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module.get_config()
 
 
 def test_every_run_of_the_paper_has_its_config():
-    assert {"default", "tiny", *PAPER} <= set(RUNS)
+    assert {"default", "tiny", *PAPER, *EXAMPLES} <= set(RUNS)
 
 
 @pytest.mark.parametrize("name", RUNS)
@@ -60,6 +68,52 @@ def test_the_papers_settings(name):
     assert config.batch_size == 512
     assert config.sequence_length == 256
     assert config.batch_size * config.sequence_length == 131_072
+
+
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_the_settings_of_the_examples(name):
+    """Of the scripts for 60M in the authors' repositories, and their programs' defaults."""
+    config, own = load(name), dict(EXAMPLES[name])
+    script = {
+        "optimizer": f"{config.method}_adamw",
+        "lr": config.learning_rate,
+        "rank": config.model.rank,
+        "update_proj_gap": config.exact_every,
+        "batch_size": config.batch_size // config.gradient_accumulation,
+        "total_batch_size": config.batch_size,
+        "max_length": config.sequence_length,
+        "num_training_steps": config.steps,
+        "warmup_steps": config.warmup_steps,
+        "min_lr_ratio": config.final_lr_ratio,
+        "weight_decay": config.weight_decay,
+        "grad_clipping": config.clip_norm,
+        "dtype": config.model.param_dtype,
+        "eval_every": config.eval_every,
+        "vocab_size": config.model.vocab_size,
+    }
+    assert script == {
+        "optimizer": name.removeprefix("peers/").replace("60m", "adamw"),
+        "lr": 0.01,
+        "rank": 128,
+        "update_proj_gap": 200,
+        "batch_size": 256,
+        "total_batch_size": 512,
+        "max_length": 256,
+        "num_training_steps": 10_000,
+        "warmup_steps": 1_000,
+        "min_lr_ratio": 0.1,
+        "weight_decay": 0.0,
+        "grad_clipping": 0.0,
+        "dtype": "bfloat16",
+        "eval_every": 1_000,
+        "vocab_size": 32_000,
+    }
+    assert (config.b1, config.b2, config.eps) == (0.9, 0.999, 1e-6)
+    assert config.method_options.pop("scale") == own.pop("galore_scale", own.pop("alpha", None))
+    assert config.method_options == own
+    schedule = make_schedule(config)
+    np.testing.assert_allclose([schedule(0), schedule(500)], [0, 0.005], rtol=1e-6)
+    assert config.model_config.scope == "none"
 
 
 def small_batch(config):
@@ -89,7 +143,8 @@ def test_every_config_takes_a_step_on_a_small_batch(name):
             program.train_step, jax.eval_shape(program.init), small_batch(config)
         )
         assert metrics["loss"].shape == ()
-        assert count_parameters(state.params) > (4e8 if name == "llama_7b" else 4e7)
+        # Two layers, for the most part embedding and head; the examples' projections are dense.
+        assert count_parameters(state.params) > (4e8 if name == "llama_7b" else 3.9e7)
         return
     program, _ = compile_program(program, make_mesh(config.mesh))
     state, metrics = program.train_step(program.init(), small_batch(config))
@@ -138,6 +193,9 @@ def test_every_config_takes_a_step_on_a_small_batch(name):
         ({"model": LlamaConfig(rank=513)}, "config.model.attn_rank .* but is 513"),
         ({"model": LlamaConfig(scope="none")}, "needs factors"),
         ({"model": LlamaConfig(projection="cola")}, "config.exact_every = 500.* expected 0 "),
+        ({"model": LlamaConfig(projection="lost")}, 'projection = "lost".* expected 0 '),
+        ({"model": LlamaConfig(lost_gamma=1.5)}, "config.model.lost_gamma must be between 0 and 1"),
+        ({"model": LlamaConfig(lost_channels=0.0)}, "config.model.lost_channels must be above 0"),
     ],
 )
 def test_bad_values_are_named_with_what_was_expected(changes, message):
@@ -152,7 +210,7 @@ def test_the_dense_twin_needs_no_rank():
 
 
 @pytest.mark.parametrize(
-    ("kind", "exact_every"), [("cola", 0), ("sltrain", 500), ("scaffold", 500)]
+    ("kind", "exact_every"), [("cola", 0), ("lost", 0), ("sltrain", 500), ("scaffold", 500)]
 )
 def test_loro_also_trains_projections_of_other_kinds(kind, exact_every):
     config = Config(exact_every=exact_every, model=LlamaConfig(projection=kind))

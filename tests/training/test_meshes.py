@@ -25,6 +25,13 @@ def test_losses_are_those_of_one_device(seen, method, mesh):
     np.testing.assert_allclose(several, one, rtol=1e-4)
 
 
+@pytest.mark.parametrize("method", ["lost", "gradnormlorp"])
+def test_methods_with_arrays_of_their_own_are_sharded_too(seen, method):
+    one, several = (seen[method, mesh]["losses"] for mesh in ("1x1x1", "2x2x2"))
+    assert one[-1] < 0.9 * one[0]
+    np.testing.assert_allclose(several, one, rtol=1e-4)
+
+
 @pytest.mark.parametrize("method", ["loro", "full"])
 def test_one_device_sends_nothing(seen, method):
     assert seen[method, "1x1x1"]["sent_exact"] == 0

@@ -143,7 +143,7 @@ def test_restarts_balance_the_factors(train):
 
 def test_projected_methods_hold_less_state_than_adam():
     full = held_by(config("full"))
-    for method in ("galore", "fira", "adarankgrad", "frugal", "dct_adamw"):
+    for method in ("galore", "fira", "adarankgrad", "frugal", "dct_adamw", "gradnormlorp"):
         held = held_by(config(method))
         assert held.total == full.total
         assert held.optimizer < 0.8 * full.optimizer
@@ -209,6 +209,8 @@ def test_flops_of_kinds():
     assert flops["galore"] == flops["full"]
     assert flops["cola"] == flops["lowrank"] == flops["loro"] < flops["full"]
     assert flops["full"] < flops["lora"] == flops["switchlora"]
+    # A column of each projection, 6 m operations: a layer has five of 32 outputs and two of 48.
+    assert flops["lost"] == flops["cola"] + 2 * 6 * (5 * 32 + 2 * 48)
     # Blocks of 8 x 8, 12 x 8 and 8 x 12: a quarter of each fixed matrix, forward and backward.
     scaffold = dataclasses.replace(MODEL, projection="scaffold", scaffold_block=8)
     more = flops_per_token(config("loro", model=scaffold)) - flops["loro"]

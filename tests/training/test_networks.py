@@ -16,6 +16,7 @@ from tests.helpers import some_fast
 NETWORKS = {
     "scaffold and outputs": {"projection": "scaffold", "cross_layer": 0.5},
     "scaffold and activation": {"projection": "scaffold_cola"},
+    "some columns and activation": {"projection": "lost", "lost_channels": 0.1},
 }
 
 

@@ -203,6 +203,7 @@ def test_options_have_the_defaults_of_the_functions_that_take_them(method):
         ("frugal", {"scale": 0.5}),
         ("frugal", {"remainder": "no"}),
         ("frugal", {"remainder_scale": 0.5}),
+        ("gradnormlorp", {"scale": 0.5, "basis": "dct"}),
         ("fira", {"gamma": 2.0, "scale": 0.5}),
         ("dct_adamw", {"error_feedback": True}),
         ("dct_adamw", {"max_side": 8}),
