@@ -179,18 +179,9 @@ def gradnormlorp(
     constants = AdamConstants(b1, b2, eps)
     # Without its decay, which would also reach v. It is given wide gradients and no parameters, so
     # that its updates are wide, too.
-    of_directions = galore(
-        learning_rate,
-        rank,
-        projected=projected,
-        update_every=update_every,
-        scale=scale,
-        basis=basis,
-        moments=moments,
-        b1=b1,
-        b2=b2,
-        eps=eps,
-    )
+    subspace: dict[str, Any] = {"scale": scale, "basis": basis, "moments": moments}
+    subspace |= {"projected": projected, "update_every": update_every, **constants._asdict()}
+    of_directions = galore(learning_rate, rank, **subspace)
     if weight_decay < 0:
         raise ValueError(f"gradnormlorp: weight_decay must not be negative, is {weight_decay!r}.")
 
