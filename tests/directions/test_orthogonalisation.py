@@ -91,6 +91,7 @@ def test_what_represents_the_product_does_not_matter(options):
     np.testing.assert_allclose(moves[0], moves[1], atol=5e-4)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", VARIANTS)
 def test_members_of_an_ensemble_and_stacked_layers_step_alone(options):
     direction = orthogonal(**options)

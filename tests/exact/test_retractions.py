@@ -188,6 +188,7 @@ def test_the_reference_of_a_tpu_needs_no_svd(kind, basis, monkeypatch):
             np.testing.assert_allclose(B.T @ B, A @ A.T, atol=1e-4 * np.linalg.norm(T))
 
 
+@pytest.mark.slow
 def test_pairs_of_all_shapes_step_together(monkeypatch):
     """Their r x r parts share a program, in chunks across shapes; so do their fallbacks."""
     monkeypatch.setattr(phases, "COEFFICIENTS", 2 * 13 * 8**2)

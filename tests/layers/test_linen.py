@@ -180,6 +180,7 @@ def test_the_pairs_are_found(network):
     assert sorted(names) == [name for name in LAYERS_OF_NETWORK if name != "head"]
 
 
+@pytest.mark.slow
 def test_pairs_are_trained_without_recompiling(network):
     model, variables, x, layouts = network
     where = "blocks/up"
@@ -216,6 +217,7 @@ def test_pairs_are_trained_without_recompiling(network):
     assert losses[-1] < 0.8 * losses[0]
 
 
+@pytest.mark.slow
 def test_a_stack_of_vmap(network):
     stack = nn.vmap(nn.Dense, variable_axes={"params": 0}, split_rngs={"params": True})(5)
     variables, x = drawn(stack, (3, 2, 7))
@@ -341,6 +343,7 @@ def test_factors_are_sharded_as_the_kernel_is(abstract):
     assert pairs["A"].sharding == NamedSharding(mesh, PartitionSpec(None, "x"))
 
 
+@pytest.mark.slow
 def test_shapes_alone_are_enough(network):
     model, variables, x, layouts = network
     shapes = jax.eval_shape(lambda: variables["params"])

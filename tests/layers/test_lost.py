@@ -77,6 +77,7 @@ def test_without_an_activation_and_with_all_channels_it_is_half_of_both(x64, mon
     )
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_the_definition_and_columns_left_out_have_none(x64):
     projection = make(dtype=jnp.float64, param_dtype=jnp.float64)
     B, A, W_s, channels = map(jnp.asarray, arrays(projection))
@@ -121,6 +122,7 @@ def test_operations():
     assert LostLinear.flops(16, 40, spec, tokens=64) == 6 * 4 * (16 + 40) + 6 * 16 * 4
 
 
+@pytest.mark.slow
 def test_seeds_under_vmap_give_what_each_gives_alone():
     """As the stacked layers of a model are made, here in one program for several keys."""
     spec = ProjectionSpec(kind="lost", rank=4, lost_channels=0.1)

@@ -305,6 +305,7 @@ def test_dtypes_and_precision_are_those_of_the_layer():
         assert merge(low_rank).kernel.dtype == jnp.float16
 
 
+@pytest.mark.slow
 def test_without_a_dtype_input_and_weights_are_promoted():
     dense = nnx.Linear(6, 5, param_dtype=jnp.bfloat16, rngs=rngs())
     low_rank = factorise(dense, 2)
@@ -370,6 +371,7 @@ def test_sharding_annotations_and_arrays_keep_their_axes():
     assert restored.kernel.get_metadata() == heads.kernel.get_metadata()
 
 
+@pytest.mark.slow
 def test_shapes_alone_and_traced_networks(net):
     abstract = nnx.eval_shape(lambda: Net(rngs()))
     for low_rank in (
@@ -415,6 +417,7 @@ def test_it_survives_copies_and_files(net, tmp_path):
     chex.assert_trees_all_equal(nnx.merge(graphdef, state)(x), wanted)
 
 
+@pytest.mark.slow
 def test_ranks_may_differ(net):
     def rank(path, shape):
         return {"stem": None, "heads/0": 0.5}.get(path, min(shape) // 2)

@@ -56,6 +56,7 @@ def test_a_batch_of_prompts_goes_on_as_the_whole_model_says(changes):
             padded[i, length + step] = found[i, step]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("cache", some_fast(["values", "latent"], ["latent"]))
 @pytest.mark.parametrize(
     "changes",
@@ -187,6 +188,7 @@ def test_ids_that_the_tokenizer_does_not_have_are_not_drawn():
         assert collect(model, PROMPTS, 8, sampling, vocab_size=200).max() < 200
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", some_fast([{}, {"num_kv_heads": 2}], [{"num_kv_heads": 2}]))
 def test_prompts_in_bfloat16_are_continued_together_as_alone(changes):
     model = make(dtype="bfloat16", **changes)

@@ -21,6 +21,7 @@ from tests.peers.projected_methods import (
 )
 
 
+@pytest.mark.slow
 class TestCommon(CommonChecks):
     make = staticmethod(dct_adamw)
 

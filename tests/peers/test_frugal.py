@@ -23,6 +23,7 @@ from tests.peers.projected_methods import (
 LAYERS, K, L = 3, 4, 7
 
 
+@pytest.mark.slow
 class TestCommon(CommonChecks):
     """With the subspace of an SVD, of half the smaller side."""
 

@@ -44,6 +44,7 @@ def away_from_zero(*arguments, **settings):
     )
 
 
+@pytest.mark.slow
 class TestCommon(CommonChecks):
     make = staticmethod(away_from_zero)
 

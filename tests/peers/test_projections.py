@@ -26,6 +26,7 @@ from tests.peers.projected_methods import (
 SHAPE, RANK, EVERY = (3, 4, 7), 2, 2
 
 
+@pytest.mark.slow
 class TestCosines(CommonChecks):
     """All checks of GaLore with a basis that is stored as indices, and moments that move."""
 

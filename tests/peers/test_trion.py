@@ -14,6 +14,7 @@ from tests.peers.projected_methods import CommonChecks, gradients, run
 from tests.peers.test_dct_adamw import basis, largest, longer_first
 
 
+@pytest.mark.slow
 class TestCommon(CommonChecks):
     @staticmethod
     def make(learning_rate, rank, update_every=None, **settings):

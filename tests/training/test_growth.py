@@ -40,6 +40,7 @@ def layers_and_others(params):
     return blocks, jax.tree.leaves({**params, "blocks": {}})
 
 
+@pytest.mark.slow
 def test_layer_i_is_that_of_the_smaller_stack_and_the_loss_falls(small, tmp_path):
     # Nothing but the weights is taken over: one step at a rate of nearly zero leaves them as they
     # are, so that they can be compared.
@@ -81,6 +82,7 @@ def test_dense_models_and_those_with_fixed_arrays_grow(method, tmp_path):
         np.testing.assert_array_equal(y, np.concatenate([x, x]))
 
 
+@pytest.mark.slow
 def test_a_copied_optimizer_continues_at_the_step_of_the_run(small, tmp_path):
     status, output = grow(small, tmp_path / "grown", init_optimizer="copied", steps=STEPS + 4)
     assert status == 0, output
@@ -104,6 +106,7 @@ def test_a_copied_optimizer_continues_at_the_step_of_the_run(small, tmp_path):
     assert of_layers > 10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

@@ -132,6 +132,7 @@ def test_a_projection_from_outside_is_what_the_model_is_made_of(toys, small):
     assert dataclasses.replace(small, model=by_loro).model_config.projection == "low_rank"
 
 
+@pytest.mark.slow
 def test_a_direction_from_outside_trains(toys, small, tmp_path):
     config = dataclasses.replace(small, direction="lion", exact_every=0)
     assert train(config, str(tmp_path / "run")).exit_status == 0
