@@ -14,7 +14,8 @@ The rules above are from the paper's abstract and from summaries of it, not from
 The defaults of ``eta`` and ``tolerance``, and the following rules, are choices of this library.
 
 * Second moments are transported by ``V <- (C * C) V`` (entrywise square), which is exact for
-  uncorrelated coordinates and never negative. ``C V``, the rule of first moments, may be negative.
+  uncorrelated coordinates and never negative. By what others report of the paper it is ``C V``, the
+  rule of first moments, which may be negative.
 * "Converged" means that the projected gradient's norm fell below ``tolerance`` times its value
   when the subspace was computed. An absolute threshold would depend on the scale of the loss.
 * Layers of a stacked leaf are tested one by one; if any is due, subspaces of all are computed, and

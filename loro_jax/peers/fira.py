@@ -7,9 +7,11 @@ paper's norm-based scaling): ``phi_j = |N_j| / |R_j|``. Columns are counted alon
 Then the norm-growth limiter is applied: if ``|S_t| > gamma |S_(t-1)|`` (Frobenius, one norm per
 matrix, after limiting), S_t is scaled down to ``gamma |S_(t-1)|``. The update is ``alpha P N + S``.
 
-Unlike in the authors' code, N includes Adam's bias correction before its norm is computed, and
-epsilon is added to the corrected root, as in the other methods here; and a previous norm of zero
-does not limit S.
+Unlike in the authors' code (github.com/xichen-fy/Fira), N includes Adam's bias correction before its
+norm is computed, and epsilon is added to the corrected root, as in the other methods here; a
+previous norm of zero does not limit S; square matrices are projected from the left. And S is the
+paper's: in the code the projection back includes alpha, so that ``S = G - alpha P R`` there, which
+at alpha = 0.25 keeps three quarters of the projected part in S.
 """
 
 from __future__ import annotations
@@ -180,7 +182,7 @@ def fira(
         # growth.
         rest = G - lift(P, R, G.shape)
         S, norm = limit_growth(norm_scaling(N, R) * rest, last, gamma)
-        # alpha is not applied to S, as in the authors' code.
+        # alpha is not applied to S.
         return scale * lift(P, N, G.shape) + S, (P, mu, nu, norm)
 
     return projected_descent("fira", settings, FiraState, begin, step)
