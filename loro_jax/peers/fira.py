@@ -7,8 +7,8 @@ paper's norm-based scaling): ``phi_j = |N_j| / |R_j|``. Columns are counted alon
 Then the norm-growth limiter is applied: if ``|S_t| > gamma |S_(t-1)|`` (Frobenius, one norm per
 matrix, after limiting), S_t is scaled down to ``gamma |S_(t-1)|``. The update is ``alpha P N + S``.
 
-Unlike in the authors' code (github.com/xichen-fy/Fira), N includes Adam's bias correction before its
-norm is computed, and epsilon is added to the corrected root, as in the other methods here; a
+Unlike in the authors' code (github.com/xichen-fy/Fira), N includes Adam's bias correction before
+its norm is computed, and epsilon is added to the corrected root, as in the other methods here; a
 previous norm of zero does not limit S; square matrices are projected from the left. And S is the
 paper's: in the code the projection back includes alpha, so that ``S = G - alpha P R`` there, which
 at alpha = 0.25 keeps three quarters of the projected part in S.
