@@ -13,11 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from loro_jax.layers.initial import initial_factors, key_of, relative_error
-from loro_jax.layers.kernels import Layout, as_array
+from loro_jax.layers.kernels import Layout, as_array, product
 from loro_jax.layers.selection import Rank, Where, is_inclusive, resolve_rank, select
 from loro_jax.layers.sharding import placed_pair, whole
 from loro_jax.layers.table import Row, Summary
-from loro_jax.linalg.precision import at_least_float32, matmul
 from loro_jax.lowrank import initialise
 
 Array = jax.Array
@@ -323,10 +322,6 @@ def _layout(layer: Any) -> Layout:
 
 
 def _product(layer: Any) -> Array:
-    def product(B: Array, A: Array) -> Array:
-        dtype = at_least_float32(B.dtype)
-        return matmul(B.astype(dtype), A.astype(dtype))
-
     return _mapped(product, layer.B, layer.A)
 
 

@@ -21,10 +21,10 @@ from loro_jax.layers.kernels import (
     convolution_layout,
     dense_layout,
     general_layout,
+    product,
     split_equation,
 )
 from loro_jax.layers.sharding import latent_sharding
-from loro_jax.linalg.precision import at_least_float32, matmul
 
 Array = jax.Array
 
@@ -94,8 +94,7 @@ class FactorisedLayer(TakesPlace):
 
     def product(self) -> Array:
         """Returns B A, in float32 or wider."""
-        dtype = at_least_float32(self.B.dtype)
-        return matmul(self.B[...].astype(dtype), self.A[...].astype(dtype))
+        return product(self.B[...], self.A[...])
 
     def merged(self) -> nnx.Module:
         """Returns the dense layer."""

@@ -17,6 +17,8 @@ import math
 import jax
 import jax.numpy as jnp
 
+from loro_jax.linalg.precision import at_least_float32, matmul
+
 Array = jax.Array
 
 BATCH, INPUT, OUTPUT = "b", "i", "o"
@@ -187,6 +189,15 @@ def general_layout(shape: tuple[int, ...], batch: int, inputs: int) -> Layout:
 def convolution_layout(shape: tuple[int, ...]) -> Layout:
     """Returns the layout of a convolution's kernel (window, in, out), Flax's."""
     return Layout(tuple(shape), INPUT * (len(shape) - 1) + OUTPUT)
+
+
+def product(B: Array, A: Array) -> Array:
+    """Returns B A, in float32 or wider.
+
+    For merging and export: accelerators would round the inputs of the product otherwise.
+    """
+    dtype = at_least_float32(B.dtype)
+    return matmul(B.astype(dtype), A.astype(dtype))
 
 
 def as_array(kernel: Array) -> Array:

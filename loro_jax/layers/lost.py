@@ -11,7 +11,7 @@ have one shape. Where B A is all of W0 (r = min(m, n)) the residual is rounding 
 arbitrary.
 
 A projection costs one SVD of W0 when a model is initialised, and none when it is restored. The
-defaults, g = 0.7 and 1% of the channels, are those that are reported of the authors' runs. Their
+defaults, g = 0.7 and 1% of the channels, are those reported for the authors' runs. Their
 code was not at hand: what the paper leaves open is not compared with it.
 """
 

@@ -18,8 +18,8 @@ from loro_jax.layers.common import (
     products_dtype,
     with_bias,
 )
+from loro_jax.layers.kernels import product
 from loro_jax.layers.sharding import latent_sharding
-from loro_jax.linalg.precision import at_least_float32, matmul
 from loro_jax.lowrank import initialise
 
 Array = jax.Array
@@ -110,9 +110,7 @@ class LowRankLinear(TakesPlace):
 
     def product(self) -> Array:
         """Returns B A, (out, in), in float32 or wider."""
-        dtype = at_least_float32(self.B[...].dtype)
-        # For merging and export: accelerators would round the inputs of the product otherwise.
-        return matmul(self.B[...].astype(dtype), self.A[...].astype(dtype))
+        return product(self.B[...], self.A[...])
 
     @staticmethod
     def flops(m: int, n: int, spec: ProjectionSpec, tokens: float) -> float:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Iterator
 from typing import Any, TypeVar
 
@@ -74,7 +75,7 @@ def factorise(
         (5, 10)
     """
     changed = model if in_place else nnx.clone(model)
-    duplicates = _duplicates(changed)
+    duplicates = nnx.find_duplicates(changed)
     # All is checked before anything is changed.
     plans = list(_plans(changed, rank, where, duplicates))
     for plan in plans:
@@ -106,7 +107,7 @@ def merge(model: Model, *, in_place: bool = False) -> Model:
         'Linear'
     """
     changed = model if in_place else nnx.clone(model)
-    duplicates = _duplicates(changed)
+    duplicates = nnx.find_duplicates(changed)
     found = [(p, m) for p, m in _modules(changed) if isinstance(m, LowRankLinear | FactorisedLayer)]
     for path, layer in found:
         changed = _put_everywhere(changed, path, duplicates, _dense(joined(path), layer))
@@ -241,6 +242,7 @@ def _is_plain(layer: nnx.Linear) -> bool:
     return all(getattr(layer, option) == getattr(plain, option) for option in options)
 
 
+@functools.cache
 def _plain_linear() -> nnx.Linear:
     return nnx.eval_shape(lambda: nnx.Linear(1, 1, rngs=nnx.Rngs(0)))
 
@@ -324,11 +326,6 @@ def _error(layer: LowRankLinear | FactorisedLayer, dense: nnx.Module) -> float |
     if split is None:
         return None
     return relative_error(_matrix(getattr(dense, split.kernel), split), layer.product())
-
-
-def _duplicates(model: nnx.Module) -> list[list[Path]]:
-    """Returns groups of paths at which a network has the same module or variable."""
-    return nnx.find_duplicates(model)
 
 
 def _put_everywhere(model: Any, path: Path, duplicates: list[list[Path]], layer: nnx.Module) -> Any:

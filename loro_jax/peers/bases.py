@@ -35,6 +35,7 @@ import jax.numpy as jnp
 
 from loro_jax.linalg.batching import one_by_one
 from loro_jax.linalg.cosine import cosine_transform
+from loro_jax.peers.cosine_columns import largest, largest_columns
 from loro_jax.peers.projection import leading_vectors, lift, project
 from loro_jax.peers.subspace import moved_moments, randomised_factors
 from loro_jax.schedules import countable
@@ -191,10 +192,6 @@ def _indexed(renew: Any, project: Any, lift: Any) -> Basis:
     )
 
 
-def _largest(scores: Array, rank: int) -> Array:
-    return jnp.sort(jax.lax.top_k(scores, rank)[1].astype(jnp.int32), axis=-1)
-
-
 def _rows(X: Array, indices: Array) -> Array:
     """Gathers rows of X (..., s, l); rows of zeros for indices of s."""
     return jnp.take_along_axis(X, indices[..., None], axis=-2, mode="fill", fill_value=0)
@@ -220,7 +217,7 @@ def _rotate_indexed(
 def _random_axes(G: Array, indices: Array, count: Array) -> Array:
     # The largest of independent uniform numbers are a uniform choice without replacement.
     scores = jax.random.uniform(_key(count), G.shape[:-1])
-    return _largest(scores, indices.shape[-1])
+    return largest(scores, indices.shape[-1])
 
 
 def _scattered(indices: Array, N: Array, shape: Shape) -> Array:
@@ -234,8 +231,8 @@ def _cosines(size: int, dtype: Any) -> Array:
 
 
 def _strongest_cosines(G: Array, indices: Array, count: Array) -> Array:
-    norms = jnp.sum(jnp.abs(project(_cosines(G.shape[-2], G.dtype).mT, G)), axis=-1)
-    return _largest(norms, indices.shape[-1])
+    S = project(_cosines(G.shape[-2], G.dtype).mT, G)
+    return largest_columns(S.mT, indices.shape[-1])
 
 
 def _chosen_cosines(indices: Array, size: int, dtype: Any) -> Array:
@@ -295,7 +292,7 @@ def _flat(G: Array) -> Array:
 def _next_blocks(order: str, G: Array, taken: Array, count: Array) -> Array:
     number, layers = len(taken), math.prod(G.shape[:-2])
     if order == "random":
-        return _largest(jax.random.uniform(_key(count), (layers,)), number)
+        return largest(jax.random.uniform(_key(count), (layers,)), number)
     # The next turn begins after the last one. Turns are sets: where one wraps around, its
     # sorted indices do not show where it ended, so that is derived from its first member.
     held = jnp.zeros(layers, bool).at[taken].set(True)

@@ -58,6 +58,13 @@ def as_before(X: Array, shape: tuple[int, ...]) -> Array:
     return X.mT if shape[-2] < shape[-1] else X
 
 
+def largest(scores: Array, rank: int) -> Array:
+    """Returns the indices of the largest scores (..., k), int32 (..., r), sorted."""
+    indices = jax.lax.top_k(scores, rank)[1]
+    # Sorted, so that coordinates are not exchanged whenever the order of the scores changes.
+    return jnp.sort(indices.astype(jnp.int32), axis=-1)
+
+
 def largest_columns(S: Array, rank: int) -> Array:
     """Returns the indices of the columns with the largest L1 norms.
 
@@ -73,9 +80,7 @@ def largest_columns(S: Array, rank: int) -> Array:
         >>> largest_columns(jnp.array([[1.0, -5.0, 0.0], [1.0, 0.0, 3.0]]), 2).tolist()
         [1, 2]
     """
-    largest = jax.lax.top_k(jnp.sum(jnp.abs(S), axis=-2), rank)[1]
-    # Sorted, so that coordinates are not exchanged whenever the order of the norms changes.
-    return jnp.sort(largest.astype(jnp.int32), axis=-1)
+    return largest(jnp.sum(jnp.abs(S), axis=-2), rank)
 
 
 def take_columns(S: Array, columns: Array) -> Array:

@@ -40,8 +40,8 @@ from loro_jax.peers.cosine_columns import (
     take_columns,
     vectors_of,
 )
+from loro_jax.peers.muon import muon
 from loro_jax.peers.projected import Projected
-from loro_jax.schedules import value_at
 
 Array = jax.Array
 
@@ -196,23 +196,20 @@ def trion(
     if isinstance(lr_scale, float | int) and lr_scale <= 0:
         raise ValueError(f"trion: lr_scale must be above 0, but is {lr_scale}.")
 
-    def scaled(step: Array) -> Any:
-        return lr_scale * value_at(learning_rate, step)
-
-    def labels(params: Any) -> Any:
-        flags = projected(params) if callable(projected) else projected
-        return jax.tree.map(lambda flag: "projections" if flag else "others", flags)
-
     direction = scale_by_trion(
         rank, momentum, newton_schulz_steps=newton_schulz_steps, shape_factor=shape_factor
     )
-    # Decay after the orthogonalisation and before the learning rate, as in AdamW.
-    decay = optax.add_decayed_weights(weight_decay) if weight_decay else optax.identity()
-    projections = optax.chain(direction, decay, optax.scale_by_learning_rate(scaled))
-    # At the plain learning rate: `lr_scale` is for projections alone.
-    others = optax.adamw(learning_rate, b1, b2, eps, weight_decay=weight_decay)
-    parts = {"projections": projections, "others": others}
-    return _in_float32(optax.partition(parts, labels), needs_params=bool(weight_decay))
+    tx = muon(
+        learning_rate,
+        projected=projected,
+        lr_scale=lr_scale,
+        weight_decay=weight_decay,
+        b1=b1,
+        b2=b2,
+        eps=eps,
+        direction=direction,
+    )
+    return _in_float32(tx, needs_params=bool(weight_decay))
 
 
 def _in_float32(tx: optax.GradientTransformationExtraArgs, needs_params: bool) -> Any:

@@ -60,7 +60,7 @@ def _remade(layer: type[nn.Module], module: Any, **changes: Any) -> Any:
         for field in dataclasses.fields(layer)
         if field.name not in ("parent", "name") and hasattr(module, field.name)
     }
-    # Initialisers may know one shape alone, such as those that return the weights of a checkpoint.
+    # Some initialisers fit only one shape, such as those that return the weights of a checkpoint.
     fields |= {"kernel_init": _ZEROS, "bias_init": _ZEROS, "parent": None}
     return layer(**{**fields, **changes})
 

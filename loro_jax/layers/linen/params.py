@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from loro_jax.layers.initial import initial_factors, key_of, relative_error
-from loro_jax.layers.kernels import BATCH, Layout, as_array, dense_layout
+from loro_jax.layers.kernels import BATCH, Layout, as_array, dense_layout, product
 from loro_jax.layers.linen.tree import (
     KERNEL,
     boxed_kernel,
@@ -24,7 +24,6 @@ from loro_jax.layers.linen.tree import (
 from loro_jax.layers.selection import Rank, Where, is_inclusive, resolve_rank, select
 from loro_jax.layers.sharding import placed_pair, whole
 from loro_jax.layers.table import Row, Summary
-from loro_jax.linalg.precision import at_least_float32, matmul
 
 Array = jax.Array
 Layer = Mapping[str, Any]
@@ -97,7 +96,7 @@ def merge_params(params: Any, *, layouts: Layouts = None) -> Any:
 
     Args:
         params: parameters with pairs.
-        layouts: those that the kernels were factorised with. Pairs of other layers stay. Without
+        layouts: the ones used to factorise the kernels; pairs of other layers stay. Without
             it, all pairs become kernels (inputs, outputs).
 
     Returns:
@@ -272,8 +271,7 @@ def _product(layer: Layer) -> Any:
     """Returns the product of a layer's pair in the dtype of B, computed in float32 or wider."""
 
     def multiply(B: Array, A: Array) -> Array:
-        wide = at_least_float32(B.dtype)
-        return matmul(B.astype(wide), A.astype(wide)).astype(B.dtype)
+        return product(B, A).astype(B.dtype)
 
     B, A = as_array(value_of(layer["B"])), as_array(value_of(layer["A"]))
     if isinstance(B, jax.ShapeDtypeStruct):
