@@ -85,6 +85,7 @@ def dct_adamw(
     *,
     projected: Projected,
     update_every: int = 1,
+    scale: float = 1.0,
     error_feedback: bool = False,
     max_side: int = 32_000,
     b1: float = 0.9,
@@ -103,6 +104,7 @@ def dct_adamw(
             callable that returns it for the parameters. A projected leaf is (..., m, n); leading
             axes are layers, each with its own columns.
         update_every: T. Steps 0, T, 2T, ... choose columns.
+        scale: factor on the projected leaves' updates.
         error_feedback: whether to add to the next gradient what the projection leaves out. The
             state then has another array of the leaf's size.
         max_side: projected leaves with a side of at least this length get AdamW (embeddings).
@@ -140,7 +142,7 @@ def dct_adamw(
         rank,
         _below(max_side, projected),
         update_every,
-        1.0,
+        scale,
         constants,
         weight_decay,
     ).checked("dct_adamw")
@@ -176,7 +178,7 @@ def dct_adamw(
         N, mu, nu = adam(a, mu, nu, count + 1, constants)
         if error:
             error = [_turned(X - matmul(a, vectors))]
-        return _turned(matmul(N, vectors)), (columns, mu, nu, *error)
+        return scale * _turned(matmul(N, vectors)), (columns, mu, nu, *error)
 
     state_type = DCTAdamWErrorState if error_feedback else DCTAdamWState
     return projected_descent("dct_adamw", settings, state_type, begin, step)

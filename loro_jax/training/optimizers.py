@@ -102,6 +102,7 @@ class DCTAdamWOptions:
     """Options of DCT-AdamW."""
 
     update_every: int = field(1, at_least(1), "steps between choices of columns")
+    scale: float = field(1.0, at_least(0), "factor on the steps of the projections")
     error_feedback: bool = field(
         False, None, "whether the part of a gradient outside of the subspace is added to the next"
     )

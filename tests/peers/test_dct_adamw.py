@@ -176,6 +176,17 @@ def test_long_leaves_get_adamw():
         dct_adamw(0.1, 2, projected=True, max_side=0)
 
 
+def test_the_scale_is_of_projected_leaves_alone():
+    params = {"w": jnp.ones((6, 4)), "b": jnp.ones(4)}
+    grads = jax.tree.map(lambda x: jnp.arange(x.size, dtype=x.dtype).reshape(x.shape), params)
+    of = {}
+    for scale in (1.0, 0.25):
+        tx = dct_adamw(0.1, 2, projected={"w": True, "b": False}, scale=scale)
+        of[scale], _ = tx.update(grads, tx.init(params), params)
+    np.testing.assert_allclose(of[0.25]["w"], 0.25 * of[1.0]["w"], rtol=1e-6)
+    np.testing.assert_array_equal(of[0.25]["b"], of[1.0]["b"])
+
+
 def test_an_injected_learning_rate():
     others = ("rank", "projected", "update_every", "error_feedback", "max_side")
     constants = ("b1", "b2", "eps", "weight_decay")

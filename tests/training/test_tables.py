@@ -206,7 +206,7 @@ def test_options_have_the_defaults_of_the_functions_that_take_them(method):
         ("frugal", {"remainder_scale": 0.5}),
         ("gradnormlorp", {"scale": 0.5, "basis": "dct"}),
         ("fira", {"gamma": 2.0, "scale": 0.5}),
-        ("dct_adamw", {"error_feedback": True}),
+        ("dct_adamw", {"error_feedback": True, "scale": 0.5}),
         ("dct_adamw", {"max_side": 8}),
         ("trion", {"momentum": 0.5}),
         ("trion", {"newton_schulz_steps": 3, "shape_factor": "kimi"}),
