@@ -6,9 +6,7 @@ from collections.abc import Sequence
 
 from loro_jax.planning.flops import flops_per_token
 from loro_jax.study.report import Arm, Run, config_of
-from loro_jax.text.tokenizers.tokenizer import load_tokenizer
 from loro_jax.training.config import Config
-from loro_jax.training.vocabulary import resolve_vocabulary
 
 BUDGETS = ("tokens", "flops")
 
@@ -30,12 +28,9 @@ def with_equal_compute(base: Config, arms: Sequence[Arm]) -> list[Arm]:
     Raises:
         TrainingError: for a tokenizer that can't be read.
     """
-    data = base.data
-    tokenizer = load_tokenizer(data.tokenizer, data.eos_id, data.pad_id)
 
     def cost(arm: Arm) -> float:
-        config = config_of(base, Run(arm, base.learning_rate, base.seed))
-        return flops_per_token(resolve_vocabulary(config, tokenizer)[0])
+        return flops_per_token(config_of(base, Run(arm, base.learning_rate, base.seed)))
 
     evaluations = max(1, round(base.steps / base.eval_every))
     costs = [cost(arm) for arm in arms]

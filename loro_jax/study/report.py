@@ -18,6 +18,7 @@ from loro_jax.tables import environment, replacing
 from loro_jax.training.config import Config
 from loro_jax.training.fields import set_field
 from loro_jax.training.methods import settled
+from loro_jax.training.vocabulary import with_vocabulary
 
 # Most points that are labelled in a plot; the legend lists all of them in any case.
 _NAMED_POINTS = 12
@@ -77,8 +78,12 @@ class Result(NamedTuple):
 def config_of(base: Config, run: Run) -> Config:
     """Returns the config of one run: the shared one with its arm's fields, rate and seed.
 
+    A vocabulary that is left to the tokenizer has its size, as in the run itself: parameters and
+    operations are counted from it.
+
     Raises:
-        TrainingError: if the arm sets a field that its method does not use.
+        TrainingError: if the arm sets a field that its method does not use, or for a tokenizer that
+            can't be read.
     """
     # set_field changes the config in place.
     config = copy.deepcopy(base)
@@ -86,7 +91,7 @@ def config_of(base: Config, run: Run) -> Config:
     config = dataclasses.replace(
         config, method=run.arm.method, learning_rate=run.learning_rate, seed=run.seed
     )
-    return settled(config, asked)
+    return with_vocabulary(settled(config, asked))
 
 
 def write_report(

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 from loro_jax.errors import TrainingError
-from loro_jax.text.tokenizers.tokenizer import Tokenizer
+from loro_jax.text.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from loro_jax.training.config import Config
 
 
@@ -47,3 +48,19 @@ def resolve_vocabulary(config: Config, tokenizer: Tokenizer) -> tuple[Config, st
     )
     model = dataclasses.replace(config.model, vocab_size=size)
     return dataclasses.replace(config, model=model), line
+
+
+def with_vocabulary(config: Config) -> Config:
+    """Returns a config with a ``model.vocab_size`` of 0 set from the tokenizer that it names.
+
+    Raises:
+        TrainingError: for a tokenizer that can't be read.
+    """
+    if config.model.vocab_size:
+        return config  # the tokenizer need not be read
+    data = config.data
+    return resolve_vocabulary(config, _tokenizer(data.tokenizer, data.eos_id, data.pad_id))[0]
+
+
+# The arms of a comparison mostly share one.
+_tokenizer = functools.lru_cache(maxsize=4)(load_tokenizer)

@@ -6,8 +6,6 @@ from loro_jax.commands.arms import load_config, parse_arms
 from loro_jax.planning.flops import flops_per_token
 from loro_jax.study.budgets import with_equal_compute
 from loro_jax.study.report import Run, config_of
-from loro_jax.text.tokenizers.tokenizer import load_tokenizer
-from loro_jax.training.vocabulary import resolve_vocabulary
 
 
 def test_all_arms_have_the_operations_of_the_first():
@@ -18,8 +16,6 @@ def test_all_arms_have_the_operations_of_the_first():
     assert 1000 == configs[0].steps < configs[1].steps < configs[2].steps
 
     def operations(config):
-        # The config leaves the vocabulary to the tokenizer.
-        config, _ = resolve_vocabulary(config, load_tokenizer("bytes", None, None))
         return config.steps * flops_per_token(config)
 
     for config in configs:
