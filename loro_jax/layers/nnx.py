@@ -18,12 +18,12 @@ from loro_jax.layers.factorised import FactorisedLayer, Split, split_of
 from loro_jax.layers.initial import initial_factors, key_of, relative_error
 from loro_jax.layers.kernels import as_array, pair_axes
 from loro_jax.layers.low_rank import LowRankLinear
+from loro_jax.layers.places import Path, modules, put_everywhere
 from loro_jax.layers.selection import Rank, Where, is_inclusive, joined, resolve_rank, select
 from loro_jax.layers.sharding import placed_pair, whole
 from loro_jax.layers.table import Row, Summary
 
 Array = jax.Array
-Path = tuple[Any, ...]
 Model = TypeVar("Model", bound=nnx.Module)
 
 
@@ -79,7 +79,7 @@ def factorise(
     # All is checked before anything is changed.
     plans = list(_plans(changed, rank, where, duplicates))
     for plan in plans:
-        changed = _put_everywhere(changed, plan.path, duplicates, _low_rank(plan, init, key))
+        changed = put_everywhere(changed, plan.path, duplicates, _low_rank(plan, init, key))
     if in_place and changed is not model:
         raise ValueError("factorise: the network is a single layer, which can't change in place.")
     return changed
@@ -108,9 +108,9 @@ def merge(model: Model, *, in_place: bool = False) -> Model:
     """
     changed = model if in_place else nnx.clone(model)
     duplicates = nnx.find_duplicates(changed)
-    found = [(p, m) for p, m in _modules(changed) if isinstance(m, LowRankLinear | FactorisedLayer)]
+    found = [(p, m) for p, m in modules(changed) if isinstance(m, LowRankLinear | FactorisedLayer)]
     for path, layer in found:
-        changed = _put_everywhere(changed, path, duplicates, _dense(joined(path), layer))
+        changed = put_everywhere(changed, path, duplicates, _dense(joined(path), layer))
     if in_place and changed is not model:
         raise ValueError("merge: the network is a single layer, which can't change in place.")
     return changed
@@ -135,8 +135,8 @@ def summary(model: nnx.Module, dense: nnx.Module | None = None) -> Summary:
         others                        0           0
         total                         2,080       800  12,288         4,608
     """
-    before = dict(_modules(dense)) if dense is not None else {}
-    rows = [row for path, layer in _modules(model) if (row := _row(path, layer, before.get(path)))]
+    before = dict(modules(dense)) if dense is not None else {}
+    rows = [row for path, layer in modules(model) if (row := _row(path, layer, before.get(path)))]
     parameters = sum(int(np.prod(p.shape)) for p in jax.tree.leaves(nnx.state(model, nnx.Param)))
     return Summary(tuple(rows), parameters - sum(row.after for row in rows))
 
@@ -155,17 +155,10 @@ class _Plan:
         return getattr(self.layer, self.split.kernel)
 
 
-def _modules(model: nnx.Module) -> Iterator[tuple[Path, nnx.Module]]:
-    """Yields all modules with their paths; a shared one only once."""
-    for path, node in nnx.iter_graph(model):
-        if isinstance(node, nnx.Module):
-            yield path, node
-
-
 def _splits(model: nnx.Module) -> dict[Path, tuple[nnx.Module, Split | ValueError]]:
     """Returns the layers of known kinds, and how they split or why they don't."""
     found: dict[Path, tuple[nnx.Module, Split | ValueError]] = {}
-    for path, layer in _modules(model):
+    for path, layer in modules(model):
         try:
             split = split_of(layer)
             if split is not None:
@@ -326,31 +319,3 @@ def _error(layer: LowRankLinear | FactorisedLayer, dense: nnx.Module) -> float |
     if split is None:
         return None
     return relative_error(_matrix(getattr(dense, split.kernel), split), layer.product())
-
-
-def _put_everywhere(model: Any, path: Path, duplicates: list[list[Path]], layer: nnx.Module) -> Any:
-    """Replaces the module at a path, and wherever else the network has the same module."""
-    same = next((group for group in duplicates if path in group), [path])
-    for place in same:
-        model = _put(model, place, layer)
-    return model
-
-
-def _put(node: Any, path: Path, layer: nnx.Module) -> Any:
-    """Replaces what is at a path; returns the node, or a new one in place of a tuple or a leaf."""
-    if not path:
-        return layer
-    key, *rest = path
-    indexed = isinstance(node, tuple | list | dict | nnx.List)
-    child = node[key] if indexed else getattr(node, key)
-    replaced = _put(child, tuple(rest), layer)
-    if replaced is child:
-        return node
-    if isinstance(node, tuple):
-        items = [*node[:key], replaced, *node[key + 1 :]]
-        return type(node)(*items) if hasattr(node, "_fields") else tuple(items)
-    if indexed:
-        node[key] = replaced
-    else:
-        setattr(node, key, replaced)
-    return node

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from loro_jax.layers.adapters import ADAPTERS
 from loro_jax.layers.projections import PROJECTIONS
 from loro_jax.training.config import Config
 
@@ -35,7 +36,14 @@ def flops_per_token(config: Config) -> float:
         for m, n in model.shapes(group).values():
             # Forward, and backward to the input and to the trained weights.
             if spec.rank is None:
-                layer += 6.0 * m * n
+                layer += (4.0 if config.has_adapters else 6.0) * m * n
             else:
                 layer += PROJECTIONS[spec.kind].flops(m, n, spec, tokens)
-    return model.num_layers * layer + 6.0 * model.vocab_size * model.hidden_size
+    if config.has_adapters:
+        # Their own weight is thin. Of the fixed head, the backward pass is to its input alone.
+        shapes = model.shapes("attn") | model.shapes("mlp")
+        for name in config.adapter.names:
+            layer += ADAPTERS[config.adapter_kind].flops(*shapes[name], config.adapter.rank)
+    trained_head = not config.has_adapters or {"head", "embedding"} & set(config.adapter.also)
+    head = (6.0 if trained_head else 4.0) * model.vocab_size * model.hidden_size
+    return model.num_layers * layer + head

@@ -14,7 +14,8 @@ from typing import Any
 from loro_jax.errors import TrainingError
 from loro_jax.exact import BASES
 from loro_jax.exact import METHODS as METHODS_OF_EXACT_STEP
-from loro_jax.fields import above, at_least, between, check, field, nested, one_of
+from loro_jax.fields import Range, above, at_least, between, check, field, nested, one_of
+from loro_jax.layers.adapters import ADAPTERS
 from loro_jax.layers.projections import PROJECTIONS
 from loro_jax.loro import MOMENTS_OF_BASIS
 from loro_jax.text.config import DataConfig
@@ -31,6 +32,7 @@ from loro_jax.training.methods import (
 from loro_jax.training.renamed import upgraded
 from models.llama import LlamaConfig
 
+_PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 MOMENTS = ("auto", "reset", "reset_factors", "transport", "keep")
 
 # Fields that may differ when a run is resumed, because the trajectory and the metrics do not depend
@@ -54,6 +56,56 @@ class MeshConfig:
         1, None, "devices that shard the batch, and also parameters and optimizer state"
     )
     tensor: int = field(1, None, "devices that shard the projections")
+
+
+# Patterns of what adapters leave fixed, unless it is asked for.
+_REST = {
+    "embedding": ("embedding",),
+    "head": ("head",),
+    "norms": ("norm", "blocks/*_norm"),
+}
+
+
+@dataclasses.dataclass
+class AdapterConfig:
+    """Adapters: changes of weights that are trained beside a fixed network."""
+
+    kind: str = field(
+        "none",
+        Range(
+            lambda: f"one of none, {', '.join(ADAPTERS)}",
+            lambda kind: kind == "none" or kind in ADAPTERS,
+            listed=True,
+        ),
+        "kind of the adapters beside dense projections; none: everything is trained",
+    )
+    rank: int = field(8, at_least(1), "rank of the adapters")
+    alpha: float = field(16.0, above(0), "their product is scaled by alpha / rank")
+    rank_stabilised: bool = field(
+        False, None, "whether it is scaled by alpha / sqrt(rank) instead (rsLoRA)"
+    )
+    targets: str = field(
+        "all", None, "projections with adapters: all, or names with commas, such as q,k"
+    )
+    initialiser: str | None = field(
+        None, None, "how their factors are drawn, as model.initialiser; none: as the kind says"
+    )
+    trained: str = field(
+        "",
+        None,
+        f"what else is trained, with commas: {', '.join(_REST)}",
+    )
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Names of the projections with adapters."""
+        return _PROJECTIONS if self.targets == "all" else tuple(self.targets.split(","))
+
+    @property
+    def also(self) -> tuple[str, ...]:
+        """Patterns of what else is trained."""
+        asked = self.trained.split(",") if self.trained else []
+        return tuple(pattern for name in asked for pattern in _REST[name])
 
 
 @dataclasses.dataclass
@@ -162,6 +214,7 @@ class Config:
         MethodOptions, "fields of the chosen method or direction"
     )
     model: LlamaConfig = nested(LlamaConfig, "architecture and precision")
+    adapter: AdapterConfig = nested(AdapterConfig, "adapters, for fine-tuning")
     data: DataConfig = nested(DataConfig, "corpus and tokenizer")
     mesh: MeshConfig = nested(MeshConfig, "devices")
 
@@ -186,11 +239,21 @@ class Config:
     def model_config(self) -> LlamaConfig:
         """Network of this run: ``model`` with the projections of the method."""
         method = METHODS[self.method]
-        if method.projection is None:
+        if method.projection is None or self.has_adapters:
             return self.model.dense()
         if self.model.projection in method.other_projections:
             return self.model
         return dataclasses.replace(self.model, projection=method.projection)
+
+    @property
+    def adapter_kind(self) -> str:
+        """The kind of adapters, which a method may have of its own; "none": there are none."""
+        return METHODS[self.method].adapter or self.adapter.kind
+
+    @property
+    def has_adapters(self) -> bool:
+        """Whether adapters are trained beside fixed projections."""
+        return self.adapter_kind != "none"
 
     @property
     def resolved_moments(self) -> str:
@@ -209,6 +272,7 @@ def _fields(config: Config) -> None:
     check(config)
     check(config.data, "data.")
     check(config.mesh, "mesh.")
+    check(config.adapter, "adapter.")
 
 
 def _warmup_within_steps(config: Config) -> None:
@@ -260,7 +324,54 @@ def _network(config: Config) -> None:
     model.validate()
 
 
+def _adapters(config: Config) -> None:
+    adapter, method = config.adapter, METHODS[config.method]
+    if not config.has_adapters:
+        return
+    kind = config.adapter_kind
+    own = method.adapter == kind and adapter.kind in ("none", kind)
+    takes = {"any": True, "pairs": ADAPTERS[kind].has_pair, "": False}[method.adapters]
+    if not (own or takes):
+        fitting = [
+            name
+            for name, other in METHODS.items()
+            if other.adapter == kind
+            or other.adapters == "any"
+            or (other.adapters == "pairs" and ADAPTERS[kind].has_pair)
+        ]
+        raise ValueError(
+            f"adapter.kind = {adapter.kind!r}: method {config.method!r} does not train such "
+            f"adapters; expected a method among {', '.join(fitting)}."
+        )
+    for name in adapter.names:
+        if name not in _PROJECTIONS:
+            raise ValueError(
+                f"adapter.targets must be all, or names among {', '.join(_PROJECTIONS)} with "
+                f"commas, but is {adapter.targets!r}."
+            )
+    for name in adapter.trained.split(",") if adapter.trained else []:
+        if name not in _REST:
+            raise ValueError(
+                f"adapter.trained must be names among {', '.join(_REST)} with commas, but is "
+                f"{adapter.trained!r}."
+            )
+        if name == "head" and config.model.tie_embeddings:
+            raise ValueError(
+                "adapter.trained = 'head': this model's head is its embedding "
+                "(model.tie_embeddings); expected 'embedding'."
+            )
+    shapes = config.model.shapes("attn") | config.model.shapes("mlp")
+    for name in adapter.names:
+        if adapter.rank > min(shapes[name]):
+            raise ValueError(
+                f"adapter.rank must be at most {min(shapes[name])}, the smaller side of "
+                f"{name!r}, but is {adapter.rank}."
+            )
+
+
 def _activation_without_exact_steps(config: Config) -> None:
+    if config.has_adapters:
+        return
     projection = config.model_config.projection
     linear = PROJECTIONS[projection].linear
     if not linear and "basis" in METHODS[config.method].uses and config.exact_every:
@@ -272,6 +383,8 @@ def _activation_without_exact_steps(config: Config) -> None:
 
 
 def _factors(config: Config) -> None:
+    if config.has_adapters:
+        return
     if METHODS[config.method].projection is not None and config.model.scope == "none":
         raise ValueError(
             f'method = {config.method!r} needs factors, but config.model.scope is "none"; '
@@ -289,6 +402,7 @@ _CHECKS: tuple[Callable[[Config], object], ...] = (
     _micro_batches,
     _length,
     _network,
+    _adapters,
     _activation_without_exact_steps,
     _factors,
     make_schedule,

@@ -124,6 +124,8 @@ def tree_shardings(mesh: Mesh, tree: Any) -> Any:
 
 def _partition(mesh: Mesh, path: Any, shape: tuple[int, ...]) -> PartitionSpec:
     names = [str(getattr(entry, "key", "")) for entry in path]
+    # An adapter's factors and the weight beside them are sharded as those of a projection.
+    names = [name for name in names if name not in ("base", "adapter")]
     axes: list[str | None] = [None] * len(shape)
     tensor_axis = _tensor_axis(names, len(shape))
     if tensor_axis is not None and shape[tensor_axis] % mesh.shape["tensor"] == 0:

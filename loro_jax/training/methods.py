@@ -97,9 +97,14 @@ METHODS: dict[str, Method] = {
             "exact_method",
         ),
         schedule=_restarted,
+        adapters="pairs",
     ),
     "lowrank": Method(
-        "AdamW on the factors", optimizers.adamw, projection="low_rank", uses=("lr_scale",)
+        "AdamW on the factors",
+        optimizers.adamw,
+        projection="low_rank",
+        uses=("lr_scale",),
+        adapters="any",
     ),
     "lowrank_restarts": Method(
         "AdamW on the factors, which are balanced every K-th step, with moments reset",
@@ -108,6 +113,7 @@ METHODS: dict[str, Method] = {
         uses=(*_RESTARTED, "lr_scale"),
         schedule=_restarted,
         periodic=True,
+        adapters="pairs",
     ),
     "svd_projection": Method(
         "LORO's approximate steps, with only its retraction every K-th step",
@@ -116,6 +122,7 @@ METHODS: dict[str, Method] = {
         uses=(*_RESTARTED, "lr_scale"),
         schedule=_restarted,
         periodic=True,
+        adapters="pairs",
     ),
     "preconditioned": Method(
         "scaled AdamW: gradients of the factors divided by the other factor's Gram matrix",
@@ -123,6 +130,7 @@ METHODS: dict[str, Method] = {
         projection="low_rank",
         uses=("lr_scale",),
         options=optimizers.PreconditionedOptions,
+        adapters="pairs",
     ),
     "preconditioned_exact": Method(
         "scaled AdamW with LORO's exact steps",
@@ -132,6 +140,7 @@ METHODS: dict[str, Method] = {
         options=optimizers.PreconditionedOptions,
         schedule=_restarted,
         periodic=True,
+        adapters="pairs",
     ),
     "spectron": Method(
         "orthogonalised momentum of both factors, with a bound on the product's step",
@@ -139,6 +148,7 @@ METHODS: dict[str, Method] = {
         projection="low_rank",
         uses=("lr_scale",),
         options=optimizers.SpectronOptions,
+        adapters="pairs",
     ),
     "cola": Method(
         "AdamW on factors with an activation between them",
@@ -336,11 +346,11 @@ def _options(kind: type, config: Config) -> Any:
 
 
 def resolved_options(config: Config) -> dict[str, Any]:
-    """Returns all options of a config's method and direction, with their values."""
+    """Returns the options that a config's method and direction use, with their values."""
     options: dict[str, Any] = {}
     for kind in _kinds_of(config):
         options |= dataclasses.asdict(_options(kind, config))
-    return options
+    return {name: value for name, value in options.items() if name not in _unused(config)}
 
 
 def _unused(config: Config) -> tuple[str, ...]:
@@ -360,13 +370,19 @@ def check_options(config: Config) -> None:
                 of += f' with config.direction = "{config.direction}"'
             has = f"it has {', '.join(known)}" if known else "it has none"
             raise ValueError(f"method_options.{name}: {of} has no such option; {has}.")
-        if name in _unused(config):
+        # Earlier versions stored the default in a run's config.
+        if name in _unused(config) and config.method_options[name] != _default(kinds, name):
             raise ValueError(
                 f"method_options.{name}: only factors use it, which config.method = "
                 f'"{config.method}" has none of; expected it not to be set.'
             )
     for kind in kinds:
         check(_options(kind, config), "method_options.")
+
+
+def _default(kinds: list[type], name: str) -> Any:
+    """Returns the default of an option of some kinds."""
+    return next(getattr(kind(), name) for kind in kinds if hasattr(kind(), name))
 
 
 def uses_field(config: Config, name: str) -> bool:
@@ -408,6 +424,12 @@ def settled(config: Config, asked: Collection[str]) -> Config:
     # Not by its name: config.py imports this module.
     default = type(config)()
     for name in asked:
+        if name.startswith("adapter.") and not config.has_adapters:
+            kind = config.adapter.kind
+            raise TrainingError(
+                f"config.{name} is for adapters, but config.adapter.kind = {kind!r}; expected a "
+                "kind of adapter, such as --config.adapter.kind=lora."
+            )
         if uses_field(config, name):
             continue
         if name.startswith("method_options."):

@@ -79,6 +79,9 @@ class Method:
             ValueError for a config that does not allow them.
         periodic: whether it requires ``exact_every`` to be at least 1.
         maintenance: (config, options) -> changes around the optimizer's step; or None.
+        adapters: which adapters it trains if ``config.adapter.kind`` names one: "" none, "pairs"
+            those with factors B and A, "any" all of them.
+        adapter: the kind of adapter that it trains always; None: it needs none.
     """
 
     meaning: str
@@ -90,6 +93,8 @@ class Method:
     schedule: Callable[[Config, optax.Schedule], optax.Schedule] | None = None
     periodic: bool = False
     maintenance: Callable[[Config, Any], Maintenance] | None = None
+    adapters: str = ""
+    adapter: str | None = None
 
 
 @dataclasses.dataclass(frozen=True)

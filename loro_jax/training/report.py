@@ -7,7 +7,7 @@ import shlex
 
 import jax
 
-from loro_jax.memory import Footprint, footprint
+from loro_jax.memory import Footprint, count_bytes, count_parameters, footprint
 from loro_jax.text import Corpus
 from loro_jax.text.ngram import NgramPerplexity, ngram_perplexity
 from loro_jax.training.batch import to_batch
@@ -54,6 +54,8 @@ def final_report(
             f"  (unigram model {ngrams.unigram:.2f}, bigram model {ngrams.bigram:.2f}, "
             "same tokens, same tokenizer)"
         )
+    if config.has_adapters:
+        return [*lines, *_of_adapters(config, workdir)]
     own = run_footprint(config)
     lines.append(_footprint_line(f"this model ({config.method})", own))
     if config.method != "full":
@@ -79,6 +81,23 @@ def final_report(
         f"  {_by(config, 'lowrank', command)} --workdir={workdir}_lowrank",
         "  # the paper's 60M on C4",
         "  python train.py --config=configs/llama_60m.py --workdir=runs/60m",
+    ]
+
+
+def _of_adapters(config: Config, workdir: str) -> list[str]:
+    """Returns the lines about a run that fine-tunes by adapters."""
+    state = jax.eval_shape(make_program(config).init)
+    trained, fixed = count_parameters(state.params), count_parameters(state.fixed)
+    return [
+        f"{config.adapter_kind} adapters ({config.method}): {trained / 1e6:.2f}M trained "
+        f"parameters ({trained / (trained + fixed):.2%} of {(trained + fixed) / 1e6:.2f}M), "
+        f"optimizer {count_bytes(state.opt_state) / 1e6:.1f} MB",
+        f"run directory {workdir}: metrics.jsonl, config.json, checkpoints/, plot.png",
+        "",
+        "next:",
+        f'  python -m loro_jax generate {workdir} --prompt="..."',
+        "  # the whole model with merged adapters, for other programs",
+        f"  python -m loro_jax export {workdir} {workdir}_merged",
     ]
 
 

@@ -7,13 +7,16 @@ import pathlib
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
 
 from loro_jax.errors import TrainingError
+from loro_jax.layers import merge
 from loro_jax.text.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from loro_jax.training.config import Config
 from loro_jax.training.growth import grown
-from loro_jax.training.step import TrainState, joined
+from loro_jax.training.network import base_of, with_base, without_adapters
+from loro_jax.training.step import TrainState, joined, merge_model
 from loro_jax.training.trained import load_state, run_config
 from models.huggingface import CheckpointError, check_parameters, read_config, read_parameters
 from models.llama import Llama
@@ -144,21 +147,12 @@ def start_from(config: Config, state: TrainState) -> tuple[TrainState, str]:
     if _run_there(config.init_from) is not None:
         return _start_from_run(config, state)
     # Both parts are read as one model, and then taken apart again by their paths.
-    fresh = {"params": state.params, "fixed": state.fixed}
-    wanted = joined(state.params, state.fixed)
+    whole = joined(state.params, state.fixed)
     try:
-        found, errors = read_parameters(config.init_from, wanted)
+        found, errors = read_parameters(config.init_from, base_of(whole))
     except CheckpointError as error:
         raise TrainingError(f"config.init_from: {error}") from None
-
-    def pick(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
-        value: Any = found
-        for entry in path[1:]:
-            value = value[entry.key]
-        # Placed leaf by leaf, so that no device holds the whole model if it is sharded.
-        return jax.device_put(value, leaf.sharding)
-
-    picked = jax.tree_util.tree_map_with_path(pick, fresh)
+    state = _with_arrays(state, with_base(whole, found))
     line = f"starting from {config.init_from}"
     if errors:
         worst = max(error.error for error in errors)
@@ -171,7 +165,22 @@ def start_from(config: Config, state: TrainState) -> tuple[TrainState, str]:
     zero = [error.name for error in errors if error.zero]
     if zero:
         line += f"; {', '.join(zero)} all zeros, so their factors can't be trained"
-    return state._replace(params=picked["params"], fixed=picked["fixed"]), line
+    return state, line
+
+
+def _with_arrays(state: TrainState, arrays: Any) -> TrainState:
+    """Returns a state with the arrays of a whole network, each in its place on the devices."""
+
+    def pick(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
+        value: Any = arrays
+        for entry in path[1:]:
+            value = value[entry.key]
+        # Placed leaf by leaf, so that no device holds the whole model if it is sharded.
+        return jax.device_put(value, leaf.sharding)
+
+    parts = {"params": state.params, "fixed": state.fixed}
+    picked = jax.tree_util.tree_map_with_path(pick, parts)
+    return state._replace(params=picked["params"], fixed=picked["fixed"])
 
 
 def _start_from_run(config: Config, state: TrainState) -> tuple[TrainState, str]:
@@ -182,6 +191,8 @@ def _start_from_run(config: Config, state: TrainState) -> tuple[TrainState, str]
     line = f"starting from step {step} of {config.init_from}"
     if times > 1:
         line += f", its {run.model.num_layers} layers {times} times"
+    if (run.has_adapters or config.has_adapters) and run.adapter != config.adapter:
+        return _with_arrays(state, _merged_run(config, run, state, there)), line
     copied = config.init_optimizer == "copied"
     if copied and step >= config.steps:
         raise TrainingError(
@@ -205,3 +216,30 @@ def _start_from_run(config: Config, state: TrainState) -> tuple[TrainState, str]
         ) from None
     placed = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), new, fresh)
     return (placed if copied else placed._replace(opt_state=state.opt_state)), line
+
+
+def _merged_run(config: Config, run: Config, state: TrainState, there: TrainState) -> Any:
+    """Returns the arrays of a new state, its base those of a run with everything merged."""
+    where = f"config.init_from = {config.init_from!r}, a run of method {run.method!r}"
+    if config.init_optimizer == "copied":
+        raise TrainingError(
+            f"{where}, has other adapters than this run: its optimizer's state does not fit; "
+            "expected config.init_optimizer = 'fresh'."
+        )
+    if config.model.num_layers != run.model.num_layers:
+        raise TrainingError(
+            f"{where}, has {run.model.num_layers} layers; expected as many with adapters, but "
+            f"config.model.num_layers = {config.model.num_layers}."
+        )
+    try:
+        model = merge(without_adapters(merge_model(run, there.params, there.fixed)))
+    except ValueError as error:
+        raise TrainingError(f"{where}, can't have adapters: {error}") from None
+    whole = joined(state.params, state.fixed)
+    found = nnx.to_pure_dict(nnx.state(model))
+    wanted = base_of(whole)
+    if jax.tree.map(jnp.shape, found) != jax.tree.map(jnp.shape, wanted):
+        raise TrainingError(
+            f"{where}, has projections that this run, of method {config.method!r}, does not have."
+        )
+    return with_base(whole, jax.tree.map(lambda x, like: x.astype(like.dtype), found, wanted))

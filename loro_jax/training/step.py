@@ -16,6 +16,7 @@ from loro_jax.layers.common import Fixed
 from loro_jax.training.config import Config
 from loro_jax.training.mesh import batch_sharding, replicated, tree_shardings
 from loro_jax.training.methods import make_maintenance, make_optimizer, make_schedule
+from loro_jax.training.network import make_network
 from models.layout import laid_out_on
 from models.llama import Llama
 from models.loss import Batch, next_token_loss
@@ -66,12 +67,11 @@ def make_program(config: Config, mesh: jax.sharding.Mesh | None = None) -> Progr
     Returns:
         The functions, to be compiled by the caller (see :func:`compile_program`).
     """
-    model_config = config.model_config
     schedule = make_schedule(config)
     maintenance = make_maintenance(config)
     # The graph and the shardings need only shapes; parameters are first created in init, where jit
     # places them on their devices.
-    abstract_model = nnx.eval_shape(lambda: Llama(model_config, nnx.Rngs(config.seed)))
+    abstract_model = nnx.eval_shape(lambda: make_network(config))
     graphdef = nnx.graphdef(abstract_model)
     shardings = None
     if mesh is not None:
@@ -79,7 +79,7 @@ def make_program(config: Config, mesh: jax.sharding.Mesh | None = None) -> Progr
     optimizer = make_optimizer(config, shardings)
 
     def init() -> TrainState:
-        model = Llama(model_config, nnx.Rngs(config.seed))
+        model = make_network(config)
         params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
         fixed = nnx.to_pure_dict(nnx.state(model, Fixed))
         return TrainState(jnp.zeros([], jnp.int32), params, optimizer.init(params), fixed)
@@ -209,7 +209,7 @@ def merge_model(config: Config, params: Any, fixed: Any) -> Llama:
     Returns:
         The model.
     """
-    abstract = nnx.eval_shape(lambda: Llama(config.model_config, nnx.Rngs(config.seed)))
+    abstract = nnx.eval_shape(lambda: make_network(config))
     return nnx.merge(nnx.graphdef(abstract), joined(params, fixed))
 
 

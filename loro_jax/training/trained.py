@@ -13,6 +13,7 @@ from loro_jax.text.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from loro_jax.training.checkpoint import read_checkpoint
 from loro_jax.training.config import Config
 from loro_jax.training.mesh import make_mesh
+from loro_jax.training.network import without_adapters
 from loro_jax.training.renamed import upgraded
 from loro_jax.training.step import TrainState, abstract_state, make_program, merge_model
 from models.huggingface import read_model
@@ -49,7 +50,8 @@ def load_run(path: str | pathlib.Path, step: int | None = None) -> Trained:
         TrainingError: if there is no such run or checkpoint, or it is damaged.
     """
     config, chosen, state = load_state(path, step)
-    model = merge_model(config, state.params, state.fixed)
+    # Adapters become part of the weights: what reads a model need not know of them.
+    model = without_adapters(merge_model(config, state.params, state.fixed))
     tokenizer = load_tokenizer(config.data.tokenizer, config.data.eos_id, config.data.pad_id)
     tokenizer.adds_bos = False  # documents do not begin with it in training
     return Trained(config, chosen, model, tokenizer)

@@ -16,7 +16,7 @@ from loro_jax.errors import TrainingError
 from loro_jax.text.config import DataConfig
 from loro_jax.text.prepare import prepare
 from loro_jax.text.sources import shares_text
-from loro_jax.training.config import Config
+from loro_jax.training.config import DIRECTIONS, METHODS, Config, differences
 from loro_jax.training.loop import train
 from loro_jax.training.trained import load_config, load_model, load_run
 from models import LlamaConfig, preset
@@ -269,3 +269,22 @@ def test_sizes_of_files(exported, tmp_path, text, size):
     assert _size(text) == size
     with pytest.raises(SystemExit):
         main(["import", str(exported), str(tmp_path / "out"), "--shard_bytes=large"])
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("direction", DIRECTIONS)
+def test_a_stored_config_is_read_again(method, direction, tmp_path):
+    direction = direction if "direction" in METHODS[method].uses else "adam"
+    config = Config(method=method, direction=direction, exact_every=10, restart_warmup_steps=2)
+    path = tmp_path / "config.json"
+    path.write_text(config.to_json(), encoding="utf-8")
+    assert differences(json.loads(config.to_json()), load_config(path)) == []
+
+
+def test_an_option_that_only_factors_use_is_read_at_its_default(tmp_path):
+    """Earlier versions stored it in the configs of dense runs."""
+    content = json.loads(Config(method="full", direction="orthogonal").to_json())
+    content["method_options"]["damping"] = 1e-3
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps(content), encoding="utf-8")
+    assert load_config(path).method == "full"
