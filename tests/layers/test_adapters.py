@@ -19,6 +19,7 @@ from loro_jax.layers.adapters import (
 )
 from loro_jax.layers.common import Fixed, ProjectionSpec
 from loro_jax.layers.dense import Dense
+from loro_jax.layers.low_rank import LowRankLinear
 
 SPEC = AdapterSpec(rank=2)
 
