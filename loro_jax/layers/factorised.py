@@ -16,6 +16,7 @@ import jax
 from flax import nnx
 
 from loro_jax.layers.common import Original, TakesPlace
+from loro_jax.layers.dense import Dense
 from loro_jax.layers.kernels import (
     Layout,
     convolution_layout,
@@ -107,10 +108,10 @@ class FactorisedLayer(TakesPlace):
 def split_of(layer: nnx.Module) -> Split | None:
     """Returns how a layer splits; None if it is of no known kind.
 
-    Known are ``nnx.Linear``, ``nnx.LinearGeneral``, ``nnx.Einsum``, ``nnx.Conv``, and modules of
-    other packages that apply an equation, their attribute ``einsum_str``, to their input and their
-    only parameter. Subclasses with a ``__call__`` of their own may compute anything, so that they
-    are not known.
+    Known are :class:`~loro_jax.layers.dense.Dense`, ``nnx.Linear``, ``nnx.LinearGeneral``,
+    ``nnx.Einsum``, ``nnx.Conv``, and modules of other packages that apply an equation, their
+    attribute ``einsum_str``, to their input and their only parameter. Subclasses with a
+    ``__call__`` of their own may compute anything, so that they are not known.
 
     Raises:
         ValueError: if its kernel is no matrix; the message is a reason.
@@ -150,6 +151,13 @@ def _split_linear(layer: nnx.Linear) -> Split:
         lambda r: without_arrays(layer, out_features=r, **_without_bias(layer)),
         lambda r: without_arrays(layer, in_features=r),
     )
+
+
+def _split_projection(layer: Dense) -> Split:
+    def half(rank: int) -> nnx.GraphDef:
+        raise TypeError("a Dense projection is replaced by a LowRankLinear as a whole")
+
+    return Split("W", Layout(tuple(layer.W.shape[-2:]), "oi"), half, half)
 
 
 def _split_general(layer: nnx.LinearGeneral) -> Split:
@@ -229,6 +237,7 @@ def _split_transposed(layer: nnx.ConvTranspose) -> Split:
 
 
 _SPLITS: dict[type[nnx.Module], Callable[[Any], Split]] = {
+    Dense: _split_projection,
     nnx.Linear: _split_linear,
     nnx.LinearGeneral: _split_general,
     nnx.Einsum: _split_einsum,

@@ -38,8 +38,9 @@ def factorise(
 ) -> Model:
     """Replaces layers of a network by layers whose kernels are pairs (B, A).
 
-    ``nnx.Linear`` becomes :class:`~loro_jax.layers.low_rank.LowRankLinear`; ``nnx.LinearGeneral``
-    (as in ``nnx.MultiHeadAttention``), ``nnx.Einsum``, ``nnx.Conv`` and the einsum modules of other
+    ``nnx.Linear`` and :class:`~loro_jax.layers.dense.Dense` become
+    :class:`~loro_jax.layers.low_rank.LowRankLinear`; ``nnx.LinearGeneral`` (as in
+    ``nnx.MultiHeadAttention``), ``nnx.Einsum``, ``nnx.Conv`` and the einsum modules of other
     packages become :class:`~loro_jax.layers.factorised.FactorisedLayer`. They are called as before,
     keep bias, dtypes, precision and sharding annotations, and :func:`loro_jax.loro` finds their
     pairs: B (out, r), A (r, in). Stacks of layers, as made by ``nnx.vmap``, have pairs with leading
@@ -212,17 +213,25 @@ def _low_rank(plan: _Plan, init: str, key: Array | None) -> nnx.Module:
     B, A = placed_pair(variable.get_value(), layout, B, A)
     names_B, names_A = pair_axes(layout, _axes(variable))
     of_B, of_A = _variable(variable, B, names_B), _variable(variable, A, names_A)
+    if isinstance(plan.layer, Dense):
+        return _projection(plan.layer, of_B, of_A, plan.split.layout.matrix_shape, None)
     original = Original.of(plan.layer)
     if isinstance(plan.layer, nnx.Linear) and _is_plain(plan.layer):
-        return _projection(plan.layer, of_B, of_A, original)
+        return _projection(plan.layer, of_B, of_A, plan.split.layout.matrix_shape, original)
     bias = getattr(plan.layer, "bias", None)
     return FactorisedLayer(of_B, of_A, bias, plan.split, original)
 
 
-def _projection(layer: nnx.Linear, B: nnx.Param, A: nnx.Param, original: Original) -> LowRankLinear:
+def _projection(
+    layer: nnx.Linear | Dense,
+    B: nnx.Param,
+    A: nnx.Param,
+    shape: tuple[int, int],
+    original: Original | None,
+) -> LowRankLinear:
     """Makes a low-rank projection of the options of a layer and of its factors."""
     spec = ProjectionSpec(rank=B.shape[-1], dtype=layer.dtype, precision=layer.precision)
-    m, n = layer.out_features, layer.in_features
+    m, n = shape
     made = nnx.eval_shape(lambda: LowRankLinear(n, m, spec, rngs=nnx.Rngs(0)))
     made.B, made.A, made.bias, made.original = B, A, nnx.data(layer.bias), original
     return made

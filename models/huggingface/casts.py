@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from typing import Any
 
+import jax
 import ml_dtypes
 import numpy as np
 
 from models.huggingface.errors import CheckpointError
+from models.huggingface.files import DTYPES
 
 
 def cast(value: np.ndarray, dtype: Any, name: str) -> np.ndarray:
@@ -59,3 +62,21 @@ def cast(value: np.ndarray, dtype: Any, name: str) -> np.ndarray:
             "expected a dtype of a wider range, such as bfloat16 or float32."
         )
     return result
+
+
+def cast_all(
+    tensors: Iterable[tuple[str, jax.Array]], dtype: str
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Moves tensors to the host one by one, and casts those of floating-point numbers.
+
+    Args:
+        tensors: names and values.
+        dtype: a key of :data:`models.huggingface.files.DTYPES`.
+
+    Yields:
+        Names and values.
+    """
+    for name, tensor in tensors:
+        value = np.asarray(tensor)
+        floating = jax.numpy.issubdtype(value.dtype, jax.numpy.floating)
+        yield name, cast(value, DTYPES[dtype], name) if floating else value

@@ -27,24 +27,20 @@ _FLOATING = ("F64", "F32", "BF16", "F16", *_EIGHT_BITS)
 _COMPUTED = ("rotary_emb.inv_freq", "rotary_emb.cos_cached", "rotary_emb.sin_cached")
 
 
-class Tensors:
-    """The tensors of a directory, by the names of a LLaMA with a head.
+class StoredTensors:
+    """The tensors of a directory.
 
     ``model.safetensors`` takes precedence over an index and its files, as in transformers; an index
-    that is damaged or names missing files is an error even then. The prefix "model.", missing in
-    files of models without a head, is added. A model with tied embeddings may be stored with either
-    matrix. Stored rotary frequencies are ignored.
+    that is damaged or names missing files is an error even then.
 
     Args:
         directory: a directory with ``model.safetensors``, or several files and their index.
-        tied: whether the head shares the embedding's matrix.
 
     Raises:
-        CheckpointError: if a file is missing or damaged, an index names a missing file, or a tied
-            model has two different matrices.
+        CheckpointError: if a file is missing or damaged, or an index names a missing file.
     """
 
-    def __init__(self, directory: pathlib.Path, tied: bool):
+    def __init__(self, directory: pathlib.Path):
         self._directory = directory
         self._files: dict[str, tuple[pathlib.Path, Any, str]] = {}
         index: dict[str, str] = {}
@@ -62,32 +58,10 @@ class Tensors:
             # If several files hold a tensor, the index says which one to read.
             own = [name for name in names if single or index.get(name, file) == file]
             self._files |= {name: (path, opened, name) for name in own}
-        self._rename(tied)
+        self._rename()
 
-    def _rename(self, tied: bool) -> None:
-        for name in [name for name in self._files if name.endswith(_COMPUTED)]:
-            del self._files[name]
-        # Files of a bare LlamaModel have no prefix.
-        if not any(name.startswith("model.") for name in self._files):
-            self._files = {
-                name if name == HEAD else f"model.{name}": place
-                for name, place in self._files.items()
-            }
-        if not tied or HEAD not in self._files:
-            return
-        head = self._files[HEAD]
-        # Some programs drop the embedding of a tied model, others the head.
-        if EMBEDDING not in self._files:
-            self._files[EMBEDDING] = head
-        elif self.shape(HEAD) != self.shape(EMBEDDING) or not np.array_equal(
-            self.read(HEAD), self.read(EMBEDDING)
-        ):
-            raise CheckpointError(
-                f"{self._directory}: config.json ties the head to the embedding, but {HEAD} and "
-                f"{EMBEDDING} differ; expected tie_word_embeddings false (to keep both) or one "
-                "matrix only."
-            )
-        del self._files[HEAD]
+    def _rename(self) -> None:
+        """Gives tensors the names that a network has for them."""
 
     @property
     def names(self) -> set[str]:
@@ -137,6 +111,51 @@ class Tensors:
         if kinds & {"F64", "F32"} or {"F16", "BF16"} <= kinds:
             return "float32"
         return "float16" if "F16" in kinds else "bfloat16"
+
+
+class Tensors(StoredTensors):
+    """The tensors of a directory, by the names of a LLaMA with a head.
+
+    The prefix "model.", missing in files of models without a head, is added. A model with tied
+    embeddings may be stored with either matrix. Stored rotary frequencies are ignored.
+
+    Args:
+        directory: as in :class:`StoredTensors`.
+        tied: whether the head shares the embedding's matrix.
+
+    Raises:
+        CheckpointError: as in :class:`StoredTensors`, and if a tied model has two different
+            matrices.
+    """
+
+    def __init__(self, directory: pathlib.Path, tied: bool):
+        self._tied = tied
+        super().__init__(directory)
+
+    def _rename(self) -> None:
+        for name in [name for name in self._files if name.endswith(_COMPUTED)]:
+            del self._files[name]
+        # Files of a bare LlamaModel have no prefix.
+        if not any(name.startswith("model.") for name in self._files):
+            self._files = {
+                name if name == HEAD else f"model.{name}": place
+                for name, place in self._files.items()
+            }
+        if not self._tied or HEAD not in self._files:
+            return
+        head = self._files[HEAD]
+        # Some programs drop the embedding of a tied model, others the head.
+        if EMBEDDING not in self._files:
+            self._files[EMBEDDING] = head
+        elif self.shape(HEAD) != self.shape(EMBEDDING) or not np.array_equal(
+            self.read(HEAD), self.read(EMBEDDING)
+        ):
+            raise CheckpointError(
+                f"{self._directory}: config.json ties the head to the embedding, but {HEAD} and "
+                f"{EMBEDDING} differ; expected tie_word_embeddings false (to keep both) or one "
+                "matrix only."
+            )
+        del self._files[HEAD]
 
 
 def _no_model(directory: pathlib.Path) -> str:

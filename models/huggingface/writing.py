@@ -7,12 +7,11 @@ import os
 from collections.abc import Iterator, Mapping
 
 import jax
-import numpy as np
 from flax import nnx
 
 from models.config import GROUPS
 from models.crossing import crosses
-from models.huggingface.casts import cast
+from models.huggingface.casts import cast_all
 from models.huggingface.companions import GENERATION, TokenIds, complete_ids, generation_config
 from models.huggingface.configs import to_huggingface
 from models.huggingface.errors import CheckpointError
@@ -92,7 +91,7 @@ def write_model(
     tensors = _factors(model) if keep_factors else _matrices(model)
     # The generators below make each tensor only when it is written.
     with new_directory(out) as directory:
-        total = write_tensors(directory, _cast(_named(model, tensors), dtype), shard_bytes)
+        total = write_tensors(directory, cast_all(_named(model, tensors), dtype), shard_bytes)
         (directory / "config.json").write_text(json.dumps(content, indent=2) + "\n", "utf-8")
         for name, data in companions.items():
             # Some chat templates are in a separate folder.
@@ -157,11 +156,3 @@ def _factors(model: Llama) -> _Tensors:
                 yield f"{prefix}{theirs}.{variable_name(variable)}", value[layer]
         for ours, theirs in NORMS.items():
             yield f"{prefix}{theirs}.weight", blocks[ours]["scale"][layer]
-
-
-def _cast(tensors: _Tensors, dtype: str) -> Iterator[tuple[str, np.ndarray]]:
-    """Moves tensors to the host and casts those of floating-point numbers."""
-    for name, tensor in tensors:
-        value = np.asarray(tensor)
-        floating = jax.numpy.issubdtype(value.dtype, jax.numpy.floating)
-        yield name, cast(value, DTYPES[dtype], name) if floating else value
