@@ -155,21 +155,37 @@ class _AllBut(Sequence[int]):
         return place + place // (self._step - 1) + 1
 
 
-def _open(source: str, config: DataConfig) -> tuple[Any, Any]:
+def open_builder(source: str, field: str, data_dir: str | None) -> tuple[Any, Any]:
+    """Opens a prepared dataset.
+
+    Args:
+        source: "tfds:NAME".
+        field: the config's field that holds it, for messages.
+        data_dir: directory of tensorflow-datasets; None: its default.
+
+    Returns:
+        (the builder, its data sources by split).
+
+    Raises:
+        TrainingError: if it has no ArrayRecord files.
+    """
     import tensorflow_datasets as tfds  # slow to import, only needed here
 
     name = source.removeprefix("tfds:")
     try:
-        builder = tfds.builder(name, data_dir=config.data_dir, file_format="array_record")
-        sources = builder.as_data_source()
+        builder = tfds.builder(name, data_dir=data_dir, file_format="array_record")
+        return builder, builder.as_data_source()
     except Exception as error:  # tfds raises different classes for different missing things
         reason = str(error).strip().split("\n")[0]
         raise TrainingError(
-            f"config.data.source = {source!r} can't be opened in data_dir = "
-            f"{config.data_dir!r} ({reason}). Prepare it once with: tfds build {name} "
-            "--file_format=array_record"
-            + (f" --data_dir={config.data_dir}" if config.data_dir else "")
+            f"{field} = {source!r} can't be opened in data_dir = {data_dir!r} ({reason}). "
+            f"Prepare it once with: tfds build {name} --file_format=array_record"
+            + (f" --data_dir={data_dir}" if data_dir else "")
         ) from None
+
+
+def _open(source: str, config: DataConfig) -> tuple[Any, Any]:
+    builder, sources = open_builder(source, "config.data.source", config.data_dir)
     if config.text_field not in builder.info.features:
         raise TrainingError(
             f"config.data.source = {source!r} has no field {config.text_field!r} "
