@@ -6,6 +6,7 @@ Shapes: B batch, L sequence, D hidden, H heads, K head size, F intermediate, N l
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -22,22 +23,37 @@ Array = jax.Array
 def dropout(x: Array, rate: float, key: Array | None) -> Array:
     """Sets a share of the entries to zero and scales the others up; unchanged without a key.
 
+    Args:
+        x: activations, rows along the first axis.
+        rate: share of the entries.
+        key: a random key, or one for each row: a row's entries then don't depend on the others.
+
     Example:
-        >>> x = jnp.ones(1000)
+        >>> x = jnp.ones((10, 100))
         >>> bool((dropout(x, 0.1, None) == x).all())
         True
-        >>> sorted(set(dropout(x, 0.5, jax.random.key(0)).tolist()))
+        >>> sorted(set(dropout(x, 0.5, jax.random.key(0)).ravel().tolist()))
         [0.0, 2.0]
     """
     if key is None or rate == 0:
         return x
-    kept = jax.random.bernoulli(key, 1 - rate, x.shape)
+    draw = functools.partial(jax.random.bernoulli, p=1 - rate)
+    if key.ndim:
+        kept = jax.vmap(lambda own: draw(own, shape=x.shape[1:]))(key)
+    else:
+        kept = draw(key, shape=x.shape)
     return jnp.where(kept, x / (1 - rate), jnp.zeros_like(x))
 
 
+def _keys(key: Array, number: int) -> Array:
+    """Splits a key, or the key of each row, into some along a new first axis."""
+    split = functools.partial(jax.random.split, num=number)
+    return jax.vmap(split, out_axes=1)(key) if key.ndim else split(key)
+
+
 def _split(key: Array | None, number: int) -> list[Array] | list[None]:
-    """Splits a key; None stays None."""
-    return [None] * number if key is None else list(jax.random.split(key, number))
+    """Splits a key, or the key of each row; None stays None."""
+    return [None] * number if key is None else list(_keys(key, number))
 
 
 def _norm(config: RobertaConfig, rngs: nnx.Rngs) -> nnx.LayerNorm:
@@ -203,7 +219,7 @@ class Roberta(nnx.Module):
             ids_BxL: token ids, (B, L).
             mask: (B, L), 1 for tokens that are attended to, 0 for padding; None: all are.
             token_types: (B, L), below ``config.type_vocab_size``; None: zeros.
-            key: a random key for dropout; None: no dropout.
+            key: a random key for dropout, or one for each row, (B,); None: no dropout.
 
         Raises:
             ValueError: if the sequence is longer than the model has positions for.
@@ -219,7 +235,7 @@ class Roberta(nnx.Module):
         x_BxLxD = by_sequence(self.embeddings(ids_BxL, token_types, first))
         # lax.scan over the stacked parameters compiles a single block for any depth.
         graphdef, stacked = nnx.split(self.blocks)
-        keys = None if rest is None else jax.random.split(rest, self.config.num_layers)
+        keys = None if rest is None else _keys(rest, self.config.num_layers)
 
         def layer(x: Array, inputs: tuple[nnx.State, Array | None]) -> tuple[Array, None]:
             params, key = inputs

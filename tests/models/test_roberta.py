@@ -198,6 +198,18 @@ def test_dropout_is_drawn_from_the_key_alone():
     np.testing.assert_array_equal(without(IDS, key=jax.random.key(0)), without(IDS))
 
 
+def test_rows_have_dropout_of_their_own():
+    model = RobertaClassifier(SMALL, nnx.Rngs(0))
+    keys = jax.random.split(jax.random.key(0), 2)
+    call = jax.jit(lambda ids, keys: model(ids, key=keys))
+    both = call(IDS, keys)
+    alone = [model(IDS[i : i + 1], key=keys[i : i + 1]) for i in range(2)]
+    np.testing.assert_allclose(both, np.concatenate(alone), atol=1e-5)
+    swapped = call(IDS[::-1], keys[::-1])
+    np.testing.assert_allclose(swapped, both[::-1], atol=1e-5)
+    assert not np.allclose(call(IDS, keys[::-1]), both)
+
+
 def test_rematerialised_gradients_are_the_same():
     def gradient(remat):
         model = RobertaClassifier(dataclasses.replace(SMALL, remat=remat), nnx.Rngs(0))
