@@ -4,7 +4,8 @@ DIR is a run directory, or a directory in Hugging Face's format; SOURCE is any s
 read. All its documents are used, joined by end-of-text tokens; but only the validation documents of
 the run's own source, of a source with a validation split, and with --split=validation. If the
 tokenizer of a directory in Hugging Face's format adds a beginning-of-text token, each document
-starts with it; it is not scored.
+starts with it; it is not scored. Of prompts with answers and of chats (--format), the answers alone
+are.
 
 By default windows have the sequence length of the run's training, or 2,048 tokens for a model in
 Hugging Face's format (or its maximum if that is less), and a batch has at most the tokens of a
@@ -31,6 +32,7 @@ from loro_jax.commands.source_options import add_source_options, naming_options,
 from loro_jax.errors import TrainingError
 from loro_jax.text.documents import PartReader
 from loro_jax.text.encoding import encode_chunks
+from loro_jax.text.marked import is_counted, plain_ids
 from loro_jax.text.sources import shares_text, source_parts
 from loro_jax.text.tokenizers.tokenizer import Tokenizer
 from loro_jax.training.trained import load_config, load_model, run_config
@@ -68,21 +70,25 @@ def read_stream(options: argparse.Namespace, tokenizer: Tokenizer) -> Stream:
         TrainingError: if the source can't be read, or has fewer than two tokens.
     """
     config = source_config(options)
+    # A chat's template is the tokenizer's.
+    run = run_config(options.directory) if config.format == "chat" else None
+    config.tokenizer = options.directory if run is None else run.data.tokenizer
     parts, held_out = source_parts(config.source, config)
     has_split = any(part.split == "validation" for part in parts)
     wanted = options.split or _default_split(options.directory, config.source, has_split)
     if has_split and wanted == "validation":
         parts = [part for part in parts if part.split == "validation"]
     reader = PartReader(parts, config.bad_documents == "skip", held_out)
-    begin = len(tokenizer.bos_ids) if tokenizer.adds_bos else 0
+    # Of records, only answers are scored, and no beginning of a text.
+    begin = len(tokenizer.bos_ids) if tokenizer.adds_bos and config.format == "text" else 0
     found: list[np.ndarray] = []
     counted: list[np.ndarray] = []
     total = 0
     for chunk, documents in encode_chunks(reader.chunks(), tokenizer, bos=begin > 0):
         for split, ids in zip(chunk.splits, documents, strict=True):
             if wanted in ("all", split):
-                found.append(ids)
-                counted.append(np.arange(len(ids)) >= begin)
+                found.append(plain_ids(ids))
+                counted.append(is_counted(ids) & (np.arange(len(ids)) >= begin))
                 total += len(ids)
         # A large source is read only as far as it is scored.
         if options.max_tokens and total >= options.max_tokens:

@@ -19,8 +19,9 @@ from typing import TextIO
 
 from loro_jax.command_line import NO_READER, Parser, Switch, drop_output, failing_in_one_line
 from loro_jax.errors import TrainingError
+from loro_jax.text.config import DataConfig
 from loro_jax.text.tokenizers.tokenizer import Tokenizer
-from loro_jax.training.trained import load_model
+from loro_jax.training.trained import load_model, run_config
 from models.cache import CACHES
 from models.decoding import check_prompts, check_seed, generate
 from models.llama import Llama
@@ -166,26 +167,44 @@ def _write(options: argparse.Namespace, out: TextIO) -> None:
     if isinstance(out, io.TextIOWrapper):  # characters that the encoding lacks become "?"
         out.reconfigure(errors="replace")
     model, tokenizer = load_model(options.source)
+    prompts, bos = options.prompt, options.bos
+    if options.chat:
+        prompts, bos = _chat_prompts(options, tokenizer), False  # the template writes it
     steps = continuations(
         model,
         tokenizer,
-        options.prompt,
+        prompts,
         options.max_new_tokens,
         sampling,
         options.seed,
         options.cache,
-        bos=options.bos,
-        special=options.parse_special,
+        bos=bos,
+        special=options.parse_special or options.chat,
     )
     if len(options.prompt) == 1:
         for i, (text,) in enumerate(steps):
             # Written with the first token, because all errors in a prompt are known by then.
-            out.write(options.prompt[0] + text if i == 0 else text)
+            out.write(options.prompt[0] + text if i == 0 and not options.chat else text)
             out.flush()
         out.write("\n")
     else:
         for prompt, texts in zip(options.prompt, zip(*steps, strict=True), strict=True):
-            out.write(f"{prompt}{''.join(texts)}\n\n")
+            between = "\n" if options.chat else ""
+            out.write(f"{prompt}{between}{''.join(texts)}\n\n")
+
+
+def _chat_prompts(options: argparse.Namespace, tokenizer: Tokenizer) -> list[str]:
+    """Renders the prompts as messages of the user; the end of a turn ends a text as well."""
+    from loro_jax.text.chat import load_template  # needs jinja2, which only chats use
+    from loro_jax.text.chat_prompts import chat_prompt, end_of_turn
+
+    run = run_config(options.source)
+    config = DataConfig(tokenizer=str(options.source)) if run is None else run.data
+    template = load_template(config, now=None)
+    end = end_of_turn(template, tokenizer)
+    if end is not None and end not in tokenizer.eos_ids:
+        tokenizer.eos_ids = (*tokenizer.eos_ids, end)
+    return [chat_prompt(template, prompt) for prompt in options.prompt]
 
 
 def _with_options(message: str) -> str:
@@ -214,6 +233,11 @@ def _parser() -> Parser:
         action=Switch,
         help="whether prompts start with the beginning-of-text token; default: as configured in "
         "the tokenizer",
+    )
+    parser.add_argument(
+        "--chat",
+        action="store_true",
+        help="each prompt is a message of the user, rendered by the tokenizer's chat template",
     )
     parser.add_argument(
         "--parse_special",

@@ -7,7 +7,10 @@ import argparse
 from loro_jax.text.config import DataConfig
 
 # Options by the names of the config's fields.
-_FIELDS = ("validation", "text_field", "text_files", "bad_documents", "data_dir")
+_FIELDS = (
+    *("validation", "text_field", "text_files", "bad_documents", "data_dir"),
+    *("format", "prompt_field", "answer_field", "separator", "messages_field", "chat_template"),
+)
 
 
 def add_source_options(parser: argparse.ArgumentParser) -> None:
@@ -20,6 +23,16 @@ def add_source_options(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--validation", help="a glob of files for validation instead")
     parser.add_argument("--text_field", default=default.text_field)
+    parser.add_argument(
+        "--format",
+        default=default.format,
+        choices=["text", "prompt_answer", "chat"],
+        help="content of a record; of the last two, answers alone are scored",
+    )
+    for name in ("prompt_field", "answer_field", "separator", "messages_field", "chat_template"):
+        parser.add_argument(
+            f"--{name}", default=getattr(default, name), help=f"as config.data.{name}"
+        )
     parser.add_argument(
         "--text_files", default=default.text_files, choices=["paragraphs", "documents"]
     )

@@ -76,12 +76,17 @@ def _add_writing(parser: Parser) -> None:
 def _export(options: argparse.Namespace) -> None:
     run = load_run(options.source, options.step)
     tokenizer = run.tokenizer
+    files = tokenizer.files()
+    if run.config.data.format == "chat":
+        from loro_jax.text.chat import load_template  # needs jinja2, which only chats use
+
+        files["chat_template.jinja"] = load_template(run.config.data).source.encode()
     total = write_model(
         run.model,
         options.out,
         dtype=options.dtype or run.config.model.param_dtype,
         keep_factors=options.keep_factors,
-        files=tokenizer.files(),
+        files=files,
         token_ids=_token_ids(tokenizer),
         shard_bytes=options.shard_bytes,
     )

@@ -16,6 +16,7 @@ import numpy as np
 from loro_jax.errors import TrainingError
 from loro_jax.text.config import DataConfig
 from loro_jax.text.encoding import available_cores, check_ids
+from loro_jax.text.marked import plain_ids
 from loro_jax.text.mixture import Corpus, TrainingSource
 from loro_jax.text.packing import PackedRows, PaddedRows, Rows
 from loro_jax.text.shards import TokenShards
@@ -235,7 +236,7 @@ def _streamed(order: _Order, mine: Sequence[int]) -> grain.DatasetIterator:
 
     def ids(place: np.ndarray) -> np.ndarray:
         found = documents[place[0]][int(place[2])]
-        check_ids(found, vocab_size, order.name)
+        check_ids(plain_ids(found), vocab_size, order.name)
         return found
 
     texts = _mixed(order, [len(source) for source in documents]).map(ids)

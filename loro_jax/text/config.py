@@ -4,7 +4,7 @@
 
 import dataclasses
 
-from loro_jax.fields import at_least, either, field
+from loro_jax.fields import at_least, either, field, one_of
 
 
 @dataclasses.dataclass
@@ -47,10 +47,32 @@ class DataConfig:
         "packed",
         either("packed", "padded"),
         "packed (documents joined by end-of-text tokens and cut into sequences) or padded (each "
-        "document truncated or padded to one sequence, as in the paper)",
+        "document truncated or padded to one sequence, as in the paper; records without a token of "
+        "an answer left are dropped)",
     )
     text_field: str = field(
         "text", None, "the field of a JSON line, table or tfds example that contains the text"
+    )
+    format: str = field(
+        "text",
+        one_of(("text", "prompt_answer", "chat")),
+        "content of a record (a JSON line, a row of a table): text; prompt_answer, a prompt and "
+        "its answer, which alone is trained on and evaluated; or chat, a list of messages rendered "
+        "by the tokenizer's chat template, of which the assistant's alone are",
+    )
+    prompt_field: str = field("prompt", None, "prompt_answer: the field that holds the prompt")
+    answer_field: str = field("completion", None, "prompt_answer: the field that holds the answer")
+    separator: str = field(
+        "", None, "prompt_answer: put between prompt and answer; part of the prompt"
+    )
+    messages_field: str = field(
+        "messages",
+        None,
+        'chat: the field that holds the messages, each with a role and a content (or "from" and '
+        '"value", as in ShareGPT)',
+    )
+    chat_template: str | None = field(
+        None, None, "chat: a file with a Jinja template; none: the tokenizer's"
     )
     text_files: str = field(
         "paragraphs",

@@ -12,6 +12,7 @@ import numpy as np
 
 from loro_jax.errors import TrainingError
 from loro_jax.text.documents import Chunk
+from loro_jax.text.marked import Marked, counted_tokens, mark
 from loro_jax.text.tokenizers.tokenizer import Tokenizer
 
 
@@ -20,13 +21,15 @@ def available_cores() -> int:
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
-def token_dtype(vocab_size: int) -> Any:
-    """Returns the smallest unsigned dtype that holds all ids: uint16 up to 65,536, or uint32."""
+def token_dtype(vocab_size: int, marked: bool = False) -> Any:
+    """Returns the dtype of ids: uint16 up to 65,536, or uint32; int32 if they may be marked."""
+    if marked:
+        return np.int32
     return np.uint16 if vocab_size <= 1 << 16 else np.uint32
 
 
 def encode_document(text: str, tokenizer: Tokenizer) -> np.ndarray:
-    """Encodes one document, closed by the end-of-text id, int32 (n,)."""
+    """Encodes one document, closed by the end-of-text id, int32 (n,); marked if the text is."""
     return _encode([text], tokenizer)[0]
 
 
@@ -39,11 +42,12 @@ def encode_chunks(
         chunks: chunks of documents.
         tokenizer: their tokenizer.
         threads: number of threads; 0: one per core.
-        bos: whether each document begins with the beginning-of-text ids.
+        bos: whether each text begins with the beginning-of-text ids. (A prompt with its answer
+            does if the tokenizer adds them, a rendered chat never does.)
 
     Yields:
         Each chunk, in order, with the ids of its documents, each closed by the end-of-text id and
-        of dtype :func:`token_dtype`.
+        of dtype :func:`token_dtype`; those of :class:`Marked` texts are marked.
 
     Raises:
         TrainingError: if the tokenizer yields an id outside its vocabulary.
@@ -76,6 +80,8 @@ def _encode(
     begin: tuple[int, ...] = (),
 ) -> list[np.ndarray]:
     documents = []
+    if any(isinstance(text, Marked) for text in texts):
+        return [_encode_marked(text, tokenizer) for text in texts]
     for ids in tokenizer.encode(texts):
         # In int64, so that a wrong id is found by check_ids before a narrow dtype would wrap it.
         document = np.empty(len(begin) + len(ids) + 1, np.int64)
@@ -85,6 +91,22 @@ def _encode(
         check_ids(document, tokenizer.vocab_size, "the tokenizer's output")
         documents.append(document.astype(dtype))
     return documents
+
+
+def _encode_marked(text: str, tokenizer: Tokenizer) -> np.ndarray:
+    """Encodes a text with spans, int32; tokens outside the spans are marked as context."""
+    if not isinstance(text, Marked):
+        return encode_document(text, tokenizer)
+    # As one text: cut at the spans, other tokens would result than in a prompt.
+    found, offsets = tokenizer.encode_with_offsets(text, special=text.rendered)
+    counted = counted_tokens(offsets, text.spans)
+    ids = np.array(found, np.int64)
+    if not text.rendered:
+        begin = tokenizer.bos_ids if tokenizer.adds_bos else ()
+        ids = np.concatenate([np.array(begin, np.int64), ids, [tokenizer.eos_id]])
+        counted = np.concatenate([np.zeros(len(begin), bool), counted, [True]])
+    check_ids(ids, tokenizer.vocab_size, "the tokenizer's output")
+    return mark(ids, counted)
 
 
 def check_ids(ids: np.ndarray, vocab_size: int, place: str) -> None:

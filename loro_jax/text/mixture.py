@@ -13,6 +13,7 @@ from loro_jax.errors import TrainingError
 from loro_jax.text.config import DataConfig
 from loro_jax.text.documents import Part, PartReader
 from loro_jax.text.encoding import check_ids, encode_chunks, token_dtype
+from loro_jax.text.marked import is_counted, plain_ids
 from loro_jax.text.packing import EncodedTexts, Row, consecutive_rows, padded_row
 from loro_jax.text.prepared import is_prepared, open_prepared
 from loro_jax.text.readers import Tally
@@ -98,18 +99,24 @@ def load_corpus(data: DataConfig, sequence_length: int, tokenizer: Tokenizer) ->
             was written with another tokenizer.
     """
     weighted = weighted_sources(data.source)
-    opened = [_open(entry.source, data, tokenizer) for entry in weighted]
+    # A record whose prompt fills a sequence alone has nothing to train on.
+    longest = sequence_length + 1 if data.shape == "padded" and data.format != "text" else None
+    opened = [_open(entry.source, data, tokenizer, longest) for entry in weighted]
     notes = [note for source in opened for note in source.notes]
     validation = [source.validation for source in opened if source.validation is not None]
     # It replaces the validation splits of all sources.
     if data.validation is not None:
         parts = validation_parts(data.validation, data)
         reader = PartReader(parts, data.bad_documents == "skip")
-        validation = [_encoded(reader, data, tokenizer)["validation"]]
-        notes += reader.notes()
+        held_out, dropped = _encoded(reader, data, tokenizer, longest)
+        validation = [held_out["validation"]]
+        notes += reader.notes() + _dropped_note("config.data.validation", dropped)
     for entry, source in zip(weighted, opened, strict=True):
         if not len(source.train):
-            raise TrainingError(f"config.data.source = {entry.source!r} {no_document('train')}")
+            reasons = "".join(f" ({note})" for note in source.notes)
+            raise TrainingError(
+                f"config.data.source = {entry.source!r} {no_document('train')}{reasons}"
+            )
     tokens, mask = _validation_set(data, sequence_length, validation, tokenizer)
     train = tuple(
         TrainingSource(entry.source, source.train, entry.weight)
@@ -123,7 +130,7 @@ def load_corpus(data: DataConfig, sequence_length: int, tokenizer: Tokenizer) ->
         train,
         tokens,
         mask,
-        alone.stream() if isinstance(alone, TokenShards) else None,
+        plain_ids(alone.stream()) if isinstance(alone, TokenShards) else None,
         tokenizer.pad_id,
         tokenizer.vocab_size,
         hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:16],
@@ -131,10 +138,10 @@ def load_corpus(data: DataConfig, sequence_length: int, tokenizer: Tokenizer) ->
     )
 
 
-def _open(source: str, config: DataConfig, tokenizer: Tokenizer) -> _Source:
+def _open(source: str, config: DataConfig, tokenizer: Tokenizer, longest: int | None) -> _Source:
     skip = config.bad_documents == "skip"
     if is_prepared(source):
-        prepared = open_prepared(source, tokenizer, skip)
+        prepared = open_prepared(source, tokenizer, skip, config.format)
         return _Source(
             prepared.train,
             prepared.validation if config.validation is None else None,
@@ -154,12 +161,12 @@ def _open(source: str, config: DataConfig, tokenizer: Tokenizer) -> _Source:
     # load_corpus reads config.data.validation once, for all sources.
     own: list[Part] = [part for part in parts if part.setting == "config.data.source"]
     reader = PartReader(own, skip, held_out)
-    splits = _encoded(reader, config, tokenizer)
+    splits, dropped = _encoded(reader, config, tokenizer, longest)
     return _Source(
         splits["train"],
         splits["validation"] if config.validation is None else None,
         _hash(splits["train"].stream()),
-        reader.notes(),
+        reader.notes() + _dropped_note("config.data.source", dropped),
         in_memory=True,
     )
 
@@ -169,20 +176,45 @@ def _hash(array: np.ndarray) -> str:
 
 
 def _encoded(
-    reader: PartReader, config: DataConfig, tokenizer: Tokenizer
-) -> dict[str, TokenShards]:
-    """Encodes all documents of a reader in memory, by split."""
+    reader: PartReader, config: DataConfig, tokenizer: Tokenizer, longest: int | None
+) -> tuple[dict[str, TokenShards], int]:
+    """Encodes all documents of a reader in memory, by split.
+
+    Args:
+        reader: reads the documents.
+        config: the data group of a run's config.
+        tokenizer: the run's tokenizer.
+        longest: documents without a scored token among their first ``longest`` ones, of which the
+            first is only an input, are dropped; None: none is.
+
+    Returns:
+        (the documents, number of those dropped).
+    """
     documents: dict[str, list[np.ndarray]] = {"train": [], "validation": []}
+    dropped = 0
     for chunk, encoded in encode_chunks(reader.chunks(), tokenizer, config.threads):
         for split, ids in zip(chunk.splits, encoded, strict=True):
-            documents[split].append(ids)
+            if longest is not None and not is_counted(ids[1:longest]).any():
+                dropped += 1
+            else:
+                documents[split].append(ids)
     if config.validation is None and not documents["validation"] and len(documents["train"]) > 1:
         # Too few documents for one in a hundred: hold out the last one.
         documents["validation"].append(documents["train"].pop())
-    dtype = token_dtype(tokenizer.vocab_size)
-    return {
+    dtype = token_dtype(tokenizer.vocab_size, marked=config.format != "text")
+    splits = {
         split: TokenShards([make_shard(found, dtype, split)]) for split, found in documents.items()
     }
+    return splits, dropped
+
+
+def _dropped_note(setting: str, count: int) -> list[str]:
+    if not count:
+        return []
+    return [
+        f"{setting}: dropped {count:,} records whose prompts leave no room for a token of the "
+        "answer in config.sequence_length"
+    ]
 
 
 def _validation_set(

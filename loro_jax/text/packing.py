@@ -2,7 +2,8 @@
 
 ``packed``: windows over the stream of all documents, each closed by the end-of-text id. ``padded``:
 one document per sequence, truncated or padded. Either way a sequence is a row of L + 1 ids, of
-which the first L are inputs and the last L targets, and a mask (L,) of the targets that count.
+which the first L are inputs and the last L targets, and a mask (L,) of the targets that count: all
+of a document, or those that are not marked as context.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 import numpy as np
 
 from loro_jax.text.encoding import encode_document
+from loro_jax.text.marked import is_counted, plain_ids
 from loro_jax.text.shards import TokenShards
 from loro_jax.text.tokenizers.tokenizer import Tokenizer
 
@@ -99,8 +101,7 @@ class PackedRows:
         """Returns window ``place`` of an epoch."""
         start = place * self._length + self._offset(epoch)
         # Windows overlap by one token, which is the last target and the next window's first input.
-        tokens = self._split.read(start, start + self._length + 1)
-        return Row(tokens, np.ones(self._length, np.float32))
+        return marked_row(self._split.read(start, start + self._length + 1))
 
 
 class PaddedRows:
@@ -135,11 +136,16 @@ def padded_row(ids: np.ndarray, length: int, pad_id: int) -> Row:
     """Truncates or pads a document to one sequence."""
     kept = ids[: length + 1]
     tokens = np.full(length + 1, pad_id, np.int32)
-    tokens[: len(kept)] = kept
+    tokens[: len(kept)] = plain_ids(kept)
     mask = np.zeros(length, np.float32)
     # n ids make n - 1 predictions; the end-of-text id is a target, padding is not.
-    mask[: len(kept) - 1] = 1.0
+    mask[: len(kept) - 1] = is_counted(kept[1:])
     return Row(tokens, mask)
+
+
+def marked_row(ids: np.ndarray) -> Row:
+    """Returns the sequence of L + 1 ids, of which some may be marked as context."""
+    return Row(plain_ids(ids), is_counted(ids[1:]).astype(np.float32))
 
 
 def consecutive_rows(stream: np.ndarray, length: int, pad_id: int) -> list[Row]:
@@ -147,9 +153,9 @@ def consecutive_rows(stream: np.ndarray, length: int, pad_id: int) -> list[Row]:
     # Rounded up: the first token is only an input, and every other one is a target once.
     count = -(-(len(stream) - 1) // length)
     padded = np.full(count * length + 1, pad_id, np.int32)
-    padded[: len(stream)] = stream
+    padded[: len(stream)] = plain_ids(stream)
     mask = np.zeros(count * length, np.float32)
-    mask[: len(stream) - 1] = 1.0
+    mask[: len(stream) - 1] = is_counted(stream[1:])
     return [
         Row(padded[i * length : (i + 1) * length + 1], mask[i * length : (i + 1) * length])
         for i in range(count)

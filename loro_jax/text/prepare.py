@@ -79,8 +79,8 @@ def prepare(
     """Writes the shards of a source, or those still missing.
 
     Args:
-        config: uses ``source``, ``validation``, ``text_field``, ``text_files``, ``bad_documents``
-            and ``data_dir``; ``tokenizer`` is recorded as a name.
+        config: uses ``source``, ``validation``, ``bad_documents``, ``data_dir`` and the fields on
+            the format of records; ``tokenizer`` is recorded as a name.
         tokenizer: the tokenizer.
         out: the directory to write; created if missing.
         shard_tokens: number of tokens at which a shard is closed.
@@ -136,6 +136,7 @@ def _request(
     fields = ("source", "validation", "text_field", "text_files", "bad_documents")
     return {
         **{name: getattr(config, name) for name in fields},
+        **_format(config, tokenizer),
         "inputs": len(parts),
         "inputs_sha256": hashlib.sha256(inputs.encode()).hexdigest(),
         "tokenizer_fingerprint": tokenizer.fingerprint,
@@ -143,6 +144,23 @@ def _request(
         "shard_tokens": shard_tokens,
         "reader": READER,
     }
+
+
+def _format(config: DataConfig, tokenizer: Tokenizer) -> dict[str, Any]:
+    """Returns what the documents of records depend on; nothing for texts."""
+    used = {
+        "text": (),
+        "prompt_answer": ("prompt_field", "answer_field", "separator"),
+        "chat": ("messages_field",),
+    }[config.format]
+    found = {name: getattr(config, name) for name in ("format", *used) if used}
+    if config.format == "prompt_answer":
+        found["bos"] = tokenizer.adds_bos
+    if config.format == "chat":
+        from loro_jax.text.chat import load_template  # needs jinja2, which only chats use
+
+        found["chat_template"] = load_template(config).fingerprint
+    return found
 
 
 @contextlib.contextmanager
@@ -243,7 +261,8 @@ class _Writer:
         # Shards that the record does not list do not count: they are overwritten.
         number = sum(shard["split"] == split for shard in self._record["shards"])
         name = f"{split}-{number:05d}"
-        shard = make_shard(documents, token_dtype(self._tokenizer.vocab_size), name)
+        marked = "format" in self._record["request"]
+        shard = make_shard(documents, token_dtype(self._tokenizer.vocab_size, marked), name)
         digests = {}
         for kind, array in (("tokens", shard.tokens), ("ends", shard.ends)):
             path = self._directory / f"{name}.{kind}.npy"

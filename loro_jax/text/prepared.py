@@ -72,13 +72,17 @@ def read_manifest(directory: pathlib.Path) -> dict[str, Any]:
     return manifest
 
 
-def open_prepared(source: str, tokenizer: Tokenizer, skip: bool) -> Prepared:
+def open_prepared(
+    source: str, tokenizer: Tokenizer, skip: bool, expected_format: str = "text"
+) -> Prepared:
     """Opens the shards of a prepared directory.
 
     Args:
         source: path of the directory.
         tokenizer: the run's tokenizer.
         skip: whether to skip missing or damaged shards.
+        expected_format: the run's ``config.data.format``. Texts may be mixed with records of any
+            format.
 
     Returns:
         Both splits.
@@ -96,6 +100,12 @@ def open_prepared(source: str, tokenizer: Tokenizer, skip: bool) -> Prepared:
             f"{made_by['name']!r} (fingerprint {made_by['fingerprint']}, end of text "
             f"{made_by['eos_id']}), but config.data.tokenizer has fingerprint "
             f"{tokenizer.fingerprint} and end of text {tokenizer.eos_id}."
+        )
+    stored_format = manifest["request"].get("format", "text")
+    if stored_format not in ("text", expected_format):
+        raise TrainingError(
+            f"config.data.source = {source!r} holds records of format {stored_format!r}, but "
+            f"config.data.format = {expected_format!r}."
         )
     # Two mapped files for each shard, and some for everything else.
     _allow_open_files(2 * len(manifest["shards"]) + 256)

@@ -12,7 +12,6 @@ import itertools
 import json
 import re
 from collections.abc import Iterable, Iterator
-from typing import Any
 
 from loro_jax.text.archives import UTF8_MARK, ArchiveError, packing_of, unpack
 from loro_jax.text.content import (
@@ -27,6 +26,8 @@ from loro_jax.text.content import (
     refused_json,
     refused_name,
 )
+from loro_jax.text.marked import Marked
+from loro_jax.text.records import Records, TextField
 from loro_jax.text.tables import table_texts
 from loro_jax.text.tally import MOST_BAD, Tally
 
@@ -44,7 +45,13 @@ _END_OF_FILE = b"\x1a"  # written by CP/M and DOS
 _MARKS_OF_LINES = re.compile(rb"(?:\A|(?<=\n))(?:\xef\xbb\xbf)+")
 
 
-def read_documents(path: str, tally: Tally, text_field: str, whole_files: bool) -> Iterator[str]:
+def read_documents(
+    path: str,
+    tally: Tally,
+    text_field: str,
+    whole_files: bool,
+    records: Records | None = None,
+) -> Iterator[str]:
     """Yields the texts of one file in order, skipping those of white space only.
 
     Byte order marks at the beginning of a text are removed, wherever it comes from.
@@ -54,6 +61,8 @@ def read_documents(path: str, tally: Tally, text_field: str, whole_files: bool) 
         tally: counts good and bad documents.
         text_field: the field of a JSON object, or the column of a table, that holds the text.
         whole_files: whether a plain text file is one document, instead of one per paragraph.
+        records: makes documents of JSON objects or rows of a table; None: they hold texts in
+            ``text_field``.
 
     Yields:
         Texts.
@@ -61,8 +70,10 @@ def read_documents(path: str, tally: Tally, text_field: str, whole_files: bool) 
     Raises:
         TrainingError: from the tally, or for a table without such a text column.
     """
-    for place, text in _texts(path, tally, text_field, whole_files):
-        text = text.lstrip(TEXT_MARK)
+    fields = TextField(text_field) if records is None else records
+    for place, text in _texts(path, tally, fields, whole_files):
+        if not isinstance(text, Marked):  # whose spans count characters from its start
+            text = text.lstrip(TEXT_MARK)
         if len(text) > LONGEST_DOCUMENT:
             tally.add_bad(path, place, f"text of more than {LONGEST_DOCUMENT:,} characters")
         elif text.strip():
@@ -71,7 +82,7 @@ def read_documents(path: str, tally: Tally, text_field: str, whole_files: bool) 
 
 
 def _texts(
-    path: str, tally: Tally, text_field: str, whole_files: bool
+    path: str, tally: Tally, fields: Records, whole_files: bool
 ) -> Iterator[tuple[str, str]]:
     """Yields places and texts of a file of any format."""
     try:
@@ -82,9 +93,9 @@ def _texts(
     if reason is not None:
         tally.add_lost(path, "the file", reason)
     elif table:
-        yield from table_texts(path, tally, text_field)
+        yield from table_texts(path, tally, fields)
     else:
-        yield from _streamed(_Content(path, tally), text_field, whole_files)
+        yield from _streamed(_Content(path, tally), fields, whole_files)
 
 
 class _Content:
@@ -133,20 +144,22 @@ class _Content:
             self._lost = f"byte {place:,} of the content", f"can't be read ({reason})"
 
 
-def _streamed(content: _Content, text_field: str, whole_files: bool) -> Iterator[tuple[str, str]]:
+def _streamed(content: _Content, fields: Records, whole_files: bool) -> Iterator[tuple[str, str]]:
     """Yields places and texts of a file that is not a table."""
     head = content.head()
     place, reason = "the file", refused_content(head)
     json_lines = is_json(content.path, head, whole_files)
     if reason is None and json_lines:
         place, reason = "line 1", refused_json(head)
+    elif reason is None and not isinstance(fields, TextField):
+        reason = f"plain text; expected JSON lines or Parquet, with {' and '.join(fields.columns)}"
     if reason is not None:
         content.tally.add_lost(content.path, place, reason)
     elif json_lines:
         # Old Mac files end lines with a carriage return alone.
         only_cr = b"\r" in head and b"\n" not in head  # valid JSON contains neither inside a string
         lines = _lines(_with_line_feeds(content) if only_cr else content)
-        yield from _json_lines(content, lines, text_field)
+        yield from _json_lines(content, lines, fields)
     else:
         yield from _plain(content, whole_files)
 
@@ -203,14 +216,14 @@ def _unmarked(line: bytes) -> bytes:
 
 
 def _json_lines(
-    content: _Content, lines: Iterable[bytes], text_field: str
+    content: _Content, lines: Iterable[bytes], fields: Records
 ) -> Iterator[tuple[str, str]]:
     for number, (line, last) in enumerate(_with_last(lines), 1):
         if not line.strip():
             continue
         place = f"line {number}"
         try:
-            text = _text(decoded(line), text_field)
+            text = _text(decoded(line), fields)
         except NotTextError as error:
             if not (last and content.cut):  # otherwise already counted
                 content.tally.add_bad(content.path, place, str(error))
@@ -218,8 +231,8 @@ def _json_lines(
         yield place, text
 
 
-def _text(line: str, text_field: str) -> str:
-    """Returns the text of a JSON line."""
+def _text(line: str, fields: Records) -> str:
+    """Returns the document of a JSON line."""
     try:
         row = json.loads(line)
     except json.JSONDecodeError:
@@ -228,11 +241,7 @@ def _text(line: str, text_field: str) -> str:
         raise NotTextError("not readable as JSON (a number of thousands of digits)") from None
     except RecursionError:
         raise NotTextError("not readable as JSON (nested too deeply)") from None
-    text: Any = row.get(text_field) if isinstance(row, dict) else None
-    if not isinstance(text, str):
-        raise NotTextError(
-            f"not a JSON object with a text in the field {text_field!r} (config.data.text_field)"
-        )
+    text = fields.document(row)
     if "\\u" in line and _has_lone_surrogates(text):
         raise NotTextError("not Unicode (half of a surrogate pair)")
     return text

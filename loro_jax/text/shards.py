@@ -17,7 +17,8 @@ class Shard(NamedTuple):
     """Tokens of consecutive documents.
 
     Attributes:
-        tokens: ids, each document closed by the end-of-text id, uint16 or uint32 (N,).
+        tokens: ids, each document closed by the end-of-text id, uint16 or uint32 (N,); int32 if
+            some may be marked as context.
         ends: end of each document in ``tokens``, int64 (D,).
         name: name in error messages.
     """

@@ -20,6 +20,7 @@ from loro_jax.text.config import DataConfig
 from loro_jax.text.documents import Part, digest
 from loro_jax.text.prepared import is_prepared, read_manifest
 from loro_jax.text.readers import Tally, read_documents
+from loro_jax.text.records import Records, records_of
 from loro_jax.text.tfds_source import tfds_parts
 
 
@@ -91,6 +92,11 @@ def source_parts(source: str, config: DataConfig) -> tuple[list[Part], frozenset
     if source.startswith("tfds:"):
         parts = tfds_parts(source, config)
     elif source == "embedded":
+        if config.format != "text":
+            raise TrainingError(
+                f'config.data.source = "embedded" holds texts; expected config.data.format = '
+                f'"text", but it is {config.format!r}.'
+            )
         parts = [_embedded("valid.txt", "validation"), _embedded("train.txt", "train")]
     else:
         parts = _file_parts(source, "config.data.source", config, None)
@@ -175,13 +181,14 @@ def _file_parts(pattern: str, setting: str, config: DataConfig, split: str | Non
             "prepared directory, or a glob of .txt, .jsonl or .parquet files."
         )
     whole = config.text_files == "documents"
+    records = records_of(config)
     return [
         Part(
             path,
             os.path.getsize(path),
             setting,
             split,
-            functools.partial(_read_file, path, config.text_field, whole),
+            functools.partial(_read_file, path, config.text_field, whole, records),
         )
         for path in paths
     ]
@@ -196,5 +203,7 @@ def _matching(pattern: str) -> list[str]:
     return [path for path in sorted(glob.glob(expanded, recursive=True)) if os.path.isfile(path)]
 
 
-def _read_file(path: str, text_field: str, whole: bool, tally: Tally) -> Iterator[str]:
-    return read_documents(path, tally, text_field, whole)
+def _read_file(
+    path: str, text_field: str, whole: bool, records: Records | None, tally: Tally
+) -> Iterator[str]:
+    return read_documents(path, tally, text_field, whole, records)

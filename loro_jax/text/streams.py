@@ -16,6 +16,8 @@ from typing import Any
 import grain
 import numpy as np
 
+from loro_jax.text.marked import is_counted, plain_ids
+
 
 @dataclasses.dataclass
 class _Stream:
@@ -71,10 +73,9 @@ class _PackedIterator(grain.DatasetIterator):
         self._pool = ThreadPoolExecutor(dataset.threads, thread_name_prefix="pack")
 
     def __next__(self) -> dict[str, np.ndarray]:
-        length = self._dataset.length
         # Rows are independent: each thread changes only the stream of its own row.
-        tokens = np.stack(list(self._pool.map(self._window, self._dataset.rows)))
-        return {"tokens": tokens, "mask": np.ones((len(tokens), length), np.float32)}
+        ids = np.stack(list(self._pool.map(self._window, self._dataset.rows)))
+        return {"tokens": plain_ids(ids), "mask": is_counted(ids[:, 1:]).astype(np.float32)}
 
     def _window(self, row: int) -> np.ndarray:
         stream, length = self._streams[row], self._dataset.length

@@ -7,9 +7,11 @@ from typing import Any
 
 from loro_jax.errors import TrainingError
 from loro_jax.text.config import DataConfig
-from loro_jax.text.content import TEXT_MARK, NotTextError, decoded
+from loro_jax.text.content import TEXT_MARK, NotTextError
 from loro_jax.text.documents import VALIDATION_SHARE, Part
+from loro_jax.text.marked import Marked
 from loro_jax.text.readers import Tally
+from loro_jax.text.records import Records, TextField, records_of
 
 # Records per part.
 _PART_RECORDS = 100_000
@@ -21,15 +23,17 @@ class TfdsTexts(Sequence[str]):
     Args:
         records: a tfds data source.
         indices: indices of the records.
-        field: the feature that holds the text.
+        fields: makes documents of records; names the features that it reads.
         name: name in error messages.
         tally: counts good and bad records.
     """
 
-    def __init__(self, records: Any, indices: Sequence[int], field: str, name: str, tally: Tally):
+    def __init__(
+        self, records: Any, indices: Sequence[int], fields: Records, name: str, tally: Tally
+    ):
         self._records = records
         self._indices = indices
-        self._field = field
+        self._fields = fields
         self._name = name
         self._tally = tally
 
@@ -39,7 +43,7 @@ class TfdsTexts(Sequence[str]):
     def __getitem__(self, place: Any) -> Any:
         """Returns the text; an empty one for a bad record, unless the tally stops reading."""
         index = self._indices[place]
-        return _text(self._records, index, self._field, self._name, self._tally) or ""
+        return _text(self._records, index, self._fields, self._name, self._tally) or ""
 
 
 def tfds_texts(
@@ -60,7 +64,8 @@ def tfds_texts(
     Raises:
         TrainingError: if the dataset has no ArrayRecord files, or no such field.
     """
-    builder, sources = _open(source, config)
+    fields = records_of(config) or TextField(config.text_field)
+    builder, sources = _open(source, config, fields)
     records = sources["train"]
     train: Sequence[int] = range(len(records))
     validation: Sequence[int]
@@ -73,8 +78,8 @@ def tfds_texts(
         validation = range(len(held_out))
     identity = {"dataset": builder.info.full_name, "records": [len(train), len(validation)]}
     return (
-        TfdsTexts(records, train, config.text_field, f"{source}, train", tally),
-        TfdsTexts(held_out, validation, config.text_field, f"{source}, validation", tally),
+        TfdsTexts(records, train, fields, f"{source}, train", tally),
+        TfdsTexts(held_out, validation, fields, f"{source}, validation", tally),
         identity,
     )
 
@@ -92,7 +97,8 @@ def tfds_parts(source: str, config: DataConfig) -> list[Part]:
     Raises:
         TrainingError: as in :func:`tfds_texts`.
     """
-    _, sources = _open(source, config)
+    fields = records_of(config) or TextField(config.text_field)
+    _, sources = _open(source, config, fields)
     parts = []
     for split in ("validation", "train"):
         records = sources.get(split, ())
@@ -106,38 +112,40 @@ def tfds_parts(source: str, config: DataConfig) -> list[Part]:
                     "config.data.source",
                     # Without an official split, each document is assigned by its hash.
                     split if "validation" in sources else None,
-                    _reader(records, indices, config.text_field, name),
+                    _reader(records, indices, fields, name),
                 )
             )
     return parts
 
 
-def _reader(records: Any, indices: range, field: str, name: str) -> Any:
+def _reader(records: Any, indices: range, fields: Records, name: str) -> Any:
     def read(tally: Tally) -> Iterator[str]:
         for index in indices:
-            text = _text(records, index, field, name, tally)
+            text = _text(records, index, fields, name, tally)
             if text is not None and text.strip():
                 yield text
 
     return read
 
 
-def _text(records: Any, index: int, field: str, name: str, tally: Tally) -> str | None:
+def _text(records: Any, index: int, fields: Records, name: str, tally: Tally) -> str | None:
     try:
-        value = records[index][field]
+        row = records[index]
+        values = {field: row[field] for field in fields.columns}
     except Exception as error:  # ArrayRecord's reader raises various errors for a missing file
         reason = str(error).strip().split("\n")[0][:200]
         tally.add_bad(name, f"record {index}", f"can't be read ({reason})")
         return None
     try:
-        text = decoded(value) if isinstance(value, bytes) else value
-        if not isinstance(text, str):
-            raise NotTextError(f"no text in the field {field!r}")
+        for field, value in values.items():
+            if not isinstance(value, str | bytes):
+                raise NotTextError(f"no text in the field {field!r}")
+        text = fields.document(values)
     except NotTextError as error:
         tally.add_bad(name, f"record {index}", str(error))
         return None
     tally.good += 1
-    return text.lstrip(TEXT_MARK)
+    return text if isinstance(text, Marked) else text.lstrip(TEXT_MARK)
 
 
 class _AllBut(Sequence[int]):
@@ -184,13 +192,19 @@ def open_builder(source: str, field: str, data_dir: str | None) -> tuple[Any, An
         ) from None
 
 
-def _open(source: str, config: DataConfig) -> tuple[Any, Any]:
-    builder, sources = open_builder(source, "config.data.source", config.data_dir)
-    if config.text_field not in builder.info.features:
+def _open(source: str, config: DataConfig, fields: Records) -> tuple[Any, Any]:
+    if fields.kind != "text":
         raise TrainingError(
-            f"config.data.source = {source!r} has no field {config.text_field!r} "
-            f"(config.data.text_field); it has {', '.join(builder.info.features)}."
+            f"config.data.source = {source!r}: config.data.format = {config.format!r} reads .jsonl "
+            "and .parquet files; expected one of these."
         )
+    builder, sources = open_builder(source, "config.data.source", config.data_dir)
+    for field, setting in fields.columns.items():
+        if field not in builder.info.features:
+            raise TrainingError(
+                f"config.data.source = {source!r} has no field {field!r} "
+                f"({setting}); it has {', '.join(builder.info.features)}."
+            )
     if "train" not in sources:
         raise TrainingError(
             f"config.data.source = {source!r} has no split 'train'; it has {', '.join(sources)}."

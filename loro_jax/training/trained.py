@@ -53,7 +53,8 @@ def load_run(path: str | pathlib.Path, step: int | None = None) -> Trained:
     # Adapters become part of the weights: what reads a model need not know of them.
     model = without_adapters(merge_model(config, state.params, state.fixed))
     tokenizer = load_tokenizer(config.data.tokenizer, config.data.eos_id, config.data.pad_id)
-    tokenizer.adds_bos = False  # documents do not begin with it in training
+    # Texts do not begin with it in training; prompts with answers do, if the tokenizer adds it.
+    tokenizer.adds_bos = tokenizer.adds_bos and config.data.format == "prompt_answer"
     return Trained(config, chosen, model, tokenizer)
 
 

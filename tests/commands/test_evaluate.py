@@ -65,6 +65,28 @@ def test_documents_begin_with_what_the_tokenizer_says_and_it_is_not_scored(direc
         path.write_text(before)
 
 
+def test_of_records_the_answers_are_scored(directory, capsys):
+    """Given the prompts, and as the mean over the answers' tokens."""
+    model, tokenizer = load_model(directory)
+    records = [{"q": "2 + 2 = ", "a": "4"}, {"q": "Say hello: ", "a": "hello!"}]
+    path = directory / "records.jsonl"
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    ids, counted = [], []
+    for record in records:
+        prompt, answer = tokenizer.encode([record["q"], record["a"]])
+        ids += [*prompt, *answer, 1]
+        counted += [False] * len(prompt) + [True] * (len(answer) + 1)
+    expected = score(model, np.array(ids, np.int32), 64, 64, counted=np.array(counted))
+    options = ["--format=prompt_answer", "--prompt_field=q", "--answer_field=a", "--window=64"]
+    assert main([str(directory), str(path), *options, "--json"]) == 0
+    row = json.loads(capsys.readouterr().out)
+    assert row["tokens"] == expected.tokens == 2 + 7
+    assert row["perplexity"] == pytest.approx(expected.perplexity, rel=1e-5)
+    assert main([str(directory), str(path), "--format=chat"]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: the tokenizer {str(directory)!r} has no chat template")
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

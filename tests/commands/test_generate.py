@@ -111,6 +111,36 @@ def test_prompts_begin_and_are_read_as_the_tokenizer_says(directory, monkeypatch
         assert (ends, vocab_size) == ((2,), 260)
 
 
+def test_a_message_is_rendered_by_the_chat_template(directory, monkeypatch):
+    seen = []
+
+    def fake(model, prompts, limits, *_, **options):
+        seen.append((prompts, options["eos_id"]))
+        return iter([np.full(len(prompts), 69), np.full(len(prompts), 3)])
+
+    monkeypatch.setattr("loro_jax.commands.generate.generate", fake)
+    path = directory / "chat_template.jinja"
+    path.write_text(
+        "<s>{% for m in messages %}{{ m.role[0] }}{{ m.content }}<|user|>{% endfor %}"
+        "{% if add_generation_prompt %}a{% endif %}"
+    )
+    try:
+        tokenizer = load_model(directory)[1]
+        reply = tokenizer.decode([69])
+        u, x, a = (tokenizer.encode([letter])[0][0] for letter in "uxa")
+        # The token that ends the assistant's turn ends the text, besides the tokenizer's.
+        assert run([directory, "--chat", "--prompt=x"]) == (0, reply + "\n")
+        assert seen.pop() == ([[1, u, x, 3, a]], (2, 3))
+        several = run([directory, "--chat", "--prompt=x", "--prompt=xx"])
+        assert several == (0, f"x\n{reply}\n\nxx\n{reply}\n\n")
+    finally:
+        path.unlink()
+    error = io.StringIO()
+    assert run([directory, "--chat", "--prompt=x"], error)[0] == 1
+    assert "has no chat template" in error.getvalue()
+    assert error.getvalue().count("\n") == 1
+
+
 def test_a_batch_gets_what_each_gets_alone(directory):
     model, tokenizer = load_model(directory)
     prompts = ["x" * 90, "y"]

@@ -134,11 +134,14 @@ def test_bad_records_are_counted_and_end_the_run(data_dir, monkeypatch, what):
             return {"text": others[what] if index == 3 else "\ufefftext".encode()}
 
     from loro_jax.text.readers import Tally
+    from loro_jax.text.records import TextField
     from loro_jax.text.tfds_source import TfdsTexts
 
     def texts(skip):
         tally = Tally("config.data.source", skip)
-        return TfdsTexts(Records(range(9)), range(9), "text", "tfds:tiny, train", tally), tally
+        return TfdsTexts(
+            Records(range(9)), range(9), TextField("text"), "tfds:tiny, train", tally
+        ), tally
 
     found, tally = texts(skip=True)
     assert [found[i] for i in range(9)] == ["text"] * 3 + [""] + ["text"] * 5

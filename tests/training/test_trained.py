@@ -113,6 +113,46 @@ def test_what_is_no_run_is_named(run, tmp_path):
         load_run(tmp_path)
 
 
+def test_a_run_on_chats(make_config, tmp_path, capsys):
+    """Trained, exported with its template, and answering messages."""
+    template = "{% for m in messages %}{{ m.role }}: {{ m.content }}</s>{% endfor %}"
+    template += "{% if add_generation_prompt %}assistant: {% endif %}"
+    (tmp_path / "chat.jinja").write_text(template)
+    answers = [f"{number} ships." for number in ("One", "Two", "Ten", "No", "All", "Six")]
+    rows = [
+        [{"role": "user", "content": f"How many? {i}"}, {"role": "assistant", "content": answer}]
+        for i, answer in enumerate(answers)
+    ]
+    for name, some in (("train", rows[:4]), ("held_out", rows[4:])):
+        lines = "".join(json.dumps({"messages": row}) + "\n" for row in some)
+        (tmp_path / f"{name}.jsonl").write_text(lines)
+    data = DataConfig(
+        source=str(tmp_path / "train.jsonl"),
+        validation=str(tmp_path / "held_out.jsonl"),
+        format="chat",
+        chat_template=str(tmp_path / "chat.jinja"),
+        shape="padded",
+    )
+    changes = {"steps": 2, "warmup_steps": 0, "method": "full", "batch_size": 2}
+    trained = train(make_config(data=data, **changes), str(tmp_path / "run"))
+    rows = [json.loads(line) for line in (tmp_path / "run/metrics.jsonl").read_text().splitlines()]
+    assert trained.val_ppl > 1
+    tokenizer = load_run(tmp_path / "run").tokenizer
+    most = max(len(ids) + 1 for ids in tokenizer.encode(answers))
+    assert all(0 < row["tokens"] <= 4 * most for row in rows if "loss" in row)
+    assert not tokenizer.adds_bos
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "out")]) == 0
+    assert (tmp_path / "out/chat_template.jinja").read_text() == template
+    prompts = [["--prompt=user: Why?</s>assistant: "], ["--chat", "--prompt=Why?"]]
+    texts = []
+    for prompt in prompts:
+        capsys.readouterr()
+        options = ["--temperature=0", "--max_new_tokens=4", *prompt]
+        assert main(["generate", str(tmp_path / "run"), *options]) == 0
+        texts.append(capsys.readouterr().out)
+    assert texts[0].endswith(texts[1])
+
+
 def test_transformers_computes_what_the_run_does_from_text_to_logits(run, exported):
     torch = pytest.importorskip("torch", reason="the counterpart needs torch")
     transformers = pytest.importorskip("transformers", reason="the counterpart needs transformers")

@@ -42,6 +42,25 @@ class SpecialIds:
         """Encodes texts; implemented by each tokenizer."""
         raise NotImplementedError
 
+    def encode_with_offsets(
+        self, text: str, special: bool = False
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """Encodes a text as :meth:`encode` does; implemented by each tokenizer.
+
+        Args:
+            text: the text.
+            special: whether special tokens written out in it become their ids.
+
+        Returns:
+            (ids, start and end of each in the text, in characters).
+
+        Example:
+            >>> from loro_jax.text.tokenizers.tokenizer import ByteTokenizer
+            >>> ByteTokenizer().encode_with_offsets("A</s>", special=True)
+            ([68, 1], [(0, 1), (1, 5)])
+        """
+        raise NotImplementedError
+
     def encode_prompt(self, text: str, bos: bool | None = None, special: bool = False) -> list[int]:
         """Encodes a prompt for a model to continue.
 

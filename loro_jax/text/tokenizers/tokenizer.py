@@ -9,7 +9,7 @@ import hashlib
 import importlib.resources
 import pathlib
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Any, ClassVar, Protocol
 
 import sentencepiece
 
@@ -50,6 +50,11 @@ class Tokenizer(Protocol):
 
     def encode(self, texts: Sequence[str], special: bool = False) -> list[list[int]]:
         """Encodes texts without adding special ids; ``special``: special tokens become ids."""
+
+    def encode_with_offsets(
+        self, text: str, special: bool = False
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """Encodes a text; see :meth:`SpecialIds.encode_with_offsets`."""
 
     def encode_prompt(self, text: str, bos: bool | None = None, special: bool = False) -> list[int]:
         """Encodes a prompt; see :meth:`SpecialIds.encode_prompt`."""
@@ -139,12 +144,37 @@ class SentencePieceTokenizer(SpecialIds):
         # The callers use threads already.
         return self._processor.encode(list(texts), num_threads=1)
 
+    def _pieces(self, text: str) -> Any:
+        """Returns the pieces of a text; each has an ``id`` and the ``surface`` it covers."""
+        own: Any = self._processor
+        old = getattr(own, "encode_as_immutable_proto", None)  # before sentencepiece 0.2.2
+        return (own.encode_as_proto if old is None else old)(text).pieces
+
     def _with_special(self, text: str) -> list[int]:
         ids: list[int] = []
         for part, token in written_out(text, self._control):
             ids += self._processor.encode(part)
             ids += [] if token is None else [token]
         return ids
+
+    def encode_with_offsets(
+        self, text: str, special: bool = False
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """Encodes a text; see :meth:`SpecialIds.encode_with_offsets`."""
+        ids: list[int] = []
+        offsets: list[tuple[int, int]] = []
+        start = 0
+        for part, token in written_out(text, self._control) if special else [(text, None)]:
+            for piece in self._pieces(part):
+                ids.append(piece.id)
+                # Their own begin and end are in bytes or characters, by the library's version.
+                offsets.append((start, start + len(piece.surface)))
+                start = offsets[-1][1]
+            if token is not None:
+                ids.append(token)
+                offsets.append((start, start + len(self._processor.id_to_piece(token))))
+                start = offsets[-1][1]
+        return ids, offsets
 
     def decode(self, ids: Sequence[int]) -> str:
         """Decodes ids; special pieces and ids outside the vocabulary are dropped."""
@@ -175,10 +205,11 @@ class ByteTokenizer(SpecialIds):
     eos_ids: tuple[int, ...] = (1,)
     fingerprint = "bytes"
     name = "bytes"
+    _NAMES: ClassVar = {"<pad>": 0, "</s>": 1, "<unk>": 2}
 
     def encode(self, texts: Sequence[str], special: bool = False) -> list[list[int]]:
         """Encodes texts without end-of-text ids; ``special``: special tokens become ids."""
-        names = {"<pad>": 0, "</s>": 1, "<unk>": 2} if special else {}
+        names = self._NAMES if special else {}
         result = []
         for text in texts:
             ids: list[int] = []
@@ -187,6 +218,26 @@ class ByteTokenizer(SpecialIds):
                 ids += [] if token is None else [token]
             result.append(ids)
         return result
+
+    def encode_with_offsets(
+        self, text: str, special: bool = False
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """Encodes a text; see :meth:`SpecialIds.encode_with_offsets`."""
+        ids: list[int] = []
+        offsets: list[tuple[int, int]] = []
+        start = 0
+        for part, token in written_out(text, self._NAMES if special else {}):
+            for place, character in enumerate(part, start):
+                found = character.encode("utf-8")
+                ids += [byte + 3 for byte in found]
+                offsets += [(place, place + 1)] * len(found)
+            start += len(part)
+            if token is not None:
+                length = next(len(name) for name, i in self._NAMES.items() if i == token)
+                ids.append(token)
+                offsets.append((start, start + length))
+                start += length
+        return ids, offsets
 
     def decode(self, ids: Sequence[int]) -> str:
         """Decodes ids; special and unknown ones are dropped, invalid bytes become U+FFFD."""

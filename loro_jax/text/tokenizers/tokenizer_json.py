@@ -139,6 +139,14 @@ class HuggingFaceTokenizer(SpecialIds):
         encoded = tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)
         return [one.ids for one in encoded]
 
+    def encode_with_offsets(
+        self, text: str, special: bool = False
+    ) -> tuple[list[int], list[tuple[int, int]]]:
+        """Encodes a text; see :meth:`SpecialIds.encode_with_offsets`."""
+        tokenizer = self._tokenizer if special else self._documents
+        encoded = tokenizer.encode(text, add_special_tokens=False)
+        return encoded.ids, encoded.offsets
+
     def decode(self, ids: Sequence[int]) -> str:
         """Decodes ids; special tokens and ids outside the vocabulary are dropped."""
         kept = [int(i) for i in ids if 0 <= i < self.vocab_size and i not in self._control_ids]
