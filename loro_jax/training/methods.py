@@ -168,6 +168,15 @@ METHODS: dict[str, Method] = {
         projection="lost",
         uses=("lr_scale",),
     ),
+    "sst": Method(
+        "AdamW on the singular values and, in turns, some singular vectors of each weight",
+        optimizers.adamw,
+        projection="sst",
+        uses=(*_RESTARTED, "lr_scale"),
+        schedule=_restarted,
+        periodic=True,
+        maintenance=adapters.sst_maintenance,
+    ),
     "lora": Method(
         "AdamW on factors added to a fixed weight",
         optimizers.adamw,
