@@ -247,6 +247,13 @@ METHODS: dict[str, Method] = {
         options=optimizers.GaLoreOptions,
         periodic=True,
     ),
+    "lift": Method(
+        "AdamW on the entries of dense projections that are largest in a low-rank approximation",
+        optimizers.make_lift,
+        uses=("exact_every",),
+        options=optimizers.LiftOptions,
+        periodic=True,
+    ),
     "full": Method(
         "the dense model, by AdamW or, with direction orthogonal, by Muon",
         _full,
