@@ -19,6 +19,7 @@ from loro_jax.layers.lost import LostLinear
 from loro_jax.layers.low_rank import LowRankLinear
 from loro_jax.layers.scaffold import ScaffoldColaLinear, ScaffoldLinear
 from loro_jax.layers.sltrain import SparseLowRankLinear
+from loro_jax.layers.sst import SstLinear
 from loro_jax.layers.switchlora import SwitchLoraLinear
 
 # Kinds of projections with a rank; without one, a projection is :class:`Dense`.
@@ -29,6 +30,7 @@ PROJECTIONS: dict[str, type[LowRankLinear]] = {
     "switchlora": SwitchLoraLinear,
     "sltrain": SparseLowRankLinear,
     "lost": LostLinear,
+    "sst": SstLinear,
     "scaffold": ScaffoldLinear,
     "scaffold_cola": ScaffoldColaLinear,
 }

@@ -6,6 +6,7 @@ from loro_jax.peers.fira import fira
 from loro_jax.peers.frugal import frugal
 from loro_jax.peers.galore import galore
 from loro_jax.peers.gradnormlorp import gradnormlorp
+from loro_jax.peers.lift import lift, scale_by_lift
 from loro_jax.peers.muon import muon, scale_by_muon
 from loro_jax.peers.preconditioned import preconditioned, scale_by_preconditioner
 from loro_jax.peers.relora import jagged_schedule, merge_and_restart
@@ -22,10 +23,12 @@ __all__ = [
     "galore",
     "gradnormlorp",
     "jagged_schedule",
+    "lift",
     "lowrank_restarts",
     "merge_and_restart",
     "muon",
     "preconditioned",
+    "scale_by_lift",
     "scale_by_muon",
     "scale_by_preconditioner",
     "scale_by_trion",

@@ -1,7 +1,8 @@
-"""Maintenance of methods with a fixed weight: ReLoRA's merges and SwitchLoRA's switches.
+"""Maintenance of methods with fixed arrays: ReLoRA's merges, SwitchLoRA's switches, SST's rounds.
 
-Both work on the nested dicts of a model: the factors B and A are in ``params``, the fixed weight W
-is at the same path in ``fixed``, and Adam's moments are at that path in the optimizer's state.
+All work on the nested dicts of a model: the factors B and A are in ``params``, the fixed arrays of
+the same projection are at the same path in ``fixed``, and Adam's moments are at that path in the
+optimizer's state.
 """
 
 from __future__ import annotations
@@ -11,9 +12,11 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 
 from loro_jax.fields import above, at_least, between, field, one_of
 from loro_jax.peers.relora import merge_and_restart
+from loro_jax.peers.sst import Spectral, constrained, next_round
 from loro_jax.peers.switchlora import Candidates, SwitchState, hold, switch, thaw
 from loro_jax.training.registry import Maintenance
 
@@ -138,6 +141,55 @@ def switchlora_maintenance(config: Config, options: SwitchLoRAOptions) -> Mainte
         return grads, params, fixed, _with_moments(opt_state, mu, nu)
 
     return Maintenance(before=before)
+
+
+def sst_maintenance(config: Config, options: Any) -> Maintenance:
+    """Keeps vectors at length 1 in every step; begins a new round every ``exact_every`` steps."""
+
+    def constrain(params: Any, fixed: Any) -> Any:
+        for path in _adapters(params):
+            params = _with_trained(params, path, constrained(_spectral(params, fixed, path)))
+        return params
+
+    def restart(step: jax.Array, params: Any, fixed: Any, opt_state: Any) -> tuple[Any, Any, Any]:
+        key = _key(config, step)
+        for number, path in enumerate(_adapters(params)):
+            state = _spectral(params, fixed, path)
+            state = next_round(jax.random.fold_in(key, number), state)
+            params = _with_trained(params, path, state)
+            fixed = _set(fixed, path, U=state.U, Vt=state.Vt, active=state.active)
+        # Moments of embedding, head and norms stay, and so does Adam's count.
+        of_pairs = opt_state.factors
+        zeros = jax.tree.map(jnp.zeros_like, (of_pairs.mu, of_pairs.nu))
+        opt_state = _with_moments(opt_state, *zeros)
+        mu, nu = opt_state.regular.mu, opt_state.regular.nu
+        for path in _adapters(params):
+            mu = _set(mu, path, S=jnp.zeros_like(_at(mu, path)["S"]))
+            nu = _set(nu, path, S=jnp.zeros_like(_at(nu, path)["S"]))
+        regular = opt_state.regular._replace(mu=mu, nu=nu)
+        return params, fixed, opt_state._replace(regular=regular)
+
+    def after(step: jax.Array, params: Any, fixed: Any, opt_state: Any) -> tuple[Any, Any, Any]:
+        return jax.lax.cond(
+            step % config.exact_every == 0,
+            restart,
+            lambda _, *unchanged: unchanged,
+            step,
+            constrain(params, fixed),
+            fixed,
+            opt_state,
+        )
+
+    return Maintenance(after=after)
+
+
+def _spectral(params: Any, fixed: Any, path: tuple[str, ...]) -> Spectral:
+    parts = {**_at(params, path), **_at(fixed, path)}
+    return Spectral(**{name: parts[name] for name in Spectral._fields})
+
+
+def _with_trained(params: Any, path: tuple[str, ...], state: Spectral) -> Any:
+    return _set(params, path, S=state.S, B=state.B, A=state.A)
 
 
 def _key(config: Config, step: jax.Array) -> jax.Array:

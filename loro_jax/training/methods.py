@@ -168,6 +168,15 @@ METHODS: dict[str, Method] = {
         projection="lost",
         uses=("lr_scale",),
     ),
+    "sst": Method(
+        "AdamW on the singular values and, in turns, some singular vectors of each weight",
+        optimizers.adamw,
+        projection="sst",
+        uses=(*_RESTARTED, "lr_scale"),
+        schedule=_restarted,
+        periodic=True,
+        maintenance=adapters.sst_maintenance,
+    ),
     "lora": Method(
         "AdamW on factors added to a fixed weight",
         optimizers.adamw,
@@ -236,6 +245,13 @@ METHODS: dict[str, Method] = {
         optimizers.make_gradnormlorp,
         uses=("exact_every",),
         options=optimizers.GaLoreOptions,
+        periodic=True,
+    ),
+    "lift": Method(
+        "AdamW on the entries of dense projections that are largest in a low-rank approximation",
+        optimizers.make_lift,
+        uses=("exact_every",),
+        options=optimizers.LiftOptions,
         periodic=True,
     ),
     "full": Method(

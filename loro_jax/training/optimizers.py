@@ -27,6 +27,7 @@ from loro_jax.peers import (
     frugal,
     galore,
     gradnormlorp,
+    lift,
     lowrank_restarts,
     muon,
     preconditioned,
@@ -166,6 +167,15 @@ class FrugalOptions:
         "sign_sgd", one_of(REMAINDERS), "the step of the gradient's part outside of the subspace"
     )
     remainder_scale: float = field(1.0, at_least(0), "c, a factor on the step of that part")
+
+
+@dataclasses.dataclass
+class LiftOptions:
+    """Options of LIFT."""
+
+    filter_rank: int = field(
+        128, at_least(1), "f, the rank of the approximation whose largest entries are trained"
+    )
 
 
 def make_loro(direction: Direction, of_direction: Any, making: Making) -> Optimizer:
@@ -378,6 +388,11 @@ def make_gradnormlorp(making: Making) -> Optimizer:
 def make_adarankgrad(making: Making) -> Optimizer:
     """Makes AdaRankGrad for the projections."""
     return adarankgrad(making.schedule, **_of_projected(making))
+
+
+def make_lift(making: Making) -> Optimizer:
+    """Makes LIFT for the projections."""
+    return lift(making.schedule, **_of_projected(making))
 
 
 def make_frugal(making: Making) -> Optimizer:

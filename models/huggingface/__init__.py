@@ -9,8 +9,8 @@ it was trained:
     model.layers.0.self_attn.q_proj.A        (r x in)
 
 and the other variables of its kind (``weight``: the frozen matrix of "lora"; ``values`` and
-``columns`` of "sltrain"; ``W_s`` and ``channels`` of "lost"). All other names are those of the
-merged form.
+``columns`` of "sltrain"; ``W_s`` and ``channels`` of "lost"; ``U``, ``S``, ``Vt`` and ``active`` of
+"sst"). All other names are those of the merged form.
 """
 
 from models.huggingface.errors import CheckpointError

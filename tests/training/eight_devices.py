@@ -22,7 +22,9 @@ from tests.conftest import ROOT
 CORPUS = ROOT / "loro_jax" / "text" / "corpus" / "valid.txt"
 MESHES = ((1, 1, 1), (8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2))
 # The others have arrays of their own, whose sharding one mesh with all axes shows.
-MESHES_OF = {"loro": MESHES, "full": MESHES, "lost": MESHES[::4], "gradnormlorp": MESHES[::4]}
+MESHES_OF = {"loro": MESHES, "full": MESHES} | dict.fromkeys(
+    ("lost", "gradnormlorp", "lift", "sst"), MESHES[::4]
+)
 STEPS = 30
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from loro_jax.errors import TrainingError
 from loro_jax.memory import count_bytes
+from loro_jax.peers.sst import Spectral
 from loro_jax.planning.flops import flops_per_token
 from loro_jax.planning.memory_table import held_by
 from loro_jax.training.config import Config
@@ -81,7 +82,7 @@ def test_the_loss_falls_and_the_step_holds_what_is_counted(train, method):
 
 def adapters(state, name):
     """An array of all projections, from params or fixed."""
-    blocks = state.params["blocks"] if name in "BA" else state.fixed["blocks"]
+    blocks = state.params["blocks"] if name in ("B", "A", "S") else state.fixed["blocks"]
     return [
         np.asarray(projection[name], np.float64)
         for group in ("attention", "mlp")
@@ -130,6 +131,32 @@ def test_switchlora_switches_and_freezes(train):
     assert switched[-1] > 0
     frozen = [state.fixed["blocks"]["mlp"]["up"]["frozen_B"].max() for state in states]
     assert 0 < max(frozen) <= 5
+
+
+@pytest.mark.slow
+def test_sst_trains_some_vectors_a_round_and_its_rounds_move_nothing(train):
+    _, states, _ = train("sst")
+
+    def weights(state):
+        parts = zip(*(adapters(state, name) for name in Spectral._fields), strict=True)
+        return [
+            np.asarray(Spectral(*arrays, active.astype(np.int32)).astype(np.float32).weight())
+            for *arrays, active in parts
+        ]
+
+    for step, (before, after) in enumerate(itertools.pairwise(states), 1):
+        assert all((S >= 0).all() for S in adapters(after, "S"))
+        for B, A in zip(adapters(after, "B"), adapters(after, "A"), strict=True):
+            np.testing.assert_allclose(np.linalg.norm(B, axis=-2), 1, atol=1e-5)
+            np.testing.assert_allclose(np.linalg.norm(A, axis=-1), 1, atol=1e-5)
+        same = [
+            np.array_equal(one, other)
+            for one, other in zip(*(jax.tree.leaves(s.fixed) for s in (before, after)), strict=True)
+        ]
+        assert not any(same) if step % EVERY == 0 else all(same)
+        # Also at the end of a round the weights move by the step alone.
+        for one, other in zip(weights(before), weights(after), strict=True):
+            assert 0 < np.linalg.norm(one - other) < 0.5 * np.linalg.norm(one)
 
 
 @pytest.mark.slow
