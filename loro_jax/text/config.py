@@ -31,7 +31,8 @@ class DataConfig:
         "embedded",
         None,
         "embedded (BPE with 2,048 pieces, trained on the embedded novels), bytes, or the path of a "
-        "SentencePiece model or of a Hugging Face tokenizer.json",
+        "SentencePiece model or of a Hugging Face tokenizer.json; init_from: the one of "
+        "config.init_from",
     )
     eos_id: int | None = field(None, None, "the id that ends a document; none: the tokenizer's")
     pad_id: int | None = field(

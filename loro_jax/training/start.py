@@ -21,6 +21,9 @@ from loro_jax.training.trained import load_state, run_config
 from models.huggingface import CheckpointError, check_parameters, read_config, read_parameters
 from models.llama import Llama
 
+# The tokenizer of init_from, as the name of one.
+_SAME = "init_from"
+
 # Fields of the architecture, independent of the projections' kind and of precision.
 _ARCHITECTURE = (
     "vocab_size",
@@ -42,7 +45,8 @@ def with_architecture(config: Config) -> Config:
     """Replaces the architecture of a config with that of the model in ``init_from``.
 
     Rank, kind of projections and precision are kept; so is the number of layers if ``init_from`` is
-    a run directory, whose stack of layers is then repeated.
+    a run directory, whose stack of layers is then repeated. A tokenizer called "init_from" becomes
+    the one there.
 
     Args:
         config: config of a run.
@@ -56,8 +60,14 @@ def with_architecture(config: Config) -> Config:
     """
     if config.init_from is None:
         _check_optimizer_is_fresh(config)
+        if config.data.tokenizer == _SAME:
+            raise TrainingError(
+                f"config.data.tokenizer = {_SAME!r} needs a directory in config.init_from, which "
+                "is None."
+            )
         return config
     run = _run_there(config.init_from)
+    config = _with_tokenizer(config, run)
     if run is not None:
         there, layers = run.model, config.model.num_layers
         if layers % there.num_layers:
@@ -76,6 +86,17 @@ def with_architecture(config: Config) -> Config:
         names = list(_ARCHITECTURE)
     fields = {name: getattr(there, name) for name in names}
     return dataclasses.replace(config, model=dataclasses.replace(config.model, **fields))
+
+
+def _with_tokenizer(config: Config, run: Config | None) -> Config:
+    """Replaces a tokenizer of "init_from" with the one of that run or directory."""
+    if config.data.tokenizer != _SAME:
+        return config
+    data = dataclasses.replace(config.data, tokenizer=str(config.init_from))
+    if run is not None:
+        names = ("tokenizer", "eos_id", "pad_id")
+        data = dataclasses.replace(data, **{name: getattr(run.data, name) for name in names})
+    return dataclasses.replace(config, data=data)
 
 
 def _run_there(directory: str) -> Config | None:
