@@ -29,12 +29,14 @@ def get_config(settings: str = "loro") -> Config:
     if settings == "full":
         config.method, config.learning_rate = "full", 2e-5
         return config
-    config.adapter = AdapterConfig(kind="lora", rank=16, alpha=32.0)
+    config.adapter = AdapterConfig(kind="lora", rank=16, alpha=16.0)
     if settings == "adamw":
         config.method, config.learning_rate = "lowrank", 1e-3
     elif settings == "loro":
         config.method, config.learning_rate = "loro", 0.02
         config.exact_every, config.basis = 50, "nearest"
+        # Exact steps need factors that are not zero; what they add at first is subtracted from W.
+        config.adapter.initialiser = "xavier"
     else:
         raise ValueError(
             f'there are no settings {settings!r}; expected "loro", "adamw" or "full" after the '

@@ -88,7 +88,10 @@ class AdapterConfig:
         "all", None, "projections with adapters: all, or names with commas, such as q,k"
     )
     initialiser: str | None = field(
-        None, None, "how their factors are drawn, as model.initialiser; none: as the kind says"
+        None,
+        None,
+        "how their factors are drawn, as model.initialiser; none: as the kind says, with a change "
+        "of zero. With others, such as xavier, the first change is subtracted from the weights",
     )
     trained: str = field(
         "",

@@ -12,10 +12,17 @@ from flax import nnx
 
 from loro_jax.errors import TrainingError
 from loro_jax.layers import merge
+from loro_jax.layers.adapters import absorb
 from loro_jax.text.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from loro_jax.training.config import Config
 from loro_jax.training.growth import grown
-from loro_jax.training.network import base_of, with_base, without_adapters
+from loro_jax.training.network import (
+    adapter_spec,
+    base_of,
+    make_network,
+    with_base,
+    without_adapters,
+)
 from loro_jax.training.step import TrainState, joined, merge_model
 from loro_jax.training.trained import load_state, run_config
 from models.huggingface import CheckpointError, check_parameters, read_config, read_parameters
@@ -66,7 +73,8 @@ def with_architecture(config: Config) -> Config:
                 "is None."
             )
         return config
-    run = _run_there(config.init_from)
+    source = config.init_from
+    run = _run_there(source)
     config = _with_tokenizer(config, run)
     if run is not None:
         there, layers = run.model, config.model.num_layers
@@ -80,7 +88,7 @@ def with_architecture(config: Config) -> Config:
     else:
         _check_optimizer_is_fresh(config)
         try:
-            there = read_config(config.init_from)
+            there = read_config(source)
         except CheckpointError as error:
             raise TrainingError(f"config.init_from: {error}") from None
         names = list(_ARCHITECTURE)
@@ -173,7 +181,7 @@ def start_from(config: Config, state: TrainState) -> tuple[TrainState, str]:
         found, errors = read_parameters(config.init_from, base_of(whole))
     except CheckpointError as error:
         raise TrainingError(f"config.init_from: {error}") from None
-    state = _with_arrays(state, with_base(whole, found))
+    state = _with_arrays(state, _absorbed(config, with_base(whole, found)))
     line = f"starting from {config.init_from}"
     if errors:
         worst = max(error.error for error in errors)
@@ -263,4 +271,15 @@ def _merged_run(config: Config, run: Config, state: TrainState, there: TrainStat
         raise TrainingError(
             f"{where}, has projections that this run, of method {config.method!r}, does not have."
         )
-    return with_base(whole, jax.tree.map(lambda x, like: x.astype(like.dtype), found, wanted))
+    cast = jax.tree.map(lambda x, like: x.astype(like.dtype), found, wanted)
+    return _absorbed(config, with_base(whole, cast))
+
+
+def _absorbed(config: Config, arrays: Any) -> Any:
+    """Returns a network's arrays, with initial adapters that are not zero subtracted from W."""
+    if not config.has_adapters or not adapter_spec(config).absorbs:
+        return arrays
+    # The model's arrays, in their types: the graph tells which are trained.
+    model = nnx.merge(nnx.graphdef(nnx.eval_shape(lambda: make_network(config))), arrays)
+    absorb(model)
+    return nnx.to_pure_dict(nnx.state(model))

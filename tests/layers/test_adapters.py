@@ -114,6 +114,20 @@ def test_lora_is_its_formula(x64):
         np.testing.assert_allclose(adapted(inputs()), expected, atol=1e-5)
 
 
+@pytest.mark.parametrize("base", ["flax", "dense with bias"])
+def test_factors_that_are_not_zero_are_absorbed(base):
+    model = Stack(BASES[base])
+    adapted = adapt(model, AdapterSpec(rank=2, alpha=3.0, initialiser="xavier"))
+    assert float(jnp.abs(adapted.layers.adapter.B[...]).min()) > 0
+    chex.assert_trees_all_close(adapted(inputs()), model(inputs()), atol=1e-5)
+    chex.assert_trees_all_close(merge_adapters(adapted)(inputs()), model(inputs()), atol=1e-5)
+
+
+def test_a_product_absorbs_nothing():
+    with pytest.raises(ValueError, match=r"the weight of 'layers' is a product of factors"):
+        adapt(Stack(BASES["low rank"]), AdapterSpec(rank=2, initialiser="xavier"))
+
+
 def test_loro_trains_the_product():
     adapted = adapt(network(), SPEC)
     graphdef, trained, fixed = nnx.split(adapted, nnx.Param, ...)

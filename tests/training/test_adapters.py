@@ -131,6 +131,18 @@ def test_it_starts_from_a_hugging_face_directory(dense, tmp_path):
     np.testing.assert_array_equal(found.embedding[...], stored.embedding[...])
 
 
+def test_factors_that_are_not_zero_start_as_the_run(dense, tmp_path):
+    changes = {"adapter.initialiser": "xavier", "learning_rate": 1e-9, "steps": 1}
+    status, output = tune(dense, tmp_path / "tuned", **changes, warmup_steps=0, exact_every=0)
+    assert status == 0, output
+    _, _, state = load_state(tmp_path / "tuned")
+    assert float(abs(state.params["blocks"]["mlp"]["down"]["adapter"]["B"]).min()) > 0
+    found, stored = load_run(tmp_path / "tuned").model, load_run(dense[0]).model
+    np.testing.assert_allclose(
+        found.blocks.mlp.down.W[...], stored.blocks.mlp.down.W[...], atol=1e-6
+    )
+
+
 def test_the_rest_can_be_trained_too():
     model = preset("tiny")
     adapter = AdapterConfig(kind="lora", trained="norms,head")

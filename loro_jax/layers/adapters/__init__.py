@@ -4,7 +4,7 @@
 the table is :data:`ADAPTERS`.
 """
 
-from loro_jax.layers.adapters.adapt import adapt, merge_adapters
+from loro_jax.layers.adapters.adapt import absorb, adapt, merge_adapters
 from loro_jax.layers.adapters.adapter import AdaptedLinear, Adapter
 from loro_jax.layers.adapters.freezing import freeze, unfreeze
 from loro_jax.layers.adapters.spec import AdapterSpec
@@ -15,6 +15,7 @@ __all__ = [
     "AdaptedLinear",
     "Adapter",
     "AdapterSpec",
+    "absorb",
     "adapt",
     "freeze",
     "merge_adapters",

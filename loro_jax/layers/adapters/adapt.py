@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 import jax
 from flax import nnx
 
-from loro_jax.layers.adapters.adapter import AdaptedLinear, Adapter
+from loro_jax.layers.adapters.adapter import AdaptedLinear, Adapter, weight_of
 from loro_jax.layers.adapters.freezing import freeze, unfreeze
 from loro_jax.layers.adapters.spec import AdapterSpec
 from loro_jax.layers.adapters.table import ADAPTERS
@@ -87,8 +87,44 @@ def adapt(
         changed = put_everywhere(changed, path, duplicates, adapted)
     if in_place and changed is not model:
         raise ValueError("adapt: the network is a single layer, which can't change in place.")
+    if spec.absorbs:
+        absorb(changed)
     freeze(changed, _trained(changed, trained))
     return changed
+
+
+def absorb(model: nnx.Module) -> None:
+    """Subtracts each adapter's dW from the weight of its layer, in place.
+
+    To be called once, when the weights of the network have been replaced by those to start from:
+    :func:`adapt` has done it with the weights that were there.
+
+    Args:
+        model: a network with adapters.
+
+    Raises:
+        ValueError: if the weight of an adapted layer is a product, which can't absorb another.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> model = nnx.Linear(8, 4, rngs=nnx.Rngs(0))
+        >>> adapted = adapt(model, AdapterSpec(rank=2, initialiser="xavier"))
+        >>> bool(jnp.abs(adapted.adapter.B[...]).min() > 0)
+        True
+        >>> x = jnp.ones((3, 8))
+        >>> bool(jnp.allclose(adapted(x), model(x), atol=1e-6))
+        True
+    """
+    for path, layer in modules(model):
+        if not isinstance(layer, AdaptedLinear):
+            continue
+        if not isinstance(layer.base, Dense | nnx.Linear):
+            raise ValueError(
+                f"adapt: the weight of {joined(path)!r} is a product of factors, which can't "
+                "absorb that of an adapter; expected initialiser = None."
+            )
+        W = weight_of(layer.base)
+        _set_weight(layer.base, W - layer.adapter.weight(W))
 
 
 def merge_adapters(model: Model, *, in_place: bool = False) -> Model:
@@ -124,10 +160,15 @@ def merge_adapters(model: Model, *, in_place: bool = False) -> Model:
 
 def _merged(layer: AdaptedLinear) -> nnx.Module:
     W = layer.weight()
-    base: Any = layer.base if isinstance(layer.base, Dense | nnx.Linear) else merge(layer.base)
-    variable = base.kernel if isinstance(base, nnx.Linear) else base.W
-    variable[...] = (W.mT if isinstance(base, nnx.Linear) else W).astype(variable.dtype)
+    base = layer.base if isinstance(layer.base, Dense | nnx.Linear) else merge(layer.base)
+    _set_weight(base, W)
     return base
+
+
+def _set_weight(layer: Any, W: Array) -> None:
+    """Sets the weight of a dense layer, (..., out, in)."""
+    variable = layer.kernel if isinstance(layer, nnx.Linear) else layer.W
+    variable[...] = (W.mT if isinstance(layer, nnx.Linear) else W).astype(variable.dtype)
 
 
 def _check_rank(name: str, layer: nnx.Module, spec: AdapterSpec) -> None:

@@ -18,8 +18,9 @@ class AdapterSpec:
         alpha: the product of factors is scaled by ``alpha / rank``.
         rank_stabilised: whether it is scaled by ``alpha / sqrt(rank)`` instead (rsLoRA,
             Kalajdzievski 2023, arXiv 2312.03732).
-        initialiser: how factors are drawn, a name known to :func:`loro_jax.initialise`; None: the
-            kind's own.
+        initialiser: how factors B and A are drawn, a name known to :func:`loro_jax.initialise`;
+            None or "lora": as the kind says, with dW = 0. With others dW is not zero at the start,
+            and is subtracted from the weight that is adapted (:attr:`absorbs`).
         param_dtype: dtype of the trained arrays.
     """
 
@@ -29,6 +30,16 @@ class AdapterSpec:
     rank_stabilised: bool = False
     initialiser: str | None = None
     param_dtype: Any = jnp.float32
+
+    @property
+    def absorbs(self) -> bool:
+        """Whether the initial dW is subtracted from W, so that W + dW starts as W was.
+
+        The paper's authors do so in their code for fine-tuning (with "xavier"). Both factors are
+        then well-conditioned from the start, as an exact step of LORO requires: next to B = 0, any
+        step of a direction such as Adam's is a large one.
+        """
+        return self.initialiser not in (None, "lora")
 
     @property
     def scale(self) -> float:
