@@ -93,6 +93,11 @@ class AdapterConfig:
         "how their factors are drawn, as model.initialiser; none: as the kind says, with a change "
         "of zero. With others, such as xavier, the first change is subtracted from the weights",
     )
+    start_sequences: int = field(
+        64,
+        at_least(1),
+        "sequences of the training text from whose mean gradient adapters start (lora_sb)",
+    )
     trained: str = field(
         "",
         None,
@@ -345,6 +350,11 @@ def _adapters(config: Config) -> None:
         raise ValueError(
             f"adapter.kind = {adapter.kind!r}: method {config.method!r} does not train such "
             f"adapters; expected a method among {', '.join(fitting)}."
+        )
+    if config.method_options.get("b_ratio", 1) != 1 and not ADAPTERS[kind].has_pair:
+        raise ValueError(
+            f"method_options.b_ratio = {config.method_options['b_ratio']}: adapters of kind "
+            f"{kind!r} have no factors B and A; expected 1."
         )
     for name in adapter.names:
         if name not in _PROJECTIONS:

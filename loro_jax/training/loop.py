@@ -21,6 +21,7 @@ from loro_jax.training import mesh as meshes
 from loro_jax.training.batch import to_batch, validation_batches
 from loro_jax.training.checkpoint import Checkpoints
 from loro_jax.training.config import Config
+from loro_jax.training.gradient_start import batches_to_start_from, start_from_text
 from loro_jax.training.metrics import MetricsWriter, read_rows
 from loro_jax.training.plots import plot_run
 from loro_jax.training.processes import is_first, largest, others_alive, together
@@ -163,6 +164,13 @@ class _Run:
                 # Not zero with the optimizer's state of another run.
                 self._start = int(self._state.step)
                 notes.append(note)
+            count = batches_to_start_from(config)
+            if count:
+                self._state = self._with_gradient(count)
+                notes.append(
+                    f"{config.adapter_kind} adapters start from the mean gradient of "
+                    f"{count * config.batch_size} sequences"
+                )
         else:
             self._start, self._tokens = restored.step, int(restored.progress["tokens"])
             self._iterator.seek(restored.progress["data"])
@@ -185,6 +193,13 @@ class _Run:
             )
             self._display.say(inputs.vocabulary)
         self._clock = _Clock(self._tokens)
+
+    def _with_gradient(self, count: int) -> TrainState:
+        """Starts adapters from the first training batches, which the run then begins with."""
+        position = self._iterator.position()
+        batches = [self._put_rows(next(self._iterator)) for _ in range(count)]
+        self._iterator.seek(position)
+        return start_from_text(self._config, self._state, batches, self._devices)
 
     def loop(self) -> None:
         """Takes all remaining steps, unless a signal or a non-finite loss stops the run."""
@@ -235,10 +250,14 @@ class _Run:
     def _dispatch(self, step: int) -> _Dispatched:
         with self._clock.waiting():
             rows = next(self._iterator)
-        batch = to_batch(rows["tokens"], rows["mask"])
-        batch = meshes.put_batch(self._devices, batch, self._rows, self._config.batch_size)
+        batch = self._put_rows(rows)
         self._state, metrics = self._program.train_step(self._state, batch)
         return _Dispatched(step, metrics)
+
+    def _put_rows(self, rows: dict[str, np.ndarray]) -> Batch:
+        """Puts this process's rows of a training batch on the devices."""
+        batch = to_batch(rows["tokens"], rows["mask"])
+        return meshes.put_batch(self._devices, batch, self._rows, self._config.batch_size)
 
     def _collect(self, dispatched: _Dispatched) -> None:
         """Fetches and checks a step's metrics; writes its row every ``log_every`` steps."""

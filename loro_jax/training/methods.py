@@ -21,6 +21,7 @@ from loro_jax.fields import check
 from loro_jax.peers.relora import jagged_schedule
 from loro_jax.schedules import warmup_cosine, with_restarts
 from loro_jax.training import adapters, optimizers
+from loro_jax.training.adapter_fields import check_adapter_field
 from loro_jax.training.registry import Direction, Maintenance, Making, Method, Optimizer
 
 if TYPE_CHECKING:
@@ -101,9 +102,10 @@ METHODS: dict[str, Method] = {
     ),
     "lowrank": Method(
         "AdamW on the factors",
-        optimizers.adamw,
+        optimizers.make_lowrank,
         projection="low_rank",
         uses=("lr_scale",),
+        options=optimizers.LowRankOptions,
         adapters="any",
     ),
     "lowrank_restarts": Method(
@@ -440,12 +442,7 @@ def settled(config: Config, asked: Collection[str]) -> Config:
     # Not by its name: config.py imports this module.
     default = type(config)()
     for name in asked:
-        if name.startswith("adapter.") and not config.has_adapters:
-            kind = config.adapter.kind
-            raise TrainingError(
-                f"config.{name} is for adapters, but config.adapter.kind = {kind!r}; expected a "
-                "kind of adapter, such as --config.adapter.kind=lora."
-            )
+        check_adapter_field(config, name)
         if uses_field(config, name):
             continue
         if name.startswith("method_options."):

@@ -30,7 +30,7 @@ def make_network(config: Config, seed: int | None = None) -> Llama:
     key = jax.random.fold_in(jax.random.key(seed), 2)
     return adapt(
         model,
-        adapter_spec(config),
+        adapter_spec(config, seed),
         where=[f"blocks/*/{name}" for name in config.adapter.names],
         trained=config.adapter.also,
         key=key,
@@ -38,8 +38,8 @@ def make_network(config: Config, seed: int | None = None) -> Llama:
     )
 
 
-def adapter_spec(config: Config) -> AdapterSpec:
-    """Returns the specification of a run's adapters."""
+def adapter_spec(config: Config, seed: int | None = None) -> AdapterSpec:
+    """Returns the specification of a run's adapters; ``seed`` as in :func:`make_network`."""
     adapter = config.adapter
     return AdapterSpec(
         kind=config.adapter_kind,
@@ -49,6 +49,7 @@ def adapter_spec(config: Config) -> AdapterSpec:
         initialiser=adapter.initialiser,
         # A 16-bit network may have adapters with small steps.
         param_dtype=jnp.promote_types(config.model.param_dtype, jnp.float32),
+        seed=config.seed if seed is None else seed,
     )
 
 

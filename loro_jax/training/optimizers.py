@@ -18,8 +18,9 @@ from loro_jax.directions.adam import adam, scale_by_uncorrected_adam
 from loro_jax.directions.orthogonal import orthogonal
 from loro_jax.directions.protocol import as_direction
 from loro_jax.directions.row_momentum import scale_by_rows
-from loro_jax.fields import at_least, between, either, field, one_of
+from loro_jax.fields import above, at_least, between, either, field, one_of
 from loro_jax.loro import loro
+from loro_jax.pairs import find_pairs
 from loro_jax.peers import (
     adarankgrad,
     dct_adamw,
@@ -74,6 +75,15 @@ class OrthogonalOptions:
         "adam",
         one_of(("adam", "rows")),
         "direction of embedding and head: Adam, or momentum with rows of one size",
+    )
+
+
+@dataclasses.dataclass
+class LowRankOptions:
+    """Options of AdamW on factors."""
+
+    b_ratio: float = field(
+        1.0, above(0), "learning rate of the factors B, relative to that of A (LoRA+: 16)"
     )
 
 
@@ -254,6 +264,22 @@ def adamw(making: Making) -> Optimizer:
         pairs="optional",
         mesh=making.mesh,
     )
+
+
+def make_lowrank(making: Making) -> Optimizer:
+    """Makes AdamW with another learning rate for the factors B (Hayou et al. 2024, LoRA+)."""
+    everything, ratio = adamw(making), making.options.b_ratio
+    if ratio == 1:
+        return everything
+    # Scaling updates is the same as scaling the rate, decay included: all of it is linear.
+    return optax.chain(everything, optax.masked(optax.scale(ratio), _output_factors))
+
+
+def _output_factors(params: Any) -> Any:
+    """Returns which leaves are the factors B of pairs."""
+    places = {pair.B for pair in find_pairs(params)}
+    leaves, structure = jax.tree.flatten(params)
+    return jax.tree.unflatten(structure, [place in places for place in range(len(leaves))])
 
 
 def dense_adamw(making: Making, of_direction: Any) -> Optimizer:

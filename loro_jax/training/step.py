@@ -87,7 +87,7 @@ def make_program(config: Config, mesh: jax.sharding.Mesh | None = None) -> Progr
     def loss_sum(params: Any, fixed: Any, batch: Batch) -> Array:
         return next_token_loss(nnx.merge(graphdef, joined(params, fixed)), batch)
 
-    loss_and_gradient = _make_loss_and_gradient(loss_sum, config, mesh)
+    loss_and_gradient = make_loss_and_gradient(loss_sum, config, mesh)
 
     def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
         loss, grads = loss_and_gradient(state.params, state.fixed, batch)
@@ -133,12 +133,18 @@ def make_program(config: Config, mesh: jax.sharding.Mesh | None = None) -> Progr
     return Program(init, train_step, eval_step, loss_and_gradient)
 
 
-def _make_loss_and_gradient(
+def make_loss_and_gradient(
     loss_sum: Callable[[Any, Any, Batch], Array],
     config: Config,
     mesh: jax.sharding.Mesh | None,
 ) -> Callable[[Any, Any, Batch], tuple[Array, Any]]:
-    """Returns a function (params, fixed, batch) -> (mean loss per token, its gradient)."""
+    """Returns a function (params, fixed, batch) -> (mean loss per token, its gradient).
+
+    Args:
+        loss_sum: (params, fixed, batch) -> sum of the losses of the batch's tokens.
+        config: the run's config.
+        mesh: the devices that share a batch.
+    """
 
     def loss_and_gradient(params: Any, fixed: Any, batch: Batch) -> tuple[Array, Any]:
         # Divided by the tokens of the whole batch, because micro-batches may have different numbers

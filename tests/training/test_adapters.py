@@ -1,18 +1,24 @@
 """Fine-tuning by adapters, from the command to the merged model."""
 
 import json
+import re
 import shutil
 
 import chex
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
 from loro_jax.errors import TrainingError
+from loro_jax.text import load_corpus, train_iterator
+from loro_jax.text.tokenizers.tokenizer import load_tokenizer
+from loro_jax.training.batch import to_batch
 from loro_jax.training.config import AdapterConfig, Config
+from loro_jax.training.methods import MethodOptions, make_optimizer
 from loro_jax.training.network import base_of, make_network
-from loro_jax.training.step import joined
+from loro_jax.training.step import joined, make_program
 from loro_jax.training.trained import load_model, load_run, load_state
 from models import Llama, preset
 from models.huggingface import read_model, write_model
@@ -167,6 +173,7 @@ def test_the_rest_can_be_trained_too():
         ("loro", {"targets": "q,kk"}, r"adapter.targets must be all, or names among q, k"),
         ("loro", {"trained": "heads"}, r"adapter.trained must be names among embedding, head"),
         ("loro", {"rank": 64}, r"adapter.rank must be at most 32, the smaller side of 'q'"),
+        ("loro", {"kind": "miss"}, r"method 'loro' does not train such adapters.*among lowrank"),
         ("loro", {"kind": "lorra"}, r"adapter.kind must be one of none, lora.*is 'lorra'"),
     ],
 )
@@ -182,3 +189,84 @@ def test_fields_of_adapters_need_a_kind(tmp_path):
     assert status == 1
     assert "config.adapter.rank is for adapters, but config.adapter.kind = 'none'" in output
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(
+    ("field", "message"),
+    [
+        ("adapter.alpha=8.0", r"alpha: adapters of kind 'miss' do not use it; .* among lora"),
+        ("method_options.b_ratio=16.0", r"b_ratio = 16.0: adapters of kind 'miss' have no factors"),
+    ],
+)
+def test_fields_without_effect_are_refused(tmp_path, field, message):
+    kind = ("--config.method=lowrank", "--config.adapter.kind=miss", f"--config.{field}")
+    status, output = runs.run(*kind, f"--workdir={tmp_path / 'run'}")
+    assert status == 1
+    assert re.search(message, output), output
+    assert not (tmp_path / "run").exists()
+
+
+KINDS = ("miss", "bone", "randlora", "lora_sb")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_learns_and_resumes_exactly(dense, tmp_path, kind):
+    changes = {"method": "lowrank", "exact_every": 500, "exact_method": "graph", "log_every": 1}
+    changes |= {"adapter.kind": kind, "steps": 30, "checkpoint_every": 15, "learning_rate": 0.003}
+    if kind == "lora_sb":
+        changes["adapter.start_sequences"] = 20
+    status, output = tune(dense, tmp_path / "whole", **changes)
+    assert status == 0, output
+    found = losses(tmp_path / "whole")
+    assert np.mean(found[-5:]) < np.mean(found[:5])
+    shutil.copytree(tmp_path / "whole", tmp_path / "parts")
+    shutil.rmtree(tmp_path / "parts" / "checkpoints" / "30")
+    status, output = tune(dense, tmp_path / "parts", **changes)
+    assert status == 0, output
+    assert losses(tmp_path / "parts") == found
+
+
+def test_lora_sb_starts_from_the_gradient_of_the_text(dense, tmp_path):
+    changes = {"method": "lowrank", "exact_every": 500, "exact_method": "graph"}
+    changes |= {"adapter.kind": "lora_sb", "adapter.start_sequences": 10}
+    status, output = tune(dense, tmp_path / "tuned", **changes)
+    assert status == 0, output
+    assert "lora_sb adapters start from the mean gradient of 16 sequences" in output
+    _, _, state = load_state(tmp_path / "tuned")
+    config, _, before = load_state(dense[0])
+    # The gradient of the first two batches, in the dense run.
+    corpus = load_corpus(
+        config.data,
+        config.sequence_length,
+        load_tokenizer(config.data.tokenizer, config.data.eos_id, config.data.pad_id),
+    )
+    sizes = {"batch_size": config.batch_size, "sequence_length": config.sequence_length}
+    rows = train_iterator(config.data, corpus, **sizes, seed=config.seed, rows=range(8))
+    loss_and_gradient = jax.jit(make_program(config).loss_and_gradient)
+    G = 0.0
+    for _ in range(2):
+        row = next(rows)
+        _, grads = loss_and_gradient(before.params, {}, to_batch(row["tokens"], row["mask"]))
+        G = G + np.asarray(grads["blocks"]["mlp"]["down"]["W"])
+    fixed = state.fixed["blocks"]["mlp"]["down"]["adapter"]
+    for layer in range(len(G)):
+        # The spaces hold as much of the signs as the best ones do.
+        D, B, A = np.sign(G[layer]), fixed["B"][layer], fixed["A"][layer]
+        best = np.linalg.norm(np.linalg.svd(D, compute_uv=False)[:4])
+        np.testing.assert_allclose(np.linalg.norm(B.T @ D @ A.T), best, rtol=0.01)
+
+
+def test_lora_plus_moves_B_faster():
+    params = {"q": {"B": jnp.ones((6, 2)), "A": jnp.ones((2, 4))}, "norm": jnp.ones(3)}
+    grads = jax.tree.map(jnp.ones_like, params)
+
+    def first_step(**options):
+        config = Config(method="lowrank", warmup_steps=0, method_options=MethodOptions(options))
+        tx = make_optimizer(config)
+        return tx.update(grads, tx.init(params), params)[0]
+
+    plain, plus = first_step(), first_step(b_ratio=16.0)
+    chex.assert_trees_all_close(plus["q"]["B"], 16 * plain["q"]["B"], rtol=1e-6)
+    chex.assert_trees_all_equal(plus["q"]["A"], plain["q"]["A"])
+    chex.assert_trees_all_equal(plus["norm"], plain["norm"])

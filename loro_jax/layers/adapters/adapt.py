@@ -172,7 +172,7 @@ def _set_weight(layer: Any, W: Array) -> None:
 
 
 def _check_rank(name: str, layer: nnx.Module, spec: AdapterSpec) -> None:
-    *_, m, n = _shape(layer)
+    *_, m, n = shape_of(layer)
     if not 1 <= spec.rank <= min(m, n):
         raise ValueError(
             f"adapt: rank = {spec.rank} of {name!r}, {n} inputs to {m} outputs, must be between 1 "
@@ -180,7 +180,7 @@ def _check_rank(name: str, layer: nnx.Module, spec: AdapterSpec) -> None:
         )
 
 
-def _shape(layer: Any) -> tuple[int, ...]:
+def shape_of(layer: Any) -> tuple[int, ...]:
     """Returns the shape of a layer's weight, (..., out, in)."""
     if isinstance(layer, nnx.Linear):
         *leading, n, m = layer.kernel.shape
@@ -192,7 +192,7 @@ def _shape(layer: Any) -> tuple[int, ...]:
 
 def _make(layer: nnx.Module, spec: AdapterSpec, key: Array) -> Adapter:
     """Makes the adapter of a layer, or those of a stack of layers."""
-    *leading, m, n = _shape(layer)
+    *leading, m, n = shape_of(layer)
 
     def make(rngs: nnx.Rngs) -> Adapter:
         return ADAPTERS[spec.kind](n, m, spec, rngs)

@@ -30,6 +30,10 @@ class Adapter(nnx.Module):
 
     # Whether dW = s B A with trained B (m x r) and A (r x n), which LORO trains as a product.
     has_pair: ClassVar[bool] = False
+    # Settings that the kind reads, besides those that all do: of its specification or of a run.
+    uses: ClassVar[tuple[str, ...]] = ("alpha", "rank_stabilised", "initialiser")
+    # Whether from_gradient makes a better start than the constructor.
+    starts_from_gradient: ClassVar[bool] = False
 
     def __init__(self, in_features: int, out_features: int, spec: AdapterSpec, rngs: nnx.Rngs):
         raise NotImplementedError
@@ -45,6 +49,19 @@ class Adapter(nnx.Module):
 
     def weight(self, W: Array) -> Array:
         """Returns dW, (..., out, in), in float32 or wider; W is the weight that is adapted."""
+        raise NotImplementedError
+
+    def factors(self) -> tuple[Array, Array] | None:
+        """Returns (..., out, r) and (..., r, in), whose product is dW; None if there are none."""
+        return None
+
+    def from_gradient(self, G: Array, rate: float) -> None:
+        """Starts from the mean gradient of the weight, (..., out, in), in place.
+
+        Args:
+            G: the gradient.
+            rate: size of the first step of every entry of the weight.
+        """
         raise NotImplementedError
 
     @staticmethod

@@ -8,6 +8,7 @@ from flax import nnx
 from loro_jax.layers.adapters.adapter import Adapter
 from loro_jax.layers.adapters.spec import AdapterSpec
 from loro_jax.layers.kernels import product
+from loro_jax.linalg.precision import at_least_float32
 from loro_jax.lowrank import initialise
 
 Array = jax.Array
@@ -45,3 +46,8 @@ class Lora(Adapter):
     def weight(self, W: Array) -> Array:
         """Returns s B A."""
         return self.scale * product(self.B[...], self.A[...])
+
+    def factors(self) -> tuple[Array, Array]:
+        """Returns s B and A, in float32 or wider."""
+        B, A = (v[...].astype(at_least_float32(v[...].dtype)) for v in (self.B, self.A))
+        return self.scale * B, A

@@ -22,6 +22,7 @@ class AdapterSpec:
             None or "lora": as the kind says, with dW = 0. With others dW is not zero at the start,
             and is subtracted from the weight that is adapted (:attr:`absorbs`).
         param_dtype: dtype of the trained arrays.
+        seed: fixes random arrays that layers share (RandLoRA's bases).
     """
 
     kind: str = "lora"
@@ -30,6 +31,7 @@ class AdapterSpec:
     rank_stabilised: bool = False
     initialiser: str | None = None
     param_dtype: Any = jnp.float32
+    seed: Any = 0
 
     @property
     def absorbs(self) -> bool:

@@ -3,8 +3,16 @@
 from __future__ import annotations
 
 from loro_jax.layers.adapters.adapter import Adapter
+from loro_jax.layers.adapters.bone import Bone
 from loro_jax.layers.adapters.lora import Lora
+from loro_jax.layers.adapters.lora_sb import LoraSB
+from loro_jax.layers.adapters.miss import Miss
+from loro_jax.layers.adapters.randlora import RandLora
 
 ADAPTERS: dict[str, type[Adapter]] = {
     "lora": Lora,
+    "lora_sb": LoraSB,
+    "randlora": RandLora,
+    "miss": Miss,
+    "bone": Bone,
 }
