@@ -28,6 +28,7 @@ import jax
 import numpy as np
 
 from loro_jax.command_line import Parser, Switch, failing_in_one_line
+from loro_jax.commands.adapter_option import add_adapter, add_adapter_option
 from loro_jax.commands.source_options import add_source_options, naming_options, source_config
 from loro_jax.errors import TrainingError
 from loro_jax.text.documents import PartReader
@@ -122,6 +123,7 @@ def main(arguments: Sequence[str]) -> int:
 def _evaluate(options: argparse.Namespace) -> None:
     _check(options)
     model, tokenizer = load_model(options.directory)
+    add_adapter(model, options.adapter, options.directory)
     if options.bos and not tokenizer.bos_ids:
         raise TrainingError("--bos: the tokenizer has no beginning-of-text token.")
     tokenizer.adds_bos = tokenizer.adds_bos if options.bos is None else options.bos
@@ -207,6 +209,7 @@ def _sizes(options: argparse.Namespace, longest: int) -> tuple[int, int, int]:
 def _parser() -> Parser:
     parser = Parser("python -m loro_jax evaluate", __doc__)
     parser.add_argument("directory", metavar="DIR")
+    add_adapter_option(parser)
     add_source_options(parser)
     parser.add_argument(
         "--split",

@@ -18,6 +18,7 @@ from collections.abc import Iterator, Sequence
 from typing import TextIO
 
 from loro_jax.command_line import NO_READER, Parser, Switch, drop_output, failing_in_one_line
+from loro_jax.commands.adapter_option import add_adapter, add_adapter_option
 from loro_jax.errors import TrainingError
 from loro_jax.text.config import DataConfig
 from loro_jax.text.tokenizers.tokenizer import Tokenizer
@@ -167,6 +168,7 @@ def _write(options: argparse.Namespace, out: TextIO) -> None:
     if isinstance(out, io.TextIOWrapper):  # characters that the encoding lacks become "?"
         out.reconfigure(errors="replace")
     model, tokenizer = load_model(options.source)
+    add_adapter(model, options.adapter, options.source)
     prompts, bos = options.prompt, options.bos
     if options.chat:
         prompts, bos = _chat_prompts(options, tokenizer), False  # the template writes it
@@ -217,6 +219,7 @@ def _with_options(message: str) -> str:
 def _parser() -> Parser:
     parser = Parser("python -m loro_jax generate", __doc__)
     parser.add_argument("source", metavar="DIR", type=pathlib.Path)
+    add_adapter_option(parser)
     parser.add_argument("--prompt", action="append", required=True, help="may be repeated")
     parser.add_argument(
         "--max_new_tokens",

@@ -8,7 +8,9 @@ import re
 from collections.abc import Iterator, Sequence
 
 from loro_jax.command_line import Parser, failing_in_one_line
+from loro_jax.errors import TrainingError
 from loro_jax.text.tokenizers.tokenizer import Tokenizer
+from loro_jax.training.stored_adapter import export_adapter
 from loro_jax.training.trained import load_run
 from models.huggingface import LayerError, read_model, write_model
 from models.huggingface.companions import read_companions, read_token_ids
@@ -22,8 +24,12 @@ By default factors are merged: projections are dense, and any program that serve
 them. With --keep_factors, B and A are stored for this library. To start a run from either, use
 train.py --config.init_from=OUT.
 
+With --adapter only the adapters of a run are written, in PEFT's format, for the base that the run
+started from. To start a run from them, use train.py --config.adapter.init_from=OUT.
+
 Example:
   python -m loro_jax export runs/60m out
+  python -m loro_jax export runs/tuned out --adapter --base=HuggingFaceTB/SmolLM2-135M
   python -m loro_jax export runs/60m out --keep_factors
 """
 
@@ -43,6 +49,10 @@ def export_main(arguments: Sequence[str]) -> int:
     parser.add_argument("source", metavar="RUN_DIR")
     _add_writing(parser)
     parser.add_argument("--keep_factors", action="store_true", help="store B and A, not B A")
+    parser.add_argument("--adapter", action="store_true", help="the adapters alone")
+    parser.add_argument(
+        "--base", help="with --adapter, name of their base; default: config.init_from of the run"
+    )
     parser.add_argument("--step", type=int, help="step of the checkpoint; default: the last")
     options = parser.parse_args(arguments)
     return failing_in_one_line(lambda: _export(options))
@@ -74,6 +84,11 @@ def _add_writing(parser: Parser) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
+    if options.adapter:
+        _export_adapter(options)
+        return
+    if options.base is not None:
+        raise TrainingError("--base names the base of adapters; expected --adapter, too.")
     run = load_run(options.source, options.step)
     tokenizer = run.tokenizer
     files = tokenizer.files()
@@ -91,6 +106,15 @@ def _export(options: argparse.Namespace) -> None:
         shard_bytes=options.shard_bytes,
     )
     print(f"step {run.step} of {options.source}: {total / 1e6:.1f} MB in {options.out}")
+
+
+def _export_adapter(options: argparse.Namespace) -> None:
+    if options.keep_factors:
+        raise TrainingError("--keep_factors is for whole models; expected it without --adapter.")
+    step, total = export_adapter(
+        options.source, options.out, step=options.step, base=options.base, dtype=options.dtype
+    )
+    print(f"adapters of step {step} of {options.source}: {total / 1e6:.1f} MB in {options.out}")
 
 
 def _token_ids(tokenizer: Tokenizer) -> dict[str, int | list[int] | None]:

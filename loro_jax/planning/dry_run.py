@@ -21,6 +21,7 @@ from loro_jax.tables import print_table
 from loro_jax.text.tokenizers.tokenizer import load_tokenizer
 from loro_jax.training.config import Config, MeshConfig
 from loro_jax.training.start import with_architecture
+from loro_jax.training.stored_adapter import with_stored_adapter
 from loro_jax.training.vocabulary import resolve_vocabulary
 
 
@@ -37,7 +38,7 @@ def dry_run(config: Config, devices: int | None, accelerator: str | None = None)
         TrainingError: for an invalid config, an unknown number of devices, or an accelerator whose
             compiler is not installed.
     """
-    config = with_architecture(config)
+    config = with_stored_adapter(with_architecture(config))
     config.validate()
     if config.model.vocab_size == 0:
         data = config.data

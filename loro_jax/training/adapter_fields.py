@@ -24,6 +24,14 @@ def check_adapter_field(config: Config, name: str) -> None:
     group, _, field = name.partition(".")
     if group != "adapter":
         return
+    source = config.adapter.init_from
+    if source is not None:
+        if field not in ("init_from", "trained"):
+            raise TrainingError(
+                f"config.{name} follows from config.adapter.init_from = {source!r}; expected it "
+                "not to be set."
+            )
+        return
     kind = config.adapter_kind
     if kind == "none":
         raise TrainingError(

@@ -93,6 +93,12 @@ class AdapterConfig:
         "how their factors are drawn, as model.initialiser; none: as the kind says, with a change "
         "of zero. With others, such as xavier, the first change is subtracted from the weights",
     )
+    init_from: str | None = field(
+        None,
+        None,
+        "a directory in PEFT's format whose adapters training continues, beside their base in "
+        "config.init_from; kind, rank, alpha and targets are those of the directory",
+    )
     start_sequences: int = field(
         64,
         at_least(1),

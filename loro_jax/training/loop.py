@@ -29,8 +29,9 @@ from loro_jax.training.progress import ProgressDisplay
 from loro_jax.training.published import published
 from loro_jax.training.report import corpus_ngrams, final_report
 from loro_jax.training.run_directory import RunDirectory
-from loro_jax.training.start import check_start, start_from, with_architecture
+from loro_jax.training.start import check_start, origin, start_from, with_architecture
 from loro_jax.training.step import Program, TrainState, compile_program, make_program
+from loro_jax.training.stored_adapter import start_from_adapter, with_stored_adapter
 from loro_jax.training.threads import lapack_by_one_thread
 from loro_jax.training.vocabulary import resolve_vocabulary
 from models.loss import Batch
@@ -106,7 +107,7 @@ class _Inputs(NamedTuple):
 
 def _read_inputs(config: Config) -> _Inputs:
     # The architecture of init_from first: everything after it depends on it.
-    config = with_architecture(config)
+    config = with_stored_adapter(with_architecture(config))
     config.validate()
     devices = meshes.make_mesh(config.mesh)
     meshes.check_batch(config, devices)
@@ -164,7 +165,10 @@ class _Run:
                 # Not zero with the optimizer's state of another run.
                 self._start = int(self._state.step)
                 notes.append(note)
-            count = batches_to_start_from(config)
+            self._state, lines = start_from_adapter(config, self._state)
+            notes += lines
+            # Adapters of another run, which this one continues, have started.
+            count = batches_to_start_from(config) if origin(config) is config else 0
             if count:
                 self._state = self._with_gradient(count)
                 notes.append(

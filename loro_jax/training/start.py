@@ -220,7 +220,7 @@ def _start_from_run(config: Config, state: TrainState) -> tuple[TrainState, str]
     line = f"starting from step {step} of {config.init_from}"
     if times > 1:
         line += f", its {run.model.num_layers} layers {times} times"
-    if (run.has_adapters or config.has_adapters) and run.adapter != config.adapter:
+    if _merges(config, run):
         return _with_arrays(state, _merged_run(config, run, state, there)), line
     copied = config.init_optimizer == "copied"
     if copied and step >= config.steps:
@@ -245,6 +245,25 @@ def _start_from_run(config: Config, state: TrainState) -> tuple[TrainState, str]
         ) from None
     placed = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), new, fresh)
     return (placed if copied else placed._replace(opt_state=state.opt_state)), line
+
+
+def _merges(config: Config, run: Config) -> bool:
+    """Returns whether adapters of a run to start from become a part of the base."""
+    return (run.has_adapters or config.has_adapters) and run.adapter != config.adapter
+
+
+def origin(config: Config) -> Config:
+    """Returns the config of the run in which a run's adapters began: others continue those.
+
+    Args:
+        config: config of a run with adapters.
+    """
+    while config.init_from is not None:
+        run = _run_there(config.init_from)
+        if run is None or _merges(config, run):
+            break
+        config = run
+    return config
 
 
 def _merged_run(config: Config, run: Config, state: TrainState, there: TrainState) -> Any:

@@ -40,18 +40,21 @@ class StoredTensors:
         CheckpointError: if a file is missing or damaged, or an index names a missing file.
     """
 
+    # Name of the file, unless there is an index.
+    file = SINGLE
+
     def __init__(self, directory: pathlib.Path):
         self._directory = directory
         self._files: dict[str, tuple[pathlib.Path, Any, str]] = {}
         index: dict[str, str] = {}
-        single = (directory / SINGLE).exists()
+        single = (directory / self.file).exists()
         # Read and checked even if the single file takes precedence.
         if (directory / INDEX).exists():
             index = _weight_map(directory / INDEX)
             _check_files(directory, set(index.values()), single)
         elif not single:
             raise CheckpointError(_no_model(directory))
-        files = {SINGLE} if single else set(index.values())
+        files = {self.file} if single else set(index.values())
         for file in sorted(files):
             path = directory / file
             opened, names = _opened(path)
