@@ -13,8 +13,9 @@ from flax import nnx
 from loro_jax.errors import TrainingError
 from loro_jax.layers import merge
 from loro_jax.text.tokenizers.tokenizer import Tokenizer, load_tokenizer
-from loro_jax.training.config import Config
+from loro_jax.training.config import AdapterConfig, Config
 from loro_jax.training.growth import grown
+from loro_jax.training.methods import METHODS
 from loro_jax.training.network import base_of, with_base, without_adapters
 from loro_jax.training.step import TrainState, joined, merge_model
 from loro_jax.training.trained import load_state, run_config
@@ -191,9 +192,10 @@ def _start_from_run(config: Config, state: TrainState) -> tuple[TrainState, str]
     line = f"starting from step {step} of {config.init_from}"
     if times > 1:
         line += f", its {run.model.num_layers} layers {times} times"
-    if (run.has_adapters or config.has_adapters) and run.adapter != config.adapter:
-        return _with_arrays(state, _merged_run(config, run, state, there)), line
     copied = config.init_optimizer == "copied"
+    anew = METHODS[config.method].merges and not copied
+    if _adapters(run) != _adapters(config) or anew:
+        return _with_arrays(state, _merged_run(config, run, state, there)), line
     if copied and step >= config.steps:
         raise TrainingError(
             f"config.steps = {config.steps} is not above step {step} of config.init_from = "
@@ -216,6 +218,14 @@ def _start_from_run(config: Config, state: TrainState) -> tuple[TrainState, str]
         ) from None
     placed = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), new, fresh)
     return (placed if copied else placed._replace(opt_state=state.opt_state)), line
+
+
+def _adapters(config: Config) -> AdapterConfig | None:
+    """Returns the settings of a run's adapters; None if it has none."""
+    if not config.has_adapters:
+        return None
+    # A method may imply the kind.
+    return dataclasses.replace(config.adapter, kind=config.adapter_kind)
 
 
 def _merged_run(config: Config, run: Config, state: TrainState, there: TrainState) -> Any:
