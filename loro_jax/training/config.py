@@ -25,6 +25,7 @@ from loro_jax.training.methods import (
     MethodOptions,
     check_options,
     kinds_of_options,
+    make_maintenance,
     make_schedule,
     resolved_options,
     takes_direction,
@@ -425,6 +426,7 @@ _CHECKS: tuple[Callable[[Config], object], ...] = (
     _activation_without_exact_steps,
     _factors,
     make_schedule,
+    make_maintenance,
 )
 
 

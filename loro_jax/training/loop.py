@@ -89,8 +89,8 @@ def train(config: Config, workdir: str, command: str = "python train.py") -> Out
         if not is_first():
             return Outcome(0, None)
         ngrams = corpus_ngrams(corpus, inputs.vocab_size)
-        val_ppl = run.finish(ngrams)
-    for line in final_report(config, val_ppl, ngrams, workdir, command):
+        val_ppl, live_ranks = run.finish(ngrams)
+    for line in final_report(config, val_ppl, ngrams, workdir, command, live_ranks):
         print(line, flush=True)
     return Outcome(0, val_ppl)
 
@@ -197,6 +197,7 @@ class _Run:
             )
             self._display.say(inputs.vocabulary)
         self._clock = _Clock(self._tokens)
+        self._live_ranks: int | None = None
 
     def _with_gradient(self, count: int) -> TrainState:
         """Starts adapters from the first training batches, which the run then begins with."""
@@ -269,6 +270,8 @@ class _Run:
         # This waits for the step.
         values = {name: float(value) for name, value in dispatched.metrics.items()}
         self._tokens += int(values.pop("tokens"))
+        # Of the last step, also if it has no row.
+        self._live_ranks = int(values["live_ranks"]) if "live_ranks" in values else None
         if not all(math.isfinite(value) for value in values.values()):
             raise self._not_finite(step, values)
         if step == self._start + 1:
@@ -328,11 +331,16 @@ class _Run:
             progress = {"tokens": self._tokens, "data": self._iterator.position()}
             self._checkpoints.save(step, self._state, progress)
 
-    def finish(self, ngrams: NgramPerplexity | None) -> float:
-        """Plots a complete run and returns its last validation perplexity."""
+    def finish(self, ngrams: NgramPerplexity | None) -> tuple[float, int | None]:
+        """Plots a complete run.
+
+        Returns:
+            (its last validation perplexity, the last number of live ranks if its method has one).
+        """
         rows = read_rows(self._path / "metrics.jsonl")
         plot_run(rows, self._path / "plot.png", ngrams, f"{self._config.method}, {self._path.name}")
-        return next(row["val_ppl"] for row in reversed(rows) if "val_ppl" in row)
+        val_ppl = next(row["val_ppl"] for row in reversed(rows) if "val_ppl" in row)
+        return val_ppl, self._live_ranks
 
     def close(self) -> None:
         """Closes all files; waits for a checkpoint in progress."""

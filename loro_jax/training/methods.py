@@ -20,7 +20,7 @@ from loro_jax.errors import TrainingError
 from loro_jax.fields import check
 from loro_jax.peers.relora import jagged_schedule
 from loro_jax.schedules import warmup_cosine, with_restarts
-from loro_jax.training import adapters, optimizers
+from loro_jax.training import adapters, optimizers, ranks
 from loro_jax.training.adapter_fields import check_adapter_field
 from loro_jax.training.registry import Direction, Maintenance, Making, Method, Optimizer
 
@@ -261,6 +261,7 @@ METHODS: dict[str, Method] = {
         _full,
         uses=("direction", "lr_scale"),
     ),
+    **ranks.METHODS,
 }
 
 

@@ -250,8 +250,13 @@ def _by_rows(others: optax.GradientTransformation) -> optax.GradientTransformati
     return optax.partition({"rows": scale_by_rows(), "others": others}, labels)
 
 
-def adamw(making: Making) -> Optimizer:
-    """Makes AdamW for all parameters; factors may have their own learning rate."""
+def adamw(making: Making, decayed: Any = None) -> Optimizer:
+    """Makes AdamW for all parameters; factors may have their own learning rate.
+
+    Args:
+        making: config, schedule and mesh.
+        decayed: parameters -> which of them decay; None: all.
+    """
     # Without exact steps this is AdamW, in which the factors may have their own rate.
     return riemannian_descent(
         making.schedule,
@@ -260,7 +265,7 @@ def adamw(making: Making) -> Optimizer:
         exact_every=None,
         moments="keep",
         lr_scale=making.lr_scale,
-        weight_decay=making.config.weight_decay,
+        weight_decay=(making.config.weight_decay, decayed),
         pairs="optional",
         mesh=making.mesh,
     )

@@ -20,16 +20,19 @@ Optimizer: TypeAlias = optax.GradientTransformationExtraArgs
 
 
 class Maintenance(NamedTuple):
-    """A method's changes to the model before and after the optimizer's step.
+    """A method's changes to the model around the optimizer's step, and its own metrics.
 
     Attributes:
         before: (step from 0, grads, params, fixed, opt_state) -> (grads, params, fixed, opt_state),
             called before the optimizer sees the gradients; or None.
         after: (steps taken, params, fixed, opt_state) -> (params, fixed, opt_state); or None.
+        metrics: (params, opt_state) after the step -> numbers for its row of metrics, by name; or
+            None.
     """
 
     before: Callable[..., tuple[Any, Any, Any, Any]] | None = None
     after: Callable[..., tuple[Any, Any, Any]] | None = None
+    metrics: Callable[[Any, Any], dict[str, jax.Array]] | None = None
 
 
 @dataclasses.dataclass
@@ -82,6 +85,8 @@ class Method:
         adapters: which adapters it trains if ``config.adapter.kind`` names one: "" none, "pairs"
             those with factors B and A, "any" all of them.
         adapter: the kind of adapter that it trains always; None: it needs none.
+        merges: whether the adapters of a run in ``init_from`` are always merged, and new ones
+            start, unless its optimizer's state is copied.
     """
 
     meaning: str
@@ -95,6 +100,7 @@ class Method:
     maintenance: Callable[[Config, Any], Maintenance] | None = None
     adapters: str = ""
     adapter: str | None = None
+    merges: bool = False
 
 
 @dataclasses.dataclass(frozen=True)

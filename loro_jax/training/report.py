@@ -13,6 +13,7 @@ from loro_jax.text.ngram import NgramPerplexity, ngram_perplexity
 from loro_jax.training.batch import to_batch
 from loro_jax.training.config import Config
 from loro_jax.training.methods import takes_direction, uses_field
+from loro_jax.training.ranks import gates_of
 from loro_jax.training.step import make_program
 
 
@@ -34,7 +35,12 @@ def run_footprint(config: Config) -> Footprint:
 
 
 def final_report(
-    config: Config, val_ppl: float, ngrams: NgramPerplexity | None, workdir: str, command: str
+    config: Config,
+    val_ppl: float,
+    ngrams: NgramPerplexity | None,
+    workdir: str,
+    command: str,
+    live_ranks: int | None = None,
 ) -> list[str]:
     """Returns lines to print at the end of a run.
 
@@ -44,6 +50,7 @@ def final_report(
         ngrams: perplexities of n-gram models on the same tokens, if known.
         workdir: the run directory.
         command: the command of the run, with its flags.
+        live_ranks: ranks that its adapters have at the end, if its method chooses them.
 
     Returns:
         The lines.
@@ -55,7 +62,7 @@ def final_report(
             "same tokens, same tokenizer)"
         )
     if config.has_adapters:
-        return [*lines, *_of_adapters(config, workdir)]
+        return [*lines, *_of_adapters(config, workdir, live_ranks)]
     own = run_footprint(config)
     lines.append(_footprint_line(f"this model ({config.method})", own))
     if config.method != "full":
@@ -84,14 +91,19 @@ def final_report(
     ]
 
 
-def _of_adapters(config: Config, workdir: str) -> list[str]:
+def _of_adapters(config: Config, workdir: str, live_ranks: int | None) -> list[str]:
     """Returns the lines about a run that fine-tunes by adapters."""
     state = jax.eval_shape(make_program(config).init)
     trained, fixed = count_parameters(state.params), count_parameters(state.fixed)
+    live = []
+    if live_ranks is not None:
+        total = sum(gates.size for gates in gates_of(config, state.params))
+        live = [f"live ranks: {live_ranks} of {total}"]
     return [
         f"{config.adapter_kind} adapters ({config.method}): {trained / 1e6:.2f}M trained "
         f"parameters ({trained / (trained + fixed):.2%} of {(trained + fixed) / 1e6:.2f}M), "
         f"optimizer {count_bytes(state.opt_state) / 1e6:.1f} MB",
+        *live,
         f"run directory {workdir}: metrics.jsonl, config.json, checkpoints/, plot.png",
         "",
         "next:",

@@ -14,8 +14,9 @@ from loro_jax.errors import TrainingError
 from loro_jax.layers import merge
 from loro_jax.layers.adapters import absorb
 from loro_jax.text.tokenizers.tokenizer import Tokenizer, load_tokenizer
-from loro_jax.training.config import Config
+from loro_jax.training.config import AdapterConfig, Config
 from loro_jax.training.growth import grown
+from loro_jax.training.methods import METHODS
 from loro_jax.training.network import (
     adapter_spec,
     base_of,
@@ -249,7 +250,8 @@ def _start_from_run(config: Config, state: TrainState) -> tuple[TrainState, str]
 
 def _merges(config: Config, run: Config) -> bool:
     """Returns whether adapters of a run to start from become a part of the base."""
-    return (run.has_adapters or config.has_adapters) and run.adapter != config.adapter
+    anew = METHODS[config.method].merges and config.init_optimizer != "copied"
+    return _adapters(run) != _adapters(config) or anew
 
 
 def origin(config: Config) -> Config:
@@ -264,6 +266,14 @@ def origin(config: Config) -> Config:
             break
         config = run
     return config
+
+
+def _adapters(config: Config) -> AdapterConfig | None:
+    """Returns the settings of a run's adapters; None if it has none."""
+    if not config.has_adapters:
+        return None
+    # A method may imply the kind.
+    return dataclasses.replace(config.adapter, kind=config.adapter_kind)
 
 
 def _merged_run(config: Config, run: Config, state: TrainState, there: TrainState) -> Any:

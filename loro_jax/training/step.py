@@ -124,6 +124,8 @@ def make_program(config: Config, mesh: jax.sharding.Mesh | None = None) -> Progr
             # Number of matrices so far that were too ill-conditioned for the fast exact step.
             "fallbacks": getattr(opt_state, "fallbacks", jnp.zeros([], jnp.int32)),
         }
+        if maintenance.metrics is not None:
+            metrics |= maintenance.metrics(params, opt_state)
         return TrainState(step, params, opt_state, fixed), metrics
 
     def eval_step(params: Any, fixed: Any, batch: Batch) -> tuple[Array, Array]:

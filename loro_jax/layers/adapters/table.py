@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from loro_jax.layers.adapters.adalora import AdaLora
 from loro_jax.layers.adapters.adapter import Adapter
 from loro_jax.layers.adapters.bone import Bone
+from loro_jax.layers.adapters.gated import Gated
+from loro_jax.layers.adapters.increlora import IncreLora
 from loro_jax.layers.adapters.lora import Lora
 from loro_jax.layers.adapters.lora_sb import LoraSB
 from loro_jax.layers.adapters.miss import Miss
@@ -15,4 +18,7 @@ ADAPTERS: dict[str, type[Adapter]] = {
     "randlora": RandLora,
     "miss": Miss,
     "bone": Bone,
+    "adalora": AdaLora,
+    "increlora": IncreLora,
+    "gated": Gated,
 }
