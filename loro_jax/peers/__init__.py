@@ -9,6 +9,7 @@ from loro_jax.peers.galore import galore
 from loro_jax.peers.gradnormlorp import gradnormlorp
 from loro_jax.peers.increlora import increlora
 from loro_jax.peers.lift import lift, scale_by_lift
+from loro_jax.peers.lora_plus import lora_plus
 from loro_jax.peers.muon import muon, scale_by_muon
 from loro_jax.peers.preconditioned import preconditioned, scale_by_preconditioner
 from loro_jax.peers.relora import jagged_schedule, merge_and_restart
@@ -30,6 +31,7 @@ __all__ = [
     "increlora",
     "jagged_schedule",
     "lift",
+    "lora_plus",
     "lowrank_restarts",
     "merge_and_restart",
     "muon",

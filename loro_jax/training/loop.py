@@ -6,7 +6,7 @@ import contextlib
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any, NamedTuple
 
@@ -140,6 +140,7 @@ class _Run:
             corpus, config.batch_size // config.gradient_accumulation
         )
         self._program: Program
+        self._state: TrainState
         self._program, abstract_state = compile_program(make_program(config, devices), devices)
         notes = [*corpus.notes]
         self._checkpoints = Checkpoints(
@@ -158,23 +159,7 @@ class _Run:
             agree=largest,
         )
         if restored is None:
-            self._start, self._tokens = 0, 0
-            self._state: TrainState = self._program.init()
-            if config.init_from is not None:
-                self._state, note = start_from(config, self._state)
-                # Not zero with the optimizer's state of another run.
-                self._start = int(self._state.step)
-                notes.append(note)
-            self._state, lines = start_from_adapter(config, self._state)
-            notes += lines
-            # Adapters of another run, which this one continues, have started.
-            count = batches_to_start_from(config) if origin(config) is config else 0
-            if count:
-                self._state = self._with_gradient(count)
-                notes.append(
-                    f"{config.adapter_kind} adapters start from the mean gradient of "
-                    f"{count * config.batch_size} sequences"
-                )
+            self._begin(notes.append)
         else:
             self._start, self._tokens = restored.step, int(restored.progress["tokens"])
             self._iterator.seek(restored.progress["data"])
@@ -199,12 +184,31 @@ class _Run:
         self._clock = _Clock(self._tokens)
         self._live_ranks: int | None = None
 
-    def _with_gradient(self, count: int) -> TrainState:
-        """Starts adapters from the first training batches, which the run then begins with."""
-        position = self._iterator.position()
-        batches = [self._put_rows(next(self._iterator)) for _ in range(count)]
-        self._iterator.seek(position)
-        return start_from_text(self._config, self._state, batches, self._devices)
+    def _begin(self, note: Callable[[str], None]) -> None:
+        """Makes the state of a new run, with the weights and adapters that it starts from."""
+        config = self._config
+        self._start, self._tokens = 0, 0
+        self._state = self._program.init()
+        if config.init_from is not None:
+            self._state, line = start_from(config, self._state)
+            # Not zero with the optimizer's state of another run.
+            self._start = int(self._state.step)
+            note(line)
+        self._state, lines = start_from_adapter(config, self._state)
+        for line in lines:
+            note(line)
+        # Adapters of another run, which this one continues, have started.
+        count = batches_to_start_from(config) if origin(config) is config else 0
+        if count:
+            # The run then begins with the same batches.
+            position = self._iterator.position()
+            batches = [self._put_rows(next(self._iterator)) for _ in range(count)]
+            self._iterator.seek(position)
+            self._state = start_from_text(config, self._state, batches, self._devices)
+            note(
+                f"{config.adapter_kind} adapters start from the mean gradient of "
+                f"{count * config.batch_size} sequences"
+            )
 
     def loop(self) -> None:
         """Takes all remaining steps, unless a signal or a non-finite loss stops the run."""

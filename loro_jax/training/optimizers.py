@@ -20,7 +20,6 @@ from loro_jax.directions.protocol import as_direction
 from loro_jax.directions.row_momentum import scale_by_rows
 from loro_jax.fields import above, at_least, between, either, field, one_of
 from loro_jax.loro import loro
-from loro_jax.pairs import find_pairs
 from loro_jax.peers import (
     adarankgrad,
     dct_adamw,
@@ -29,6 +28,7 @@ from loro_jax.peers import (
     galore,
     gradnormlorp,
     lift,
+    lora_plus,
     lowrank_restarts,
     muon,
     preconditioned,
@@ -276,15 +276,7 @@ def make_lowrank(making: Making) -> Optimizer:
     everything, ratio = adamw(making), making.options.b_ratio
     if ratio == 1:
         return everything
-    # Scaling updates is the same as scaling the rate, decay included: all of it is linear.
-    return optax.chain(everything, optax.masked(optax.scale(ratio), _output_factors))
-
-
-def _output_factors(params: Any) -> Any:
-    """Returns which leaves are the factors B of pairs."""
-    places = {pair.B for pair in find_pairs(params)}
-    leaves, structure = jax.tree.flatten(params)
-    return jax.tree.unflatten(structure, [place in places for place in range(len(leaves))])
+    return optax.chain(everything, lora_plus(ratio))
 
 
 def dense_adamw(making: Making, of_direction: Any) -> Optimizer:

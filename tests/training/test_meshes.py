@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from tests.helpers import run_module
+from tests.training.eight_devices_adapters import KINDS
 
 pytestmark = pytest.mark.slow
 
@@ -54,3 +55,12 @@ def test_factors_send_less_than_the_matrices_that_they_stand_for(seen, mesh):
 def test_an_exact_step_sends_a_few_times_the_factors_more(seen, mesh):
     row = seen["loro", mesh]
     assert 0 < row["sent_exact"] - row["sent"] < 6 * row["parameter_bytes"]
+
+
+def test_adapters_are_sharded_too():
+    rows = run_module("tests.training.eight_devices_adapters")
+    losses = {(row["kind"], row["mesh"]): row["losses"] for row in rows}
+    for kind in KINDS:
+        one, several = (losses[kind, mesh] for mesh in ("1x1x1", "2x2x2"))
+        assert one[-1] < one[0], kind
+        np.testing.assert_allclose(several, one, rtol=1e-3, err_msg=kind)

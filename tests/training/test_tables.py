@@ -179,6 +179,7 @@ def test_an_entry_names_the_fields_that_its_method_reads(method):
 @pytest.mark.parametrize("method", [name for name in METHODS if METHODS[name].options])
 def test_options_have_the_defaults_of_the_functions_that_take_them(method):
     functions = {
+        "lowrank": peers.lora_plus,
         "relora": peers.merge_and_restart,
         "switchlora": peers.switch,
         "preconditioned_exact": peers.preconditioned,
