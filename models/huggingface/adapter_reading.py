@@ -279,11 +279,11 @@ def adapter_fields(peft: PeftConfig, config: LlamaConfig) -> dict[str, Any]:
         CheckpointError: if our kinds have no such adapter: layers differ, or the form.
     """
     variant = peft.content.get("init_weights", True)
-    if peft.form not in (LORA, MISS) or (peft.form == MISS and variant == "mini"):
+    if peft.form == RANDLORA or variant == "mini":
         what = f"{peft.form} (mini)" if variant == "mini" else peft.form
         raise CheckpointError(
             f"{peft.path}: an adapter of form {what} can be merged into its base, but not trained; "
-            f"expected {LORA} or {MISS}."
+            f"expected {LORA}, {ADALORA} or {MISS}."
         )
     modules = peft.modules(config)
     places: dict[_Place, int] = {}
@@ -299,6 +299,14 @@ def adapter_fields(peft: PeftConfig, config: LlamaConfig) -> dict[str, Any]:
     fields = {"rank": peft.rank, "names": tuple(name for _, name in places)}
     if peft.form == MISS:
         return fields | {"kind": "bone" if variant == "bat" else "miss"}
+    if peft.form == ADALORA:
+        if peft.content.get("rank_pattern"):
+            raise CheckpointError(
+                f"{peft.path}: rank_pattern: ranks of this adapter are pruned; expected one with "
+                "all of them, to train it."
+            )
+        alpha = peft.alpha if peft.alpha > 0 else peft.rank
+        return fields | {"kind": "adalora", "alpha": alpha, "rank_stabilised": False}
     ranks, scales = ({get(m) for m in modules} for get in (peft.rank_of, peft.scale_of))
     if len(ranks) > 1 or len(scales) > 1:
         raise CheckpointError(
@@ -319,12 +327,14 @@ def adapter_arrays(stored: StoredAdapter) -> dict[_Place, dict[str, np.ndarray]]
     Returns:
         Variables of our kind of adapter, by our module and attribute.
     """
-    ours = {"lora_A.weight": "A", "lora_B.weight": "B", "miss_block": "b"}
+    ours = {"lora_A": "A", "lora_B": "B", "lora_E": "E", "miss_block": "b"}
     found: dict[_Place, dict[str, list[np.ndarray]]] = {}
     for module, tensors in stored.modules.items():
         variables = found.setdefault(place_of(module)[1], {})
         for name, value in tensors.items():
-            variables.setdefault(ours[name], []).append(value)
+            own = ours[name.removesuffix(".weight")]
+            # PEFT has E as a column.
+            variables.setdefault(own, []).append(value[:, 0] if own == "E" else value)
     return {
         place: {name: np.stack(values) for name, values in variables.items()}
         for place, variables in found.items()

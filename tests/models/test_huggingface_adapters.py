@@ -69,6 +69,9 @@ SPECS = {
     "miss": AdapterSpec("miss", rank=3),
     "bone": AdapterSpec("bone", rank=4),
     "randlora": AdapterSpec("randlora", rank=3, seed=7),
+    "adalora": AdapterSpec("adalora", rank=3, alpha=40.0),
+    "increlora": AdapterSpec("increlora", rank=3, alpha=40.0),
+    "gated": AdapterSpec("gated", rank=3, alpha=40.0),
 }
 
 
@@ -187,6 +190,23 @@ def test_we_compute_the_logits_of_peft(base, tmp_path, form):
     np.testing.assert_allclose(model(jnp.asarray(TOKENS)), expected, atol=2e-5)
 
 
+@pytest.mark.filterwarnings("ignore")  # of PEFT and torch
+@pytest.mark.parametrize("form", ["rslora", "adalora", "bat"])
+def test_training_continues_what_peft_has_written(base, tmp_path, form):
+    directory, expected = saved_by_peft(base, tmp_path, form)
+    stored = read_adapter(directory, CONFIG)
+    fields = adapter_fields(stored.config, CONFIG)
+    where = [f"blocks/*/{name}" for name in fields.pop("names")]
+    model = adapt(read_model(base)[0], AdapterSpec(**fields), where=where)
+    for (part, name), arrays in adapter_arrays(stored).items():
+        adapter = getattr(getattr(model.blocks, part), name).adapter
+        for variable, value in arrays.items():
+            own = getattr(adapter, variable)
+            assert own.shape == value.shape
+            own[...] = jnp.asarray(value)
+    np.testing.assert_allclose(model(jnp.asarray(TOKENS)), expected, atol=2e-5)
+
+
 @pytest.fixture(scope="module")
 def ours(base, tmp_path_factory):
     """A directory of ours: LoRA on q in both layers."""
@@ -275,6 +295,7 @@ def test_what_has_no_counterpart_is_refused(base, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"peft_type": "ADALORA", "rank_pattern": {"x": []}}, r"ranks of this adapter are pruned"),
         ({"peft_type": "RANDLORA"}, r"form RANDLORA can be merged into its base, but not trained"),
         ({"layers_to_transform": [1]}, r"q_proj is adapted in 1 of 2 layers; expected all"),
         ({"alpha_pattern": {r"layers\.1.*": 2}}, r"ranks or scales of projections differ"),

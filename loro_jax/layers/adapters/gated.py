@@ -11,6 +11,7 @@ from flax import nnx
 from loro_jax.layers.adapters.adapter import Adapter
 from loro_jax.layers.adapters.spec import AdapterSpec
 from loro_jax.layers.kernels import product
+from loro_jax.linalg.precision import at_least_float32
 from loro_jax.lowrank import initialise
 
 Array = jax.Array
@@ -53,6 +54,12 @@ class Gated(Adapter):
     def weight(self, W: Array) -> Array:
         """Returns s B diag(g) A."""
         return self.scale * product(self.B[...] * self._gate()[..., None, :], self.A[...])
+
+    def factors(self) -> tuple[Array, Array]:
+        """Returns s B diag(g) and A, in float32 or wider."""
+        dtype = at_least_float32(self.B[...].dtype)
+        B, A, g = (v.astype(dtype) for v in (self.B[...], self.A[...], self._gate()))
+        return self.scale * B * g[..., None, :], A
 
     def _gate(self) -> Array:
         return getattr(self, self.gates)[...]
