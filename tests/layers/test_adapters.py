@@ -20,6 +20,7 @@ from loro_jax.layers.adapters import (
 from loro_jax.layers.common import Fixed, ProjectionSpec
 from loro_jax.layers.dense import Dense
 from loro_jax.layers.low_rank import LowRankLinear
+from tests.conftest import ROOT
 
 SPEC = AdapterSpec(rank=2)
 
@@ -211,6 +212,8 @@ def test_adapters_are_not_stacked_on_adapters():
 
 
 def test_every_kind_documents_itself():
-    for kind in ADAPTERS.values():
+    readme = (ROOT / "loro_jax" / "layers" / "README.md").read_text(encoding="utf-8")
+    for name, kind in ADAPTERS.items():
         assert issubclass(kind, Adapter)
         assert "dW" in kind.__doc__
+        assert f"| `{name}` | " in readme.partition("## Adapters")[2]

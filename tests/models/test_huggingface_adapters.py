@@ -110,6 +110,22 @@ def test_what_is_written_is_read(base, tmp_path, kind):
             np.testing.assert_allclose(fields["alpha"], 8.0)
 
 
+def test_it_is_written_and_read_in_16_bits(base, tmp_path):
+    model = adapted(base, SPECS["lora"])
+    sizes = [
+        write_adapter(model, tmp_path / dtype, dtype=dtype) for dtype in ("float32", "bfloat16")
+    ]
+    assert sizes[0] == 2 * sizes[1]
+    merged, _ = read_model(base)
+    merge_stored_adapter(merged, tmp_path / "bfloat16")
+    expected = np.asarray(model(jnp.asarray(TOKENS)))
+    np.testing.assert_allclose(merged(jnp.asarray(TOKENS)), expected, atol=0.05)
+    with pytest.raises(CheckpointError, match="exists already"):
+        write_adapter(model, tmp_path / "bfloat16")
+    with pytest.raises(CheckpointError, match="dtype must be one of float32, float16"):
+        write_adapter(model, tmp_path / "int8", dtype="int8")
+
+
 def of_peft(peft):
     lora = {"r": 4, "lora_alpha": 6}
     adalora = {"init_r": 5, "target_r": 2, "total_step": 10, "lora_alpha": 60}

@@ -195,7 +195,6 @@ def test_fields_of_adapters_need_a_kind(tmp_path):
     ("field", "message"),
     [
         ("adapter.alpha=8.0", r"alpha: adapters of kind 'miss' do not use it; .* among lora"),
-        ("adapter.init_from=none", r"init_from = 'none' needs its base in config.init_from"),
         ("method_options.b_ratio=16.0", r"b_ratio = 16.0: adapters of kind 'miss' have no factors"),
     ],
 )

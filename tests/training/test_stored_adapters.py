@@ -1,6 +1,7 @@
 """Adapters of runs as directories in PEFT's format: written, started from, and merged on load."""
 
 import json
+import shutil
 
 import jax.numpy as jnp
 import numpy as np
@@ -78,6 +79,12 @@ def test_a_run_starts_from_an_adapter(base, tuned, adapter, tmp_path):
     config, _, state = load_state(tmp_path / "run")
     assert (config.adapter.kind, config.adapter.rank, config.adapter.alpha) == ("lora", 6, 6.0)
     assert state.params["blocks"]["attention"]["q"]["adapter"]["B"].shape[-1] == 6
+    # The same command resumes it; from its last checkpoint.
+    shutil.rmtree(tmp_path / "run" / "checkpoints" / "6")
+    status, output = tune(base, tmp_path / "run", **changes)
+    assert status == 0, output
+    assert "from step 3" in output
+    assert "with the adapters" not in output
     # Written again, it is the same adapter.
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "again"), "--adapter"]) == 0
     model, _ = read_model(base[0])
@@ -154,6 +161,13 @@ def test_fields_that_do_not_fit_an_adapter_are_refused(base, adapter, tmp_path, 
     status, output = runs.run(*given, *flags)
     assert status == 1
     assert message in output
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_adapter_needs_its_base(tmp_path):
+    status, output = runs.run("--config.adapter.init_from=none", f"--workdir={tmp_path / 'run'}")
+    assert status == 1
+    assert "init_from = 'none' needs its base in config.init_from, which is None" in output
     assert not (tmp_path / "run").exists()
 
 
