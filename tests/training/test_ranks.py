@@ -79,15 +79,16 @@ def test_ranks_are_chosen_while_adapters_train(method):
         assert counts[1] == 8
         assert counts[-1] == 8
         return
-    assert live == counts
     if method == "adalora":
-        # The budget at steps 2, 4, 6 and 8, and after the last change; between two prunes all.
-        expected = {t: int(8 + 8 * (1 - (t - 1) / 7) ** 3) for t in (2, 4, 6, 8)}
-        assert {t: live[t] for t in expected} == expected
-        assert live[1] == live[3] == RANKS
-        assert live[9:] == [8] * 3
-    else:
-        assert live[-1] < live[0] == RANKS
+        # The budget at steps 2, 4, 6 and 8, and its target; between two prunes all are trained.
+        for t in (2, 4, 6, 8):
+            assert live[t] == live[t + 1] == counts[t] == int(8 + 8 * (1 - (t - 1) / 7) ** 3)
+        assert live[:2] == counts[:2] == [RANKS] * 2
+        assert counts[3] == RANKS
+        assert live[9:] == counts[9:] == [8] * 3
+        return
+    assert live == counts
+    assert live[-1] < live[0] == RANKS
     if method == "codyra":
         assert live[6] == RANKS
 
