@@ -69,6 +69,8 @@ SPECS = {
     "miss": AdapterSpec("miss", rank=3),
     "bone": AdapterSpec("bone", rank=4),
     "randlora": AdapterSpec("randlora", rank=3, seed=7),
+    "gated": AdapterSpec("gated", rank=3),
+    "adalora": AdapterSpec("adalora", rank=3),
 }
 
 
