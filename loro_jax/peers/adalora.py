@@ -48,12 +48,14 @@ class AdaLoraState(NamedTuple):
 
     Attributes:
         count: steps taken, int32 scalar.
+        kept: ranks that the last prune has kept, of all adapters; all of them before, int32 scalar.
         mean: average sensitivities of B, A and E, in trees like the parameters.
         spread: averages of their deviations.
         inner: state of the optimizer.
     """
 
     count: Array  # type: ignore[assignment]  # shadows tuple.count, as in Optax
+    kept: Array
     mean: Any
     spread: Any
     inner: Any
@@ -140,8 +142,14 @@ def adalora(
     def init(params: Any) -> AdaLoraState:
         adapters = adapters_of(params, "adalora")
         zeros = adapters.only(jax.tree.map(jnp.zeros_like, params))
-        count = jnp.zeros([], jnp.int32)
-        return AdaLoraState(count, zeros, jax.tree.map(jnp.copy, zeros), inner.init(params))
+        total = sum(one.E.size for one in adapters.take(params))
+        return AdaLoraState(
+            jnp.zeros([], jnp.int32),
+            jnp.asarray(total, jnp.int32),
+            zeros,
+            jax.tree.map(jnp.copy, zeros),
+            inner.init(params),
+        )
 
     def update(
         grads: Any, state: AdaLoraState, params: Any = None, **extra: Any
@@ -168,11 +176,11 @@ def adalora(
         updates, inner_state = inner.update(
             adapters.put(grads, gradients), state.inner, params, **extra
         )
-        kept, due = budget.at(state.count)
+        allowed, due = budget.at(state.count)
         # Scores are only computed when they are needed.
         live = jax.lax.cond(
             due,
-            lambda: live_ranks(scores(means, spreads), kept),
+            lambda: live_ranks(scores(means, spreads), allowed),
             lambda: [jnp.ones(one.E.shape, bool) for one in own],
         )
         moves = [
@@ -181,7 +189,8 @@ def adalora(
         ]
         count = optax.safe_increment(state.count)
         mean, spread = adapters.put(state.mean, means), adapters.put(state.spread, spreads)
-        return adapters.put(updates, moves), AdaLoraState(count, mean, spread, inner_state)
+        kept = jnp.where(due, allowed, state.kept)
+        return adapters.put(updates, moves), AdaLoraState(count, kept, mean, spread, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
 

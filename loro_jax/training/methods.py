@@ -256,12 +256,12 @@ METHODS: dict[str, Method] = {
         options=optimizers.LiftOptions,
         periodic=True,
     ),
+    **ranks.METHODS,
     "full": Method(
         "the dense model, by AdamW or, with direction orthogonal, by Muon",
         _full,
         uses=("direction", "lr_scale"),
     ),
-    **ranks.METHODS,
 }
 
 

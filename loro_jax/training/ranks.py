@@ -132,13 +132,18 @@ def gates_of(config: Config, params: Any) -> list[Any]:
     ]
 
 
-def _budget_left(config: Config, options: AdaLoRAOptions) -> Maintenance:
+def _count_kept(config: Config, options: AdaLoRAOptions) -> Maintenance:
+    """Counts the ranks that the last prune has kept; others are trained until the next one."""
     if options.initial + options.final >= 1:
         raise ValueError(
             f"method_options.initial + method_options.final must be below 1, so that ranks are "
             f"pruned between, but are {options.initial} and {options.final}."
         )
-    return count_live(config, options)
+
+    def metrics(params: Any, opt_state: Any) -> dict[str, jax.Array]:
+        return {"live_ranks": opt_state.kept}
+
+    return Maintenance(metrics=metrics)
 
 
 METHODS: dict[str, Method] = {
@@ -147,7 +152,7 @@ METHODS: dict[str, Method] = {
         _adalora,
         uses=("lr_scale",),
         options=AdaLoRAOptions,
-        maintenance=_budget_left,
+        maintenance=_count_kept,
         adapter="adalora",
         merges=True,
     ),

@@ -34,8 +34,9 @@ class AdaLora(Gated):
     gates: ClassVar[str] = "E"
 
     def __init__(self, in_features: int, out_features: int, spec: AdapterSpec, rngs: nnx.Rngs):
+        asked = spec.initialiser if spec.absorbs else None
         B, A = initialise(
-            rngs.params(), out_features, in_features, spec.rank, spec.initialiser or "randn_0.02"
+            rngs.params(), out_features, in_features, spec.rank, asked or "randn_0.02"
         )
         self.B = nnx.Param(B.astype(spec.param_dtype))
         self.A = nnx.Param(A.astype(spec.param_dtype))

@@ -53,7 +53,14 @@ class Gated(Adapter):
 
     def weight(self, W: Array) -> Array:
         """Returns s B diag(g) A."""
-        return self.scale * product(self.B[...] * self._gate()[..., None, :], self.A[...])
+        return product(*self.factors())
+
+    def factors(self) -> tuple[Array, Array]:
+        """Returns s B diag(g) and A, in float32 or wider."""
+        B, A, g = (
+            v.astype(at_least_float32(v.dtype)) for v in (self.B[...], self.A[...], self._gate())
+        )
+        return self.scale * B * g[..., None, :], A
 
     def factors(self) -> tuple[Array, Array]:
         """Returns s B diag(g) and A, in float32 or wider."""
@@ -84,11 +91,11 @@ def live_factors(adapter: Gated) -> tuple[np.ndarray, np.ndarray]:
         >>> [factor.shape for factor in live_factors(adapter)]
         [(6, 1), (1, 8)]
     """
-    B, A, g = (np.asarray(v) for v in (adapter.B[...], adapter.A[...], adapter._gate()))
+    g, (B, A) = np.asarray(adapter._gate()), adapter.factors()
     if g.ndim != 1:
         raise ValueError(
             f"live_factors: expected the adapter of one layer, whose gates have the shape (r,), "
             f"but they have {g.shape}."
         )
     live = np.flatnonzero(g)
-    return adapter.scale * B[:, live] * g[live], A[live]
+    return np.asarray(B)[:, live], np.asarray(A)[live]
