@@ -258,6 +258,14 @@ METHODS: dict[str, Method] = {
         options=optimizers.GaLoreOptions,
         periodic=True,
     ),
+    "coso": Method(
+        "GaLore for tasks that follow each other, orthogonal to what earlier ones have used",
+        optimizers.make_coso,
+        uses=("exact_every",),
+        options=optimizers.CoSOOptions,
+        periodic=True,
+        next_task=tasks.coso_next_task,
+    ),
     "lift": Method(
         "AdamW on the entries of dense projections that are largest in a low-rank approximation",
         optimizers.make_lift,

@@ -13,6 +13,7 @@ import jax
 
 from loro_jax.fields import field
 from loro_jax.peers import osft
+from loro_jax.peers.coso import next_task as next_task_of_coso
 from loro_jax.training.adapters import at_path, factor_paths, with_leaves
 from loro_jax.training.registry import Maintenance
 
@@ -54,6 +55,12 @@ def osft_next_task(options: OSFTOptions, before: Any, fresh: Any) -> Any:
         high = {"U_high": parts.U_high, "S_high": parts.S_high, "Vt_high": parts.Vt_high}
         fixed = with_leaves(fixed, path, **high)
     return fresh._replace(params=params, fixed=fixed)
+
+
+def coso_next_task(options: Any, before: Any, fresh: Any) -> Any:
+    """Remembers the directions that the task has used; the optimizer begins anew otherwise."""
+    opt_state = next_task_of_coso(before.opt_state, options.threshold)
+    return fresh._replace(params=before.params, fixed=before.fixed, opt_state=opt_state)
 
 
 def _split_at(params: Any, fixed: Any, path: tuple[str, ...]) -> osft.Split:

@@ -84,6 +84,34 @@ def test_projections_in_parts_start_from_dense_runs_and_directories(runs_of, met
 
 
 @pytest.mark.slow
+def test_coso_remembers_a_task_and_moves_beside_it(runs_of):
+    options = {"method": "coso", "exact_every": 2, "method_options.threshold": 0.5}
+    first, output = runs_of("coso-1", init_from=runs_of("dense", method="full")[0], **options)
+    assert "next task" not in output
+    second, output = runs_of("coso-2", init_from=first, **options)
+    assert "as the next task" in output
+    (_, _, before), (_, _, after) = load_state(first), load_state(second)
+    assert not any(x.any() for x in jax.tree.leaves(before.opt_state.memory))
+    for group, names in (("attention", "qkvo"), ("mlp", ("gate", "up", "down"))):
+        for name in names:
+            old, new, M, number = (
+                np.asarray(tree["blocks"][group][name]["W"])
+                for tree in (
+                    before.params,
+                    after.params,
+                    after.opt_state.memory,
+                    after.opt_state.remembered,
+                )
+            )
+            assert (number > 0).all()
+            move = new - old
+            if M.shape[-2] != move.shape[-2]:  # the smaller side is the inputs'
+                move = np.swapaxes(move, -1, -2)
+            assert np.linalg.norm(move) > 0.01
+            np.testing.assert_allclose(np.swapaxes(M, -1, -2) @ move, 0, atol=1e-5)
+
+
+@pytest.mark.slow
 def test_osft_splits_its_weights_anew_for_the_next_task(runs_of):
     base, _ = runs_of("dense", method="full")
     first, _ = runs_of("osft-1", method="osft", init_from=base)
