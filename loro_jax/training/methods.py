@@ -318,19 +318,8 @@ def make_maintenance(config: Config) -> Maintenance:
     return method.maintenance(config, _options(method.options, config))
 
 
-def knows_tasks(config: Config) -> bool:
-    """Returns whether a run of a config's method, started from another one, begins a new task."""
-    return METHODS[config.method].next_task is not None
-
-
 def next_task(config: Config, before: Any, fresh: Any) -> Any:
-    """Returns the state in which a run begins, given that of a run of the task before.
-
-    Args:
-        config: the new run's config, of a method that :func:`knows_tasks`.
-        before: the last state of a run of the same method.
-        fresh: a new state.
-    """
+    """Returns the state at the beginning of a run, given that of the task before and a new one."""
     method = METHODS[config.method]
     assert method.next_task is not None  # checked by the caller
     return method.next_task(_options(method.options, config), before, fresh)

@@ -17,7 +17,7 @@ from loro_jax.layers.projections import IN_PARTS, arrays_of_weight, holds_a_weig
 from loro_jax.text.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from loro_jax.training.config import AdapterConfig, Config
 from loro_jax.training.growth import grown
-from loro_jax.training.methods import METHODS, knows_tasks, next_task
+from loro_jax.training.methods import METHODS, next_task
 from loro_jax.training.network import (
     adapter_spec,
     base_of,
@@ -232,7 +232,8 @@ def _start_from_run(config: Config, state: TrainState) -> tuple[TrainState, str]
             "'copied'."
         )
     # A fresh optimizer and the same method: the run that was is the task before this one.
-    begins_task = not copied and run.method == config.method and knows_tasks(config)
+    knows_tasks = METHODS[config.method].next_task is not None
+    begins_task = knows_tasks and run.method == config.method and not copied
     if copied:
         line += ", with its optimizer's state"
     if copied or begins_task:
