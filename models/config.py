@@ -159,12 +159,14 @@ class LlamaConfig:
 
     def _check_ranks(self) -> None:
         smallest = {group: min(map(min, self.shapes(group).values())) for group in GROUPS}
-        for group, limit in smallest.items():
-            rank = self.group_rank(group)
+        below = PROJECTIONS[self.projection].below_full_rank
+        for group, side in smallest.items():
+            rank, limit = self.group_rank(group), side - below
             if rank is not None and not 1 <= rank <= limit:
+                found = "one less than the smaller" if below else "the smaller"
                 raise ValueError(
-                    f"model.{group}_rank (or model.rank) must be between 1 and {limit}, the "
-                    f"smaller side of its projections, but is {rank}."
+                    f"model.{group}_rank (or model.rank) must be between 1 and {limit}, {found} "
+                    f"side of its projections, but is {rank}."
                 )
 
     @property

@@ -48,6 +48,8 @@ class LowRankLinear(TakesPlace):
     through_rank = True
     # Whether the function depends only on the product B A.
     linear = True
+    # Whether the rank must be below the smaller side, because other directions are held beside it.
+    below_full_rank = False
 
     def __init__(self, in_features: int, out_features: int, spec: ProjectionSpec, rngs: nnx.Rngs):
         assert spec.rank is not None  # make_projection chose this class by it

@@ -9,6 +9,9 @@ the others :class:`~loro_jax.layers.common.Fixed`. It defines ``linear``, ``thro
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection
+
+import jax
 from flax import nnx
 
 from loro_jax.layers.cola import ColaLinear
@@ -17,10 +20,13 @@ from loro_jax.layers.dense import Dense
 from loro_jax.layers.lora import LoraLinear
 from loro_jax.layers.lost import LostLinear
 from loro_jax.layers.low_rank import LowRankLinear
+from loro_jax.layers.osft import OsftLinear
 from loro_jax.layers.scaffold import ScaffoldColaLinear, ScaffoldLinear
 from loro_jax.layers.sltrain import SparseLowRankLinear
 from loro_jax.layers.sst import SstLinear
 from loro_jax.layers.switchlora import SwitchLoraLinear
+from loro_jax.peers.osft import Split, split
+from loro_jax.peers.sst import Spectral, decompose
 
 # Kinds of projections with a rank; without one, a projection is :class:`Dense`.
 PROJECTIONS: dict[str, type[LowRankLinear]] = {
@@ -31,9 +37,44 @@ PROJECTIONS: dict[str, type[LowRankLinear]] = {
     "sltrain": SparseLowRankLinear,
     "lost": LostLinear,
     "sst": SstLinear,
+    "osft": OsftLinear,
     "scaffold": ScaffoldLinear,
     "scaffold_cola": ScaffoldColaLinear,
 }
+
+
+# Kinds that hold all of any weight, in parts, and how these are made of one (..., m, n), given the
+# rank, by the names of their arrays.
+IN_PARTS = ("sst", "osft")
+_OF_WEIGHT: dict[frozenset[str], Callable[[jax.Array, int], Spectral | Split]] = {
+    frozenset(Spectral._fields): lambda W, rank: decompose(jax.random.key(0), W, rank),
+    frozenset(Split._fields): split,
+}
+
+
+def holds_a_weight(names: Collection[str]) -> bool:
+    """Returns whether these are the names of the arrays of one of :data:`IN_PARTS`."""
+    return frozenset(names) in _OF_WEIGHT
+
+
+def arrays_of_weight(names: Collection[str], W: jax.Array, rank: int) -> dict[str, jax.Array]:
+    """Makes the arrays of a projection that computes the same as a dense one.
+
+    Args:
+        names: the names of its arrays, for which :func:`holds_a_weight`.
+        W: the weight, (..., m, n); leading axes are layers.
+        rank: the projection's rank.
+
+    Returns:
+        The arrays, by name.
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> names = ("U_high", "S_high", "Vt_high", "B", "S", "A")
+        >>> arrays_of_weight(names, jnp.diag(jnp.array([3.0, 1.0])), rank=1)["S"].tolist()
+        [1.0]
+    """
+    return _OF_WEIGHT[frozenset(names)](W, rank)._asdict()
 
 
 def make_projection(

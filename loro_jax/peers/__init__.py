@@ -2,6 +2,7 @@
 
 from loro_jax.peers.adalora import adalora
 from loro_jax.peers.adarankgrad import adarankgrad
+from loro_jax.peers.coso import coso
 from loro_jax.peers.dct_adamw import dct_adamw
 from loro_jax.peers.fira import fira
 from loro_jax.peers.frugal import frugal
@@ -23,6 +24,7 @@ __all__ = [
     "adalora",
     "adarankgrad",
     "codyra",
+    "coso",
     "dct_adamw",
     "fira",
     "frugal",

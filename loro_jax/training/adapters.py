@@ -58,9 +58,9 @@ def relora_maintenance(config: Config, options: ReLoRAOptions) -> Maintenance:
         key = _key(config, step)
         mu, nu = opt_state.factors.mu, opt_state.factors.nu
         # A number for each projection: its draws do not depend on those of the others.
-        for number, path in enumerate(_adapters(params)):
-            own, weight = _at(params, path), _at(fixed, path)
-            moments = tuple((_at(m, path)["B"], _at(m, path)["A"]) for m in (mu, nu))
+        for number, path in enumerate(factor_paths(params)):
+            own, weight = at_path(params, path), at_path(fixed, path)
+            moments = tuple((at_path(m, path)["B"], at_path(m, path)["A"]) for m in (mu, nu))
             W, B, A, pruned = merge_and_restart(
                 jax.random.fold_in(key, number),
                 weight["W"],
@@ -71,9 +71,9 @@ def relora_maintenance(config: Config, options: ReLoRAOptions) -> Maintenance:
                 keep=options.keep,
                 pruning=options.pruning,
             )
-            params, fixed = _set(params, path, B=B, A=A), _set(fixed, path, W=W)
-            mu = _set(mu, path, B=pruned[0][0], A=pruned[0][1])
-            nu = _set(nu, path, B=pruned[1][0], A=pruned[1][1])
+            params, fixed = with_leaves(params, path, B=B, A=A), with_leaves(fixed, path, W=W)
+            mu = with_leaves(mu, path, B=pruned[0][0], A=pruned[0][1])
+            nu = with_leaves(nu, path, B=pruned[1][0], A=pruned[1][1])
         return params, fixed, _with_moments(opt_state, mu, nu)
 
     def after(step: jax.Array, params: Any, fixed: Any, opt_state: Any) -> tuple[Any, Any, Any]:
@@ -99,9 +99,9 @@ def switchlora_maintenance(config: Config, options: SwitchLoRAOptions) -> Mainte
     ) -> tuple[Any, Any, Any, Any]:
         key = _key(config, step)
         mu, nu = opt_state.factors.mu, opt_state.factors.nu
-        for number, path in enumerate(_adapters(params)):
-            own, rest, grad = _at(params, path), _at(fixed, path), _at(grads, path)
-            moments = tuple((_at(m, path)["B"], _at(m, path)["A"]) for m in (mu, nu))
+        for number, path in enumerate(factor_paths(params)):
+            own, rest, grad = at_path(params, path), at_path(fixed, path), at_path(grads, path)
+            moments = tuple((at_path(m, path)["B"], at_path(m, path)["A"]) for m in (mu, nu))
             state = SwitchState(
                 rest["W"],
                 own["B"],
@@ -124,9 +124,9 @@ def switchlora_maintenance(config: Config, options: SwitchLoRAOptions) -> Mainte
             # thaw. Thawing before Adam changes nothing, as only `hold` reads the counts.
             grad_B, grad_A = hold(grad["B"], grad["A"], frozen)
             frozen_B, frozen_A = thaw(frozen)
-            grads = _set(grads, path, B=grad_B, A=grad_A)
-            params = _set(params, path, B=B, A=A)
-            fixed = _set(
+            grads = with_leaves(grads, path, B=grad_B, A=grad_A)
+            params = with_leaves(params, path, B=B, A=A)
+            fixed = with_leaves(
                 fixed,
                 path,
                 W=W,
@@ -136,8 +136,8 @@ def switchlora_maintenance(config: Config, options: SwitchLoRAOptions) -> Mainte
                 frozen_B=frozen_B,
                 frozen_A=frozen_A,
             )
-            mu = _set(mu, path, B=moments[0][0], A=moments[0][1])
-            nu = _set(nu, path, B=moments[1][0], A=moments[1][1])
+            mu = with_leaves(mu, path, B=moments[0][0], A=moments[0][1])
+            nu = with_leaves(nu, path, B=moments[1][0], A=moments[1][1])
         return grads, params, fixed, _with_moments(opt_state, mu, nu)
 
     return Maintenance(before=before)
@@ -147,25 +147,25 @@ def sst_maintenance(config: Config, options: Any) -> Maintenance:
     """Keeps vectors at length 1 in every step; begins a new round every ``exact_every`` steps."""
 
     def constrain(params: Any, fixed: Any) -> Any:
-        for path in _adapters(params):
+        for path in factor_paths(params):
             params = _with_trained(params, path, constrained(_spectral(params, fixed, path)))
         return params
 
     def restart(step: jax.Array, params: Any, fixed: Any, opt_state: Any) -> tuple[Any, Any, Any]:
         key = _key(config, step)
-        for number, path in enumerate(_adapters(params)):
+        for number, path in enumerate(factor_paths(params)):
             state = _spectral(params, fixed, path)
             state = next_round(jax.random.fold_in(key, number), state)
             params = _with_trained(params, path, state)
-            fixed = _set(fixed, path, U=state.U, Vt=state.Vt, active=state.active)
+            fixed = with_leaves(fixed, path, U=state.U, Vt=state.Vt, active=state.active)
         # Moments of embedding, head and norms stay, and so does Adam's count.
         of_pairs = opt_state.factors
         zeros = jax.tree.map(jnp.zeros_like, (of_pairs.mu, of_pairs.nu))
         opt_state = _with_moments(opt_state, *zeros)
         mu, nu = opt_state.regular.mu, opt_state.regular.nu
-        for path in _adapters(params):
-            mu = _set(mu, path, S=jnp.zeros_like(_at(mu, path)["S"]))
-            nu = _set(nu, path, S=jnp.zeros_like(_at(nu, path)["S"]))
+        for path in factor_paths(params):
+            mu = with_leaves(mu, path, S=jnp.zeros_like(at_path(mu, path)["S"]))
+            nu = with_leaves(nu, path, S=jnp.zeros_like(at_path(nu, path)["S"]))
         regular = opt_state.regular._replace(mu=mu, nu=nu)
         return params, fixed, opt_state._replace(regular=regular)
 
@@ -184,12 +184,12 @@ def sst_maintenance(config: Config, options: Any) -> Maintenance:
 
 
 def _spectral(params: Any, fixed: Any, path: tuple[str, ...]) -> Spectral:
-    parts = {**_at(params, path), **_at(fixed, path)}
+    parts = {**at_path(params, path), **at_path(fixed, path)}
     return Spectral(**{name: parts[name] for name in Spectral._fields})
 
 
 def _with_trained(params: Any, path: tuple[str, ...], state: Spectral) -> Any:
-    return _set(params, path, S=state.S, B=state.B, A=state.A)
+    return with_leaves(params, path, S=state.S, B=state.B, A=state.A)
 
 
 def _key(config: Config, step: jax.Array) -> jax.Array:
@@ -202,24 +202,25 @@ def _with_moments(opt_state: Any, mu: Any, nu: Any) -> Any:
     return opt_state._replace(factors=opt_state.factors._replace(mu=mu, nu=nu))
 
 
-def _adapters(params: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
+def factor_paths(params: Any, path: tuple[str, ...] = ()) -> Iterator[tuple[str, ...]]:
     """Yields the paths of the dicts that contain B and A."""
     if {"B", "A"} <= params.keys():
         yield path
         return
     for name, value in params.items():
         if isinstance(value, dict):
-            yield from _adapters(value, (*path, name))
+            yield from factor_paths(value, (*path, name))
 
 
-def _at(tree: Any, path: tuple[str, ...]) -> Any:
+def at_path(tree: Any, path: tuple[str, ...]) -> Any:
+    """Returns the dict at a path of nested dicts."""
     for name in path:
         tree = tree[name]
     return tree
 
 
-def _set(tree: Any, path: tuple[str, ...], **leaves: Any) -> Any:
+def with_leaves(tree: Any, path: tuple[str, ...], **leaves: Any) -> Any:
     """Returns the tree with some leaves of the dict at a path replaced."""
     if not path:
         return tree | leaves
-    return tree | {path[0]: _set(tree[path[0]], path[1:], **leaves)}
+    return tree | {path[0]: with_leaves(tree[path[0]], path[1:], **leaves)}

@@ -141,7 +141,8 @@ class Config:
     init_optimizer: str = field(
         "fresh",
         one_of(("fresh", "copied")),
-        "with a run in init_from: a new optimizer state at step 0, or that run's, at its step",
+        "with a run in init_from: a new optimizer state at step 0, or that run's, at its step; "
+        "methods for several tasks (osft, coso) begin the next one with a new state",
     )
     batch_size: int = field(512, at_least(1), "sequences per optimizer step, on all devices")
     sequence_length: int = field(256, at_least(1), "tokens per sequence")

@@ -20,7 +20,7 @@ from loro_jax.errors import TrainingError
 from loro_jax.fields import check
 from loro_jax.peers.relora import jagged_schedule
 from loro_jax.schedules import warmup_cosine, with_restarts
-from loro_jax.training import adapters, optimizers, ranks
+from loro_jax.training import adapters, optimizers, ranks, tasks
 from loro_jax.training.adapter_fields import check_adapter_field
 from loro_jax.training.registry import Direction, Maintenance, Making, Method, Optimizer
 
@@ -179,6 +179,15 @@ METHODS: dict[str, Method] = {
         periodic=True,
         maintenance=adapters.sst_maintenance,
     ),
+    "osft": Method(
+        "AdamW on the weak singular directions of each weight; the strong ones are kept",
+        optimizers.adamw,
+        projection="osft",
+        uses=("lr_scale",),
+        options=tasks.OSFTOptions,
+        maintenance=tasks.osft_maintenance,
+        next_task=tasks.osft_next_task,
+    ),
     "lora": Method(
         "AdamW on factors added to a fixed weight",
         optimizers.adamw,
@@ -249,6 +258,14 @@ METHODS: dict[str, Method] = {
         options=optimizers.GaLoreOptions,
         periodic=True,
     ),
+    "coso": Method(
+        "GaLore for tasks that follow each other, orthogonal to what earlier ones have used",
+        optimizers.make_coso,
+        uses=("exact_every",),
+        options=optimizers.CoSOOptions,
+        periodic=True,
+        next_task=tasks.coso_next_task,
+    ),
     "lift": Method(
         "AdamW on the entries of dense projections that are largest in a low-rank approximation",
         optimizers.make_lift,
@@ -299,6 +316,13 @@ def make_maintenance(config: Config) -> Maintenance:
     if method.maintenance is None:
         return Maintenance()
     return method.maintenance(config, _options(method.options, config))
+
+
+def next_task(config: Config, before: Any, fresh: Any) -> Any:
+    """Returns the state at the beginning of a run, given that of the task before and a new one."""
+    method = METHODS[config.method]
+    assert method.next_task is not None  # checked by the caller
+    return method.next_task(_options(method.options, config), before, fresh)
 
 
 class MethodOptions(dict[str, Any]):

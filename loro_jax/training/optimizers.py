@@ -22,6 +22,7 @@ from loro_jax.fields import above, at_least, between, either, field, one_of
 from loro_jax.loro import loro
 from loro_jax.peers import (
     adarankgrad,
+    coso,
     dct_adamw,
     fira,
     frugal,
@@ -177,6 +178,24 @@ class FrugalOptions:
         "sign_sgd", one_of(REMAINDERS), "the step of the gradient's part outside of the subspace"
     )
     remainder_scale: float = field(1.0, at_least(0), "c, a factor on the step of that part")
+
+
+@dataclasses.dataclass
+class CoSOOptions:
+    """Options of CoSO."""
+
+    scale: float = field(1.0, at_least(0), "alpha, a factor on the steps of projected gradients")
+    sketch_rank: int = field(
+        100, at_least(1), "columns of the sketch that collects a task's gradients"
+    )
+    memory: float = field(
+        0.5, between(0, 1), "largest share of the smaller side whose directions are remembered"
+    )
+    threshold: float = field(
+        0.98,
+        above(0, most=1),
+        "share of the sketch's energy that the directions remembered after a task hold",
+    )
 
 
 @dataclasses.dataclass
@@ -411,6 +430,14 @@ def make_gradnormlorp(making: Making) -> Optimizer:
 def make_adarankgrad(making: Making) -> Optimizer:
     """Makes AdaRankGrad for the projections."""
     return adarankgrad(making.schedule, **_of_projected(making))
+
+
+def make_coso(making: Making) -> Optimizer:
+    """Makes CoSO for the projections."""
+    arguments = _of_projected(making)
+    # Between tasks, not within one.
+    del arguments["threshold"]
+    return coso(making.schedule, **arguments)
 
 
 def make_lift(making: Making) -> Optimizer:

@@ -82,6 +82,8 @@ class Method:
             ValueError for a config that does not allow them.
         periodic: whether it requires ``exact_every`` to be at least 1.
         maintenance: (config, options) -> changes around the optimizer's step; or None.
+        next_task: (options, state of another run of the method, new state) -> the state at
+            the beginning of the next of several tasks; None: the method does not know of tasks.
         adapters: which adapters it trains if ``config.adapter.kind`` names one: "" none, "pairs"
             those with factors B and A, "any" all of them.
         adapter: the kind of adapter that it trains always; None: it needs none.
@@ -98,6 +100,7 @@ class Method:
     schedule: Callable[[Config, optax.Schedule], optax.Schedule] | None = None
     periodic: bool = False
     maintenance: Callable[[Config, Any], Maintenance] | None = None
+    next_task: Callable[..., Any] | None = None
     adapters: str = ""
     adapter: str | None = None
     merges: bool = False

@@ -6,6 +6,7 @@ import dataclasses
 import shlex
 
 import jax
+import jax.numpy as jnp
 
 from loro_jax.memory import Footprint, count_bytes, count_parameters, footprint
 from loro_jax.text import Corpus
@@ -31,7 +32,14 @@ def corpus_ngrams(corpus: Corpus, vocab_size: int) -> NgramPerplexity | None:
 def run_footprint(config: Config) -> Footprint:
     """Counts parameters and bytes of a run by abstract evaluation."""
     state = jax.eval_shape(make_program(config).init)
-    return footprint(state.params, state.opt_state)
+    counted = footprint(state.params, state.opt_state)
+    # Fixed arrays take memory, too; indices are no parameters.
+    fixed = [x for x in jax.tree.leaves(state.fixed) if jnp.issubdtype(x.dtype, jnp.floating)]
+    return dataclasses.replace(
+        counted,
+        parameters=counted.parameters + count_parameters(fixed),
+        weight_bytes=counted.weight_bytes + count_bytes(state.fixed),
+    )
 
 
 def final_report(

@@ -13,10 +13,11 @@ from flax import nnx
 from loro_jax.errors import TrainingError
 from loro_jax.layers import merge
 from loro_jax.layers.adapters import absorb
+from loro_jax.layers.projections import IN_PARTS, arrays_of_weight, holds_a_weight
 from loro_jax.text.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from loro_jax.training.config import AdapterConfig, Config
 from loro_jax.training.growth import grown
-from loro_jax.training.methods import METHODS
+from loro_jax.training.methods import METHODS, next_task
 from loro_jax.training.network import (
     adapter_spec,
     base_of,
@@ -221,7 +222,7 @@ def _start_from_run(config: Config, state: TrainState) -> tuple[TrainState, str]
     line = f"starting from step {step} of {config.init_from}"
     if times > 1:
         line += f", its {run.model.num_layers} layers {times} times"
-    if _merges(config, run):
+    if _merges(config, run) or _is_converted(config, run):
         return _with_arrays(state, _merged_run(config, run, state, there)), line
     copied = config.init_optimizer == "copied"
     if copied and step >= config.steps:
@@ -230,8 +231,12 @@ def _start_from_run(config: Config, state: TrainState) -> tuple[TrainState, str]
             f"{config.init_from!r}, where the run would continue with config.init_optimizer = "
             "'copied'."
         )
+    # A fresh optimizer and the same method: the run that was is the task before this one.
+    knows_tasks = METHODS[config.method].next_task is not None
+    begins_task = knows_tasks and run.method == config.method and not copied
     if copied:
         line += ", with its optimizer's state"
+    if copied or begins_task:
         old, fresh = there, state
     else:
         # One structure for both, without the parts that stay as they are.
@@ -244,8 +249,26 @@ def _start_from_run(config: Config, state: TrainState) -> tuple[TrainState, str]
             f"config.init_from = {config.init_from!r}, a run of method {run.method!r}, does not "
             f"fit this run, of method {config.method!r}: {error}"
         ) from None
+    if begins_task:
+        line += ", as the next task"
+        new = next_task(config, new, state)
     placed = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), new, fresh)
-    return (placed if copied else placed._replace(opt_state=state.opt_state)), line
+    return (placed if fresh is state else placed._replace(opt_state=state.opt_state)), line
+
+
+def _is_converted(config: Config, run: Config) -> bool:
+    """Returns whether projections of a run become others that can hold any weight."""
+    kind = config.model_config.projection
+    return kind != run.model_config.projection and kind in IN_PARTS
+
+
+def _in_parts(arrays: Any, wanted: Any) -> Any:
+    """Returns a dense network's arrays in the parts of projections that hold a weight in parts."""
+    if not isinstance(arrays, dict):
+        return arrays
+    if arrays.keys() == {"W"} and holds_a_weight(wanted):
+        return arrays_of_weight(wanted, arrays["W"], wanted["B"].shape[-1])
+    return {name: _in_parts(value, wanted[name]) for name, value in arrays.items()}
 
 
 def _merges(config: Config, run: Config) -> bool:
@@ -281,21 +304,21 @@ def _merged_run(config: Config, run: Config, state: TrainState, there: TrainStat
     where = f"config.init_from = {config.init_from!r}, a run of method {run.method!r}"
     if config.init_optimizer == "copied":
         raise TrainingError(
-            f"{where}, has other adapters than this run: its optimizer's state does not fit; "
-            "expected config.init_optimizer = 'fresh'."
+            f"{where}, has other adapters or projections than this run: its optimizer's state does "
+            "not fit; expected config.init_optimizer = 'fresh'."
         )
     if config.model.num_layers != run.model.num_layers:
         raise TrainingError(
-            f"{where}, has {run.model.num_layers} layers; expected as many with adapters, but "
-            f"config.model.num_layers = {config.model.num_layers}."
+            f"{where}, has {run.model.num_layers} layers; expected as many for other adapters or "
+            f"projections, but config.model.num_layers = {config.model.num_layers}."
         )
     try:
         model = merge(without_adapters(merge_model(run, there.params, there.fixed)))
     except ValueError as error:
-        raise TrainingError(f"{where}, can't have adapters: {error}") from None
+        raise TrainingError(f"{where}, can't be converted: {error}") from None
     whole = joined(state.params, state.fixed)
-    found = nnx.to_pure_dict(nnx.state(model))
     wanted = base_of(whole)
+    found = _in_parts(nnx.to_pure_dict(nnx.state(model)), wanted)
     if jax.tree.map(jnp.shape, found) != jax.tree.map(jnp.shape, wanted):
         raise TrainingError(
             f"{where}, has projections that this run, of method {config.method!r}, does not have."

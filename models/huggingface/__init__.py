@@ -10,7 +10,8 @@ it was trained:
 
 and the other variables of its kind (``weight``: the frozen matrix of "lora"; ``values`` and
 ``columns`` of "sltrain"; ``W_s`` and ``channels`` of "lost"; ``U``, ``S``, ``Vt`` and ``active`` of
-"sst"). All other names are those of the merged form.
+"sst"; ``U_high``, ``S_high``, ``Vt_high`` and ``S`` of "osft"). All other names are those of the
+merged form.
 """
 
 from models.huggingface.errors import CheckpointError

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from loro_jax.layers.projections import arrays_of_weight, holds_a_weight
 from loro_jax.linalg.precision import at_least_float32
 from loro_jax.lowrank import from_dense
 from models.huggingface.casts import cast
@@ -56,7 +57,8 @@ def read_parameters(
     """Reads the parameters of a directory in the form that a model needs.
 
     A low-rank projection stored as a matrix is factorised by its truncated SVD; an adapter
-    (a matrix with factors) takes the stored matrix and keeps its own factors.
+    (a matrix with factors) takes the stored matrix and keeps its own factors; kinds that hold all
+    of a matrix in parts ("sst", "osft") are made of it.
 
     Args:
         directory: directory with ``config.json`` and safetensors.
@@ -126,7 +128,8 @@ def _checked(path: pathlib.Path, wanted: dict[str, Any]) -> tuple[Tensors, int]:
     for (part, name), theirs in PROJECTIONS.items():
         own = f"{layer_prefix(0)}{theirs}"
         stored, places = _stored(tensors, own), wanted["blocks"][part][name]
-        if stored == {"weight"} and ("W" in places or set(places) == {"B", "A"}):
+        converts = "W" in places or set(places) == {"B", "A"} or holds_a_weight(places)
+        if stored == {"weight"} and converts:
             continue  # shapes follow from the config, which the caller has compared
         if stored != {variable_name(variable) for variable in places}:
             raise CheckpointError(
@@ -170,9 +173,20 @@ def _projection(
         return fresh | {"W": stacked("W")}, []
     rank = places["B"].shape[-1]
     matrices = [read(f"{name}.weight", places["B"]) for name in names]
+    if holds_a_weight(places):
+        return _in_parts(matrices, rank, places), []
     pairs = [_factorise(W, rank, name) for W, name in zip(matrices, names, strict=True)]
     both = {variable: np.stack([factors[variable] for factors, _ in pairs]) for variable in places}
     return both, [error for _, error in pairs]
+
+
+def _in_parts(
+    matrices: Sequence[np.ndarray], rank: int, places: dict[str, Any]
+) -> dict[str, np.ndarray]:
+    """Makes the parts of stacked matrices, all of which they hold."""
+    stack = jnp.asarray(np.stack(matrices), at_least_float32(matrices[0].dtype))
+    parts = arrays_of_weight(places, stack, rank)
+    return {name: np.asarray(parts[name], like.dtype) for name, like in places.items()}
 
 
 def _factorise(W: np.ndarray, rank: int, name: str) -> tuple[dict[str, np.ndarray], LayerError]:

@@ -43,7 +43,9 @@ def assert_same(one, other):
 TOKENS = jnp.array(np.random.default_rng(0).integers(CONFIG.vocab_size, size=(2, 40)))
 
 
-@pytest.mark.parametrize("kind", [*KINDS, pytest.param("sst", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kind", [*KINDS, *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("sst", "osft"))]
+)
 def test_factors_come_back_bit_for_bit(kind, tmp_path):
     model = make(projection=kind)
     write_model(model, tmp_path / "out", keep_factors=True)
@@ -63,6 +65,7 @@ def test_factors_come_back_bit_for_bit(kind, tmp_path):
         {"projection": "switchlora"},
         {"projection": "sltrain"},
         pytest.param({"projection": "sst"}, marks=pytest.mark.slow),
+        pytest.param({"projection": "osft"}, marks=pytest.mark.slow),
         {"scope": "none", "rope_scaling": RopeScaling("llama3", 8.0, original_length=16)},
     ],
 )

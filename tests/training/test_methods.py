@@ -15,6 +15,7 @@ from loro_jax.planning.memory_table import held_by
 from loro_jax.training.config import Config
 from loro_jax.training.mesh import make_mesh
 from loro_jax.training.methods import METHODS, make_optimizer
+from loro_jax.training.report import run_footprint
 from loro_jax.training.step import compile_program, make_program
 from models import Batch, preset
 from tests.helpers import some_fast
@@ -222,6 +223,13 @@ def test_the_step_holds_what_is_counted_in_other_bases(train, method, options):
     held = held_by(run)
     arguments = compiled.memory_analysis().argument_size_in_bytes - count_bytes(batch())
     assert arguments == pytest.approx(held.weights + held.optimizer, rel=0.01)
+
+
+def test_the_report_counts_fixed_arrays():
+    for method in ("lora", "sst"):
+        counted, held = run_footprint(config(method)), held_by(config(method))
+        assert counted.parameters == held.total > held.trainable
+        assert counted.total_bytes == held.weights + held.gradients + held.optimizer
 
 
 def test_a_learning_rate_of_their_own_for_the_factors():
