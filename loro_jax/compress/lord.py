@@ -30,7 +30,18 @@ def from_outputs(W: np.ndarray, rank: int, moments: Moments | None) -> Pair:
     """
     assert moments is not None  # compress checked it
     C = moments.second
-    ridge = RIDGE * max(np.trace(C) / len(C), np.finfo(float).tiny)
-    outputs = W @ C @ W.T + ridge * (W @ W.T)
-    V = np.linalg.eigh((outputs + outputs.T) / 2)[1][:, ::-1][:, :rank]
+    n = len(C)
+    ridge = RIDGE * max(np.trace(C) / n, np.finfo(float).tiny)
+    C = C + ridge * np.eye(n)
+    if len(W) <= n:
+        V = _leading(W @ C @ W.T, rank)
+    else:
+        # The smaller problem: with C = L L^T, the eigenvectors are W L times those of L^T W^T W L.
+        WL = W @ np.linalg.cholesky(C)
+        V = np.linalg.qr(WL @ _leading(WL.T @ WL, rank))[0]
     return balanced(V, V.T @ W)
+
+
+def _leading(M: np.ndarray, count: int) -> np.ndarray:
+    """Returns the eigenvectors of a symmetric matrix with the largest eigenvalues, by columns."""
+    return np.linalg.eigh((M + M.T) / 2)[1][:, ::-1][:, :count]
