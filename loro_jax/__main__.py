@@ -42,6 +42,9 @@ COMMANDS = {
         "loro_jax.commands.weights",
         "import_main",
     ),
+    "compress": Command(
+        "make low-rank pairs of a dense LLaMA's projections", "loro_jax.commands.compress"
+    ),
     "tokenizer": Command(
         "train a tokenizer on your own text", "loro_jax.commands.tokenizer", networks=False
     ),

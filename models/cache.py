@@ -81,7 +81,8 @@ def empty_cache(config: LlamaConfig, batch_size: int, length: int, kind: str = "
     """
     if kind not in CACHES:
         raise ValueError(f"cache must be one of {', '.join(CACHES)}, but is {kind!r}.")
-    rank = config.group_rank("attn")
+    ranks = [config.projection_rank(name) for name in ("k", "v")]
+    rank = None if None in ranks else ranks[0]
     # Of a kind that adds other terms, the latent does not determine the output.
     if kind != "full" and (rank is None or not PROJECTIONS[config.projection].through_rank):
         found = "are dense" if rank is None else f"are of kind {config.projection!r}"
@@ -96,11 +97,11 @@ def empty_cache(config: LlamaConfig, batch_size: int, length: int, kind: str = "
             "expected cache=full."
         )
     heads = (config.num_layers, batch_size, config.kv_heads, length, config.head_size)
-    latents = (config.num_layers, batch_size, length, rank)
+    k_latents, v_latents = ((config.num_layers, batch_size, length, rank) for rank in ranks)
     zeros = functools.partial(jnp.zeros, dtype=jnp.dtype(config.dtype))
     return Cache(
-        keys=zeros(latents if kind == "latent" else heads),
-        values=zeros(heads if kind == "full" else latents),
+        keys=zeros(k_latents if kind == "latent" else heads),
+        values=zeros(heads if kind == "full" else v_latents),
     )
 
 

@@ -60,6 +60,12 @@ class LlamaConfig:
     rank: int = field(128, None, "rank of the low-rank projections")
     attn_rank: int | None = field(None, None, "rank of q, k, v, o; none: rank")
     mlp_rank: int | None = field(None, None, "rank of gate, up, down; none: rank")
+    ranks: str = field(
+        "",
+        None,
+        "ranks of single projections, such as q=64,k=32,down=0 (0: dense); the others have those "
+        "of their groups",
+    )
     projection: str = field(
         "low_rank",
         one_of(PROJECTIONS),
@@ -158,16 +164,42 @@ class LlamaConfig:
         self.rope_scaling.validate()
 
     def _check_ranks(self) -> None:
-        smallest = {group: min(map(min, self.shapes(group).values())) for group in GROUPS}
+        named = self._named_ranks()
+        self._check_named_ranks(named)
         below = PROJECTIONS[self.projection].below_full_rank
-        for group, side in smallest.items():
-            rank, limit = self.group_rank(group), side - below
+        for group in GROUPS:
+            rest = [min(shape) for name, shape in self.shapes(group).items() if name not in named]
+            if not rest:
+                continue
+            rank, limit = self.group_rank(group), min(rest) - below
             if rank is not None and not 1 <= rank <= limit:
                 found = "one less than the smaller" if below else "the smaller"
                 raise ValueError(
                     f"model.{group}_rank (or model.rank) must be between 1 and {limit}, {found} "
                     f"side of its projections, but is {rank}."
                 )
+
+    def _check_named_ranks(self, named: dict[str, int]) -> None:
+        shapes = self.shapes("attn") | self.shapes("mlp")
+        for name, rank in named.items():
+            if name not in shapes or not 0 <= rank <= min(shapes[name]):
+                limit = f" from 0 to {min(shapes[name])}" if name in shapes else ""
+                raise ValueError(
+                    f"model.ranks must be NAME=RANK,... with names among {', '.join(shapes)} and "
+                    f"ranks up to the smaller side{limit}, but is {self.ranks!r}."
+                )
+        if self.ranks and self.cross_layer:
+            raise ValueError(
+                f"model.ranks = {self.ranks!r} has no outputs that cross layers; expected "
+                f"model.cross_layer = 0, but it is {self.cross_layer}."
+            )
+
+    def _named_ranks(self) -> dict[str, int]:
+        """Parses ``ranks``; what is no rank is -1, which validation refuses."""
+        pairs = (one.partition("=") for one in self.ranks.split(",") if self.ranks)
+        return {
+            name.strip(): int(rank) if rank.strip().isdecimal() else -1 for name, _, rank in pairs
+        }
 
     @property
     def head_size(self) -> int:
@@ -194,11 +226,24 @@ class LlamaConfig:
         own = self.attn_rank if group == "attn" else self.mlp_rank
         return self.rank if own is None else own
 
-    def projection_spec(self, group: str) -> ProjectionSpec:
-        """Returns the specification of the projections of "attn" or "mlp"."""
+    def projection_rank(self, name: str) -> int | None:
+        """Returns the rank of a projection, such as "q" or "down"; None if it is dense.
+
+        Example:
+            >>> config = LlamaConfig(rank=8, ranks="k=4,down=0")
+            >>> [config.projection_rank(name) for name in ("q", "k", "down")]
+            [8, 4, None]
+        """
+        rank = self.group_rank("attn" if name in self.shapes("attn") else "mlp")
+        if rank is None:
+            return None
+        return self._named_ranks().get(name, rank) or None
+
+    def projection_spec(self, group: str, name: str | None = None) -> ProjectionSpec:
+        """Returns the specification of the projections of "attn" or "mlp", or of one of them."""
         return ProjectionSpec(
             kind=self.projection,
-            rank=self.group_rank(group),
+            rank=self.group_rank(group) if name is None else self.projection_rank(name),
             initialiser=self.initialiser,
             initializer_range=self.initializer_range,
             alpha=self.alpha,
@@ -213,7 +258,7 @@ class LlamaConfig:
 
     def dense(self) -> "LlamaConfig":
         """Returns the same architecture with dense projections."""
-        return dataclasses.replace(self, scope="none")
+        return dataclasses.replace(self, scope="none", ranks="")
 
 
 def _sizes(hidden: int, intermediate: int, heads: int, layers: int, vocab: int = 32000) -> dict:

@@ -122,7 +122,7 @@ def _make_projection(
     config: LlamaConfig, group: str, rngs: nnx.Rngs, name: str
 ) -> Dense | LowRankLinear:
     out_features, in_features = config.shapes(group)[name]
-    return make_projection(in_features, out_features, config.projection_spec(group), rngs)
+    return make_projection(in_features, out_features, config.projection_spec(group, name), rngs)
 
 
 class Block(nnx.Module):

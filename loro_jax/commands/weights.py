@@ -11,7 +11,7 @@ from loro_jax.command_line import Parser, failing_in_one_line
 from loro_jax.errors import TrainingError
 from loro_jax.text.tokenizers.tokenizer import Tokenizer
 from loro_jax.training.stored_adapter import export_adapter
-from loro_jax.training.trained import load_run
+from loro_jax.training.trained import load_run, run_config
 from models.huggingface import LayerError, read_model, write_model
 from models.huggingface.companions import read_companions, read_token_ids
 from models.huggingface.files import DTYPES, read_json
@@ -20,8 +20,9 @@ from models.llama import Llama
 
 _EXPORT = """Writes a run as a directory in Hugging Face's format.
 
-By default factors are merged: projections are dense, and any program that serves LLaMA can read
-them. With --keep_factors, B and A are stored for this library. To start a run from either, use
+SOURCE is a run directory, or a directory with factors that this library has written. By default
+factors are merged: projections are dense, and any program that serves LLaMA can read them. With
+--keep_factors, B and A are stored for this library. To start a run from either, use
 train.py --config.init_from=OUT.
 
 With --adapter only the adapters of a run are written, in PEFT's format, for the base that the run
@@ -46,7 +47,7 @@ Example:
 def export_main(arguments: Sequence[str]) -> int:
     """Runs ``python -m loro_jax export``; returns the exit status."""
     parser = Parser("python -m loro_jax export", _EXPORT)
-    parser.add_argument("source", metavar="RUN_DIR")
+    parser.add_argument("source", metavar="SOURCE")
     _add_writing(parser)
     parser.add_argument("--keep_factors", action="store_true", help="store B and A, not B A")
     parser.add_argument("--adapter", action="store_true", help="the adapters alone")
@@ -89,6 +90,9 @@ def _export(options: argparse.Namespace) -> None:
         return
     if options.base is not None:
         raise TrainingError("--base names the base of adapters; expected --adapter, too.")
+    if run_config(options.source) is None:
+        _merge(options)
+        return
     run = load_run(options.source, options.step)
     tokenizer = run.tokenizer
     files = tokenizer.files()
@@ -115,6 +119,25 @@ def _export_adapter(options: argparse.Namespace) -> None:
         options.source, options.out, step=options.step, base=options.base, dtype=options.dtype
     )
     print(f"adapters of step {step} of {options.source}: {total / 1e6:.1f} MB in {options.out}")
+
+
+def _merge(options: argparse.Namespace) -> None:
+    """Writes a directory in Hugging Face's format again, with its factors merged."""
+    if options.step is not None:
+        raise TrainingError(f"--step={options.step}: {options.source} is not a run directory.")
+    source = pathlib.Path(options.source)
+    model, _ = read_model(source)
+    config = source / "config.json"
+    total = write_model(
+        model,
+        options.out,
+        dtype=options.dtype or model.config.param_dtype,
+        keep_factors=options.keep_factors,
+        files=read_companions(source),
+        token_ids=read_token_ids(read_json(config), str(config)),
+        shard_bytes=options.shard_bytes,
+    )
+    print(f"{options.source}: {total / 1e6:.1f} MB in {options.out}")
 
 
 def _token_ids(tokenizer: Tokenizer) -> dict[str, int | list[int] | None]:

@@ -32,8 +32,8 @@ def flops_per_token(config: Config) -> float:
     tokens = config.batch_size * config.sequence_length / config.gradient_accumulation
     layer = 6.0 * L * queries  # scores and weighted values, 2 L D each forward, halved by the mask
     for group in ("attn", "mlp"):
-        spec = model.projection_spec(group)
-        for m, n in model.shapes(group).values():
+        for name, (m, n) in model.shapes(group).items():
+            spec = model.projection_spec(group, name)
             # Forward, and backward to the input and to the trained weights.
             if spec.rank is None:
                 layer += (4.0 if config.has_adapters else 6.0) * m * n

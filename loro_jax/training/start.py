@@ -53,9 +53,10 @@ _ARCHITECTURE = (
 def with_architecture(config: Config) -> Config:
     """Replaces the architecture of a config with that of the model in ``init_from``.
 
-    Rank, kind of projections and precision are kept; so is the number of layers if ``init_from`` is
-    a run directory, whose stack of layers is then repeated. A tokenizer called "init_from" becomes
-    the one there.
+    Rank, kind of projections and precision are kept, unless the directory has ranks that differ by
+    projection (``model.ranks``), which are then used. The number of layers is kept if ``init_from``
+    is a run directory, whose stack of layers is then repeated. A tokenizer called "init_from"
+    becomes the one there.
 
     Args:
         config: config of a run.
@@ -94,6 +95,8 @@ def with_architecture(config: Config) -> Config:
         except CheckpointError as error:
             raise TrainingError(f"config.init_from: {error}") from None
         names = list(_ARCHITECTURE)
+    # Ranks that differ by projection are what the directory consists of.
+    names += ["ranks"] if there.ranks and not config.model.ranks else []
     fields = {name: getattr(there, name) for name in names}
     return dataclasses.replace(config, model=dataclasses.replace(config.model, **fields))
 

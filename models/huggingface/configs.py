@@ -51,7 +51,7 @@ _FACTORED_FIELDS = (
     "initialiser",
 )
 # Added later; missing ones have their defaults.
-_OPTIONAL_FIELDS = ("scaffold_scale", "scaffold_block", "lost_gamma", "lost_channels")
+_OPTIONAL_FIELDS = ("scaffold_scale", "scaffold_block", "lost_gamma", "lost_channels", "ranks")
 
 
 def to_huggingface(config: LlamaConfig, dtype: str, factored: bool) -> dict[str, Any]:

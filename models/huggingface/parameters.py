@@ -125,6 +125,7 @@ def _checked(path: pathlib.Path, wanted: dict[str, Any]) -> tuple[Tensors, int]:
     config = from_huggingface(read_json(path / "config.json"), str(path / "config.json"))
     tensors = Tensors(path, config.tie_embeddings)
     _check(config, tensors, path)
+    varied = bool(config.ranks)
     for (part, name), theirs in PROJECTIONS.items():
         own = f"{layer_prefix(0)}{theirs}"
         stored, places = _stored(tensors, own), wanted["blocks"][part][name]
@@ -138,7 +139,7 @@ def _checked(path: pathlib.Path, wanted: dict[str, Any]) -> tuple[Tensors, int]:
             )
         for variable, like in sorted(places.items()):
             shape = tensors.shape(f"{own}.{variable_name(variable)}")
-            if shape != tuple(like.shape[1:]):
+            if _with_rank(shape, variable, like.shape[1:], varied) != tuple(like.shape[1:]):
                 raise CheckpointError(
                     f"{path}: {own}.{variable_name(variable)} has shape {shape}; expected "
                     f"{tuple(like.shape[1:])}."
@@ -162,7 +163,10 @@ def _projection(
 
     def stacked(variable: str) -> np.ndarray:
         like = places[variable]
-        return np.stack([read(f"{name}.{variable_name(variable)}", like) for name in names])
+        found = [read(f"{name}.{variable_name(variable)}", like) for name in names]
+        if variable in ("B", "A"):
+            found = [_padded(value, like.shape[1:]) for value in found]
+        return np.stack(found)
 
     # Stored in the form that is needed: nothing is converted. (All layers are alike: _check.)
     if _stored(tensors, names[0]) == {variable_name(variable) for variable in places}:
@@ -189,6 +193,12 @@ def _in_parts(
     return {name: np.asarray(parts[name], like.dtype) for name, like in places.items()}
 
 
+def _padded(value: np.ndarray, shape: Sequence[int]) -> np.ndarray:
+    """Pads a factor by zeros to the rank of the other layers, which leaves the product as it is."""
+    missing = [(0, size - own) for size, own in zip(shape, value.shape, strict=True)]
+    return np.pad(value, missing) if any(map(any, missing)) else value
+
+
 def _factorise(W: np.ndarray, rank: int, name: str) -> tuple[dict[str, np.ndarray], LayerError]:
     """Computes balanced factors of a matrix, and their truncation error."""
     # Factorised and compared in float32 or wider; only the results are rounded.
@@ -198,6 +208,16 @@ def _factorise(W: np.ndarray, rank: int, name: str) -> tuple[dict[str, np.ndarra
     error = float(jnp.linalg.norm(full - B @ A)) / size if size else 0.0
     factors = {"B": np.asarray(B, W.dtype), "A": np.asarray(A, W.dtype)}
     return factors, LayerError(name, W.shape, rank, error, zero=not W.any())
+
+
+def _with_rank(
+    shape: tuple[int, ...], variable: str, expected: Sequence[int], varied: bool
+) -> tuple[int, ...]:
+    """Returns the shape of a stored tensor, with the expected rank if a smaller one is allowed."""
+    axis = {"B": 1, "A": 0}.get(variable)
+    if not varied or axis is None or len(shape) != 2 or not 0 < shape[axis] <= expected[axis]:
+        return shape
+    return (shape[0], expected[1]) if axis else (expected[0], shape[1])
 
 
 def _expected(config: LlamaConfig) -> Iterator[tuple[str, Any]]:
@@ -234,11 +254,19 @@ def _check(config: LlamaConfig, tensors: Tensors, path: pathlib.Path) -> None:
             more = f" (and {len(names) - 1} more)" if len(names) > 1 else ""
             raise CheckpointError(f"{path}: {min(names)} is {what}{more}.")
     for name, like in expected.items():
-        if tensors.shape(name) != tuple(like.shape):
+        shape = _with_rank(tensors.shape(name), name[-1], like.shape, bool(config.ranks))
+        if shape != tuple(like.shape):
             raise CheckpointError(
                 f"{path}: {name} has shape {tensors.shape(name)}; config.json requires "
                 f"{tuple(like.shape)}."
             )
+        if name.endswith(".B") and config.ranks:
+            other = tensors.shape(f"{name[:-1]}A")
+            if tensors.shape(name)[1] != other[0]:
+                raise CheckpointError(
+                    f"{path}: {name} has shape {tensors.shape(name)}, but its A has shape {other}; "
+                    "expected one rank."
+                )
     # Indices of sparse entries and counters are whole numbers.
     floating = (n for n, like in expected.items() if jnp.issubdtype(like.dtype, jnp.floating))
     tensors.check_floating(floating)

@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Mapping
 
 import jax
+import numpy as np
 from flax import nnx
 
 from models.config import GROUPS
@@ -152,7 +153,23 @@ def _factors(model: Llama) -> _Tensors:
     for layer in range(model.config.num_layers):
         prefix = layer_prefix(layer)
         for (part, name), theirs in PROJECTIONS.items():
-            for variable, value in blocks[part][name].items():
-                yield f"{prefix}{theirs}.{variable_name(variable)}", value[layer]
+            own = {variable: value[layer] for variable, value in blocks[part][name].items()}
+            if model.config.ranks and set(own) == {"B", "A"}:
+                own = without_padding(own)
+            for variable, value in own.items():
+                yield f"{prefix}{theirs}.{variable_name(variable)}", value
         for ours, theirs in NORMS.items():
             yield f"{prefix}{theirs}.weight", blocks[ours]["scale"][layer]
+
+
+def without_padding(pair: dict[str, jax.Array]) -> dict[str, jax.Array]:
+    """Removes the last ranks of a pair B, A that are zero in both; at least one rank is kept.
+
+    Example:
+        >>> pair = {"B": jax.numpy.array([[1.0, 0.0]]), "A": jax.numpy.array([[2.0], [0.0]])}
+        >>> without_padding(pair)["A"].shape
+        (1, 1)
+    """
+    used = np.asarray(pair["B"]).any(axis=0) | np.asarray(pair["A"]).any(axis=1)
+    rank = int(np.flatnonzero(used)[-1]) + 1 if used.any() else 1
+    return {"B": pair["B"][:, :rank], "A": pair["A"][:rank]}

@@ -1,0 +1,230 @@
+"""Compression of a model: its dense projections become pairs."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from loro_jax.compress.calibration import input_moments
+from loro_jax.compress.methods import METHODS
+from loro_jax.compress.moments import Moments, output_error
+from loro_jax.compress.ranks import Ranks, fixed_ranks, proportional_ranks, threshold_ranks
+from loro_jax.errors import TrainingError
+from models.config import GROUPS
+from models.llama import Llama, LlamaConfig
+
+# Modules of a block by the groups of projections.
+_PARTS = {"attn": "attention", "mlp": "mlp"}
+
+
+class CompressedMatrix(NamedTuple):
+    """A matrix and its pair.
+
+    Attributes:
+        layer: its layer.
+        name: its projection, such as "q".
+        shape: (outputs, inputs).
+        rank: rank of the pair; None: it stays dense.
+        error: ``|W - B A| / |W|`` in the Frobenius norm.
+        output_error: the same of its outputs on the calibration text; None: there is no text.
+    """
+
+    layer: int
+    name: str
+    shape: tuple[int, int]
+    rank: int | None
+    error: float
+    output_error: float | None
+
+    @property
+    def parameters(self) -> int:
+        """Number of its parameters."""
+        m, n = self.shape
+        return m * n if self.rank is None else self.rank * (m + n)
+
+
+class Compressed(NamedTuple):
+    """A compressed model.
+
+    Attributes:
+        model: the model. In it, the layers of a projection have one rank: pairs of smaller ranks
+            are padded by zeros.
+        matrices: its matrices, layer by layer.
+    """
+
+    model: Llama
+    matrices: list[CompressedMatrix]
+
+
+def compress(
+    model: Llama,
+    method: str,
+    *,
+    keep: float | None = None,
+    rank: int | None = None,
+    tokens_NxL: np.ndarray | None = None,
+) -> Compressed:
+    """Replaces a model's dense projections by low-rank pairs.
+
+    Args:
+        model: a model with dense projections, in float32 or wider.
+        method: a key of :data:`METHODS`.
+        keep: fraction of the projections' parameters to keep, between 0 and 1.
+        rank: one rank for all matrices, instead of ``keep``.
+        tokens_NxL: calibration text, sequences of token ids; None: none.
+
+    Returns:
+        The new model and its matrices.
+
+    Raises:
+        TrainingError: if the projections are not dense, the method needs a text, or the fraction or
+            rank can't be met.
+
+    Example:
+        >>> config = LlamaConfig(64, 32, 48, num_layers=2, num_heads=4, scope="none")
+        >>> found = compress(Llama(config, nnx.Rngs(0)), "svd", keep=0.5)
+        >>> len(found.matrices), found.model.config.ranks
+        (14, 'q=8,k=8,v=8,o=8,gate=10,up=10,down=10')
+    """
+    _check(model.config, method, keep, rank, tokens_NxL)
+    config = model.config
+    weights = _weights(model)
+    ranks = _ranks(config, method, keep, rank, weights)
+    moments: Iterator[dict[str, Moments]] = iter(())
+    if tokens_NxL is not None:
+        moments = input_moments(model, tokens_NxL)
+    matrices: list[CompressedMatrix] = []
+    pairs: dict[str, list[tuple[np.ndarray, np.ndarray]]] = {
+        name: [] for name, found in ranks.items() if found is not None
+    }
+    for layer, inputs in itertools.zip_longest(range(config.num_layers), moments):
+        for name in ranks:
+            W = np.asarray(weights[name][layer], np.float64)
+            made, pair = _matrix(layer, name, W, ranks[name], method, (inputs or {}).get(name))
+            matrices.append(made)
+            if pair is not None:
+                dtype = np.dtype(weights[name].dtype)
+                pairs[name].append((pair[0].astype(dtype), pair[1].astype(dtype)))
+    return Compressed(_with_pairs(model, ranks, pairs), matrices)
+
+
+def _check(
+    config: LlamaConfig, method: str, keep: float | None, rank: int | None, tokens: Any
+) -> None:
+    if config.scope != "none":
+        raise TrainingError("the projections have factors already; expected a dense model.")
+    if METHODS[method].needs_text and tokens is None:
+        raise TrainingError(f"method {method!r} needs a calibration text, but there is none.")
+    if (keep is None) == (rank is None):
+        raise TrainingError("expected either keep or rank.")
+    if keep is not None and not 0 < keep < 1:
+        raise TrainingError(f"keep = {keep:g}: expected a fraction above 0 and below 1.")
+    if rank is not None and METHODS[method].by_spectrum:
+        raise TrainingError(f"method {method!r} chooses the ranks; expected keep, not rank.")
+    most = max(map(min, _shapes(config).values()))
+    if rank is not None and not 1 <= rank <= most:
+        raise TrainingError(
+            f"rank = {rank}: expected between 1 and {most}, the smaller side of the largest matrix."
+        )
+
+
+def _shapes(config: LlamaConfig) -> dict[str, tuple[int, int]]:
+    return config.shapes("attn") | config.shapes("mlp")
+
+
+def _weights(model: Llama) -> dict[str, jax.Array]:
+    """Returns the dense matrices of all layers, (layers, m, n), by projection."""
+    return {
+        name: getattr(getattr(model.blocks, _PARTS[group]), name).W[...]
+        for group in GROUPS
+        for name in model.config.shapes(group)
+    }
+
+
+def _ranks(
+    config: LlamaConfig,
+    method: str,
+    keep: float | None,
+    rank: int | None,
+    weights: dict[str, jax.Array],
+) -> Ranks:
+    shapes, layers = _shapes(config), config.num_layers
+    if rank is not None:
+        return fixed_ranks(rank, shapes, layers)
+    assert keep is not None  # _check
+    if not METHODS[method].by_spectrum:
+        return proportional_ranks(keep, shapes, layers)
+
+    def spectra() -> dict[str, list[np.ndarray]]:
+        return {
+            name: [np.linalg.svd(np.asarray(W), compute_uv=False) for W in stacked]
+            for name, stacked in weights.items()
+        }
+
+    return threshold_ranks(keep, shapes, layers, spectra)
+
+
+def _matrix(
+    layer: int,
+    name: str,
+    W: np.ndarray,
+    ranks: list[int] | None,
+    method: str,
+    moments: Moments | None,
+) -> tuple[CompressedMatrix, tuple[np.ndarray, np.ndarray] | None]:
+    """Makes the pair of one matrix, in float64."""
+    if ranks is None:
+        none = None if moments is None else 0.0
+        return CompressedMatrix(layer, name, W.shape, None, 0.0, none), None
+    B, A = METHODS[method].pair(W, ranks[layer], moments)
+    size = float(np.linalg.norm(W))
+    error = float(np.linalg.norm(W - B @ A)) / size if size else 0.0
+    of_outputs = None if moments is None else output_error(W, B @ A, moments)
+    return CompressedMatrix(layer, name, W.shape, ranks[layer], error, of_outputs), (B, A)
+
+
+def _with_pairs(
+    model: Llama, ranks: Ranks, pairs: dict[str, list[tuple[np.ndarray, np.ndarray]]]
+) -> Llama:
+    """Builds the model with pairs, stacked over layers and padded to the largest rank of each."""
+    most = {name: max(found) if found else 0 for name, found in ranks.items()}
+    config = dataclasses.replace(
+        model.config,
+        scope="all",
+        projection="low_rank",
+        rank=max(*most.values(), 1),
+        attn_rank=None,
+        mlp_rank=None,
+        ranks=",".join(f"{name}={rank}" for name, rank in most.items()),
+    )
+    abstract = nnx.eval_shape(lambda: Llama(config, nnx.Rngs(0)))
+    graphdef, state = nnx.split(abstract)
+    params = nnx.to_pure_dict(nnx.state(model))
+    dtype = jnp.dtype(config.param_dtype)
+    for group in GROUPS:
+        for name in config.shapes(group):
+            if ranks[name] is None:
+                continue
+            B, A = (
+                np.stack([_padded(pair[side], 1 - side, most[name]) for pair in pairs[name]])
+                for side in (0, 1)
+            )
+            params["blocks"][_PARTS[group]][name] = {
+                "B": jnp.asarray(B, dtype),
+                "A": jnp.asarray(A, dtype),
+            }
+    state.replace_by_pure_dict(params)
+    return nnx.merge(graphdef, state)
+
+
+def _padded(factor: np.ndarray, axis: int, rank: int) -> np.ndarray:
+    width = [(0, 0), (0, 0)]
+    width[axis] = (0, rank - factor.shape[axis])
+    return np.pad(factor, width)
