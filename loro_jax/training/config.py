@@ -8,13 +8,13 @@ prints them all.
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from loro_jax.errors import TrainingError
 from loro_jax.exact import BASES
 from loro_jax.exact import METHODS as METHODS_OF_EXACT_STEP
-from loro_jax.fields import Range, above, at_least, between, check, field, nested, one_of
+from loro_jax.fields import Range, above, at_least, between, check, either, field, nested, one_of
 from loro_jax.layers.adapters import ADAPTERS
 from loro_jax.layers.projections import PROJECTIONS
 from loro_jax.loro import MOMENTS_OF_BASIS
@@ -105,6 +105,9 @@ class AdapterConfig:
         at_least(1),
         "sequences of the training text from whose mean gradient adapters start (lora_sb)",
     )
+    density: float = field(
+        0.005, above(0, most=1), "share of a weight's entries that are trained (sltrain)"
+    )
     trained: str = field(
         "",
         None,
@@ -154,6 +157,9 @@ class Config:
     )
     initial_lr_ratio: float = field(0.1, between(0, 1), "first learning rate / peak")
     final_lr_ratio: float = field(0.1, between(0, 1), "last learning rate / peak")
+    decay: str = field(
+        "cosine", either("cosine", "linear"), "how the rate falls from its peak to the last one"
+    )
     restart_warmup_steps: int = field(
         5, at_least(0), "re-warm-up after each exact step, restart or merge; 0: none"
     )
@@ -240,10 +246,14 @@ class Config:
     def validate(self) -> None:
         """Raises TrainingError for an invalid value, naming the field and the expected values."""
         try:
-            for problem in _CHECKS:
+            for problem in self.checks():
                 problem(self)
         except ValueError as error:
             raise TrainingError(f"config.{error}") from None
+
+    def checks(self) -> Sequence[Callable[[Any], object]]:
+        """Returns the checks of a config; each raises ValueError for what is invalid."""
+        return CHECKS
 
     @property
     def short_warmup(self) -> int:
@@ -412,14 +422,20 @@ def _factors(config: Config) -> None:
         )
 
 
-# Checks of single fields, then of combinations; each raises ValueError.
-_CHECKS: tuple[Callable[[Config], object], ...] = (
-    _fields,
+# Checks of combinations of fields that runs of every kind have; each raises ValueError.
+SHARED_CHECKS: tuple[Callable[[Any], object], ...] = (
     check_options,
     _warmup_within_steps,
     _period,
     _direction_of_dense,
     _micro_batches,
+    make_schedule,
+)
+
+# Those of single fields come first.
+CHECKS: tuple[Callable[[Any], object], ...] = (
+    _fields,
+    *SHARED_CHECKS[:-1],
     _length,
     _network,
     _adapters,
@@ -453,7 +469,7 @@ def differences(stored: dict[str, Any], config: Config) -> list[str]:
     except ValueError as error:
         return [str(error)]
     # Fields that an earlier version lacked had their defaults in its runs.
-    defaults = Config()
+    defaults = type(config)()
     if stored.get("method") in METHODS and stored.get("direction", "adam") in DIRECTIONS:
         chosen = {name: stored[name] for name in ("method", "direction") if name in stored}
         defaults = dataclasses.replace(defaults, **chosen)
@@ -473,11 +489,15 @@ def differences(stored: dict[str, Any], config: Config) -> list[str]:
     ]
 
 
-def field_names() -> list[str]:
-    """Returns all dotted field names of a config, without ``--config.``."""
+def field_names(config: Config | None = None) -> list[str]:
+    """Returns all dotted field names of a config, without ``--config.``.
+
+    Args:
+        config: a config of the kind; None: that of a language model.
+    """
     options = {one.name for kind in kinds_of_options() for one in dataclasses.fields(kind)}
     of_group = [f"method_options.{name}" for name in sorted(options)]
-    return [*_flatten(dataclasses.asdict(Config())), *of_group]
+    return [*_flatten(dataclasses.asdict(config or Config())), *of_group]
 
 
 def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:

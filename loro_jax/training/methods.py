@@ -19,7 +19,7 @@ import optax
 from loro_jax.errors import TrainingError
 from loro_jax.fields import check
 from loro_jax.peers.relora import jagged_schedule
-from loro_jax.schedules import warmup_cosine, with_restarts
+from loro_jax.schedules import warmup_cosine, warmup_linear, with_restarts
 from loro_jax.training import adapters, optimizers, ranks
 from loro_jax.training.adapter_fields import check_adapter_field
 from loro_jax.training.registry import Direction, Maintenance, Making, Method, Optimizer
@@ -266,8 +266,9 @@ METHODS: dict[str, Method] = {
 
 
 def make_schedule(config: Config) -> optax.Schedule:
-    """Returns the learning-rate schedule of a run: warm-up, cosine, and re-warm-ups if needed."""
-    schedule = warmup_cosine(
+    """Returns the learning-rate schedule of a run: warm-up, decay, and re-warm-ups if needed."""
+    after_warmup = {"cosine": warmup_cosine, "linear": warmup_linear}
+    schedule = after_warmup[config.decay](
         config.learning_rate,
         config.steps,
         config.warmup_steps,
