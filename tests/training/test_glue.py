@@ -198,8 +198,8 @@ def test_a_run_starts_from_the_directory(given):
     config = config_of("loro_4_rte", given)
     inputs = GlueInputs(config)
     program = make_program(inputs.config)
-    state, line = inputs.start(jax.jit(program.init)())
-    assert "has no head" in line
+    state, (_, note) = inputs.start(jax.jit(program.init)())
+    assert "has no head" in note
     pairs = joined(state.params, state.fixed)["blocks"]["attention"]["query"]
     assert float(jnp.abs(pairs["adapter"]["B"]).min()) > 0
     batch = jax.tree.map(jnp.asarray, next(inputs.iterator(range(16))))
