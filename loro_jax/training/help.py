@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from loro_jax.fields import describe, help_lines
-from loro_jax.training.config import Config, field_names
+from loro_jax.training.config import Config
+from loro_jax.training.config_differences import field_names
 from loro_jax.training.glue_config import GlueRun
 from loro_jax.training.methods import DIRECTIONS, METHODS
 

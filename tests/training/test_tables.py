@@ -21,7 +21,8 @@ from loro_jax.layers.projections import PROJECTIONS
 from loro_jax.planning.flops import flops_per_token
 from loro_jax.study.report import Arm, Run, config_of
 from loro_jax.training import methods
-from loro_jax.training.config import Config, field_names
+from loro_jax.training.config import Config
+from loro_jax.training.config_differences import field_names
 from loro_jax.training.fields import parse_change
 from loro_jax.training.help import config_help
 from loro_jax.training.loop import train
