@@ -1,4 +1,4 @@
-"""Pretrains a low-rank LLaMA: one config in, one run directory out.
+"""Trains a low-rank LLaMA, or a RoBERTa on GLUE: one config in, one run directory out.
 
     python train.py                                       # an embedded corpus, minutes on two cores
     python train.py --config=configs/default.py:paper     # with the paper's settings
@@ -209,13 +209,15 @@ def _reason(error: Exception) -> str:
 
 
 def _unknown_field(name: str) -> str:
-    from loro_jax.training.config import field_names
+    from loro_jax.training.help import known_fields
     from loro_jax.training.renamed import old_name_message
 
     renamed = old_name_message(name)
     if renamed is not None:
         return renamed
-    known = field_names()
+    known = known_fields()
+    if name in known:
+        return f"the config has no field {name!r}; it is one of other runs, see --help"
     likely = difflib.get_close_matches(name, known, n=1) + [
         k for k in known if k.endswith(f".{name}")
     ]

@@ -67,6 +67,7 @@ COMMANDS = {
         "train an arm's learning rates and seeds together, small models on one device",
         "loro_jax.commands.sweep",
     ),
+    "glue": Command("tasks and methods of finished runs on GLUE", "loro_jax.commands.glue"),
     "stability": Command(
         "spikes of the loss and condition numbers of finished runs", "loro_jax.study.stability"
     ),

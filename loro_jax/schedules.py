@@ -72,20 +72,63 @@ def warmup_cosine(
         >>> [round(float(schedule(step)), 3) for step in (0, 10, 60, 110)]
         [0.1, 1.0, 0.55, 0.1]
     """
-    if not 0 <= warmup_steps <= total_steps:
-        raise ValueError(
-            f"warmup_cosine: warmup_steps must be between 0 and total_steps = {total_steps}, "
-            f"but is {warmup_steps}."
-        )
+    _check_warmup("warmup_cosine", total_steps, warmup_steps)
     # Optax requires at least one step, even if the whole run is a warm-up.
     decay_steps: float = max(total_steps - warmup_steps, 1)
     if is_never(total_steps):  # int32 would overflow
         decay_steps, warmup_steps = float(decay_steps), float(warmup_steps)  # type: ignore[assignment]
     decay = optax.cosine_decay_schedule(peak, decay_steps, alpha=final_ratio)
+    return _after_warmup(decay, peak, warmup_steps, initial_ratio)
+
+
+def warmup_linear(
+    peak: float,
+    total_steps: int,
+    warmup_steps: int,
+    initial_ratio: float = 0.0,
+    final_ratio: float = 0.0,
+) -> optax.Schedule:
+    """Returns a schedule of linear warm-up followed by linear decay.
+
+    Args:
+        peak: highest learning rate.
+        total_steps: length of the run.
+        warmup_steps: length of the warm-up, part of ``total_steps``.
+        initial_ratio: ratio of the first rate to the peak.
+        final_ratio: ratio of the last rate to the peak.
+
+    Returns:
+        A schedule.
+
+    Raises:
+        ValueError: if the warm-up is negative or longer than the run.
+
+    Example:
+        >>> schedule = warmup_linear(1.0, total_steps=110, warmup_steps=10)
+        >>> [round(float(schedule(step)), 3) for step in (0, 5, 10, 60, 110)]
+        [0.0, 0.5, 1.0, 0.5, 0.0]
+    """
+    _check_warmup("warmup_linear", total_steps, warmup_steps)
+    decay = optax.linear_schedule(peak, final_ratio * peak, max(total_steps - warmup_steps, 1))
+    return _after_warmup(decay, peak, warmup_steps, initial_ratio)
+
+
+def _check_warmup(name: str, total_steps: int, warmup_steps: int) -> None:
+    if not 0 <= warmup_steps <= total_steps:
+        raise ValueError(
+            f"{name}: warmup_steps must be between 0 and total_steps = {total_steps}, but is "
+            f"{warmup_steps}."
+        )
+
+
+def _after_warmup(
+    decay: optax.Schedule, peak: float, warmup_steps: int, initial_ratio: float
+) -> optax.Schedule:
+    """Returns a decay after a linear warm-up."""
     if warmup_steps == 0:
         return decay
-    # The joined cosine counts its steps from the end of the warm-up. (In the authors' code it is
-    # shifted by the length of the warm-up.)
+    # The joined decay counts its steps from the end of the warm-up. (In the authors' code the
+    # cosine is shifted by the length of the warm-up.)
     warmup = optax.linear_schedule(initial_ratio * peak, peak, warmup_steps)
     return optax.join_schedules([warmup, decay], [warmup_steps])
 

@@ -160,7 +160,7 @@ def test_named_flags_exist(command, capsys):
 
 @pytest.mark.parametrize("name", TEXTS)
 def test_named_fields_exist(name):
-    fields = importlib.import_module("loro_jax.training.config").field_names()
+    fields = importlib.import_module("loro_jax.training.help").known_fields()
     for line in in_code(TEXTS[name]):
         for field in re.findall(r"--config\.([\w.]+)", line):
             assert field in [*fields, "NAME"], f"{name}: --config.{field}"

@@ -4,6 +4,7 @@ import optax
 import pytest
 
 from loro_jax import warmup_cosine, with_restarts
+from loro_jax.schedules import warmup_linear
 
 both = chex.variants(with_jit=True, without_jit=True)
 
@@ -28,6 +29,15 @@ class SchedulesTest(chex.TestCase):
         assert float(self.variant(warmup_cosine(0.01, 100, 0))(0)) == pytest.approx(0.01)
 
     @both
+    def test_linear_decay_after_a_warmup(self):
+        schedule = self.variant(warmup_linear(0.01, 1_000, 200, initial_ratio=0.1))
+        found = [float(schedule(step)) for step in (0, 100, 200, 600, 1_000)]
+        np.testing.assert_allclose(found, [0.001, 0.0055, 0.01, 0.005, 0], atol=1e-7)
+        whole = self.variant(warmup_linear(0.01, 1_000, 0, final_ratio=0.1))
+        found = [float(whole(step)) for step in (0, 500, 1_000)]
+        np.testing.assert_allclose(found, [0.01, 0.0055, 0.001], atol=1e-7)
+
+    @both
     def test_restarts_climb_back_to_the_schedule_after_each_exact_step(self):
         base = optax.linear_schedule(1.0, 0.0, 1_000)
         schedule = self.variant(with_restarts(base, every=50, warmup_steps=5))
@@ -48,6 +58,7 @@ class SchedulesTest(chex.TestCase):
     [
         lambda: warmup_cosine(0.1, 10, 11),
         lambda: warmup_cosine(0.1, 10, -1),
+        lambda: warmup_linear(0.1, 10, 11),
         lambda: with_restarts(0.1, 0),
         lambda: with_restarts(0.1, 5, -1),
     ],

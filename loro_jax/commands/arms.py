@@ -13,6 +13,7 @@ from loro_jax.study.budgets import BUDGETS, with_equal_compute
 from loro_jax.study.report import Arm
 from loro_jax.training.config import METHODS, Config
 from loro_jax.training.fields import apply_changes, parse_change, set_field
+from loro_jax.training.tasks import check_language
 
 
 def add_arm_options(parser: argparse.ArgumentParser, methods: str, out: str) -> None:
@@ -57,6 +58,7 @@ def read_arms(options: argparse.Namespace) -> tuple[Config, list[Arm], list[int]
     except ValueError:
         raise TrainingError(f"--seeds={options.seeds}: expected whole numbers.") from None
     base = load_config(options.config, options.set)
+    check_language(base, f"CONFIG = {options.config!r}")
     arms = parse_arms(options.methods, options.arm, base)
     if not arms:
         raise TrainingError("--arm: expected at least one arm, here or in --methods.")

@@ -9,7 +9,9 @@ from collections.abc import Iterator, Sequence
 
 from loro_jax.command_line import Parser, failing_in_one_line
 from loro_jax.errors import TrainingError
+from loro_jax.glue import TASKS, PairTokenizer
 from loro_jax.text.tokenizers.tokenizer import Tokenizer
+from loro_jax.training.glue_trained import is_classifier, load_classifier
 from loro_jax.training.stored_adapter import export_adapter
 from loro_jax.training.trained import load_run, run_config
 from models.huggingface import LayerError, read_model, write_model
@@ -17,13 +19,14 @@ from models.huggingface.companions import read_companions, read_token_ids
 from models.huggingface.files import DTYPES, read_json
 from models.huggingface.writing import SHARD_BYTES, zero_matrices
 from models.llama import Llama
+from models.roberta import write_roberta
 
 _EXPORT = """Writes a run as a directory in Hugging Face's format.
 
 SOURCE is a run directory, or a directory with factors that this library has written. By default
 factors are merged: projections are dense, and any program that serves LLaMA can read them. With
 --keep_factors, B and A are stored for this library. To start a run from either, use
-train.py --config.init_from=OUT.
+train.py --config.init_from=OUT. A run on GLUE becomes a RoBERTa with its head.
 
 With --adapter only the adapters of a run are written, in PEFT's format, for the base that the run
 started from. To start a run from them, use train.py --config.adapter.init_from=OUT.
@@ -85,11 +88,14 @@ def _add_writing(parser: Parser) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
+    if options.base is not None and not options.adapter:
+        raise TrainingError("--base names the base of adapters; expected --adapter, too.")
+    if is_classifier(options.source):
+        _export_classifier(options)
+        return
     if options.adapter:
         _export_adapter(options)
         return
-    if options.base is not None:
-        raise TrainingError("--base names the base of adapters; expected --adapter, too.")
     if run_config(options.source) is None:
         _merge(options)
         return
@@ -138,6 +144,27 @@ def _merge(options: argparse.Namespace) -> None:
         shard_bytes=options.shard_bytes,
     )
     print(f"{options.source}: {total / 1e6:.1f} MB in {options.out}")
+
+
+def _export_classifier(options: argparse.Namespace) -> None:
+    if options.keep_factors or options.adapter:
+        given = "--keep_factors" if options.keep_factors else "--adapter"
+        raise TrainingError(
+            f"{given}: {options.source} is a run on GLUE, whose adapters are merged; expected no "
+            f"{given}."
+        )
+    run = load_classifier(options.source, options.step)
+    source, tokenizer = pathlib.Path(run.tokenizer), PairTokenizer(run.tokenizer)
+    total = write_roberta(
+        run.model,
+        options.out,
+        dtype=options.dtype or run.config.model.param_dtype,
+        labels=TASKS[run.config.task].labels or None,
+        files=read_companions(source if source.is_dir() else source.parent),
+        token_ids={"bos_token_id": tokenizer.first_id, "eos_token_id": tokenizer.last_id},
+        shard_bytes=options.shard_bytes,
+    )
+    print(f"step {run.step} of {options.source}: {total / 1e6:.1f} MB in {options.out}")
 
 
 def _token_ids(tokenizer: Tokenizer) -> dict[str, int | list[int] | None]:

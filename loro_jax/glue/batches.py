@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from loro_jax.errors import TrainingError
 from loro_jax.glue.config import GlueConfig
 from loro_jax.glue.encoding import Encoded, PairTokenizer
 from loro_jax.glue.reading import read_rows
@@ -57,7 +56,7 @@ class GlueData(NamedTuple):
 
 
 class Rows(NamedTuple):
-    """Some rows of a batch, NumPy arrays.
+    """Some rows of a batch, NumPy or JAX arrays.
 
     Attributes:
         ids: int32 (b, L), padded.
@@ -67,50 +66,47 @@ class Rows(NamedTuple):
         numbers: of the rows within all batches so far, uint32 (b,).
     """
 
-    ids: np.ndarray
-    mask: np.ndarray
-    labels: np.ndarray
-    weights: np.ndarray
-    numbers: np.ndarray
+    ids: Any
+    mask: Any
+    labels: Any
+    weights: Any
+    numbers: Any
 
 
-def load_data(config: GlueConfig, task: Task, tokenizer: PairTokenizer, longest: int) -> GlueData:
+def load_data(
+    config: GlueConfig, task: Task, tokenizer: PairTokenizer, max_length: int
+) -> GlueData:
     """Reads and encodes all splits of a task.
 
     Args:
-        config: the config's part about GLUE.
+        config: the config's part about tables.
         task: the task.
         tokenizer: the tokenizer.
-        longest: the most tokens that the model accepts.
+        max_length: most tokens of a row; longer ones are cut.
 
     Returns:
         The encoded splits.
 
     Raises:
-        TrainingError: as :func:`loro_jax.glue.reading.read_rows`, or if ``max_length`` is more than
-            the model accepts.
+        TrainingError: as :func:`loro_jax.glue.reading.read_rows`.
     """
-    if config.max_length > longest:
-        raise TrainingError(
-            f"config.glue.max_length = {config.max_length} is more than the {longest} tokens that "
-            f"the model has positions for."
-        )
     splits: list[Split] = []
     notes: list[str] = []
     seen = hashlib.sha256(tokenizer.fingerprint.encode())
     for name in ("train", *task.validation):
         read = read_rows(task, config.source, name, config.data_dir)
-        rows = tokenizer.encode(read.texts, config.max_length)
+        rows = tokenizer.encode(read.texts, max_length)
         for array in (rows.ids, rows.starts, read.labels):
             seen.update(array.tobytes())
         splits.append(Split(name, rows, read.labels))
         notes += read.notes
     train, *validation = splits
+    longest = max(int(split.rows.lengths.max()) for split in splits)
     return GlueData(
         task,
         train,
         tuple(validation),
-        _lengths(config, max(int(split.rows.lengths.max()) for split in splits)),
+        _lengths(longest, config.buckets, max_length),
         tokenizer.pad_id,
         tokenizer.vocab_size,
         seen.hexdigest()[:16],
@@ -118,13 +114,15 @@ def load_data(config: GlueConfig, task: Task, tokenizer: PairTokenizer, longest:
     )
 
 
-def _lengths(config: GlueConfig, longest: int) -> tuple[int, ...]:
-    """Returns the lengths that batches are padded to: the longest row's, its half, ..."""
-    halves = {
-        min(-(-longest // (2**i * _MULTIPLE)) * _MULTIPLE, config.max_length)
-        for i in range(config.buckets)
-    }
-    return tuple(sorted(halves))
+def _lengths(longest: int, buckets: int, max_length: int) -> tuple[int, ...]:
+    """Returns the lengths that batches are padded to: the longest row's, its half, ...
+
+    Example:
+        >>> _lengths(100, 3, 512), _lengths(100, 1, 100)
+        ((32, 56, 104), (100,))
+    """
+    halves = [-(-longest // (2**i * _MULTIPLE)) * _MULTIPLE for i in range(buckets)]
+    return tuple(sorted({min(length, max_length) for length in halves}))
 
 
 class TrainBatches:

@@ -1,4 +1,4 @@
-"""The part of a run's config that is about GLUE."""
+"""The part of a run's config that is about the tables of GLUE."""
 
 # No `from __future__ import annotations` here: the command line reads the fields' types.
 
@@ -22,13 +22,6 @@ class GlueConfig:
         None,
         "directory of tokenizer.json, or of vocab.json and merges.txt; none: init_from",
     )
-    epochs: int = field(
-        0,
-        at_least(0),
-        "passes over the training rows, which then determine steps and, once a pass, eval_every "
-        "and checkpoint_every; 0: as those fields say",
-    )
-    max_length: int = field(512, at_least(4), "most tokens of a row; longer ones are cut")
     buckets: int = field(
         1,
         at_least(1),

@@ -58,6 +58,8 @@ class PairTokenizer:
 
     Attributes:
         vocab_size: number of ids.
+        first_id: id of ``<s>``.
+        last_id: id of ``</s>``.
         pad_id: the padding id.
         fingerprint: identifies the mapping from text to ids.
 
@@ -71,16 +73,18 @@ class PairTokenizer:
         self._tokenizer, content = _load(pathlib.Path(path).expanduser())
         self.fingerprint = hashlib.sha256(content).hexdigest()[:16]
         self.vocab_size: int = self._tokenizer.get_vocab_size()
-        first, last, self.pad_id = (self._id(token) for token in (FIRST, LAST, PAD))
+        self.first_id, self.last_id, self.pad_id = map(self._id, (FIRST, LAST, PAD))
         # Set here: the file of another model's tokenizer, or of a bare one, has other rules.
-        self._tokenizer.post_processor = RobertaProcessing((LAST, last), (FIRST, first))
+        self._tokenizer.post_processor = RobertaProcessing(
+            (LAST, self.last_id), (FIRST, self.first_id)
+        )
         self._tokenizer.no_padding()
 
     def _id(self, token: str) -> int:
         found = self._tokenizer.token_to_id(token)
         if found is None:
             raise TrainingError(
-                f"config.glue.tokenizer: {self._path} has no {token}; expected RoBERTa's tokenizer."
+                f"config.data.tokenizer: {self._path} has no {token}; expected RoBERTa's tokenizer."
             )
         return found
 
@@ -120,14 +124,14 @@ def _load(path: pathlib.Path) -> tuple[tokenizers.Tokenizer, bytes]:
         content = file.read_bytes()
     except OSError as error:
         raise TrainingError(
-            f"config.glue.tokenizer: {file} can't be read ({error.strerror}); expected a directory "
+            f"config.data.tokenizer: {file} can't be read ({error.strerror}); expected a directory "
             "with tokenizer.json, or vocab.json and merges.txt."
         ) from None
     try:
         return tokenizers.Tokenizer.from_str(content.decode("utf-8")), content
     except Exception as error:  # tokenizers raises bare exceptions
         raise TrainingError(
-            f"config.glue.tokenizer: {file} is no tokenizer.json ({_line(error)})."
+            f"config.data.tokenizer: {file} is no tokenizer.json ({_line(error)})."
         ) from None
 
 
@@ -144,7 +148,7 @@ def _from_vocabulary(
         made.add_special_tokens([*special])
     except Exception as error:  # tokenizers raises bare exceptions
         raise TrainingError(
-            f"config.glue.tokenizer: {vocabulary} and {merges.name} can't be read ({_line(error)})."
+            f"config.data.tokenizer: {vocabulary} and {merges.name} can't be read ({_line(error)})."
         ) from None
     return made._tokenizer, content
 

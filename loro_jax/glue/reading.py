@@ -84,7 +84,7 @@ def _folder(task: Task, path: pathlib.Path) -> pathlib.Path:
     """Returns the task's folder in a directory, or the directory itself."""
     if not path.is_dir():
         raise TrainingError(
-            f"config.glue.source = {str(path)!r} is not a directory; expected that of {task.title} "
+            f"config.data.source = {str(path)!r} is not a directory; expected that of {task.title} "
             "or of GLUE, or tfds:glue."
         )
     inner = sorted(one for one in path.iterdir() if one.name.lower() in task.folders)
@@ -217,10 +217,10 @@ def _tfds(
 ) -> tuple[str, list[str], Iterator[Mapping[str, Any]]]:
     """Opens a split of ``tfds:glue`` or ``tfds:glue/NAME``."""
     name = source if "/" in source else f"{source}/{task.name}"
-    builder, sources = open_builder(name, "config.glue.source", data_dir)
+    builder, sources = open_builder(name, "config.data.source", data_dir)
     if split not in sources:
         raise TrainingError(
-            f"config.glue.source = {name!r} has no split {split!r}; it has {', '.join(sources)}."
+            f"config.data.source = {name!r} has no split {split!r}; it has {', '.join(sources)}."
         )
     records = sources[split]
 

@@ -22,6 +22,7 @@ from loro_jax.text.tokenizers.tokenizer import load_tokenizer
 from loro_jax.training.config import Config, MeshConfig
 from loro_jax.training.start import with_architecture
 from loro_jax.training.stored_adapter import with_stored_adapter
+from loro_jax.training.tasks import check_language
 from loro_jax.training.vocabulary import resolve_vocabulary
 
 
@@ -38,6 +39,7 @@ def dry_run(config: Config, devices: int | None, accelerator: str | None = None)
         TrainingError: for an invalid config, an unknown number of devices, or an accelerator whose
             compiler is not installed.
     """
+    check_language(config, "--dry_run: the config")
     config = with_stored_adapter(with_architecture(config))
     config.validate()
     if config.model.vocab_size == 0:

@@ -25,7 +25,8 @@ from loro_jax.study.report import (
     write_report,
 )
 from loro_jax.tables import replacing
-from loro_jax.training.config import Config, differences
+from loro_jax.training.config import Config
+from loro_jax.training.config_differences import differences
 from loro_jax.training.loop import train
 from loro_jax.training.metrics import read_rows
 

@@ -33,6 +33,8 @@ def check_adapter_field(config: Config, name: str) -> None:
             )
         return
     kind = config.adapter_kind
+    if kind == "none" and field == "kind":
+        return  # said, but the same
     if kind == "none":
         raise TrainingError(
             f"config.{name} is for adapters, but config.adapter.kind = {config.adapter.kind!r}; "

@@ -8,13 +8,13 @@ prints them all.
 
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from loro_jax.errors import TrainingError
 from loro_jax.exact import BASES
 from loro_jax.exact import METHODS as METHODS_OF_EXACT_STEP
-from loro_jax.fields import Range, above, at_least, between, check, field, nested, one_of
+from loro_jax.fields import Range, above, at_least, between, check, either, field, nested, one_of
 from loro_jax.layers.adapters import ADAPTERS
 from loro_jax.layers.projections import PROJECTIONS
 from loro_jax.loro import MOMENTS_OF_BASIS
@@ -24,28 +24,15 @@ from loro_jax.training.methods import (
     METHODS,
     MethodOptions,
     check_options,
-    kinds_of_options,
     make_maintenance,
     make_schedule,
     resolved_options,
     takes_direction,
 )
-from loro_jax.training.renamed import upgraded
 from models.llama import LlamaConfig
 
 _PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")
 MOMENTS = ("auto", "reset", "reset_factors", "transport", "keep")
-
-# Fields that may differ when a run is resumed, because the trajectory and the metrics do not depend
-# on them.
-RESUMABLE_FIELDS = (
-    "checkpoint_every",
-    "keep_checkpoints",
-    "tensorboard",
-    "mesh",
-    "data.prefetch",
-    "data.threads",
-)
 
 
 @dataclasses.dataclass
@@ -105,6 +92,9 @@ class AdapterConfig:
         at_least(1),
         "sequences of the training text from whose mean gradient adapters start (lora_sb)",
     )
+    density: float = field(
+        0.005, above(0, most=1), "share of a weight's entries that are trained (sltrain)"
+    )
     trained: str = field(
         "",
         None,
@@ -155,6 +145,9 @@ class Config:
     )
     initial_lr_ratio: float = field(0.1, between(0, 1), "first learning rate / peak")
     final_lr_ratio: float = field(0.1, between(0, 1), "last learning rate / peak")
+    decay: str = field(
+        "cosine", either("cosine", "linear"), "how the rate falls from its peak to the last one"
+    )
     restart_warmup_steps: int = field(
         5, at_least(0), "re-warm-up after each exact step, restart or merge; 0: none"
     )
@@ -241,10 +234,14 @@ class Config:
     def validate(self) -> None:
         """Raises TrainingError for an invalid value, naming the field and the expected values."""
         try:
-            for problem in _CHECKS:
+            for problem in self.checks():
                 problem(self)
         except ValueError as error:
             raise TrainingError(f"config.{error}") from None
+
+    def checks(self) -> Sequence[Callable[[Any], object]]:
+        """Returns the checks of a config; each raises ValueError for what is invalid."""
+        return CHECKS
 
     @property
     def short_warmup(self) -> int:
@@ -274,7 +271,7 @@ class Config:
     @property
     def resolved_moments(self) -> str:
         """The treatment of moments: "auto" follows the basis."""
-        return _resolved_moments(self.moments, self.basis)
+        return resolved_moments_of(self.moments, self.basis)
 
     def to_json(self) -> str:
         """Returns the config as JSON with all fields, including the method's options."""
@@ -413,14 +410,20 @@ def _factors(config: Config) -> None:
         )
 
 
-# Checks of single fields, then of combinations; each raises ValueError.
-_CHECKS: tuple[Callable[[Config], object], ...] = (
-    _fields,
+# Checks of combinations of fields that runs of every kind have; each raises ValueError.
+SHARED_CHECKS: tuple[Callable[[Any], object], ...] = (
     check_options,
     _warmup_within_steps,
     _period,
     _direction_of_dense,
     _micro_batches,
+    make_schedule,
+)
+
+# Those of single fields come first.
+CHECKS: tuple[Callable[[Any], object], ...] = (
+    _fields,
+    *SHARED_CHECKS[:-1],
     _length,
     _network,
     _adapters,
@@ -431,61 +434,9 @@ _CHECKS: tuple[Callable[[Config], object], ...] = (
 )
 
 
-def _resolved_moments(moments: str, basis: str) -> str:
+def resolved_moments_of(moments: str, basis: str) -> str:
+    """Returns the treatment of moments of a config, in which "auto" follows the basis."""
     if moments != "auto":
         return moments
     # A stored config may name an unknown basis; validation reports it.
     return MOMENTS_OF_BASIS.get(basis, "reset")
-
-
-def differences(stored: dict[str, Any], config: Config) -> list[str]:
-    """Lists the fields whose values differ between a stored config and this one.
-
-    Args:
-        stored: a parsed ``config.json``, of this version or an earlier one.
-        config: the config of the current command.
-
-    Returns:
-        One string for each field: ``name: stored there, given now``; :data:`RESUMABLE_FIELDS` are
-        skipped.
-    """
-    try:
-        stored = upgraded(stored)
-    except ValueError as error:
-        return [str(error)]
-    # Fields that an earlier version lacked had their defaults in its runs.
-    defaults = Config()
-    if stored.get("method") in METHODS and stored.get("direction", "adam") in DIRECTIONS:
-        chosen = {name: stored[name] for name in ("method", "direction") if name in stored}
-        defaults = dataclasses.replace(defaults, **chosen)
-    old = _flatten(json.loads(defaults.to_json())) | _flatten(stored)
-    new = _flatten(json.loads(config.to_json()))
-    # "auto" and what it stands for are the same run.
-    for fields in (old, new):
-        fields["moments"] = _resolved_moments(fields["moments"], fields["basis"])
-    passed_over: tuple[str, ...] = RESUMABLE_FIELDS
-    if any(old[name] != new[name] for name in ("method", "direction")):
-        passed_over += ("method_options",)  # implied by the line about the method
-    return [
-        f"{name}: {old[name]!r} there, {new.get(name, '(absent)')!r} now"
-        for name in sorted(old)
-        if old[name] != new.get(name, "(absent)")
-        and not any(name == free or name.startswith(f"{free}.") for free in passed_over)
-    ]
-
-
-def field_names() -> list[str]:
-    """Returns all dotted field names of a config, without ``--config.``."""
-    options = {one.name for kind in kinds_of_options() for one in dataclasses.fields(kind)}
-    of_group = [f"method_options.{name}" for name in sorted(options)]
-    return [*_flatten(dataclasses.asdict(Config())), *of_group]
-
-
-def _flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for name, value in tree.items():
-        if isinstance(value, dict):
-            flat |= _flatten(value, f"{prefix}{name}.")
-        else:
-            flat[prefix + name] = value
-    return flat

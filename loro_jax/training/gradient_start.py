@@ -13,9 +13,8 @@ from loro_jax.layers.adapters import ADAPTERS, probed, start_from_gradients
 from loro_jax.layers.common import Fixed
 from loro_jax.training.config import Config
 from loro_jax.training.mesh import tree_shardings
-from loro_jax.training.network import make_network
 from loro_jax.training.step import TrainState, joined, make_loss_and_gradient, merge_model
-from models.loss import Batch, next_token_loss
+from loro_jax.training.tasks import task_of
 
 
 def batches_to_start_from(config: Config) -> int:
@@ -26,7 +25,7 @@ def batches_to_start_from(config: Config) -> int:
 
 
 def start_from_text(
-    config: Config, state: TrainState, batches: Iterable[Batch], mesh: jax.sharding.Mesh
+    config: Config, state: TrainState, batches: Iterable[Any], mesh: jax.sharding.Mesh
 ) -> TrainState:
     """Starts a run's adapters from the mean gradient over some batches.
 
@@ -40,17 +39,18 @@ def start_from_text(
         The state with adapters whose change is about as large as the first full step of the
         warm-up, ``learning_rate / warmup_steps``.
     """
-    abstract = nnx.eval_shape(lambda: probed(make_network(config)))
+    task = task_of(config)
+    abstract = nnx.eval_shape(lambda: probed(task.make()))
     graphdef = nnx.graphdef(abstract)
     shapes = nnx.to_pure_dict(nnx.state(abstract, nnx.Param))
     shardings = tree_shardings(mesh, shapes)
 
-    def loss_sum(changes: Any, others: Any, batch: Batch) -> jax.Array:
-        return next_token_loss(nnx.merge(graphdef, joined(changes, others)), batch)
+    def loss_sum(changes: Any, others: Any, batch: Any) -> jax.Array:
+        return task.loss(nnx.merge(graphdef, joined(changes, others)), batch)
 
-    loss_and_gradient = make_loss_and_gradient(loss_sum, config, mesh)
+    loss_and_gradient = make_loss_and_gradient(loss_sum, task.number, config, mesh)
 
-    def add(total: Any, others: Any, batch: Batch) -> Any:
+    def add(total: Any, others: Any, batch: Any) -> Any:
         zeros = jax.tree.map(jnp.zeros_like, total)
         return jax.tree.map(jnp.add, total, loss_and_gradient(zeros, others, batch)[1])
 

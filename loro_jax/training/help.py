@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from loro_jax.fields import describe, help_lines
 from loro_jax.training.config import Config
+from loro_jax.training.config_differences import field_names
+from loro_jax.training.glue_config import GlueRun
 from loro_jax.training.methods import DIRECTIONS, METHODS
 
 
@@ -20,6 +22,12 @@ def config_help() -> list[str]:
         "",
     ]
     lines += help_lines(describe(Config()))
+    shared = {(one.name, one.meaning, one.default) for one in describe(Config())}
+    others = (
+        one for one in describe(GlueRun()) if (one.name, one.meaning, one.default) not in shared
+    )
+    lines += ["", "Fields of runs on GLUE (configs/roberta_glue.py) that differ:", ""]
+    lines += help_lines(others)
     lines += ["", "Values of --config.method, each with its own fields:", ""]
     for name, method in METHODS.items():
         lines += _entry(name, method.meaning, method.options)
@@ -27,6 +35,11 @@ def config_help() -> list[str]:
     for name, direction in DIRECTIONS.items():
         lines += _entry(name, direction.meaning, direction.options)
     return lines
+
+
+def known_fields() -> list[str]:
+    """Returns the dotted names of the fields of all kinds of runs, without ``--config.``."""
+    return list(dict.fromkeys([*field_names(), *field_names(GlueRun())]))
 
 
 def _entry(name: str, meaning: str, options: type) -> list[str]:

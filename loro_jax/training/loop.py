@@ -14,27 +14,21 @@ import jax
 import numpy as np
 
 from loro_jax.errors import DivergedError, LostProcessError
-from loro_jax.text import Corpus, describe, load_corpus, train_iterator
-from loro_jax.text.ngram import NgramPerplexity
-from loro_jax.text.tokenizers.tokenizer import load_tokenizer
 from loro_jax.training import mesh as meshes
-from loro_jax.training.batch import to_batch, validation_batches
 from loro_jax.training.checkpoint import Checkpoints
 from loro_jax.training.config import Config
+from loro_jax.training.glue_config import GlueRun
+from loro_jax.training.glue_inputs import GlueInputs
 from loro_jax.training.gradient_start import batches_to_start_from, start_from_text
+from loro_jax.training.inputs import Inputs
+from loro_jax.training.language import LanguageInputs
 from loro_jax.training.metrics import MetricsWriter, read_rows
-from loro_jax.training.plots import plot_run
 from loro_jax.training.processes import is_first, largest, others_alive, together
 from loro_jax.training.progress import ProgressDisplay
-from loro_jax.training.published import published
-from loro_jax.training.report import corpus_ngrams, final_report
 from loro_jax.training.run_directory import RunDirectory
-from loro_jax.training.start import check_start, origin, start_from, with_architecture
+from loro_jax.training.start import origin
 from loro_jax.training.step import Program, TrainState, compile_program, make_program
-from loro_jax.training.stored_adapter import start_from_adapter, with_stored_adapter
 from loro_jax.training.threads import lapack_by_one_thread
-from loro_jax.training.vocabulary import resolve_vocabulary
-from models.loss import Batch
 
 
 class Outcome(NamedTuple):
@@ -69,8 +63,8 @@ def train(config: Config, workdir: str, command: str = "python train.py") -> Out
     """
     # Whatever is wrong with config, tokenizer or text is found before the directory is touched.
     inputs = together(lambda: _read_inputs(config))
-    config, corpus = inputs.config, inputs.corpus
-    with RunDirectory(workdir, config, corpus.fingerprint) as directory, _StopSignals() as signals:
+    config = inputs.config
+    with RunDirectory(workdir, config, inputs.fingerprint) as directory, _StopSignals() as signals:
         with others_alive():
             run = _Run(inputs, directory, signals)
         try:
@@ -88,34 +82,16 @@ def train(config: Config, workdir: str, command: str = "python train.py") -> Out
         # Only the first process has the metrics.
         if not is_first():
             return Outcome(0, None)
-        ngrams = corpus_ngrams(corpus, inputs.vocab_size)
-        val_ppl, live_ranks = run.finish(ngrams)
-    for line in final_report(config, val_ppl, ngrams, workdir, command, live_ranks):
+        rows = read_rows(directory.path / "metrics.jsonl")
+        last = next(row for row in reversed(rows) if "val_loss" in row)
+        lines = inputs.finish(rows, last, workdir, command, run.live_ranks)
+    for line in lines:
         print(line, flush=True)
-    return Outcome(0, val_ppl)
+    return Outcome(0, last.get("val_ppl"))
 
 
-class _Inputs(NamedTuple):
-    """Validated inputs of a run."""
-
-    config: Config
-    devices: jax.sharding.Mesh
-    corpus: Corpus
-    vocab_size: int
-    vocabulary: str
-
-
-def _read_inputs(config: Config) -> _Inputs:
-    # The architecture of init_from first: everything after it depends on it.
-    config = with_stored_adapter(with_architecture(config))
-    config.validate()
-    devices = meshes.make_mesh(config.mesh)
-    meshes.check_batch(config, devices)
-    tokenizer = load_tokenizer(config.data.tokenizer, config.data.eos_id, config.data.pad_id)
-    check_start(config, tokenizer)
-    config, vocabulary = resolve_vocabulary(config, tokenizer)
-    corpus = load_corpus(config.data, config.sequence_length, tokenizer)
-    return _Inputs(config, devices, corpus, tokenizer.vocab_size, vocabulary)
+def _read_inputs(config: Config) -> Inputs:
+    return GlueInputs(config) if isinstance(config, GlueRun) else LanguageInputs(config)
 
 
 class _Dispatched(NamedTuple):
@@ -128,38 +104,27 @@ class _Dispatched(NamedTuple):
 class _Run:
     """One process's part of a run: the state shared by the functions of the loop."""
 
-    def __init__(self, inputs: _Inputs, directory: RunDirectory, signals: _StopSignals):
-        config, devices, corpus = inputs.config, inputs.devices, inputs.corpus
+    def __init__(self, inputs: Inputs, directory: RunDirectory, signals: _StopSignals):
+        config, devices = inputs.config, inputs.devices
         self._config = config
+        self._inputs = inputs
         self._path = directory.path
         self._signals = signals
         self._devices = devices
         self._rows = meshes.rows_here(devices, config.batch_size)
-        # In micro-batches, so that an evaluation needs no more memory than a step.
-        self._validation = validation_batches(
-            corpus, config.batch_size // config.gradient_accumulation
-        )
         self._program: Program
         self._state: TrainState
         self._program, abstract_state = compile_program(make_program(config, devices), devices)
-        notes = [*corpus.notes]
+        notes = [*inputs.notes]
         self._checkpoints = Checkpoints(
             self._path / "checkpoints", config.keep_checkpoints, notes.append
         )
         # State, counters and data position come from one checkpoint: a resumed run repeats the same
         # batches.
         restored = self._checkpoints.restore(abstract_state)
-        self._iterator = train_iterator(
-            config.data,
-            corpus,
-            batch_size=config.batch_size,
-            sequence_length=config.sequence_length,
-            seed=config.seed,
-            rows=self._rows,
-            agree=largest,
-        )
+        self._iterator = inputs.iterator(self._rows)
         if restored is None:
-            self._begin(notes.append)
+            self._begin(inputs, notes.append)
         else:
             self._start, self._tokens = restored.step, int(restored.progress["tokens"])
             self._iterator.seek(restored.progress["data"])
@@ -170,31 +135,24 @@ class _Run:
             MetricsWriter(self._path, self._start, config.tensorboard) if is_first() else None
         )
         # Notes wait for it, because plain lines would break the bar on a terminal.
-        self._display = ProgressDisplay(config.steps, self._start, quiet=not is_first())
+        self._display = ProgressDisplay(
+            config.steps, self._start, quiet=not is_first(), perplexity=inputs.perplexity
+        )
         for note in notes:
             self._display.say(note)
         if restored is None:
-            self._display.say(
-                f"{config.method} on {jax.device_count()} {jax.devices()[0].platform} device(s), "
-                f"{describe(config.data, corpus, config.sequence_length)} and "
-                f"{len(corpus.validation_tokens):,} validation sequences of "
-                f"{config.sequence_length} tokens, in {self._path}"
-            )
-            self._display.say(inputs.vocabulary)
+            for line in inputs.introduction(self._path):
+                self._display.say(line)
         self._clock = _Clock(self._tokens)
-        self._live_ranks: int | None = None
+        self.live_ranks: int | None = None
 
-    def _begin(self, note: Callable[[str], None]) -> None:
+    def _begin(self, inputs: Inputs, note: Callable[[str], None]) -> None:
         """Makes the state of a new run, with the weights and adapters that it starts from."""
         config = self._config
-        self._start, self._tokens = 0, 0
-        self._state = self._program.init()
-        if config.init_from is not None:
-            self._state, line = start_from(config, self._state)
-            # Not zero with the optimizer's state of another run.
-            self._start = int(self._state.step)
-            note(line)
-        self._state, lines = start_from_adapter(config, self._state)
+        self._tokens = 0
+        self._state, lines = inputs.start(self._program.init())
+        # Not zero with the optimizer's state of another run.
+        self._start = int(self._state.step)
         for line in lines:
             note(line)
         # Adapters of another run, which this one continues, have started.
@@ -263,9 +221,9 @@ class _Run:
         self._state, metrics = self._program.train_step(self._state, batch)
         return _Dispatched(step, metrics)
 
-    def _put_rows(self, rows: dict[str, np.ndarray]) -> Batch:
+    def _put_rows(self, rows: Any) -> Any:
         """Puts this process's rows of a training batch on the devices."""
-        batch = to_batch(rows["tokens"], rows["mask"])
+        batch = self._inputs.batch(rows)
         return meshes.put_batch(self._devices, batch, self._rows, self._config.batch_size)
 
     def _collect(self, dispatched: _Dispatched) -> None:
@@ -275,7 +233,7 @@ class _Run:
         values = {name: float(value) for name, value in dispatched.metrics.items()}
         self._tokens += int(values.pop("tokens"))
         # Of the last step, also if it has no row.
-        self._live_ranks = int(values["live_ranks"]) if "live_ranks" in values else None
+        self.live_ranks = int(values["live_ranks"]) if "live_ranks" in values else None
         if not all(math.isfinite(value) for value in values.values()):
             raise self._not_finite(step, values)
         if step == self._start + 1:
@@ -286,9 +244,9 @@ class _Run:
             self._write(row)
             self._display.training(row)
 
-    def _put_whole(self, batch: Batch) -> Batch:
+    def _put_whole(self, batch: Any) -> Any:
         """Puts a batch of which every process holds all rows on the devices."""
-        size = len(batch.inputs)
+        size = len(batch[0])
         return meshes.put_batch(self._devices, batch, range(size), size)
 
     def _not_finite(self, step: int, values: dict[str, float]) -> DivergedError:
@@ -306,23 +264,13 @@ class _Run:
             # All batches are dispatched before the first result is fetched.
             parts = [
                 self._program.eval_step(self._state.params, self._state.fixed, batch)
-                for batch in map(self._put_whole, self._validation)
+                for batch in map(self._put_whole, self._inputs.validation)
             ]
-            # In float64, because large sums of float32 would lose the last digits of the loss.
-            losses = np.asarray(jax.device_get(parts), np.float64)
-        loss_sum, tokens = np.sum(losses, axis=0)
-        val_loss = float(loss_sum / tokens)
-        if not math.isfinite(val_loss):
-            raise self._not_finite(step, {"val_loss": val_loss})
-        row = {
-            "step": step,
-            "val_loss": val_loss,
-            "val_ppl": math.exp(val_loss),
-            "tokens": self._tokens,
-        }
-        if self._config.published_ppl:
-            found = published(*losses.T)
-            row |= {"published_ppl": found.perplexity, "val_batches": found.batches}
+            outputs = jax.device_get(parts)
+        found = self._inputs.evaluation(outputs)
+        if not math.isfinite(found["val_loss"]):
+            raise self._not_finite(step, {"val_loss": found["val_loss"]})
+        row = {"step": step, **found, "tokens": self._tokens}
         self._write(row)
         self._display.evaluation(row)
 
@@ -334,17 +282,6 @@ class _Run:
                 self._metrics.sync()
             progress = {"tokens": self._tokens, "data": self._iterator.position()}
             self._checkpoints.save(step, self._state, progress)
-
-    def finish(self, ngrams: NgramPerplexity | None) -> tuple[float, int | None]:
-        """Plots a complete run.
-
-        Returns:
-            (its last validation perplexity, the last number of live ranks if its method has one).
-        """
-        rows = read_rows(self._path / "metrics.jsonl")
-        plot_run(rows, self._path / "plot.png", ngrams, f"{self._config.method}, {self._path.name}")
-        val_ppl = next(row["val_ppl"] for row in reversed(rows) if "val_ppl" in row)
-        return val_ppl, self._live_ranks
 
     def close(self) -> None:
         """Closes all files; waits for a checkpoint in progress."""

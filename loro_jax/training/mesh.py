@@ -3,8 +3,9 @@
 The batch is sharded over ``data`` and ``fsdp``. Parameters (and Adam's moments) are replicated over
 ``data``, sharded over ``fsdp`` along their longest axis, and over ``tensor`` along the axis that
 needs no communication in a projection's products: outputs of q, k, v, gate and up, inputs of o and
-down. The products between factors then only exchange arrays of the rank's size. All of this is
-GSPMD's automatic mode: the step is written for one device. Activations: see :mod:`models.layout`.
+down (of a RoBERTa, inputs of both ``output``). The products between factors then only exchange
+arrays of the rank's size. All of this is GSPMD's automatic mode: the step is written for one
+device. Activations: see :mod:`models.layout`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from loro_jax.training.config import Config, MeshConfig
 from models.loss import Batch
 
 # Projections sharded over `tensor` along their input axis; the others along their output axis.
-ROW_PARALLEL = ("o", "down")
+ROW_PARALLEL = ("o", "down", "output")
 
 
 def make_mesh(config: MeshConfig, devices: int | Sequence[jax.Device] | None = None) -> Mesh:

@@ -19,8 +19,8 @@ import optax
 from loro_jax.errors import TrainingError
 from loro_jax.fields import check
 from loro_jax.peers.relora import jagged_schedule
-from loro_jax.schedules import warmup_cosine, with_restarts
-from loro_jax.training import adapters, optimizers, ranks, tasks
+from loro_jax.schedules import warmup_cosine, warmup_linear, with_restarts
+from loro_jax.training import adapters, optimizers, ranks, task_sequence
 from loro_jax.training.adapter_fields import check_adapter_field
 from loro_jax.training.registry import Direction, Maintenance, Making, Method, Optimizer
 
@@ -184,9 +184,9 @@ METHODS: dict[str, Method] = {
         optimizers.adamw,
         projection="osft",
         uses=("lr_scale",),
-        options=tasks.OSFTOptions,
-        maintenance=tasks.osft_maintenance,
-        next_task=tasks.osft_next_task,
+        options=task_sequence.OSFTOptions,
+        maintenance=task_sequence.osft_maintenance,
+        next_task=task_sequence.osft_next_task,
     ),
     "lora": Method(
         "AdamW on factors added to a fixed weight",
@@ -264,7 +264,7 @@ METHODS: dict[str, Method] = {
         uses=("exact_every",),
         options=optimizers.CoSOOptions,
         periodic=True,
-        next_task=tasks.coso_next_task,
+        next_task=task_sequence.coso_next_task,
     ),
     "lift": Method(
         "AdamW on the entries of dense projections that are largest in a low-rank approximation",
@@ -283,8 +283,9 @@ METHODS: dict[str, Method] = {
 
 
 def make_schedule(config: Config) -> optax.Schedule:
-    """Returns the learning-rate schedule of a run: warm-up, cosine, and re-warm-ups if needed."""
-    schedule = warmup_cosine(
+    """Returns the learning-rate schedule of a run: warm-up, decay, and re-warm-ups if needed."""
+    after_warmup = {"cosine": warmup_cosine, "linear": warmup_linear}
+    schedule = after_warmup[config.decay](
         config.learning_rate,
         config.steps,
         config.warmup_steps,

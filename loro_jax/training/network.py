@@ -47,6 +47,7 @@ def adapter_spec(config: Config, seed: int | None = None) -> AdapterSpec:
         alpha=adapter.alpha,
         rank_stabilised=adapter.rank_stabilised,
         initialiser=adapter.initialiser,
+        density=adapter.density,
         # A 16-bit network may have adapters with small steps.
         param_dtype=jnp.promote_types(config.model.param_dtype, jnp.float32),
         seed=config.seed if seed is None else seed,

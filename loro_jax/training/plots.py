@@ -69,8 +69,45 @@ def plot_run(
     perplexity_axis.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
     perplexity_axis.yaxis.set_major_formatter(ScalarFormatter())
     perplexity_axis.yaxis.set_minor_formatter(NullFormatter())
-    axes.grid(alpha=0.3)
     axes.legend()
+    _write(figure, axes, path)
+
+
+def plot_measures(rows: list[dict[str, Any]], path: pathlib.Path, name: str, title: str) -> None:
+    """Draws losses (left axis) and a metric (right axis) against steps, as a PNG.
+
+    Args:
+        rows: the rows of ``metrics.jsonl``.
+        path: the file to write.
+        name: the metric's field in evaluations.
+        title: title of the plot.
+
+    Raises:
+        TrainingError: if it can't be written.
+    """
+    figure = Figure(figsize=(8, 5), layout="constrained")
+    axes = figure.add_subplot()
+    for field, color, label in (
+        ("loss", _BLUE, "training loss"),
+        ("val_loss", _ORANGE, "validation loss"),
+    ):
+        found = [row for row in rows if field in row]
+        steps, losses = ([row[key] for row in found] for key in ("step", field))
+        axes.plot(steps, losses, color=color, label=label)
+    axes.set(xlabel="step", ylabel="loss", title=title)
+    axes.legend(loc="upper left")
+    found = [row for row in rows if name in row]
+    other = axes.twinx()
+    steps, values = ([row[key] for row in found] for key in ("step", name))
+    other.plot(steps, values, color=_GREY, marker="o", markersize=4, label=name)
+    other.set_ylabel(name.removeprefix("val_"))
+    other.legend(loc="upper right")
+    _write(figure, axes, path)
+
+
+def _write(figure: Figure, axes: Any, path: pathlib.Path) -> None:
+    """Writes a figure completely or not at all."""
+    axes.grid(alpha=0.3)
     temporary = path.with_name(f".{path.name}.tmp")
     try:
         figure.savefig(temporary, format="png", dpi=120)

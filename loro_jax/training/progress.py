@@ -19,6 +19,7 @@ class ProgressDisplay:
         start_step: steps already taken when it was resumed.
         file: file to write to; None: standard output.
         quiet: whether to show nothing.
+        perplexity: whether losses are shown as perplexities, too.
     """
 
     def __init__(
@@ -27,11 +28,13 @@ class ProgressDisplay:
         start_step: int = 0,
         file: TextIO | None = None,
         quiet: bool = False,
+        perplexity: bool = True,
     ):
         self._console = Console(
             file=file or sys.stdout, highlight=False, soft_wrap=True, quiet=quiet
         )
         self._total = total_steps
+        self._perplexity = perplexity
         self._started = time.monotonic()
         self._start_step = start_step
         self._bar: Progress | None = None
@@ -50,8 +53,9 @@ class ProgressDisplay:
 
     def training(self, row: dict[str, Any]) -> None:
         """Shows a training row."""
+        perplexity = f"ppl {_perplexity(row['loss']):.1f}  " if self._perplexity else ""
         status = (
-            f"loss {row['loss']:.4f}  ppl {_perplexity(row['loss']):.1f}  "
+            f"loss {row['loss']:.4f}  {perplexity}"
             f"{row['tokens_per_second']:,.0f} tokens/s  {self._time_left(row['step'])} left"
         )
         if self._bar is not None:
@@ -62,6 +66,12 @@ class ProgressDisplay:
 
     def evaluation(self, row: dict[str, Any]) -> None:
         """Shows an evaluation row."""
+        if not self._perplexity:
+            measures = _measures(row)
+            self._validation = f"  val {measures}"
+            if self._bar is None:
+                self._console.print(f"step {row['step']}/{self._total}  validation {measures}")
+            return
         self._validation = f"  val ppl {row['val_ppl']:.2f}"
         published = ""
         if "published_ppl" in row:
@@ -99,3 +109,9 @@ class ProgressDisplay:
 
 def _perplexity(loss: float) -> float:
     return math.exp(loss) if loss < 700 else math.inf
+
+
+def _measures(row: dict[str, Any]) -> str:
+    """Returns the fields of an evaluation that is not of a language model."""
+    found = {name: value for name, value in row.items() if name.startswith("val_")}
+    return "  ".join(f"{name.removeprefix('val_')} {x:.4f}" for name, x in found.items())

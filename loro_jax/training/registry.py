@@ -12,11 +12,30 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
 import jax
 import optax
+from flax import nnx
 
 if TYPE_CHECKING:
     from loro_jax.training.config import Config
 
 Optimizer: TypeAlias = optax.GradientTransformationExtraArgs
+
+
+class Task(NamedTuple):
+    """What a run trains: a network, and its loss on a batch. Batches are tuples of arrays.
+
+    Attributes:
+        make: () -> the network, a Flax NNX module, with the weights of the config's seed.
+        loss: (network, batch) -> the sum of losses in training.
+        number: batch -> the number of things that the sum is over.
+        tokens: batch -> its number of tokens.
+        evaluate: (network, batch) -> the outputs that an evaluation needs.
+    """
+
+    make: Callable[[], nnx.Module]
+    loss: Callable[[Any, Any], jax.Array]
+    number: Callable[[Any], jax.Array]
+    tokens: Callable[[Any], jax.Array]
+    evaluate: Callable[[Any, Any], Any]
 
 
 class Maintenance(NamedTuple):

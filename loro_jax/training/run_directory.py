@@ -8,7 +8,8 @@ import pathlib
 from typing import IO, Any
 
 from loro_jax.errors import InUseError, TrainingError
-from loro_jax.training.config import Config, differences
+from loro_jax.training.config import Config
+from loro_jax.training.config_differences import differences
 from loro_jax.training.processes import is_first, together
 
 

@@ -21,11 +21,11 @@ from loro_jax.training.methods import METHODS, next_task
 from loro_jax.training.network import (
     adapter_spec,
     base_of,
-    make_network,
     with_base,
     without_adapters,
 )
 from loro_jax.training.step import TrainState, joined, merge_model
+from loro_jax.training.tasks import task_of
 from loro_jax.training.trained import load_state, run_config
 from models.huggingface import CheckpointError, check_parameters, read_config, read_parameters
 from models.llama import Llama
@@ -186,7 +186,7 @@ def start_from(config: Config, state: TrainState) -> tuple[TrainState, str]:
         found, errors = read_parameters(config.init_from, base_of(whole))
     except CheckpointError as error:
         raise TrainingError(f"config.init_from: {error}") from None
-    state = _with_arrays(state, _absorbed(config, with_base(whole, found)))
+    state = with_arrays(state, absorbed(config, with_base(whole, found)))
     line = f"starting from {config.init_from}"
     if errors:
         worst = max(error.error for error in errors)
@@ -202,7 +202,7 @@ def start_from(config: Config, state: TrainState) -> tuple[TrainState, str]:
     return state, line
 
 
-def _with_arrays(state: TrainState, arrays: Any) -> TrainState:
+def with_arrays(state: TrainState, arrays: Any) -> TrainState:
     """Returns a state with the arrays of a whole network, each in its place on the devices."""
 
     def pick(path: tuple[Any, ...], leaf: jax.Array) -> jax.Array:
@@ -226,7 +226,7 @@ def _start_from_run(config: Config, state: TrainState) -> tuple[TrainState, str]
     if times > 1:
         line += f", its {run.model.num_layers} layers {times} times"
     if _merges(config, run) or _is_converted(config, run):
-        return _with_arrays(state, _merged_run(config, run, state, there)), line
+        return with_arrays(state, _merged_run(config, run, state, there)), line
     copied = config.init_optimizer == "copied"
     if copied and step >= config.steps:
         raise TrainingError(
@@ -327,14 +327,14 @@ def _merged_run(config: Config, run: Config, state: TrainState, there: TrainStat
             f"{where}, has projections that this run, of method {config.method!r}, does not have."
         )
     cast = jax.tree.map(lambda x, like: x.astype(like.dtype), found, wanted)
-    return _absorbed(config, with_base(whole, cast))
+    return absorbed(config, with_base(whole, cast))
 
 
-def _absorbed(config: Config, arrays: Any) -> Any:
+def absorbed(config: Config, arrays: Any) -> Any:
     """Returns a network's arrays, with initial adapters that are not zero subtracted from W."""
     if not config.has_adapters or not adapter_spec(config).absorbs:
         return arrays
     # The model's arrays, in their types: the graph tells which are trained.
-    model = nnx.merge(nnx.graphdef(nnx.eval_shape(lambda: make_network(config))), arrays)
+    model = nnx.merge(nnx.graphdef(nnx.eval_shape(task_of(config).make)), arrays)
     absorb(model)
     return nnx.to_pure_dict(nnx.state(model))

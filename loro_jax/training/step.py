@@ -16,10 +16,8 @@ from loro_jax.layers.common import Fixed
 from loro_jax.training.config import Config
 from loro_jax.training.mesh import batch_sharding, replicated, tree_shardings
 from loro_jax.training.methods import make_maintenance, make_optimizer, make_schedule
-from loro_jax.training.network import make_network
+from loro_jax.training.tasks import task_of
 from models.layout import laid_out_on
-from models.llama import Llama
-from models.loss import Batch, next_token_loss
 
 Array = jax.Array
 
@@ -46,15 +44,16 @@ class Program(NamedTuple):
     Attributes:
         init: () -> TrainState, from the seed.
         train_step: (TrainState, Batch) -> (TrainState, metrics).
-        eval_step: (params, fixed, Batch) -> (sum of losses in nats, number of tokens).
+        eval_step: (params, fixed, Batch) -> the task's outputs; of a language model: (sum of losses
+            in nats, number of tokens).
         loss_and_gradient: (params, fixed, Batch) -> (mean loss, its gradient), the part of a
             training step before the optimizer.
     """
 
     init: Callable[[], TrainState]
-    train_step: Callable[[TrainState, Batch], tuple[TrainState, dict[str, Array]]]
-    eval_step: Callable[[Any, Any, Batch], tuple[Array, Array]]
-    loss_and_gradient: Callable[[Any, Any, Batch], tuple[Array, Any]]
+    train_step: Callable[[TrainState, Any], tuple[TrainState, dict[str, Array]]]
+    eval_step: Callable[[Any, Any, Any], Any]
+    loss_and_gradient: Callable[[Any, Any, Any], tuple[Array, Any]]
 
 
 def make_program(config: Config, mesh: jax.sharding.Mesh | None = None) -> Program:
@@ -67,11 +66,12 @@ def make_program(config: Config, mesh: jax.sharding.Mesh | None = None) -> Progr
     Returns:
         The functions, to be compiled by the caller (see :func:`compile_program`).
     """
+    task = task_of(config)
     schedule = make_schedule(config)
     maintenance = make_maintenance(config)
     # The graph and the shardings need only shapes; parameters are first created in init, where jit
     # places them on their devices.
-    abstract_model = nnx.eval_shape(lambda: make_network(config))
+    abstract_model = nnx.eval_shape(task.make)
     graphdef = nnx.graphdef(abstract_model)
     shardings = None
     if mesh is not None:
@@ -79,17 +79,17 @@ def make_program(config: Config, mesh: jax.sharding.Mesh | None = None) -> Progr
     optimizer = make_optimizer(config, shardings)
 
     def init() -> TrainState:
-        model = make_network(config)
+        model = task.make()
         params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
         fixed = nnx.to_pure_dict(nnx.state(model, Fixed))
         return TrainState(jnp.zeros([], jnp.int32), params, optimizer.init(params), fixed)
 
-    def loss_sum(params: Any, fixed: Any, batch: Batch) -> Array:
-        return next_token_loss(nnx.merge(graphdef, joined(params, fixed)), batch)
+    def loss_sum(params: Any, fixed: Any, batch: Any) -> Array:
+        return task.loss(nnx.merge(graphdef, joined(params, fixed)), batch)
 
-    loss_and_gradient = make_loss_and_gradient(loss_sum, config, mesh)
+    loss_and_gradient = make_loss_and_gradient(loss_sum, task.number, config, mesh)
 
-    def train_step(state: TrainState, batch: Batch) -> tuple[TrainState, dict[str, Array]]:
+    def train_step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Array]]:
         loss, grads = loss_and_gradient(state.params, state.fixed, batch)
         # Gradients are pinned to the parameters' shardings, so that the exact step's resharding is
         # not propagated into the backward pass.
@@ -116,7 +116,7 @@ def make_program(config: Config, mesh: jax.sharding.Mesh | None = None) -> Progr
             params, fixed, opt_state = maintenance.after(step, params, fixed, opt_state)
         metrics = {
             "loss": loss,
-            "tokens": jnp.sum(batch.mask),
+            "tokens": task.tokens(batch),
             # Of this step, whose number from 0 is the count before it.
             "lr": jnp.asarray(schedule(state.step), jnp.float32),
             "grad_norm": grad_norm,
@@ -128,35 +128,37 @@ def make_program(config: Config, mesh: jax.sharding.Mesh | None = None) -> Progr
             metrics |= maintenance.metrics(params, opt_state)
         return TrainState(step, params, opt_state, fixed), metrics
 
-    def eval_step(params: Any, fixed: Any, batch: Batch) -> tuple[Array, Array]:
+    def eval_step(params: Any, fixed: Any, batch: Any) -> Any:
         with laid_out_on(mesh):
-            return loss_sum(params, fixed, batch), jnp.sum(batch.mask)
+            return task.evaluate(nnx.merge(graphdef, joined(params, fixed)), batch)
 
     return Program(init, train_step, eval_step, loss_and_gradient)
 
 
 def make_loss_and_gradient(
-    loss_sum: Callable[[Any, Any, Batch], Array],
+    loss_sum: Callable[[Any, Any, Any], Array],
+    number: Callable[[Any], Array],
     config: Config,
     mesh: jax.sharding.Mesh | None,
-) -> Callable[[Any, Any, Batch], tuple[Array, Any]]:
-    """Returns a function (params, fixed, batch) -> (mean loss per token, its gradient).
+) -> Callable[[Any, Any, Any], tuple[Array, Any]]:
+    """Returns a function (params, fixed, batch) -> (mean loss, its gradient).
 
     Args:
-        loss_sum: (params, fixed, batch) -> sum of the losses of the batch's tokens.
+        loss_sum: (params, fixed, batch) -> sum of the losses of the batch's tokens, or rows.
+        number: batch -> number of these.
         config: the run's config.
         mesh: the devices that share a batch.
     """
 
-    def loss_and_gradient(params: Any, fixed: Any, batch: Batch) -> tuple[Array, Any]:
-        # Divided by the tokens of the whole batch, because micro-batches may have different numbers
-        # of unmasked tokens. A batch without any has a loss of 0.
-        tokens = jnp.maximum(jnp.sum(batch.mask), 1.0)
+    def loss_and_gradient(params: Any, fixed: Any, batch: Any) -> tuple[Array, Any]:
+        # Divided by the tokens (or rows) of the whole batch, because micro-batches may have
+        # different numbers of unmasked ones. A batch without any has a loss of 0.
+        divisor = jnp.maximum(number(batch), 1.0)
 
-        def of_part(batch: Batch, groups: str | None = None) -> tuple[Array, Any]:
+        def of_part(batch: Any, groups: str | None = None) -> tuple[Array, Any]:
             with laid_out_on(mesh, without=groups):
                 return _loss_and_gradient(
-                    lambda p, b: loss_sum(p, fixed, b) / tokens,
+                    lambda p, b: loss_sum(p, fixed, b) / divisor,
                     params,
                     batch,
                     config.gradient_accumulation,
@@ -185,7 +187,7 @@ def joined(one: Any, other: Any) -> Any:
 
 
 def _loss_and_gradient(
-    loss: Callable[[Any, Batch], Array], params: Any, batch: Batch, micro_batches: int
+    loss: Callable[[Any, Any], Array], params: Any, batch: Any, micro_batches: int
 ) -> tuple[Array, Any]:
     """Computes a loss that is a sum over the batch, and its gradient, in sequential micro-batches.
 
@@ -198,7 +200,7 @@ def _loss_and_gradient(
     # Interleaved, so that a batch that is sharded over devices stays sharded in every part.
     parts = jax.tree.map(lambda x: x.reshape(-1, micro_batches, *x.shape[1:]).swapaxes(0, 1), batch)
 
-    def add(total: tuple[Array, Any], part: Batch) -> tuple[tuple[Array, Any], None]:
+    def add(total: tuple[Array, Any], part: Any) -> tuple[tuple[Array, Any], None]:
         return jax.tree.map(jnp.add, total, value_and_grad(params, part)), None
 
     zero = (jnp.zeros([], jnp.float32), optax.tree.zeros_like(params, dtype=jnp.float32))
@@ -206,7 +208,7 @@ def _loss_and_gradient(
     return total, jax.tree.map(lambda g, p: g.astype(p.dtype), grads, params)
 
 
-def merge_model(config: Config, params: Any, fixed: Any) -> Llama:
+def merge_model(config: Config, params: Any, fixed: Any) -> Any:
     """Builds the model of a run from the trained and the fixed part of its state.
 
     Args:
@@ -217,7 +219,7 @@ def merge_model(config: Config, params: Any, fixed: Any) -> Llama:
     Returns:
         The model.
     """
-    abstract = nnx.eval_shape(lambda: make_network(config))
+    abstract = nnx.eval_shape(task_of(config).make)
     return nnx.merge(nnx.graphdef(abstract), joined(params, fixed))
 
 

@@ -12,10 +12,12 @@ from loro_jax.errors import TrainingError
 from loro_jax.text.tokenizers.tokenizer import Tokenizer, load_tokenizer
 from loro_jax.training.checkpoint import read_checkpoint
 from loro_jax.training.config import Config
+from loro_jax.training.glue_config import GlueRun
 from loro_jax.training.mesh import make_mesh
 from loro_jax.training.network import without_adapters
 from loro_jax.training.renamed import upgraded
 from loro_jax.training.step import TrainState, abstract_state, make_program, merge_model
+from loro_jax.training.tasks import check_language
 from models.huggingface import read_model
 from models.llama import Llama
 
@@ -50,6 +52,7 @@ def load_run(path: str | pathlib.Path, step: int | None = None) -> Trained:
         TrainingError: if there is no such run or checkpoint, or it is damaged.
     """
     config, chosen, state = load_state(path, step)
+    check_language(config, str(path))
     # Adapters become part of the weights: what reads a model need not know of them.
     model = without_adapters(merge_model(config, state.params, state.fixed))
     tokenizer = load_tokenizer(config.data.tokenizer, config.data.eos_id, config.data.pad_id)
@@ -127,12 +130,14 @@ def run_config(path: str | pathlib.Path) -> Config | None:
         path: the directory.
 
     Raises:
-        TrainingError: if it is neither, or can't be read.
+        TrainingError: if it is neither, can't be read, or is a run on GLUE.
     """
     directory = pathlib.Path(path)
     if _config_of_hugging_face(directory) is not None:
         return None
-    return load_config(directory / "config.json")
+    config = load_config(directory / "config.json")
+    check_language(config, str(directory))
+    return config
 
 
 # Either key identifies a config.json of Hugging Face's format; a run's has neither.
@@ -186,7 +191,8 @@ def load_config(path: pathlib.Path) -> Config:
         TrainingError: if the file is missing or not a run's config.
     """
     try:
-        config = _build(Config, upgraded(json.loads(path.read_text(encoding="utf-8"))))
+        content = upgraded(json.loads(path.read_text(encoding="utf-8")))
+        config: Config = _build(GlueRun if "task" in content else Config, content)
         config.validate()
     except FileNotFoundError:
         raise TrainingError(

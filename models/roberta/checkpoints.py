@@ -20,7 +20,7 @@ import numpy as np
 from flax import nnx
 
 from models.huggingface.casts import cast, cast_all
-from models.huggingface.companions import TokenIds, read_token_ids
+from models.huggingface.companions import TokenIds
 from models.huggingface.errors import CheckpointError
 from models.huggingface.files import DTYPES, new_directory, read_json, write_tensors
 from models.huggingface.tensors import StoredTensors
@@ -140,13 +140,37 @@ def read_classifier(
         config = dataclasses.replace(config, num_labels=num_labels)
     tensors = RobertaTensors(path)
     model = nnx.eval_shape(lambda: RobertaClassifier(config, nnx.Rngs(seed)))
-    if any(name.startswith("classifier.") for name in tensors.names):
-        return _filled(model, tensors, path, fresh=()), []
-    filled = _filled(model, tensors, path, fresh=("classifier.",))
+    fresh = _fresh(tensors)
+    filled = _filled(model, tensors, path, fresh)
+    if not fresh:
+        return filled, []
     # Drawn as a whole model's would be: the head of a seed does not depend on the directory.
     filled.classifier = RobertaClassifier(config, nnx.Rngs(seed)).classifier
     note = f"{path} has no head: a new one with {config.num_labels} output(s), from seed {seed}"
     return filled, [note]
+
+
+def check_classifier(directory: str | os.PathLike[str], num_labels: int) -> None:
+    """Checks a directory as :func:`read_classifier` does, without reading tensors.
+
+    Args:
+        directory: directory with ``config.json`` and safetensors.
+        num_labels: outputs of the head.
+
+    Raises:
+        CheckpointError: as :func:`read_classifier`, but for the values of tensors.
+    """
+    path = pathlib.Path(directory)
+    config = dataclasses.replace(read_config(path), num_labels=num_labels)
+    tensors = RobertaTensors(path)
+    model = nnx.eval_shape(lambda: RobertaClassifier(config, nnx.Rngs(0)))
+    _check(_expected(nnx.to_pure_dict(nnx.state(model)), config, _fresh(tensors)), tensors, path)
+
+
+def _fresh(tensors: RobertaTensors) -> tuple[str, ...]:
+    """Returns the prefix of what a classifier's directory may lack: the head."""
+    stored = any(name.startswith("classifier.") for name in tensors.names)
+    return () if stored else ("classifier.",)
 
 
 def _filled(
@@ -156,12 +180,7 @@ def _filled(
     graphdef, state = nnx.split(model)
     wanted = nnx.to_pure_dict(state)
     layers = model.config.num_layers
-    expected = {
-        name: shape
-        for name, shape in _shapes(wanted, layers)
-        if not (fresh and name.startswith(fresh))
-    }
-    _check(expected, tensors, path)
+    _check(_expected(wanted, model.config, fresh), tensors, path)
 
     def read(at: tuple[str, ...], like: Any) -> Any:
         if fresh and stored_name(at).startswith(fresh):
@@ -189,6 +208,14 @@ def _mapped(read: Any, tree: dict[str, Any], path: tuple[str, ...] = ()) -> dict
 
 def _in_blocks(path: tuple[str, ...]) -> bool:
     return path[0] == "blocks"
+
+
+def _expected(
+    wanted: dict[str, Any], config: RobertaConfig, fresh: tuple[str, ...]
+) -> dict[str, tuple[int, ...]]:
+    """Returns the shapes of the tensors that a directory must have, by name."""
+    shapes = _shapes(wanted, config.num_layers)
+    return {name: shape for name, shape in shapes if not (fresh and name.startswith(fresh))}
 
 
 def _shapes(wanted: dict[str, Any], layers: int) -> Iterator[tuple[str, tuple[int, ...]]]:
@@ -300,13 +327,3 @@ def _plain(path: tuple[str, ...], module: nnx.Module) -> Iterator[tuple[str, jax
 def _dense(name: str, projection: Any) -> Iterator[tuple[str, jax.Array]]:
     yield f"{name}.weight", projection.weight()
     yield f"{name}.bias", projection.bias[...]
-
-
-def special_ids(directory: str | os.PathLike[str]) -> dict[str, int | list[int] | None]:
-    """Reads the ids of special tokens from a directory's ``config.json``.
-
-    Raises:
-        CheckpointError: if the file is missing or an id is none.
-    """
-    path = pathlib.Path(directory) / "config.json"
-    return read_token_ids(read_json(path), str(path))

@@ -52,7 +52,7 @@ def test_tfds(name, tmp_path):
             pairs = zip(found.texts, found.labels.tolist(), strict=True)
             assert sorted(pairs) == sorted(zip(texts, labels, strict=True))
     with pytest.raises(
-        TrainingError, match=r"config\.glue\.source = 'tfds:mini/rte' can't be opened"
+        TrainingError, match=r"config\.data\.source = 'tfds:mini/rte' can't be opened"
     ):
         read_rows(TASKS["rte"], "tfds:mini", "train", str(tmp_path))
 

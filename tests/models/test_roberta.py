@@ -20,6 +20,7 @@ from models.roberta import (
     read_roberta,
     write_roberta,
 )
+from models.roberta.names import leaves, stored_name
 
 SMALL = RobertaConfig(
     vocab_size=60,
@@ -108,6 +109,33 @@ def test_hidden_states_and_logits_are_those_of_transformers(tmp_path, fields):
     np.testing.assert_allclose(logits, wanted.logits.numpy(), atol=1e-5)
     np.testing.assert_array_equal(logits, called)
     assert logits.shape == (2, fields.get("num_labels", 2))
+
+
+def test_gradients_are_those_of_transformers(tmp_path):
+    torch, theirs = counterpart(tmp_path, type_vocab_size=1, num_labels=3)
+    model, _ = read_classifier(tmp_path)
+    mask, labels = (IDS != 1).astype(np.int32), np.array([2, 0])
+    inputs = {"input_ids": IDS, "attention_mask": mask, "labels": labels}
+    theirs(**{name: torch.tensor(value) for name, value in inputs.items()}).loss.backward()
+
+    @nnx.jit
+    def gradient(model):
+        def loss(model):
+            log_p = jax.nn.log_softmax(model(IDS, mask=mask))
+            return -jnp.mean(log_p[jnp.arange(2), labels])
+
+        return nnx.grad(loss)(model)
+
+    grads = nnx.to_pure_dict(gradient(model))
+    compared = 0
+    for path, grad in leaves(grads):
+        for layer in range(2) if path[0] == "blocks" else (None,):
+            name = stored_name(path, layer or 0)
+            wanted = theirs.get_parameter(name).grad.numpy()
+            found = grad if layer is None else grad[layer]
+            np.testing.assert_allclose(found, wanted, atol=2e-5, err_msg=name)
+            compared += 1
+    assert compared == len(list(theirs.parameters()))
 
 
 def test_an_encoder_without_prefix_has_its_pooler(tmp_path):

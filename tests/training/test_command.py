@@ -10,7 +10,8 @@ import pytest
 from absl import flags
 
 from loro_jax.errors import TrainingError
-from loro_jax.training.config import Config, DataConfig, MeshConfig, field_names
+from loro_jax.training.config import Config, DataConfig, MeshConfig
+from loro_jax.training.config_differences import field_names
 from loro_jax.training.loop import train
 from models import LlamaConfig
 from tests.training import runs

@@ -9,7 +9,8 @@ import pytest
 
 from loro_jax.errors import TrainingError
 from loro_jax.memory import count_parameters
-from loro_jax.training.config import Config, differences, field_names
+from loro_jax.training.config import Config
+from loro_jax.training.config_differences import differences, field_names
 from loro_jax.training.mesh import make_mesh
 from loro_jax.training.methods import METHODS, make_schedule
 from loro_jax.training.step import compile_program, make_program

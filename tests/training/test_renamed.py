@@ -6,7 +6,8 @@ import json
 import pytest
 
 from loro_jax.errors import TrainingError
-from loro_jax.training.config import Config, differences
+from loro_jax.training.config import Config
+from loro_jax.training.config_differences import differences
 from loro_jax.training.renamed import old_name_message, present, upgraded
 from loro_jax.training.trained import load_config
 from models import LlamaConfig

@@ -11,7 +11,8 @@ import pytest
 from loro_jax import LowRank, initialise
 from loro_jax.commands.arms import load_config
 from loro_jax.errors import TrainingError
-from loro_jax.training.config import Config, differences
+from loro_jax.training.config import Config
+from loro_jax.training.config_differences import differences
 from loro_jax.training.loop import train
 from loro_jax.training.methods import METHODS, make_optimizer
 from loro_jax.training.settings import SETTINGS

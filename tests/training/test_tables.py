@@ -22,7 +22,8 @@ from loro_jax.peers.coso import next_task
 from loro_jax.planning.flops import flops_per_token
 from loro_jax.study.report import Arm, Run, config_of
 from loro_jax.training import methods
-from loro_jax.training.config import Config, field_names
+from loro_jax.training.config import Config
+from loro_jax.training.config_differences import field_names
 from loro_jax.training.fields import parse_change
 from loro_jax.training.help import config_help
 from loro_jax.training.loop import train

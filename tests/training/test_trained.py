@@ -16,7 +16,8 @@ from loro_jax.errors import TrainingError
 from loro_jax.text.config import DataConfig
 from loro_jax.text.prepare import prepare
 from loro_jax.text.sources import shares_text
-from loro_jax.training.config import DIRECTIONS, METHODS, Config, differences
+from loro_jax.training.config import DIRECTIONS, METHODS, Config
+from loro_jax.training.config_differences import differences
 from loro_jax.training.loop import train
 from loro_jax.training.trained import load_config, load_model, load_run
 from models import LlamaConfig, preset

@@ -62,12 +62,6 @@ class Gated(Adapter):
         )
         return self.scale * B * g[..., None, :], A
 
-    def factors(self) -> tuple[Array, Array]:
-        """Returns s B diag(g) and A, in float32 or wider."""
-        dtype = at_least_float32(self.B[...].dtype)
-        B, A, g = (v.astype(dtype) for v in (self.B[...], self.A[...], self._gate()))
-        return self.scale * B * g[..., None, :], A
-
     def _gate(self) -> Array:
         return getattr(self, self.gates)[...]
 

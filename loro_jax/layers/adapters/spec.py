@@ -21,6 +21,7 @@ class AdapterSpec:
         initialiser: how factors B and A are drawn, a name known to :func:`loro_jax.initialise`;
             None or "lora": as the kind says, with dW = 0. With others dW is not zero at the start,
             and is subtracted from the weight that is adapted (:attr:`absorbs`).
+        density: share of a weight's entries that are trained (sltrain).
         param_dtype: dtype of the trained arrays.
         seed: fixes random arrays that layers share (RandLoRA's bases).
     """
@@ -30,6 +31,7 @@ class AdapterSpec:
     alpha: float = 16.0
     rank_stabilised: bool = False
     initialiser: str | None = None
+    density: float = 0.005
     param_dtype: Any = jnp.float32
     seed: Any = 0
 

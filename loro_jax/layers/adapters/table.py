@@ -11,6 +11,7 @@ from loro_jax.layers.adapters.lora import Lora
 from loro_jax.layers.adapters.lora_sb import LoraSB
 from loro_jax.layers.adapters.miss import Miss
 from loro_jax.layers.adapters.randlora import RandLora
+from loro_jax.layers.adapters.sltrain import Sltrain
 
 ADAPTERS: dict[str, type[Adapter]] = {
     "lora": Lora,
@@ -21,4 +22,5 @@ ADAPTERS: dict[str, type[Adapter]] = {
     "adalora": AdaLora,
     "increlora": IncreLora,
     "gated": Gated,
+    "sltrain": Sltrain,
 }
