@@ -3,10 +3,12 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
-from loro_jax.layers.adapters import ADAPTERS, AdapterSpec
+from loro_jax import peers
+from loro_jax.layers.adapters import ADAPTERS, AdapterSpec, adapt, live_factors
 
 KINDS = {"gated": "gate", "adalora": "E", "increlora": "E"}
 
@@ -52,3 +54,36 @@ def test_singular_values_start_at_zero_between_random_factors(kind, initialiser)
     assert not np.any(adapter.E[...])
     for factor in (adapter.B[...], adapter.A[...]):
         assert np.std(factor) == pytest.approx(0.02, rel=0.05)
+
+
+@pytest.mark.parametrize("method", ["adalora", "increlora", "sora", "codyra"])
+def test_ranks_of_any_network_are_chosen(method):
+    options = {
+        "adalora": {"total_steps": 8, "target": 0.5, "initial": 0.0, "prune_every": 1},
+        "increlora": {"total_steps": 8, "target": 0.5, "grow_from": 0, "grow_every": 1},
+        "sora": {"threshold": 0.1, "penalty": 0.0},
+        "codyra": {"total_steps": 8, "threshold": 0.1, "stages": 2},
+    }
+    kind = method if method in KINDS else "gated"
+    rngs = nnx.Rngs(0)
+    network = nnx.Sequential(nnx.Linear(6, 5, rngs=rngs), jnp.tanh, nnx.Linear(5, 4, rngs=rngs))
+    adapted = adapt(network, AdapterSpec(kind=kind, rank=4))
+    tx = getattr(peers, method)(optax.adam(0.03), **options[method])
+    optimizer = nnx.Optimizer(adapted, tx, wrt=nnx.Param)
+    x = jax.random.normal(jax.random.key(0), (16, 6))
+    y = jnp.sin(x[:, :4])
+
+    @nnx.jit
+    def step(model, optimizer):
+        loss, grads = nnx.value_and_grad(lambda model: jnp.mean((model(x) - y) ** 2))(model)
+        optimizer.update(model, grads)
+        return loss
+
+    losses = [float(step(adapted, optimizer)) for _ in range(8)]
+    assert losses[-1] < losses[0]
+    adapters = [adapted.layers[i].adapter for i in (0, 2)]
+    live = sum(live_factors(adapter)[0].shape[1] for adapter in adapters)
+    if method in ("adalora", "increlora"):
+        assert live == 4
+    else:
+        assert live < 8
