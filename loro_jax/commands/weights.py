@@ -13,7 +13,7 @@ from loro_jax.glue import TASKS, PairTokenizer
 from loro_jax.text.tokenizers.tokenizer import Tokenizer
 from loro_jax.training.glue_trained import is_classifier, load_classifier
 from loro_jax.training.stored_adapter import export_adapter
-from loro_jax.training.trained import load_run, run_config
+from loro_jax.training.trained import is_hugging_face, load_run
 from models.huggingface import LayerError, read_model, write_model
 from models.huggingface.companions import read_companions, read_token_ids
 from models.huggingface.files import DTYPES, read_json
@@ -90,13 +90,14 @@ def _add_writing(parser: Parser) -> None:
 def _export(options: argparse.Namespace) -> None:
     if options.base is not None and not options.adapter:
         raise TrainingError("--base names the base of adapters; expected --adapter, too.")
-    if is_classifier(options.source):
+    of_hugging_face = is_hugging_face(options.source)
+    if not of_hugging_face and is_classifier(options.source):
         _export_classifier(options)
         return
     if options.adapter:
         _export_adapter(options)
         return
-    if run_config(options.source) is None:
+    if of_hugging_face:
         _merge(options)
         return
     run = load_run(options.source, options.step)

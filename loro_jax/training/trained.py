@@ -140,6 +140,11 @@ def run_config(path: str | pathlib.Path) -> Config | None:
     return config
 
 
+def is_hugging_face(path: str | pathlib.Path) -> bool:
+    """Returns whether a directory holds a model in Hugging Face's format, by its config."""
+    return _config_of_hugging_face(pathlib.Path(path)) is not None
+
+
 # Either key identifies a config.json of Hugging Face's format; a run's has neither.
 _OF_HUGGING_FACE = {"model_type", "architectures"}
 
