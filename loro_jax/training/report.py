@@ -118,6 +118,8 @@ def _of_adapters(config: Config, workdir: str, live_ranks: int | None) -> list[s
         f'  python -m loro_jax generate {workdir} --prompt="..."',
         "  # the whole model with merged adapters, for other programs",
         f"  python -m loro_jax export {workdir} {workdir}_merged",
+        "  # the adapters alone, in PEFT's format",
+        f"  python -m loro_jax export {workdir} {workdir}_adapters --adapter",
     ]
 
 

@@ -45,6 +45,7 @@ def tuned(base, tmp_path_factory):
     path = tmp_path_factory.mktemp("tuned") / "run"
     status, output = tune(base, path, **LORA, **{"adapter.initialiser": "xavier"})
     assert status == 0, output
+    assert f"python -m loro_jax export {path} {path}_adapters --adapter" in output
     return path
 
 
