@@ -9,6 +9,7 @@ Settings, after a colon: "loro" (the default) and "adamw" train adapters beside 
 
 from loro_jax.text.config import DataConfig
 from loro_jax.training.config import AdapterConfig, Config
+from models.llama import LlamaConfig
 
 
 def get_config(settings: str = "loro") -> Config:
@@ -24,6 +25,7 @@ def get_config(settings: str = "loro") -> Config:
         log_every=10,
         eval_every=100,
         checkpoint_every=100,
+        model=LlamaConfig(num_layers=0),  # those of init_from, as all of the architecture
         data=DataConfig(tokenizer="init_from"),
     )
     if settings == "full":

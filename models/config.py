@@ -40,7 +40,9 @@ class LlamaConfig:
     vocab_size: int = field(32000, at_least(1), "rows of the embedding and of the head")
     hidden_size: int = field(512, at_least(1), "D")
     intermediate_size: int = field(1376, at_least(1), "F, width of the MLP")
-    num_layers: int = field(8, at_least(1), "number of blocks")
+    num_layers: int = field(
+        8, at_least(1), "number of blocks; with config.init_from also 0: as many as there"
+    )
     num_heads: int = field(8, at_least(1), "H, heads of queries")
     num_kv_heads: int | None = field(
         None,

@@ -465,6 +465,10 @@ def settled(config: Config, asked: Collection[str]) -> Config:
     """
     if config.method not in METHODS or config.direction not in DIRECTIONS:
         return config  # validate() reports it
+    own = METHODS[config.method].adapter
+    if own is not None and "adapter.kind" not in asked:
+        # A config file for adapters names a kind; the method has another.
+        config = dataclasses.replace(config, adapter=dataclasses.replace(config.adapter, kind=own))
     # Not by its name: config.py imports this module.
     default = type(config)()
     for name in asked:

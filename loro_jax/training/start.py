@@ -81,10 +81,14 @@ def with_architecture(config: Config) -> Config:
     config = _with_tokenizer(config, run)
     if run is not None:
         there, layers = run.model, config.model.num_layers
-        if layers % there.num_layers:
+        if layers == 0:
+            model = dataclasses.replace(config.model, num_layers=there.num_layers)
+            config = dataclasses.replace(config, model=model)
+        elif layers % there.num_layers:
             raise TrainingError(
                 f"config.model.num_layers = {layers} is no multiple of the {there.num_layers} "
-                f"layers of config.init_from = {config.init_from!r}; expected {there.num_layers}, "
+                f"layers of config.init_from = {config.init_from!r}; expected {there.num_layers} "
+                "or 0 (that number), "
                 f"or {2 * there.num_layers}, {3 * there.num_layers}, ... to repeat its stack."
             )
         names = [name for name in _ARCHITECTURE if name != "num_layers"]

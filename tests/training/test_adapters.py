@@ -270,3 +270,20 @@ def test_lora_plus_moves_B_faster():
     chex.assert_trees_all_close(plus["q"]["B"], 16 * plain["q"]["B"], rtol=1e-6)
     chex.assert_trees_all_equal(plus["q"]["A"], plain["q"]["A"])
     chex.assert_trees_all_equal(plus["norm"], plain["norm"])
+
+
+@pytest.mark.slow
+def test_the_fine_tuning_config_takes_network_and_tokenizer_from_a_run(dense, tmp_path):
+    run, source = dense
+    fields = {"init_from": run, "data.source": source, "steps": 2, "batch_size": 4}
+    fields |= {"sequence_length": 32, "warmup_steps": 1, "eval_every": 2, "tensorboard": False}
+    flags = [f"--config.{name}={value}" for name, value in fields.items()]
+    config = f"--config={runs.ROOT}/configs/finetune_llama.py"
+    status, output = runs.run(config, f"--workdir={tmp_path / 'run'}", *flags)
+    assert status == 0, output
+    tuned, there = load_run(tmp_path / "run").config, load_run(run).config
+    assert tuned.model.num_layers == there.model.num_layers
+    assert tuned.data.tokenizer == there.data.tokenizer
+    status, output = runs.run(config, f"--workdir={tmp_path / 'none'}")
+    assert status == 1
+    assert "config.data.tokenizer = 'init_from' needs a directory in config.init_from" in output
