@@ -34,7 +34,7 @@ def layers(tree):
 
 
 def by_numpy(params, gradients, rate):
-    """All steps by the formulas, layer by layer."""
+    """All steps by the formulas, layer by layer: adapters, prunes, and average sensitivities."""
     state = [
         {k: [np.zeros_like(v), np.zeros_like(v)] for k, v in layer.items()}
         for layer in layers(params)
@@ -69,13 +69,14 @@ def by_numpy(params, gradients, rate):
             for p, value in zip(own, importance, strict=True):
                 p["E"] = np.where(value >= threshold, p["E"], 0.0)
             counts.append((t, budget))
-    return own, counts
+    means = [{name: mean for name, (mean, _) in s.items()} for s in state]
+    return own, counts, means
 
 
 def test_it_is_the_formulas_of_the_method(x64):
     params = draw(0)
     gradients = [jax.tree.map(lambda x: 0.3 * x, draw(seed)) for seed in range(1, STEPS + 1)]
-    expected, counts = by_numpy(params, gradients, 0.1)
+    expected, counts, means = by_numpy(params, gradients, 0.1)
     tx = adalora(optax.sgd(0.1), STEPS, **OPTIONS)
     state, update = tx.init(params), jax.jit(tx.update)
     live = {}
@@ -87,6 +88,10 @@ def test_it_is_the_formulas_of_the_method(x64):
     for found, wanted in zip(layers(params), expected, strict=True):
         for name in found:
             np.testing.assert_allclose(found[name], wanted[name], rtol=1e-12, atol=1e-13)
+    # Not updated in the last part of the run.
+    for found, wanted in zip(layers(state.mean), means, strict=True):
+        for name in found:
+            np.testing.assert_allclose(found[name], wanted[name], rtol=1e-12)
     bias = start["bias"] - 0.1 * sum(g["bias"] for g in gradients)
     np.testing.assert_allclose(params["bias"], bias, rtol=1e-12)
     # At every prune as many are live as the budget says; it falls, and ends at the target.

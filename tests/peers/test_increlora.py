@@ -140,6 +140,20 @@ def test_growth_changes_the_output_by_the_reserve_alone():
     assert grown >= 2
 
 
+def test_only_open_ranks_have_moments_of_E():
+    params = begin(jnp.float32)
+    tx = increlora(optax.adam(0.1), STEPS, **OPTIONS)
+    state, update = tx.init(params), jax.jit(tx.update)
+    for seed in range(1, STEPS + 1):
+        before = ranks(state)
+        updates, state = update(gradients(seed, jnp.float32), state, params)
+        params = optax.apply_updates(params, updates)
+        for own, rank in zip(layers(state.inner[0].mu), before, strict=True):
+            assert np.all(own["E"][:rank] != 0)
+            assert np.all(own["E"][rank:] == 0)
+            assert own["score"] == 0
+
+
 def test_a_round_opens_ranks_of_the_highest_scores():
     scores = jnp.array([0.3, 0.9, 0.1, 0.5])
     room = jnp.array([3, 3, 3, 3])
