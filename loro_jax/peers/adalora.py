@@ -140,16 +140,7 @@ def adalora(
     inner = optax.with_extra_args_support(optimizer)
 
     def init(params: Any) -> AdaLoraState:
-        adapters = adapters_of(params, "adalora")
-        zeros = adapters.only(jax.tree.map(jnp.zeros_like, params))
-        total = sum(one.E.size for one in adapters.take(params))
-        return AdaLoraState(
-            jnp.zeros([], jnp.int32),
-            jnp.asarray(total, jnp.int32),
-            zeros,
-            jax.tree.map(jnp.copy, zeros),
-            inner.init(params),
-        )
+        return _beginning(params, inner.init(params))
 
     def update(
         grads: Any, state: AdaLoraState, params: Any = None, **extra: Any
@@ -160,22 +151,16 @@ def adalora(
         own = adapters.take(params)
         gradients = penalised(adapters.take(grads), own, orthogonality)
         total = sum(one.E.size for one in own)
-        budget = Budget(
-            total,
-            max(round(target * total), 1),
-            round(initial * total_steps),
-            total_steps - round(final * total_steps),
-            prune_every,
-        )
+        first, last = round(initial * total_steps), total_steps - round(final * total_steps)
+        budget = Budget(total, max(round(target * total), 1), first, last, prune_every)
         averages = zip(adapters.take(state.mean), adapters.take(state.spread), strict=True)
         pairs = [
             _measured(*average, one, G, state.count < budget.last, b_importance, b_uncertainty)
             for average, one, G in zip(averages, own, gradients, strict=True)
         ]
         means, spreads = [mean for mean, _ in pairs], [spread for _, spread in pairs]
-        updates, inner_state = inner.update(
-            adapters.put(grads, gradients), state.inner, params, **extra
-        )
+        grads = adapters.put(grads, gradients)
+        updates, inner_state = inner.update(grads, state.inner, params, **extra)
         allowed, due = budget.at(state.count)
         # Scores are only computed when they are needed.
         live = jax.lax.cond(
@@ -193,6 +178,17 @@ def adalora(
         return adapters.put(updates, moves), AdaLoraState(count, kept, mean, spread, inner_state)
 
     return optax.GradientTransformationExtraArgs(init, update)
+
+
+def _beginning(params: Any, inner: Any) -> AdaLoraState:
+    """Returns the state before the first step: all ranks, and averages of zero."""
+    adapters = adapters_of(params, "adalora")
+    zeros = adapters.only(jax.tree.map(jnp.zeros_like, params))
+    total = jnp.asarray(sum(one.E.size for one in adapters.take(params)), jnp.int32)
+    # Copied, because a training step may donate its state.
+    return AdaLoraState(
+        jnp.zeros([], jnp.int32), total, zeros, jax.tree.map(jnp.copy, zeros), inner
+    )
 
 
 def _measured(
