@@ -113,7 +113,9 @@ def write_tokenizer(folder, as_json=True):
     folder.mkdir(parents=True, exist_ok=True)
     made = ByteLevelBPETokenizer()
     words = [f" {word} {word}" for word in (*NOUNS, *SIGNS)]
-    made.train_from_iterator(words, vocab_size=330, min_frequency=1, special_tokens=SPECIAL)
+    made.train_from_iterator(
+        words, vocab_size=330, min_frequency=1, special_tokens=SPECIAL, show_progress=False
+    )
     if as_json:
         made.save(str(folder / "tokenizer.json"))
     else:

@@ -17,12 +17,12 @@ from loro_jax.training.mesh import make_mesh, put_batch, rows_here
 from loro_jax.training.step import compile_program, make_program
 from tests.glue.samples import write_jsonl, write_tokenizer
 
-MESHES = ((1, 1, 1), (4, 1, 1), (1, 4, 1), (1, 1, 4), (2, 1, 2))
-STEPS = 12
+MESHES = ((1, 1, 1), (1, 4, 1), (2, 1, 2))
+STEPS = 8
 
 
 def losses(config, data):
-    """Losses of a run, and the metrics' inputs of its last parameters."""
+    """Losses of a run, and the last parameters' logits."""
     devices = make_mesh(config.mesh, 4 if config.mesh != MeshConfig(1, 1, 1) else 1)
     program, _ = compile_program(make_program(config, devices), devices)
     state, found = program.init(), []

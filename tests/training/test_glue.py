@@ -149,7 +149,7 @@ def test_a_run_resumes_exactly(given, tmp_path):
 def test_losses_do_not_depend_on_the_mesh():
     """With dropout, adapters of all projections, micro-batches and exact steps."""
     whole, *others = run_module("tests.training.glue_devices")
-    assert len(others) == 4
+    assert len(others) == 2
     for other in others:
         np.testing.assert_allclose(
             other["losses"], whole["losses"], atol=2e-4, err_msg=other["mesh"]
