@@ -301,6 +301,9 @@ def test_what_has_no_counterpart_is_refused(base, tmp_path):
     model = adapt(read_model(base)[0], SPECS["lora"], where="blocks/*/q", trained=["norm"])
     with pytest.raises(CheckpointError, match=r"norm/scale was trained, too"):
         write_adapter(model, out)
+    sparse = AdapterSpec("sltrain", rank=3)
+    with pytest.raises(CheckpointError, match=r"class Sltrain have no counterpart in PEFT"):
+        write_adapter(adapted(base, sparse, where="blocks/*/q"), out)
     assert list(tmp_path.iterdir()) == []
     factored = Llama(preset("tiny"), nnx.Rngs(0))
     write_adapter(adapted(base, SPECS["lora"], where="blocks/*/down"), out)
