@@ -116,7 +116,7 @@ def _between(options: argparse.Namespace) -> None:
         perplexity = on_text(options.text, ends[0], tokenizers[0], options)
     else:
         perplexity = on_validation(ends[0])
-    rows = along_line(*models, perplexity)
+    rows = along_line(models[0], models[1], perplexity)
     print(f"dense weights between {ends[0]} (t = 0) and {ends[1]} (t = 1)")
     print_table([{"t": row["t"], "perplexity": _shown(row["perplexity"])} for row in rows])
     _write(options, rows, "line.png", "t", f"from {ends[0]} to {ends[1]}")

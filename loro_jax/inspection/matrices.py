@@ -129,7 +129,7 @@ def _pair(arrays: dict[str, Any]) -> tuple[Any, Any] | None:
     B, A = arrays.get("B"), arrays.get("A")
     if "S" in arrays:  # singular values between them: the product is another
         return None
-    if not (_is_stack(B) and _is_stack(A)) or B.shape[-1] != A.shape[-2]:
+    if B is None or A is None or not (_is_stack(B) and _is_stack(A)) or B.shape[-1] != A.shape[-2]:
         return None
     return B, A
 

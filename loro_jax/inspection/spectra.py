@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 
@@ -38,7 +39,8 @@ def of_pair(B: np.ndarray, A: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.nd
         B, A = B[:, used], A[used]
     # Orthonormal factors do not change singular values: those of B A are those of R_B R_A^T, which
     # is r x r.
-    R_B, R_A = np.linalg.qr(B, mode="r"), np.linalg.qr(A.T, mode="r")
+    R_B: Any = np.linalg.qr(B, mode="r")
+    R_A: Any = np.linalg.qr(A.T, mode="r")
     found = [np.linalg.svd(M, compute_uv=False) for M in (R_B @ R_A.T, R_B, R_A)]
     return found[0], found[1], found[2]
 

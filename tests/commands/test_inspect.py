@@ -169,9 +169,7 @@ def test_the_directory_that_compare_writes_is_read(tmp_path, capsys):
         (["{dense}", "--over=seed"], "holds no table.json"),
     ],
 )
-def test_bad_input_is_one_line_and_writes_nothing(
-    directories, tmp_path, capsys, arguments, message
-):
+def test_bad_input_is_one_line_and_no_file(directories, tmp_path, capsys, arguments, message):
     places = {name: str(directories / name) for name in ("pairs", "dense", "missing")}
     given = [argument.format(**places) for argument in arguments]
     if not any(one.startswith("--out") for one in given):
