@@ -71,6 +71,10 @@ COMMANDS = {
     "stability": Command(
         "spikes of the loss and condition numbers of finished runs", "loro_jax.study.stability"
     ),
+    "inspect": Command(
+        "spectra of products and factors, and the line between two models",
+        "loro_jax.commands.inspect",
+    ),
     "bench": Command("benchmarks for this machine", "loro_jax.bench.__main__"),
 }
 

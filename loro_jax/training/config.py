@@ -16,7 +16,7 @@ from loro_jax.exact import BASES
 from loro_jax.exact import METHODS as METHODS_OF_EXACT_STEP
 from loro_jax.fields import Range, above, at_least, between, check, either, field, nested, one_of
 from loro_jax.layers.adapters import ADAPTERS
-from loro_jax.layers.projections import PROJECTIONS
+from loro_jax.layers.projections import IN_PARTS, PROJECTIONS
 from loro_jax.loro import MOMENTS_OF_BASIS
 from loro_jax.text.config import DataConfig
 from loro_jax.training.methods import (
@@ -218,6 +218,12 @@ class Config:
         1_000, at_least(1), "steps between checkpoints (and one at the end)"
     )
     keep_checkpoints: int = field(2, at_least(1), "number of latest checkpoints to keep")
+    inspect_every: int = field(
+        0,
+        at_least(0),
+        "steps between rows of inspect.jsonl: condition number, norm and stable rank of every "
+        "product B A and factor; 0: never",
+    )
     tensorboard: bool = field(True, None, "also write TensorBoard event files")
     method_options: MethodOptions = nested(
         MethodOptions, "fields of the chosen method or direction"
@@ -410,6 +416,23 @@ def _factors(config: Config) -> None:
         )
 
 
+def _inspected(config: Config) -> None:
+    if config.inspect_every == 0:
+        return
+    if config.has_adapters:
+        found = ADAPTERS[config.adapter_kind].has_pair
+    else:
+        found = METHODS[config.method].projection not in (None, *IN_PARTS)
+    if not found:
+        who = f"method {config.method!r} has"
+        if config.has_adapters:
+            who = f"adapters of kind {config.adapter_kind!r} have"
+        raise ValueError(
+            f"inspect_every = {config.inspect_every}: {who} no factors B and A; "
+            "expected 0 (python -m loro_jax inspect reads the checkpoints)."
+        )
+
+
 # Checks of combinations of fields that runs of every kind have; each raises ValueError.
 SHARED_CHECKS: tuple[Callable[[Any], object], ...] = (
     check_options,
@@ -417,6 +440,7 @@ SHARED_CHECKS: tuple[Callable[[Any], object], ...] = (
     _period,
     _direction_of_dense,
     _micro_batches,
+    _inspected,
     make_schedule,
 )
 

@@ -15,6 +15,7 @@ from loro_jax.training.renamed import upgraded
 RESUMABLE_FIELDS = (
     "checkpoint_every",
     "keep_checkpoints",
+    "inspect_every",
     "tensorboard",
     "mesh",
     "data.prefetch",

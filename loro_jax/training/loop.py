@@ -21,6 +21,7 @@ from loro_jax.training.glue_config import GlueRun
 from loro_jax.training.glue_inputs import GlueInputs
 from loro_jax.training.gradient_start import batches_to_start_from, start_from_text
 from loro_jax.training.inputs import Inputs
+from loro_jax.training.inspecting import Inspection
 from loro_jax.training.language import LanguageInputs
 from loro_jax.training.metrics import MetricsWriter, read_rows
 from loro_jax.training.processes import is_first, largest, others_alive, together
@@ -134,6 +135,9 @@ class _Run:
         self._metrics = (
             MetricsWriter(self._path, self._start, config.tensorboard) if is_first() else None
         )
+        self._inspection = Inspection(
+            config, self._path, self._start, self._state, self._tokens, is_new=restored is None
+        )
         # Notes wait for it, because plain lines would break the bar on a terminal.
         self._display = ProgressDisplay(
             config.steps, self._start, quiet=not is_first(), perplexity=inputs.perplexity
@@ -181,10 +185,14 @@ class _Run:
             last = step == config.steps or self._stops(step)
             evaluate = step % config.eval_every == 0 or step == config.steps
             checkpoint = step % config.checkpoint_every == 0 or last
+            inspect = self._inspection.is_due(step)
             # Before it is evaluated or saved, a step's metrics must be finite, and written.
-            if evaluate or checkpoint:
+            if evaluate or checkpoint or inspect:
                 self._collect(in_flight)
                 in_flight = None
+            if inspect:
+                with self._clock.paused():
+                    self._inspection.write(step, self._state, self._tokens)
             if evaluate:
                 self._evaluate(step)
             if checkpoint:
@@ -280,6 +288,7 @@ class _Run:
                 # Metrics reach the disk before the checkpoint does. After a kill in between, the
                 # surplus rows are removed when the run resumes; missing rows could not be restored.
                 self._metrics.sync()
+                self._inspection.sync()
             progress = {"tokens": self._tokens, "data": self._iterator.position()}
             self._checkpoints.save(step, self._state, progress)
 
@@ -289,6 +298,7 @@ class _Run:
             stack.callback(self._checkpoints.close)
             if self._metrics is not None:
                 stack.callback(self._metrics.close)
+            stack.callback(self._inspection.close)
             stack.callback(self._display.close)
 
 

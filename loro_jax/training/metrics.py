@@ -37,13 +37,20 @@ class MetricsWriter:
         directory: the run directory.
         resume_step: rows after this step are dropped, because the run will write them again.
         tensorboard: whether to write event files too.
+        name: name of the file.
 
     Raises:
         TrainingError: if the files can't be written; also raised by all methods.
     """
 
-    def __init__(self, directory: pathlib.Path, resume_step: int, tensorboard: bool):
-        self._path = directory / "metrics.jsonl"
+    def __init__(
+        self,
+        directory: pathlib.Path,
+        resume_step: int,
+        tensorboard: bool,
+        name: str = "metrics.jsonl",
+    ):
+        self._path = directory / name
         self._events_path = directory / "tensorboard"
         self._events: _Events | None = None
         kept = [row for row in read_rows(self._path) if row["step"] <= resume_step]

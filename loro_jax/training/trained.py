@@ -70,10 +70,7 @@ def load_state(path: str | pathlib.Path, step: int | None = None) -> tuple[Confi
     directory = pathlib.Path(path)
     config = load_config(directory / "config.json")
     checkpoints = directory / "checkpoints"
-    # A checkpoint that is still being written has another name.
-    found = sorted(int(p.name) for p in checkpoints.glob("*") if p.name.isdigit())
-    if not found:
-        raise TrainingError(f"{checkpoints} holds no checkpoint.")
+    found = checkpoint_steps(directory)
     if step is not None and step not in found:
         raise TrainingError(
             f"{checkpoints} holds no checkpoint of step {step}; expected one of "
@@ -90,6 +87,20 @@ def load_state(path: str | pathlib.Path, step: int | None = None) -> tuple[Confi
         reason = str(error).strip().split("\n")[0][:120]
         raise TrainingError(f"{checkpoints / str(chosen)} can't be read ({reason}).") from None
     return config, chosen, state
+
+
+def checkpoint_steps(path: str | pathlib.Path) -> list[int]:
+    """Returns the steps of a run's complete checkpoints, in ascending order.
+
+    Raises:
+        TrainingError: if there are none.
+    """
+    checkpoints = pathlib.Path(path) / "checkpoints"
+    # A checkpoint that is still being written has another name.
+    found = sorted(int(p.name) for p in checkpoints.glob("*") if p.name.isdigit())
+    if not found:
+        raise TrainingError(f"{checkpoints} holds no checkpoint.")
+    return found
 
 
 def load_model(path: str | pathlib.Path) -> tuple[Llama, Tokenizer]:
