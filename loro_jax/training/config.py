@@ -19,6 +19,7 @@ from loro_jax.layers.adapters import ADAPTERS
 from loro_jax.layers.projections import IN_PARTS, PROJECTIONS
 from loro_jax.loro import MOMENTS_OF_BASIS
 from loro_jax.text.config import DataConfig
+from loro_jax.training.adapter_checks import check_adapters
 from loro_jax.training.methods import (
     DIRECTIONS,
     METHODS,
@@ -344,53 +345,15 @@ def _network(config: Config) -> None:
 
 
 def _adapters(config: Config) -> None:
-    adapter, method = config.adapter, METHODS[config.method]
     if not config.has_adapters:
         return
-    kind = config.adapter_kind
-    own = method.adapter == kind and adapter.kind in ("none", kind)
-    takes = {"any": True, "pairs": ADAPTERS[kind].has_pair, "": False}[method.adapters]
-    if not (own or takes):
-        fitting = [
-            name
-            for name, other in METHODS.items()
-            if other.adapter == kind
-            or other.adapters == "any"
-            or (other.adapters == "pairs" and ADAPTERS[kind].has_pair)
-        ]
-        raise ValueError(
-            f"adapter.kind = {adapter.kind!r}: method {config.method!r} does not train such "
-            f"adapters; expected a method among {', '.join(fitting)}."
-        )
-    if config.method_options.get("b_ratio", 1) != 1 and not ADAPTERS[kind].has_pair:
-        raise ValueError(
-            f"method_options.b_ratio = {config.method_options['b_ratio']}: adapters of kind "
-            f"{kind!r} have no factors B and A; expected 1."
-        )
-    for name in adapter.names:
-        if name not in _PROJECTIONS:
-            raise ValueError(
-                f"adapter.targets must be all, or names among {', '.join(_PROJECTIONS)} with "
-                f"commas, but is {adapter.targets!r}."
-            )
-    for name in adapter.trained.split(",") if adapter.trained else []:
-        if name not in _REST:
-            raise ValueError(
-                f"adapter.trained must be names among {', '.join(_REST)} with commas, but is "
-                f"{adapter.trained!r}."
-            )
-        if name == "head" and config.model.tie_embeddings:
-            raise ValueError(
-                "adapter.trained = 'head': this model's head is its embedding "
-                "(model.tie_embeddings); expected 'embedding'."
-            )
     shapes = config.model.shapes("attn") | config.model.shapes("mlp")
-    for name in adapter.names:
-        if adapter.rank > min(shapes[name]):
-            raise ValueError(
-                f"adapter.rank must be at most {min(shapes[name])}, the smaller side of "
-                f"{name!r}, but is {adapter.rank}."
-            )
+    check_adapters(config, {name: min(shape) for name, shape in shapes.items()}, _REST)
+    if config.model.tie_embeddings and "head" in config.adapter.trained.split(","):
+        raise ValueError(
+            "adapter.trained = 'head': this model's head is its embedding "
+            "(model.tie_embeddings); expected 'embedding'."
+        )
 
 
 def _activation_without_exact_steps(config: Config) -> None:

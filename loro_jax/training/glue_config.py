@@ -10,6 +10,7 @@ from loro_jax.fields import at_least, check, field, nested, one_of
 from loro_jax.glue import TASKS, GlueConfig
 from loro_jax.layers.adapters import ADAPTERS
 from loro_jax.training import config as of_any
+from loro_jax.training.adapter_checks import check_adapters
 from loro_jax.training.config import AdapterConfig, Config
 from loro_jax.training.methods import METHODS
 from models.roberta import RobertaConfig
@@ -116,7 +117,6 @@ def _language_fields(config: GlueRun) -> None:
 
 def _adapters(config: GlueRun) -> None:
     adapter, method = config.adapter, METHODS[config.method]
-    kind = config.adapter_kind
     if not config.has_adapters:
         if method.projection is not None:
             raise ValueError(
@@ -129,30 +129,11 @@ def _adapters(config: GlueRun) -> None:
         raise ValueError(
             f"adapter.init_from = {adapter.init_from!r} is for language models; expected none."
         )
-    pairs = ADAPTERS[kind].has_pair
-    if method.adapter != kind and not {"any": True, "pairs": pairs, "": False}[method.adapters]:
-        raise ValueError(
-            f"adapter.kind = {adapter.kind!r}: method {config.method!r} does not train such "
-            "adapters."
-        )
-    for name in adapter.names:
-        if name not in TARGETS:
-            raise ValueError(
-                f"adapter.targets must be all, or names among {', '.join(TARGETS)} with commas, "
-                f"but is {adapter.targets!r}."
-            )
-    for name in adapter.trained.split(",") if adapter.trained else []:
-        if name not in REST:
-            raise ValueError(
-                f"adapter.trained must be names among {', '.join(REST)} with commas, but is "
-                f"{adapter.trained!r}."
-            )
-    smallest = min(config.model.hidden_size, config.model.intermediate_size)
-    if adapter.rank > smallest:
-        raise ValueError(
-            f"adapter.rank must be at most {smallest}, the smaller side of the projections, but is "
-            f"{adapter.rank}."
-        )
+    hidden, wide = config.model.hidden_size, config.model.intermediate_size
+    sides = {
+        name: hidden if "mlp" not in path else min(hidden, wide) for name, path in TARGETS.items()
+    }
+    check_adapters(config, sides, REST)
 
 
 def _fields(config: GlueRun) -> None:
