@@ -130,9 +130,8 @@ def _adapters(config: GlueRun) -> None:
             f"adapter.init_from = {adapter.init_from!r} is for language models; expected none."
         )
     hidden, wide = config.model.hidden_size, config.model.intermediate_size
-    sides = {
-        name: hidden if "mlp" not in path else min(hidden, wide) for name, path in TARGETS.items()
-    }
+    of_mlp = min(hidden, wide)
+    sides = {name: of_mlp if "mlp" in path else hidden for name, path in TARGETS.items()}
     check_adapters(config, sides, REST)
 
 
