@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from loro_jax.inspection import spectra
 
@@ -70,10 +73,9 @@ def matrices_of(params: Any, dense: bool = True) -> list[Matrix]:
             continue
         for part, array in sorted(arrays.items()):
             if _is_stack(array) and (pair is None or part not in PARTS):
-                found += [
-                    Matrix(name, part, i, W.shape, spectra.of_dense(W))
-                    for i, W in enumerate(on_host(array))
-                ]
+                stack = on_host(array)
+                values = _by_layer(spectra.of_dense, stack)
+                found += [Matrix(name, part, i, stack.shape[1:], one) for i, one in values]
     return found
 
 
@@ -139,8 +141,15 @@ def _is_stack(array: Any) -> bool:
     return getattr(array, "ndim", 0) == 3 and np.dtype(array.dtype).kind in "fV"
 
 
+def _by_layer(function: Callable[..., Any], *stacks: np.ndarray) -> Iterator[tuple[int, Any]]:
+    """Yields numbered results of a function of one layer, with a core for each layer."""
+    # LAPACK's own threads gain little on matrices of this size.
+    with threadpool_limits(limits=1, user_api="blas"), ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield from enumerate(pool.map(function, *stacks))
+
+
 def _of_pair(name: str, B: np.ndarray, A: np.ndarray) -> Iterator[Matrix]:
-    by_layer = [spectra.of_pair(*pair) for pair in zip(B, A, strict=True)]
+    by_layer = [found for _, found in _by_layer(spectra.of_pair, B, A)]
     shapes = ((B.shape[1], A.shape[2]), B.shape[1:], A.shape[1:])
     for part, shape, values in zip(PARTS, shapes, zip(*by_layer, strict=True), strict=True):
         for layer, one in enumerate(values):
