@@ -17,6 +17,8 @@ from loro_jax.inspection import spectra
 PARTS = ("B A", "B", "A")
 # Between a projection and its matrices, where it has an adapter.
 _ADAPTED = ("base", "adapter")
+# Arrays that stand between two factors, whose product is then another than B A.
+_BETWEEN = {"S", "E", "gate"}
 
 
 class Matrix(NamedTuple):
@@ -112,11 +114,6 @@ def on_host(array: Any) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
-def has_pairs(params: Any) -> bool:
-    """Returns whether a network's blocks have any pair; shapes are enough."""
-    return any(_pair(arrays) for _, arrays in _projections(params.get("blocks", {}), ()))
-
-
 def _projections(tree: Any, path: tuple[str, ...]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields the name and the arrays of every node that has arrays."""
     arrays = {name: value for name, value in tree.items() if not isinstance(value, dict)}
@@ -129,7 +126,7 @@ def _projections(tree: Any, path: tuple[str, ...]) -> Iterator[tuple[str, dict[s
 
 def _pair(arrays: dict[str, Any]) -> tuple[Any, Any] | None:
     B, A = arrays.get("B"), arrays.get("A")
-    if "S" in arrays:  # singular values between them: the product is another
+    if _BETWEEN & arrays.keys():
         return None
     if B is None or A is None or not (_is_stack(B) and _is_stack(A)) or B.shape[-1] != A.shape[-2]:
         return None

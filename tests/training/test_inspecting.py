@@ -63,19 +63,19 @@ def test_without_the_option_nothing_is_written(tmp_path):
 
 
 @pytest.mark.parametrize("method", ["full", "galore", "sst"])
-def test_a_method_without_factors_is_named(method):
+def test_a_method_without_products_is_named(method):
     config = Config(method=method, model=preset("tiny"), inspect_every=5)
     with pytest.raises(TrainingError, match=rf"^config.inspect_every = 5: method '{method}' has"):
         config.validate()
 
 
-def test_of_adapters_those_with_factors_are_inspected():
+def test_of_adapters_those_with_products_are_inspected():
     def config(kind, method):
         adapter = AdapterConfig(kind=kind)
         return Config(method=method, model=preset("tiny"), inspect_every=5, adapter=adapter)
 
     config("lora", "lowrank").validate()
-    with pytest.raises(TrainingError, match="adapters of kind 'bone' have no factors B and A"):
+    with pytest.raises(TrainingError, match="adapters of kind 'bone' have no product B A"):
         config("bone", "full").validate()
 
 
