@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
+from threadpoolctl import threadpool_limits
 
 from loro_jax.inspection import spectra
 
@@ -14,6 +17,8 @@ from loro_jax.inspection import spectra
 PARTS = ("B A", "B", "A")
 # Between a projection and its matrices, where it has an adapter.
 _ADAPTED = ("base", "adapter")
+# Arrays that stand between two factors, whose product is then another than B A.
+_BETWEEN = {"S", "E", "gate"}
 
 
 class Matrix(NamedTuple):
@@ -70,10 +75,9 @@ def matrices_of(params: Any, dense: bool = True) -> list[Matrix]:
             continue
         for part, array in sorted(arrays.items()):
             if _is_stack(array) and (pair is None or part not in PARTS):
-                found += [
-                    Matrix(name, part, i, W.shape, spectra.of_dense(W))
-                    for i, W in enumerate(on_host(array))
-                ]
+                stack = on_host(array)
+                values = _by_layer(spectra.of_dense, stack)
+                found += [Matrix(name, part, i, stack.shape[1:], one) for i, one in values]
     return found
 
 
@@ -110,11 +114,6 @@ def on_host(array: Any) -> np.ndarray:
     return np.asarray(multihost_utils.process_allgather(array, tiled=True))
 
 
-def has_pairs(params: Any) -> bool:
-    """Returns whether a network's blocks have any pair; shapes are enough."""
-    return any(_pair(arrays) for _, arrays in _projections(params.get("blocks", {}), ()))
-
-
 def _projections(tree: Any, path: tuple[str, ...]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yields the name and the arrays of every node that has arrays."""
     arrays = {name: value for name, value in tree.items() if not isinstance(value, dict)}
@@ -127,7 +126,7 @@ def _projections(tree: Any, path: tuple[str, ...]) -> Iterator[tuple[str, dict[s
 
 def _pair(arrays: dict[str, Any]) -> tuple[Any, Any] | None:
     B, A = arrays.get("B"), arrays.get("A")
-    if "S" in arrays:  # singular values between them: the product is another
+    if _BETWEEN & arrays.keys():
         return None
     if B is None or A is None or not (_is_stack(B) and _is_stack(A)) or B.shape[-1] != A.shape[-2]:
         return None
@@ -139,8 +138,15 @@ def _is_stack(array: Any) -> bool:
     return getattr(array, "ndim", 0) == 3 and np.dtype(array.dtype).kind in "fV"
 
 
+def _by_layer(function: Callable[..., Any], *stacks: np.ndarray) -> Iterator[tuple[int, Any]]:
+    """Yields numbered results of a function of one layer, with a core for each layer."""
+    # LAPACK's own threads gain little on matrices of this size.
+    with threadpool_limits(limits=1, user_api="blas"), ThreadPoolExecutor(os.cpu_count()) as pool:
+        yield from enumerate(pool.map(function, *stacks))
+
+
 def _of_pair(name: str, B: np.ndarray, A: np.ndarray) -> Iterator[Matrix]:
-    by_layer = [spectra.of_pair(*pair) for pair in zip(B, A, strict=True)]
+    by_layer = [found for _, found in _by_layer(spectra.of_pair, B, A)]
     shapes = ((B.shape[1], A.shape[2]), B.shape[1:], A.shape[1:])
     for part, shape, values in zip(PARTS, shapes, zip(*by_layer, strict=True), strict=True):
         for layer, one in enumerate(values):

@@ -391,7 +391,7 @@ def _inspected(config: Config) -> None:
         if config.has_adapters:
             who = f"adapters of kind {config.adapter_kind!r} have"
         raise ValueError(
-            f"inspect_every = {config.inspect_every}: {who} no factors B and A; "
+            f"inspect_every = {config.inspect_every}: {who} no product B A; "
             "expected 0 (python -m loro_jax inspect reads the checkpoints)."
         )
 

@@ -80,9 +80,10 @@ def test_adapters_and_other_kinds_are_found_by_their_arrays():
         *((name, part) for name in "qo" for part in ("B A", "B", "A")),
         ("q", "W"),
     }
-    # Between these factors stand singular values: B A is not the product.
-    split = {**q, "S": np.ones((3, 4))}
-    assert {one.part for one in matrices_of({"blocks": {"q": split}})} == {"B", "A"}
+    # Between these factors stand singular values or gates: B A is not the product.
+    for between in ("S", "E", "gate"):
+        split = {**q, between: np.ones((3, 4))}
+        assert {one.part for one in matrices_of({"blocks": {"q": split}})} == {"B", "A"}
 
 
 def test_narrow_dtypes_are_read():

@@ -15,6 +15,7 @@ from loro_jax.training.step import TrainState
 from loro_jax.training.trained import load_state
 from models import preset
 from tests.training import runs
+from tests.training.test_processes import finish_all, start_all
 
 CONFIG = Config(inspect_every=4)
 
@@ -62,19 +63,19 @@ def test_without_the_option_nothing_is_written(tmp_path):
 
 
 @pytest.mark.parametrize("method", ["full", "galore", "sst"])
-def test_a_method_without_factors_is_named(method):
+def test_a_method_without_products_is_named(method):
     config = Config(method=method, model=preset("tiny"), inspect_every=5)
     with pytest.raises(TrainingError, match=rf"^config.inspect_every = 5: method '{method}' has"):
         config.validate()
 
 
-def test_of_adapters_those_with_factors_are_inspected():
+def test_of_adapters_those_with_products_are_inspected():
     def config(kind, method):
         adapter = AdapterConfig(kind=kind)
         return Config(method=method, model=preset("tiny"), inspect_every=5, adapter=adapter)
 
     config("lora", "lowrank").validate()
-    with pytest.raises(TrainingError, match="adapters of kind 'bone' have no factors B and A"):
+    with pytest.raises(TrainingError, match="adapters of kind 'bone' have no product B A"):
         config("bone", "full").validate()
 
 
@@ -99,3 +100,15 @@ def test_the_trajectory_is_the_same_and_resumes(tmp_path):
     assert "continuing" in output
     assert read(tmp_path / "run") == whole
     assert runs.rows(tmp_path / "run") == runs.rows(tmp_path / "plain")
+
+
+@pytest.mark.slow
+def test_factors_spread_over_processes_are_gathered(tmp_path):
+    source = runs.corpus(tmp_path)
+    changes = {"inspect_every": 8, "mesh.fsdp": 2}
+    ends = finish_all(start_all(2, tmp_path / "run", [source] * 2, {}, **changes))
+    assert [status for status, _ in ends] == [0, 0], ends
+    found = read(tmp_path / "run")
+    assert [row["step"] for row in found] == [0, 8, 16, 24]
+    expected = small_tables(load_state(tmp_path / "run")[2].params)
+    assert found[-1]["matrices"] == expected
