@@ -35,8 +35,9 @@ def get_config(settings: str = "loro") -> Config:
     if settings == "adamw":
         config.method, config.learning_rate = "lowrank", 1e-3
     elif settings == "loro":
-        config.method, config.learning_rate = "loro", 0.02
-        config.exact_every, config.basis = 50, "nearest"
+        # As in the study (loro_jax/study/README.md); the factors' rate is not scaled by their rank.
+        config.method, config.learning_rate, config.lr_scale = "loro", 5e-4, 1.0
+        config.exact_every = 25
         # Exact steps need factors that are not zero; what they add at first is subtracted from W.
         config.adapter.initialiser = "xavier"
     else:
