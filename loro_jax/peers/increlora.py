@@ -16,7 +16,7 @@ Source: Zhang et al., "IncreLoRA: Incremental Parameter Allocation Method for Pa
 Fine-tuning", 2023 (arXiv 2308.12043), and the authors' code. Differences from it:
 
 * the open and reserved triplets of an adapter are orthonormal to each other, as in the paper; the
-  code takes the penalty of each part that joined by itself;
+  code takes the penalty of each part that joined, apart from the others;
 * the last round opens no more ranks than the budget has; there it may exceed it;
 * Adam's correction of its first moments counts from the run's first step also for parts that join
   later: their first steps are up to three times larger, of a small rate while they warm up.

@@ -117,7 +117,7 @@ def next_task(parts: Split) -> Split:
 
 
 def without(X: Array, vectors: Array) -> Array:
-    """Removes from columns what lies in the span of orthonormal ones, ``X - V (V^T X)``.
+    """Removes from columns their part in the span of orthonormal ones, ``X - V (V^T X)``.
 
     Args:
         X: (..., m, r).

@@ -15,22 +15,16 @@ if TYPE_CHECKING:
     from loro_jax.training.config import Config
 
 
-def make_network(config: Config, seed: int | None = None) -> Llama:
-    """Makes the network of a run, with new weights.
-
-    Args:
-        config: the run's config.
-        seed: fixes the weights; None: the config's.
-    """
-    seed = config.seed if seed is None else seed
-    model = Llama(config.model_config, nnx.Rngs(seed))
+def make_network(config: Config) -> Llama:
+    """Makes the network of a run, with new weights."""
+    model = Llama(config.model_config, nnx.Rngs(config.seed))
     if not config.has_adapters:
         return model
     # Another stream than that of the network's weights.
-    key = jax.random.fold_in(jax.random.key(seed), 2)
+    key = jax.random.fold_in(jax.random.key(config.seed), 2)
     return adapt(
         model,
-        adapter_spec(config, seed),
+        adapter_spec(config),
         where=[f"blocks/*/{name}" for name in config.adapter.names],
         trained=config.adapter.also,
         key=key,
@@ -38,8 +32,8 @@ def make_network(config: Config, seed: int | None = None) -> Llama:
     )
 
 
-def adapter_spec(config: Config, seed: int | None = None) -> AdapterSpec:
-    """Returns the specification of a run's adapters; ``seed`` as in :func:`make_network`."""
+def adapter_spec(config: Config) -> AdapterSpec:
+    """Returns the specification of a run's adapters."""
     adapter = config.adapter
     return AdapterSpec(
         kind=config.adapter_kind,
@@ -50,7 +44,7 @@ def adapter_spec(config: Config, seed: int | None = None) -> AdapterSpec:
         density=adapter.density,
         # A 16-bit network may have adapters with small steps.
         param_dtype=jnp.promote_types(config.model.param_dtype, jnp.float32),
-        seed=config.seed if seed is None else seed,
+        seed=config.seed,
     )
 
 

@@ -23,7 +23,7 @@ from models.huggingface.adapter_configs import CONFIG, LORA, MISS, RANDLORA
 from models.huggingface.adapter_reading import BASES, PREFIX, TENSORS
 from models.huggingface.casts import cast
 from models.huggingface.errors import CheckpointError
-from models.huggingface.files import DTYPES, new_directory
+from models.huggingface.files import DTYPES, check_dtype, new_directory
 from models.huggingface.names import PROJECTIONS, layer_prefix
 from models.llama import Llama
 
@@ -59,8 +59,7 @@ def write_adapter(
         CheckpointError: if the model has no adapters, more is trained than they are, PEFT has no
             such adapters, or ``out`` exists or can't be written.
     """
-    if dtype not in DTYPES:
-        raise CheckpointError(f"dtype must be one of {', '.join(DTYPES)}, but is {dtype!r}.")
+    check_dtype(dtype)
     adapters = _adapters(model)
     first = next(iter(adapters.values()))
     if start is not None:

@@ -26,6 +26,12 @@ INDEX = "model.safetensors.index.json"
 DTYPES = {"float32": np.float32, "float16": np.float16, "bfloat16": ml_dtypes.bfloat16}
 
 
+def check_dtype(name: str) -> None:
+    """Raises CheckpointError unless tensors can be stored in a dtype of this name."""
+    if name not in DTYPES:
+        raise CheckpointError(f"dtype must be one of {', '.join(DTYPES)}, but is {name!r}.")
+
+
 @contextlib.contextmanager
 def new_directory(out: str | os.PathLike[str]) -> Iterator[pathlib.Path]:
     """Yields a temporary directory, renamed to ``out`` on success and removed on failure.

@@ -12,7 +12,7 @@ from flax import nnx
 
 from models.huggingface.configs import from_huggingface
 from models.huggingface.errors import CheckpointError
-from models.huggingface.files import DTYPES, read_json
+from models.huggingface.files import check_dtype, read_json
 from models.huggingface.parameters import LayerError, read_parameters
 from models.huggingface.tensors import Tensors
 from models.llama import Llama, LlamaConfig
@@ -110,6 +110,5 @@ def read_config(directory: str | os.PathLike[str], *, dtype: str | None = None) 
         raise CheckpointError(f"{path} is not a directory.")
     config = from_huggingface(read_json(path / "config.json"), str(path / "config.json"))
     chosen = dtype or Tensors(path, config.tie_embeddings).dtype()
-    if chosen not in DTYPES:
-        raise CheckpointError(f"dtype must be one of {', '.join(DTYPES)}, but is {chosen!r}.")
+    check_dtype(chosen)
     return dataclasses.replace(config, dtype=chosen, param_dtype=chosen)

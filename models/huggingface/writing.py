@@ -16,7 +16,7 @@ from models.huggingface.casts import cast_all
 from models.huggingface.companions import GENERATION, TokenIds, complete_ids, generation_config
 from models.huggingface.configs import to_huggingface
 from models.huggingface.errors import CheckpointError
-from models.huggingface.files import DTYPES, new_directory, write_tensors
+from models.huggingface.files import check_dtype, new_directory, write_tensors
 from models.huggingface.names import (
     EMBEDDING,
     HEAD,
@@ -71,8 +71,7 @@ def write_model(
         ...     write_model(Llama(config, nnx.Rngs(0)), f"{parent}/model")
         86656
     """
-    if dtype not in DTYPES:
-        raise CheckpointError(f"dtype must be one of {', '.join(DTYPES)}, but is {dtype!r}.")
+    check_dtype(dtype)
     config = model.config
     kind = config.projection
     if not keep_factors and config.scope != "none" and kind in ("cola", "lost", "scaffold_cola"):

@@ -22,7 +22,7 @@ from flax import nnx
 from models.huggingface.casts import cast, cast_all
 from models.huggingface.companions import TokenIds
 from models.huggingface.errors import CheckpointError
-from models.huggingface.files import DTYPES, new_directory, read_json, write_tensors
+from models.huggingface.files import check_dtype, new_directory, read_json, write_tensors
 from models.huggingface.tensors import StoredTensors
 from models.roberta.config import RobertaConfig, from_huggingface, to_huggingface
 from models.roberta.names import (
@@ -76,8 +76,7 @@ def read_config(directory: str | os.PathLike[str], *, dtype: str | None = None) 
         raise CheckpointError(f"{path} is not a directory.")
     config = from_huggingface(read_json(path / "config.json"), str(path / "config.json"))
     chosen = dtype or RobertaTensors(path).dtype()
-    if chosen not in DTYPES:
-        raise CheckpointError(f"dtype must be one of {', '.join(DTYPES)}, but is {chosen!r}.")
+    check_dtype(chosen)
     return dataclasses.replace(config, dtype=chosen, param_dtype=chosen)
 
 
@@ -280,8 +279,7 @@ def write_roberta(
             labels is wrong, or a tensor holds numbers that are not finite or that the dtype can't
             hold.
     """
-    if dtype not in DTYPES:
-        raise CheckpointError(f"dtype must be one of {', '.join(DTYPES)}, but is {dtype!r}.")
+    check_dtype(dtype)
     head = isinstance(model, RobertaClassifier)
     if labels is not None and (not head or len(labels) != model.config.num_labels):
         outputs = model.config.num_labels if head else "no"
