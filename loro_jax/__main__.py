@@ -45,6 +45,10 @@ COMMANDS = {
     "compress": Command(
         "make low-rank pairs of a dense LLaMA's projections", "loro_jax.commands.compress"
     ),
+    "healing": Command(
+        "perplexity over parameters of compressed models, before and after training",
+        "loro_jax.commands.healing",
+    ),
     "tokenizer": Command(
         "train a tokenizer on your own text", "loro_jax.commands.tokenizer", networks=False
     ),

@@ -28,7 +28,7 @@ from loro_jax.tables import replacing
 from loro_jax.training.config import Config
 from loro_jax.training.config_differences import differences
 from loro_jax.training.loop import train
-from loro_jax.training.metrics import read_rows
+from loro_jax.training.metrics import read_rows, seconds_of_steps
 
 _PATIENCE = 10.0  # seconds between two checks of runs that another process has locked
 
@@ -143,9 +143,4 @@ def _last_perplexity(config: Config, workdir: pathlib.Path) -> float | None:
 def _result(run: Run, workdir: pathlib.Path, perplexity: float | None, note: str) -> Result:
     rows = [row for row in read_rows(workdir / "metrics.jsonl") if "loss" in row]
     curve = [(row["tokens"], row["loss"]) for row in rows]
-    seconds = 0.0
-    # Each row with the one before it. Its rate is of the tokens in between.
-    for before, row in zip([{"tokens": 0}, *rows], rows, strict=False):
-        if row["tokens_per_second"] > 0:  # 0 if the machine was suspended
-            seconds += (row["tokens"] - before["tokens"]) / row["tokens_per_second"]
-    return Result(run, perplexity, note, curve, seconds)
+    return Result(run, perplexity, note, curve, seconds_of_steps(rows))

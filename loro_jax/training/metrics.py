@@ -10,7 +10,7 @@ import pathlib
 import socket
 import struct
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from loro_jax.errors import cannot_write
@@ -28,6 +28,24 @@ def read_rows(path: pathlib.Path) -> list[dict[str, Any]]:
             # Whatever follows an incomplete row was written later, and is dropped with it.
             break
     return rows
+
+
+def seconds_of_steps(rows: Sequence[dict[str, Any]]) -> float:
+    """Sums the time of a run's steps, without evaluations and checkpoints.
+
+    Args:
+        rows: its rows with a loss, in order; each tells the speed since the one before it.
+
+    Example:
+        >>> rows = [{"tokens": 100, "tokens_per_second": 50}]
+        >>> seconds_of_steps([*rows, {"tokens": 300, "tokens_per_second": 20}])
+        12.0
+    """
+    seconds = 0.0
+    for before, row in zip([{"tokens": 0}, *rows], rows, strict=False):
+        if row["tokens_per_second"] > 0:  # 0 if the machine was suspended
+            seconds += (row["tokens"] - before["tokens"]) / row["tokens_per_second"]
+    return seconds
 
 
 class MetricsWriter:
