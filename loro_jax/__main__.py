@@ -67,6 +67,11 @@ COMMANDS = {
     "compare": Command(
         "train methods side by side, with learning rates and seeds", "loro_jax.commands.compare"
     ),
+    "plot": Command(
+        "perplexity over tokens and FLOPs, from the table of a comparison",
+        "loro_jax.study.validation_plot",
+        networks=False,
+    ),
     "sweep": Command(
         "train an arm's learning rates and seeds together, small models on one device",
         "loro_jax.commands.sweep",

@@ -141,6 +141,8 @@ def _last_perplexity(config: Config, workdir: pathlib.Path) -> float | None:
 
 
 def _result(run: Run, workdir: pathlib.Path, perplexity: float | None, note: str) -> Result:
-    rows = [row for row in read_rows(workdir / "metrics.jsonl") if "loss" in row]
+    found = read_rows(workdir / "metrics.jsonl")
+    rows = [row for row in found if "loss" in row]
     curve = [(row["tokens"], row["loss"]) for row in rows]
-    return Result(run, perplexity, note, curve, seconds_of_steps(rows))
+    validation = [(row["tokens"], row["val_ppl"]) for row in found if "val_ppl" in row]
+    return Result(run, perplexity, note, curve, seconds_of_steps(rows), validation)

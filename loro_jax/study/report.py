@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 
 from loro_jax.planning.flops import flops_per_token
 from loro_jax.planning.memory_table import held_by
+from loro_jax.study.validation_plot import lines_of, plot_validation
 from loro_jax.tables import environment, replacing
 from loro_jax.training.config import Config
 from loro_jax.training.fields import set_field
@@ -66,6 +67,7 @@ class Result(NamedTuple):
         note: reason if it diverged.
         curve: tokens and training loss of its rows.
         seconds: time of its steps, without evaluations and checkpoints.
+        validation: tokens and validation perplexity of its evaluations.
     """
 
     run: Run
@@ -73,6 +75,7 @@ class Result(NamedTuple):
     note: str
     curve: list[tuple[int, float]]
     seconds: float
+    validation: list[tuple[int, float]]
 
 
 def config_of(base: Config, run: Run) -> Config:
@@ -97,7 +100,9 @@ def config_of(base: Config, run: Run) -> Config:
 def write_report(
     base: Config, results: list[Result], directory: pathlib.Path, command: str = ""
 ) -> None:
-    """Writes ``table.md``, ``table.json`` and ``curves.png`` into a comparison's directory.
+    """Writes ``table.md``, ``table.json`` and two plots into a comparison's directory.
+
+    ``curves.png`` shows training losses and memory, ``perplexity.png`` the evaluations.
 
     Args:
         base: config shared by all runs.
@@ -108,17 +113,22 @@ def write_report(
     rows = summary(base, results)
     with replacing(directory / "table.md") as path:
         path.write_text(_markdown(rows), encoding="utf-8")
+    runs = [_as_json(result) for result in results]
     content = {
         "command": command,
         "environment": environment(),
         "config": dataclasses.asdict(base),
         "rows": rows,
-        "runs": [_as_json(result) for result in results],
+        "runs": runs,
     }
     with replacing(directory / "table.json") as path:
         path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     with replacing(directory / "curves.png") as path:
         _plot(base, results, rows, path)
+    lines = lines_of(rows, runs, {row["arm"]: row["arm"] for row in rows})
+    if lines:
+        with replacing(directory / "perplexity.png") as path:
+            plot_validation(lines, path)
 
 
 def summary(base: Config, results: list[Result]) -> list[dict[str, Any]]:
@@ -202,6 +212,7 @@ def _as_json(result: Result) -> dict[str, Any]:
         "note": result.note,
         "seconds": result.seconds,
         "curve": result.curve,
+        "validation": result.validation,
     }
 
 

@@ -10,6 +10,8 @@ from loro_jax.commands.arms import load_config
 from loro_jax.commands.compare import main
 from loro_jax.errors import TrainingError
 from loro_jax.study import comparison
+from loro_jax.study.validation_plot import lines_of, read_table
+from loro_jax.study.validation_plot import main as plot
 from loro_jax.training.config import Config
 from tests.training import runs
 
@@ -46,7 +48,43 @@ def test_the_table_has_a_row_a_method(compared):
     table = (out / "table.md").read_text().splitlines()
     assert re.match(r"\| arm +\|", table[0])
     assert len(table) == 4
-    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
+    for name in ("curves.png", "perplexity.png"):
+        assert (out / name).read_bytes().startswith(b"\x89PNG")
+    for (arm, rate, seed), run in by_run.items():
+        metrics = runs.rows(out / arm / f"lr{rate:g}" / f"seed{seed}")
+        evaluations = [[row["tokens"], row["val_ppl"]] for row in metrics if "val_ppl" in row]
+        assert run["validation"] == evaluations
+        assert bool(evaluations) == (run["perplexity"] is not None)
+
+
+def test_evaluations_are_drawn_for_the_best_rate(compared, tmp_path, capsys):
+    _, out = compared
+    content = read_table(out / "table.json")
+    labels = {"full": "dense", "lowrank": "lowrank"}
+    dense, low_rank = lines_of(content["rows"], content["runs"], labels)
+    rows = {row["arm"]: row for row in content["rows"]}
+    best = rows["lowrank"]["best lr"]
+    own = next(
+        run for run in content["runs"] if (run["arm"], run["learning_rate"]) == ("lowrank", best)
+    )
+    assert [[t, p] for t, p in zip(low_rank.tokens, low_rank.perplexities, strict=True)] == [
+        list(point) for point in own["validation"]
+    ]
+    assert low_rank.flops == rows["lowrank"]["MFLOPs/token"] * 1e6 < dense.flops
+    assert dense.name.startswith("dense: ")
+    table, png = str(out / "table.json"), tmp_path / "plot.png"
+    assert plot([table, "--arms=full=dense,lowrank", f"--out={png}"]) == 0
+    assert png.read_bytes().startswith(b"\x89PNG")
+    capsys.readouterr()
+    for arguments, expected in (
+        ([table, "--arms=fool", f"--out={png}"], "'fool' is not in"),
+        ([str(out / "table.md"), f"--out={png}"], "can't be read as the table.json"),
+        ([table, f"--out={tmp_path / 'none' / 'plot.png'}"], "No such file"),
+    ):
+        assert plot(arguments) == 1
+        error = capsys.readouterr().err
+        assert expected in error
+        assert error.count("\n") == 1
 
 
 def test_the_same_seed_sees_the_same_text(compared):
