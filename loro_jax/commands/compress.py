@@ -2,7 +2,9 @@
 
 OUT is a directory with factors: train.py --config.init_from=OUT continues from it, generate and
 evaluate read it, and export merges the pairs for other programs. --keep is the fraction of the
-projections' parameters that remain (embedding, head and norms stay as they are).
+projections' parameters that remain (embedding, head and norms stay as they are). --energy takes
+the lowest rank of each matrix that holds this share of its squared singular values; 1 is the rank
+that a matrix has, so that a model trained by TRP loses nothing.
 
 asvd and lord measure the inputs of the projections on --text; with a text, the errors of the
 outputs are printed for every method. The text should not be the one for --evaluate.
@@ -38,6 +40,9 @@ from models.huggingface.files import DTYPES, read_json
 from models.llama import Llama
 from models.windows import score
 
+# Options for the ranks, one of which is needed.
+_SIZES = ("keep", "rank", "energy")
+
 # Default number of calibration tokens.
 _USUAL_TOKENS = 16_384
 
@@ -64,7 +69,8 @@ def _compress(options: argparse.Namespace) -> None:
     held_out = None
     if options.evaluate:
         held_out = _stream(options.evaluate, tokenizer, options.evaluate_tokens, "--evaluate")
-    found = compress(model, options.method, keep=options.keep, rank=options.rank, tokens_NxL=tokens)
+    sizes = {name: getattr(options, name) for name in _SIZES}
+    found = compress(model, options.method, **sizes, tokens_NxL=tokens)
     perplexities = [_perplexity(one, held_out, length) for one in (model, found.model)]
     config = source / "config.json"
     total = write_model(
@@ -92,8 +98,8 @@ def _check(options: argparse.Namespace, source: pathlib.Path) -> None:
             raise TrainingError(f"--{name}={getattr(options, name)}: expected at least {least}.")
     if METHODS[options.method].needs_text and not options.text:
         raise TrainingError(f"--method={options.method} needs a calibration text; expected --text.")
-    if (options.keep is None) == (options.rank is None):
-        raise TrainingError("expected either --keep or --rank.")
+    if sum(getattr(options, name) is not None for name in _SIZES) != 1:
+        raise TrainingError("expected one of --keep, --rank and --energy.")
     out = pathlib.Path(options.out)
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise TrainingError(f"{out} exists already; expected a path that does not exist.")
@@ -209,7 +215,7 @@ def _print(summary: dict[str, Any], options: argparse.Namespace) -> None:
 
 def _with_options(message: str) -> str:
     """Rewrites a message of the library to name this command's options."""
-    for name in ("keep", "rank", "method"):
+    for name in (*_SIZES, "method"):
         for before, after in ((f"{name} = ", f"--{name}="), (f"{name} '", f"--{name} '")):
             if message.startswith(before):
                 message = after + message.removeprefix(before)
@@ -224,6 +230,9 @@ def _parser() -> Parser:
     parser.add_argument("--method", choices=list(METHODS), default="lord", help=summaries)
     parser.add_argument("--keep", type=float, help="fraction of the projections' parameters")
     parser.add_argument("--rank", type=int, help="one rank for all, instead of --keep")
+    parser.add_argument(
+        "--energy", type=float, help="share of each matrix's squared singular values, instead"
+    )
     parser.add_argument(
         "--text", metavar="SOURCE", help="calibration text: any source that a run can read"
     )

@@ -15,7 +15,13 @@ from flax import nnx
 from loro_jax.compress.calibration import input_moments
 from loro_jax.compress.methods import METHODS
 from loro_jax.compress.moments import Moments, output_error
-from loro_jax.compress.ranks import Ranks, fixed_ranks, proportional_ranks, threshold_ranks
+from loro_jax.compress.ranks import (
+    Ranks,
+    energy_ranks,
+    fixed_ranks,
+    proportional_ranks,
+    threshold_ranks,
+)
 from loro_jax.errors import TrainingError
 from models.config import GROUPS
 from models.llama import Llama, LlamaConfig
@@ -69,6 +75,7 @@ def compress(
     *,
     keep: float | None = None,
     rank: int | None = None,
+    energy: float | None = None,
     tokens_NxL: np.ndarray | None = None,
 ) -> Compressed:
     """Replaces a model's dense projections by low-rank pairs.
@@ -78,14 +85,16 @@ def compress(
         method: a key of :data:`METHODS`.
         keep: fraction of the projections' parameters to keep, between 0 and 1.
         rank: one rank for all matrices, instead of ``keep``.
+        energy: share of each matrix's squared singular values that its rank covers, instead of
+            ``keep``; 1: the rank that it has, as after training by TRP.
         tokens_NxL: calibration text, sequences of token ids; None: none.
 
     Returns:
         The new model and its matrices.
 
     Raises:
-        TrainingError: if the projections are not dense, the method needs a text, or the fraction or
-            rank can't be met.
+        TrainingError: if the projections are not dense, the method needs a text, or the fraction,
+            rank or energy can't be met.
 
     Example:
         >>> config = LlamaConfig(64, 32, 48, num_layers=2, num_heads=4, scope="none")
@@ -93,10 +102,10 @@ def compress(
         >>> len(found.matrices), found.model.config.ranks
         (14, 'q=8,k=8,v=8,o=8,gate=10,up=10,down=10')
     """
-    _check(model.config, method, keep, rank, tokens_NxL)
+    _check(model.config, method, keep, rank, energy, tokens_NxL)
     config = model.config
     weights = _weights(model)
-    ranks = _ranks(config, method, keep, rank, weights)
+    ranks = _ranks(config, keep, rank, energy, METHODS[method].by_spectrum, weights)
     moments: Iterator[dict[str, Moments]] = iter(())
     if tokens_NxL is not None:
         moments = input_moments(model, tokens_NxL)
@@ -116,18 +125,26 @@ def compress(
 
 
 def _check(
-    config: LlamaConfig, method: str, keep: float | None, rank: int | None, tokens: Any
+    config: LlamaConfig,
+    method: str,
+    keep: float | None,
+    rank: int | None,
+    energy: float | None,
+    tokens: Any,
 ) -> None:
     if config.scope != "none":
         raise TrainingError("the projections have factors already; expected a dense model.")
     if METHODS[method].needs_text and tokens is None:
         raise TrainingError(f"method {method!r} needs a calibration text, but there is none.")
-    if (keep is None) == (rank is None):
-        raise TrainingError("expected either keep or rank.")
+    if sum(one is not None for one in (keep, rank, energy)) != 1:
+        raise TrainingError("expected one of keep, rank and energy.")
     if keep is not None and not 0 < keep < 1:
         raise TrainingError(f"keep = {keep:g}: expected a fraction above 0 and below 1.")
-    if rank is not None and METHODS[method].by_spectrum:
-        raise TrainingError(f"method {method!r} chooses the ranks; expected keep, not rank.")
+    if energy is not None and not 0 < energy <= 1:
+        raise TrainingError(f"energy = {energy:g}: expected a share above 0 and at most 1.")
+    if keep is None and METHODS[method].by_spectrum:
+        given = "energy" if rank is None else "rank"
+        raise TrainingError(f"method {method!r} chooses the ranks; expected keep, not {given}.")
     most = max(map(min, _shapes(config).values()))
     if rank is not None and not 1 <= rank <= most:
         raise TrainingError(
@@ -150,23 +167,27 @@ def _weights(model: Llama) -> dict[str, jax.Array]:
 
 def _ranks(
     config: LlamaConfig,
-    method: str,
     keep: float | None,
     rank: int | None,
+    energy: float | None,
+    by_spectrum: bool,
     weights: dict[str, jax.Array],
 ) -> Ranks:
     shapes, layers = _shapes(config), config.num_layers
     if rank is not None:
         return fixed_ranks(rank, shapes, layers)
-    assert keep is not None  # _check
-    if not METHODS[method].by_spectrum:
-        return proportional_ranks(keep, shapes, layers)
 
     def spectra() -> dict[str, list[np.ndarray]]:
         return {
             name: [np.linalg.svd(np.asarray(W), compute_uv=False) for W in stacked]
             for name, stacked in weights.items()
         }
+
+    if energy is not None:
+        return energy_ranks(energy, shapes, layers, spectra())
+    assert keep is not None  # _check
+    if not by_spectrum:
+        return proportional_ranks(keep, shapes, layers)
 
     return threshold_ranks(keep, shapes, layers, spectra)
 

@@ -1,4 +1,4 @@
-"""Ranks of pairs: the same fraction of every matrix, or one threshold over normalised spectra.
+"""Ranks of pairs: a fraction of every matrix or of its energy, or one threshold over all spectra.
 
 A matrix m x n has m n parameters, its pair of rank r has r (m + n). The layers of a projection,
 such as q, share one form: either all of them are pairs or none is.
@@ -16,6 +16,9 @@ Shapes = Mapping[str, tuple[int, int]]
 
 # Ranks of the layers of each projection; None: it stays dense.
 Ranks = dict[str, list[int] | None]
+
+# Singular values below this fraction of the largest are rounding errors of a float32 matrix.
+_ROUNDING = 1e-6
 
 # Steps of a bisection, enough for the last bit of a threshold.
 _STEPS = 60
@@ -66,6 +69,42 @@ def proportional_ranks(keep: float, shapes: Shapes, layers: int) -> Ranks:
         if rank < 1:
             raise TrainingError(_too_small(keep, (m + n) / (m * n)))
         ranks[name] = [rank] * layers
+    return ranks
+
+
+def energy_ranks(
+    energy: float, shapes: Shapes, layers: int, spectra: Mapping[str, Sequence[np.ndarray]]
+) -> Ranks:
+    """Returns the lowest ranks at which each pair has a share of its matrix's energy.
+
+    The energy is the sum of squared singular values; values that are rounding errors do not count,
+    so that the share 1 gives the rank that a matrix has. A projection whose pairs would not have
+    fewer parameters than its matrices stays dense.
+
+    Args:
+        energy: the share, above 0 and at most 1.
+        shapes: (outputs, inputs) of each projection.
+        layers: number of layers.
+        spectra: singular values of each layer of each projection, descending.
+
+    Example:
+        >>> spectra = {"q": [np.array([3.0, 1.0, 0.1, 0.0]), np.array([1.0, 0.0, 0.0, 0.0])]}
+        >>> energy_ranks(0.9, {"q": (4, 4)}, 2, spectra)  # 9 of 10.01
+        {'q': [2, 1]}
+        >>> energy_ranks(1.0, {"q": (4, 4)}, 2, spectra)  # 3 and 1: as many parameters
+        {'q': None}
+    """
+
+    def rank(spectrum: np.ndarray) -> int:
+        present = spectrum[spectrum > _ROUNDING * spectrum[0]].astype(np.float64)
+        squares = np.cumsum(present**2)
+        # Those before a value hold less than the share. One is kept of a matrix of zeros.
+        return int(np.sum(squares < energy * squares[-1])) + 1 if len(present) else 1
+
+    ranks: Ranks = {}
+    for name, (m, n) in shapes.items():
+        found = [rank(one) for one in spectra[name]]
+        ranks[name] = None if sum(found) * (m + n) >= layers * m * n else found
     return ranks
 
 

@@ -19,6 +19,7 @@ from loro_jax.peers.soft_threshold import codyra, soft_threshold, sora
 from loro_jax.peers.spectron import spectron
 from loro_jax.peers.switchlora import switch
 from loro_jax.peers.trion import scale_by_trion, trion
+from loro_jax.peers.trp import trp
 
 __all__ = [
     "adalora",
@@ -48,4 +49,5 @@ __all__ = [
     "svd_projection",
     "switch",
     "trion",
+    "trp",
 ]

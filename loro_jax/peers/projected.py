@@ -148,7 +148,7 @@ def projected_descent(
         if not leaves:  # includes Optax's placeholder for a tree of parameters
             fields = len(jax.eval_shape(lambda: begin((1, 1, 1), jnp.float32)))
             return state_type(count, *[params] * fields)
-        flags = _flags(params, settings.projected, settings.rank, where)
+        flags = flags_of(params, settings.projected, settings.rank, where)
         slots = [_begin(leaf, flag, begin) for leaf, flag in zip(leaves, flags, strict=True)]
         return state_type(count, *[treedef.unflatten(field) for field in zip(*slots, strict=True)])
 
@@ -178,7 +178,19 @@ def projected_descent(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _flags(params: Any, projected: Projected, rank: int, where: str) -> list[bool]:
+def flags_of(params: Any, projected: Projected, rank: int, where: str) -> list[bool]:
+    """Returns which leaves are projected, in the order of the leaves.
+
+    Args:
+        params: the parameters.
+        projected: a tree of bools, or a callable that returns it.
+        rank: the least length of the sides of a projected leaf.
+        where: name of the method, for messages.
+
+    Raises:
+        ValueError: if the tree does not match the parameters, or a projected leaf is no matrix or
+            smaller than the rank.
+    """
     tree = projected(params) if callable(projected) else projected
     treedef: Any
     named, treedef = jax.tree_util.tree_flatten_with_path(params)

@@ -1,4 +1,4 @@
-"""Methods that train adapters and choose their ranks: AdaLoRA, IncreLoRA, SoRA and CoDyRA."""
+"""Methods that choose ranks: those of adapters (AdaLoRA, IncreLoRA, SoRA, CoDyRA), and TRP."""
 
 from __future__ import annotations
 
@@ -10,10 +10,16 @@ import jax.numpy as jnp
 
 from loro_jax.fields import above, at_least, between, field
 from loro_jax.layers.adapters import ADAPTERS
-from loro_jax.peers import adalora, codyra, increlora, sora
+from loro_jax.peers import adalora, codyra, increlora, sora, trp
 from loro_jax.peers.soft_threshold import is_gate
-from loro_jax.training.optimizers import adamw
-from loro_jax.training.registry import Maintenance, Making, Method, Optimizer
+from loro_jax.training.optimizers import adamw, dense_adamw
+from loro_jax.training.registry import (
+    Maintenance,
+    Making,
+    Method,
+    Optimizer,
+    projections_of_blocks,
+)
 
 if TYPE_CHECKING:
     from loro_jax.training.config import Config
@@ -69,6 +75,16 @@ class CoDyRAOptions:
     stages: int = field(50, at_least(1), "number of stages in which the threshold grows")
 
 
+@dataclasses.dataclass
+class TRPOptions:
+    """Options of TRP."""
+
+    energy: float = field(
+        0.9, above(0, most=1), "share of the squared singular values that a truncation keeps"
+    )
+    nuclear: float = field(3e-4, at_least(0), "weight of the nuclear norm")
+
+
 def _adalora(making: Making) -> Optimizer:
     options = dataclasses.asdict(making.options)
     return adalora(adamw(making), making.config.steps, **options)
@@ -91,6 +107,16 @@ def _sora(making: Making) -> Optimizer:
 def _codyra(making: Making) -> Optimizer:
     options = dataclasses.asdict(making.options)
     return codyra(adamw(making), making.config.steps, **options)
+
+
+def _trp(making: Making) -> Optimizer:
+    return trp(
+        dense_adamw(making, None),
+        lambda step: making.lr_scale * making.schedule(step),
+        projected=projections_of_blocks,
+        update_every=making.config.exact_every,
+        **dataclasses.asdict(making.options),
+    )
 
 
 def _no_gate(params: Any) -> Any:
@@ -146,6 +172,17 @@ def _count_kept(config: Config, options: AdaLoRAOptions) -> Maintenance:
     return Maintenance(metrics=metrics)
 
 
+def _mean_rank(config: Config, options: TRPOptions) -> Maintenance:
+    """Adds the mean rank of all matrices at the last truncation to each step's metrics."""
+
+    def metrics(params: Any, opt_state: Any) -> dict[str, jax.Array]:
+        ranks = jax.tree.leaves(opt_state.rank["blocks"])
+        stacked = jnp.stack([jnp.mean(rank.astype(jnp.float32)) for rank in ranks if rank.ndim])
+        return {"mean_rank": jnp.mean(stacked)}
+
+    return Maintenance(metrics=metrics)
+
+
 METHODS: dict[str, Method] = {
     "adalora": Method(
         "AdamW on adapters, whose least important ranks are pruned",
@@ -181,5 +218,13 @@ METHODS: dict[str, Method] = {
         maintenance=count_live,
         adapter="gated",
         merges=True,
+    ),
+    "trp": Method(
+        "AdamW on dense projections, truncated to their leading singular values every K-th step",
+        _trp,
+        uses=("exact_every", "lr_scale"),
+        options=TRPOptions,
+        periodic=True,
+        maintenance=_mean_rank,
     ),
 }

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file
 from loro_jax.__main__ import main
 from loro_jax.compress import compress
 from loro_jax.errors import TrainingError
+from loro_jax.peers.trp import truncated
 from loro_jax.text.config import DataConfig
 from loro_jax.text.tokenizers.tokenizer import load_tokenizer
 from loro_jax.training.config import Config
@@ -111,6 +112,45 @@ def test_the_full_rank_is_exact(dense):
         assert {one.rank for one in found.matrices} == {16, 32}, "k and v have 16 rows"
         assert max(one.error for one in found.matrices) < 1e-5
         np.testing.assert_allclose(logits(found.model), logits(dense), atol=1e-4)
+
+
+@pytest.mark.parametrize("energy", [0.8, 0.95])
+def test_ranks_hold_a_share_of_the_energy(dense, energy):
+    matrices = compress(dense, "svd", energy=energy).matrices
+    pairs = [one for one in matrices if one.rank is not None]
+    assert len({one.rank for one in pairs}) > 1
+    for one in pairs:
+        assert one.error**2 <= 1 - energy + 1e-6
+        part = dense.blocks.attention if one.name in "qkvo" else dense.blocks.mlp
+        s = np.linalg.svd(getattr(part, one.name).W[...][one.layer], compute_uv=False)
+        # The squared error is the sum of the tail's squares; with one value less it is too large.
+        assert one.error**2 == pytest.approx(np.sum(s[one.rank :] ** 2) / np.sum(s**2), rel=1e-3)
+        assert np.sum(s[one.rank - 1 :] ** 2) > (1 - energy) * np.sum(s**2)
+
+
+def test_truncated_matrices_have_pairs_of_their_ranks_without_loss(dense):
+    """As the steps of TRP leave them: an energy of 1 finds the ranks again."""
+    graphdef, state = nnx.split(dense)
+    ranks = {}
+
+    def low_rank(path, W):
+        if W.ndim < 3:
+            return W
+        found = truncated(W, 0.9)
+        ranks[path[2]] = found.rank.tolist()
+        return found.W
+
+    params = nnx.to_pure_dict(state)
+    state.replace_by_pure_dict(
+        jax.tree_util.tree_map_with_path(
+            lambda path, W: low_rank([entry.key for entry in path], W), params
+        )
+    )
+    model = nnx.merge(graphdef, state)
+    found = compress(model, "svd", energy=1.0)
+    assert all(one.rank == ranks[one.name][one.layer] for one in found.matrices)
+    assert max(one.error for one in found.matrices) < 1e-5
+    np.testing.assert_allclose(logits(found.model), logits(model), atol=1e-4)
 
 
 def test_a_projection_that_does_not_compress_stays_dense(dense):
@@ -232,8 +272,10 @@ def test_the_command_prints_every_matrix_and_the_perplexities(directory, tmp_pat
             ["--method=lord", "--keep=0.5"],
             "--method=lord needs a calibration text; expected --text",
         ),
-        (["--method=svd"], "expected either --keep or --rank"),
-        (["--method=svd", "--keep=0.5", "--rank=3"], "expected either --keep or --rank"),
+        (["--method=svd"], "expected one of --keep, --rank and --energy"),
+        (["--method=svd", "--keep=0.5", "--rank=3"], "expected one of --keep, --rank and --energy"),
+        (["--method=svd", "--energy=1.5"], "--energy=1.5: expected a share above 0 and at most 1"),
+        (["--method=welore", "--energy=0.9"], "--method 'welore' chooses the ranks; expected keep"),
         (["--method=svd", "--keep=1.5"], "--keep=1.5: expected a fraction above 0 and below 1"),
         (["--method=svd", "--keep=0.001"], "--keep=0.001 can't be met: pairs of rank 1"),
         (["--method=welore", "--keep=0.01"], "--keep=0.01 can't be met: pairs of rank 1"),

@@ -165,6 +165,22 @@ def test_sst_trains_some_vectors_a_round_and_its_rounds_move_nothing(train):
 
 
 @pytest.mark.slow
+def test_trp_truncates_every_k_steps_and_its_ranks_are_those_of_the_weights(train):
+    _, states, _ = train("trp", options={"energy": 0.5})
+    for step, (before, after) in enumerate(itertools.pairwise(states), 1):
+        for name in ("q", "o"):
+            W = np.asarray(after.params["blocks"]["attention"][name]["W"])
+            rank = after.opt_state.rank["blocks"]["attention"][name]["W"]
+            was = before.opt_state.rank["blocks"]["attention"][name]["W"]
+            if step % EVERY == 0:
+                np.testing.assert_array_equal(rank, np.linalg.matrix_rank(W, rtol=1e-5))
+                assert (rank < 32).all()
+            else:
+                np.testing.assert_array_equal(rank, was)
+                assert (np.linalg.matrix_rank(W, rtol=1e-5) == 32).all()
+
+
+@pytest.mark.slow
 def test_restarts_balance_the_factors(train):
     for method in ("lowrank_restarts", "svd_projection"):
         _, states, _ = train(method)
