@@ -11,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -195,6 +196,28 @@ class Llama(nnx.Module):
         Raises:
             ValueError: if the sequence is longer than ``config.max_sequence_length``.
         """
+        return self.through_layers(tokens_BxL)[0]
+
+    def through_layers(
+        self,
+        tokens_BxL: Array,
+        observe: Callable[[Array, Any], Any] | None = None,
+        beside: Any = None,
+    ) -> tuple[Array, Any]:
+        """Returns the hidden states, and what a function says of each layer's output.
+
+        Args:
+            tokens_BxL: token ids.
+            observe: (output of a layer (B, L, D), its part of ``beside``) -> arrays; None: nothing.
+            beside: arrays for ``observe``, with layers as the first axis.
+
+        Returns:
+            (the hidden states, (B, L, D), after the last norm; what ``observe`` returned, with
+            layers as a new first axis).
+
+        Raises:
+            ValueError: if the sequence is longer than ``config.max_sequence_length``.
+        """
         if tokens_BxL.shape[1] > self.config.max_sequence_length:
             raise ValueError(
                 f"Llama: a sequence of {tokens_BxL.shape[1]} tokens is longer than the model's "
@@ -206,15 +229,17 @@ class Llama(nnx.Module):
         graphdef, stacked = nnx.split(self.blocks)
 
         def layer(
-            carry: tuple[Array, Outputs], params: nnx.State
-        ) -> tuple[tuple[Array, Outputs], None]:
-            return nnx.merge(graphdef, params)(*carry), None
+            carry: tuple[Array, Outputs], parts: tuple[nnx.State, Any]
+        ) -> tuple[tuple[Array, Outputs], Any]:
+            params, other = parts
+            carry = nnx.merge(graphdef, params)(*carry)
+            return carry, None if observe is None else observe(carry[0], other)
 
         carry = (x_BxLxD, nothing_below(self.config, x_BxLxD))
-        (x_BxLxD, _), _ = jax.lax.scan(
-            _remat(layer, self.config.remat), carry, stacked, unroll=self.config.unroll
+        (x_BxLxD, _), seen = jax.lax.scan(
+            _remat(layer, self.config.remat), carry, (stacked, beside), unroll=self.config.unroll
         )
-        return self.norm(x_BxLxD)
+        return self.norm(x_BxLxD), seen
 
     def __call__(self, tokens_BxL: Array) -> Array:
         """Returns logits (B, L, V), float32, for token ids (B, L)."""

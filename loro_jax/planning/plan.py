@@ -25,7 +25,7 @@ from loro_jax.planning.kernels import Kernel, part_of, product_flops, read_kerne
 from loro_jax.planning.topologies import Target, compile_for, make_target
 from loro_jax.training import mesh as meshes
 from loro_jax.training.config import Config
-from loro_jax.training.step import compile_program, make_program
+from loro_jax.training.step import compile_program, make_program, placed_teacher
 from models.loss import Batch
 
 
@@ -36,7 +36,7 @@ class Plan(NamedTuple):
         accelerator: name of the accelerator that it is compiled for; None: for simulated devices.
         devices: number of devices in the mesh.
         parameters: number of trained parameters.
-        state_bytes: bytes of parameters and optimizer state on one device.
+        state_bytes: bytes of parameters and optimizer state, and of a teacher, on one device.
         temporary_bytes: bytes of temporaries on one device within a step.
         tokens: tokens per step, over all devices.
         model_flops: operations per step, over all devices, as :func:`flops_per_token` counts.
@@ -108,12 +108,13 @@ def make_plan(config: Config, devices: int | None = None, accelerator: str | Non
     mesh = meshes.make_mesh(config.mesh, target.devices if target else devices)
     meshes.check_batch(config, mesh)
     program, state = compile_program(make_program(config, mesh), mesh)
+    beside = placed_teacher(program, mesh)
     started = time.perf_counter()
-    compiled, text = _compile(program, state, config, mesh, target)
+    compiled, text = _compile(program, (state, beside), config, mesh, target)
     seconds = time.perf_counter() - started
     memory: Any = compiled.memory_analysis()
     tokens = config.batch_size * config.sequence_length
-    state_bytes = memory.argument_size_in_bytes if target else _held(state)
+    state_bytes = memory.argument_size_in_bytes if target else _held((state, beside))
     return Plan(
         accelerator=accelerator,
         devices=mesh.size,
@@ -132,12 +133,17 @@ def make_plan(config: Config, devices: int | None = None, accelerator: str | Non
 
 
 def _compile(
-    program: Any, state: Any, config: Config, mesh: jax.sharding.Mesh, target: Target | None
+    program: Any,
+    held: tuple[Any, tuple[Any, ...]],
+    config: Config,
+    mesh: jax.sharding.Mesh,
+    target: Target | None,
 ) -> tuple[jax.stages.Compiled, str]:
     shape, sharding = (config.batch_size, config.sequence_length), meshes.batch_sharding(mesh)
     ids = jax.ShapeDtypeStruct(shape, jnp.int32, sharding=sharding)
     batch = Batch(ids, ids, jax.ShapeDtypeStruct(shape, jnp.float32, sharding=sharding))
-    lowered = program.train_step.lower(state, batch)
+    state, beside = held
+    lowered = program.train_step.lower(state, batch, *beside)
     if target is not None:
         return compile_for(target, lowered)
     compiled = lowered.compile()

@@ -158,6 +158,11 @@ def sweep(
 
 def _inputs(config: Config, members: Sequence[Member]) -> tuple[Config, Corpus]:
     """Validates the config of each member, and reads the text."""
+    if config.distillation.teacher is not None:
+        raise TrainingError(
+            f"config.distillation.teacher = {config.distillation.teacher!r}: an ensemble has no "
+            "teacher; expected None."
+        )
     for member in members:
         with_member(config, member).validate()
     tokenizer = load_tokenizer(config.data.tokenizer, config.data.eos_id, config.data.pad_id)

@@ -115,6 +115,27 @@ class AdapterConfig:
 
 
 @dataclasses.dataclass
+class DistillationConfig:
+    """Distillation from a dense teacher beside the loss, as in PELA."""
+
+    teacher: str | None = field(
+        None,
+        None,
+        "a directory of a Hugging Face LLaMA, or of a run, of the same architecture; none: no "
+        "distillation",
+    )
+    features: float = field(
+        0.0, at_least(0), "weight of the mean squared error of the layers' outputs (PELA: 1)"
+    )
+    penalty: float = field(
+        0.0, at_least(0), "weight of the squared largest differences between B A and teacher's W"
+    )
+    tolerance: float = field(
+        1e-3, at_least(0), "differences up to this size are free of the penalty"
+    )
+
+
+@dataclasses.dataclass
 class Config:
     """The config of a run. Defaults are the paper's for 60M."""
 
@@ -231,6 +252,9 @@ class Config:
     )
     model: LlamaConfig = nested(LlamaConfig, "architecture and precision")
     adapter: AdapterConfig = nested(AdapterConfig, "adapters, for fine-tuning")
+    distillation: DistillationConfig = nested(
+        DistillationConfig, "a dense teacher, for healing compressed models"
+    )
     data: DataConfig = nested(DataConfig, "corpus and tokenizer")
     mesh: MeshConfig = nested(MeshConfig, "devices")
 
@@ -293,6 +317,7 @@ def _fields(config: Config) -> None:
     check(config.data, "data.")
     check(config.mesh, "mesh.")
     check(config.adapter, "adapter.")
+    check(config.distillation, "distillation.")
 
 
 def _warmup_within_steps(config: Config) -> None:
@@ -396,6 +421,30 @@ def _inspected(config: Config) -> None:
         )
 
 
+def _distillation(config: Config) -> None:
+    terms = config.distillation
+    weighted = [name for name in ("features", "penalty") if getattr(terms, name)]
+    if terms.teacher is None and weighted:
+        raise ValueError(
+            f"distillation.{weighted[0]} = {getattr(terms, weighted[0])} needs a directory in "
+            "config.distillation.teacher, which is None."
+        )
+    if terms.teacher is not None and not weighted:
+        raise ValueError(
+            f"distillation.teacher = {terms.teacher!r} has no effect: config.distillation.features "
+            "and config.distillation.penalty are 0; expected one of them above 0."
+        )
+    model = config.model_config
+    factored = any(model.projection_rank(name) for name in _PROJECTIONS)
+    plain = model.projection == "low_rank" and not config.has_adapters
+    if terms.penalty and not (factored and plain):
+        raise ValueError(
+            f"distillation.penalty = {terms.penalty}: this run, of method {config.method!r}, has "
+            "no pairs whose product B A is a weight; expected 0, or method loro or lowrank with "
+            'config.model.projection = "low_rank", without adapters.'
+        )
+
+
 # Checks of combinations of fields that runs of every kind have; each raises ValueError.
 SHARED_CHECKS: tuple[Callable[[Any], object], ...] = (
     check_options,
@@ -416,6 +465,7 @@ CHECKS: tuple[Callable[[Any], object], ...] = (
     _adapters,
     _activation_without_exact_steps,
     _factors,
+    _distillation,
     make_schedule,
     make_maintenance,
 )

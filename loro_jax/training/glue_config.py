@@ -109,6 +109,11 @@ def _network(config: GlueRun) -> None:
 def _language_fields(config: GlueRun) -> None:
     if config.published_ppl:
         raise ValueError("published_ppl is for language models; expected false.")
+    if config.distillation.teacher is not None:
+        raise ValueError(
+            f"distillation.teacher = {config.distillation.teacher!r} is for language models; "
+            "expected none."
+        )
     if config.init_optimizer != "fresh":
         raise ValueError(
             f"init_optimizer = {config.init_optimizer!r} is for language models; expected 'fresh'."

@@ -23,6 +23,7 @@ from loro_jax.training.report import corpus_ngrams, final_report
 from loro_jax.training.start import check_start, start_from, with_architecture
 from loro_jax.training.step import TrainState
 from loro_jax.training.stored_adapter import start_from_adapter, with_stored_adapter
+from loro_jax.training.teacher import check_teacher
 from loro_jax.training.vocabulary import resolve_vocabulary
 from models.loss import Batch
 
@@ -48,6 +49,7 @@ class LanguageInputs:
         tokenizer = load_tokenizer(config.data.tokenizer, config.data.eos_id, config.data.pad_id)
         check_start(config, tokenizer)
         self.config, self._vocabulary = resolve_vocabulary(config, tokenizer)
+        check_teacher(self.config)
         self._vocab_size = tokenizer.vocab_size
         self._corpus = load_corpus(config.data, config.sequence_length, tokenizer)
         self.fingerprint = self._corpus.fingerprint

@@ -29,6 +29,7 @@ from loro_jax.training.progress import ProgressDisplay
 from loro_jax.training.run_directory import RunDirectory
 from loro_jax.training.start import origin
 from loro_jax.training.step import Program, TrainState, compile_program, make_program
+from loro_jax.training.teacher import load_teacher
 from loro_jax.training.threads import lapack_by_one_thread
 
 
@@ -116,7 +117,9 @@ class _Run:
         self._program: Program
         self._state: TrainState
         self._program, abstract_state = compile_program(make_program(config, devices), devices)
-        notes = [*inputs.notes]
+        # Arguments of each step beside state and batch, which it neither changes nor donates.
+        self._beside, of_teacher = load_teacher(config, devices)
+        notes = [*inputs.notes, *of_teacher]
         self._checkpoints = Checkpoints(
             self._path / "checkpoints", config.keep_checkpoints, notes.append
         )
@@ -226,7 +229,7 @@ class _Run:
         with self._clock.waiting():
             rows = next(self._iterator)
         batch = self._put_rows(rows)
-        self._state, metrics = self._program.train_step(self._state, batch)
+        self._state, metrics = self._program.train_step(self._state, batch, *self._beside)
         return _Dispatched(step, metrics)
 
     def _put_rows(self, rows: Any) -> Any:

@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from loro_jax.layers.common import Fixed
 from loro_jax.training.config import Config
+from loro_jax.training.distillation import abstract_teacher, with_terms
 from loro_jax.training.mesh import batch_sharding, replicated, tree_shardings
 from loro_jax.training.methods import make_maintenance, make_optimizer, make_schedule
 from loro_jax.training.tasks import task_of
@@ -43,17 +44,20 @@ class Program(NamedTuple):
 
     Attributes:
         init: () -> TrainState, from the seed.
-        train_step: (TrainState, Batch) -> (TrainState, metrics).
+        train_step: (TrainState, Batch) -> (TrainState, metrics); with a teacher, its parameters are
+            the third argument.
         eval_step: (params, fixed, Batch) -> the task's outputs; of a language model: (sum of losses
             in nats, number of tokens).
         loss_and_gradient: (params, fixed, Batch) -> (mean loss, its gradient), the part of a
-            training step before the optimizer.
+            training step before the optimizer, without distillation.
+        teacher: shapes and dtypes of the teacher's parameters, nested dicts; None: there is none.
     """
 
     init: Callable[[], TrainState]
-    train_step: Callable[[TrainState, Any], tuple[TrainState, dict[str, Array]]]
+    train_step: Callable[..., tuple[TrainState, dict[str, Array]]]
     eval_step: Callable[[Any, Any, Any], Any]
     loss_and_gradient: Callable[[Any, Any, Any], tuple[Array, Any]]
+    teacher: Any = None
 
 
 def make_program(config: Config, mesh: jax.sharding.Mesh | None = None) -> Program:
@@ -84,13 +88,19 @@ def make_program(config: Config, mesh: jax.sharding.Mesh | None = None) -> Progr
         fixed = nnx.to_pure_dict(nnx.state(model, Fixed))
         return TrainState(jnp.zeros([], jnp.int32), params, optimizer.init(params), fixed)
 
-    def loss_sum(params: Any, fixed: Any, batch: Any) -> Array:
-        return task.loss(nnx.merge(graphdef, joined(params, fixed)), batch)
+    def network(params: Any, fixed: Any) -> Any:
+        return nnx.merge(graphdef, joined(params, fixed))
 
-    loss_and_gradient = make_loss_and_gradient(loss_sum, task.number, config, mesh)
+    def differentiated(loss_sum: Callable[[Any, Any, Any], Array]) -> Any:
+        return make_loss_and_gradient(loss_sum, task.number, config, mesh)
 
-    def train_step(state: TrainState, batch: Any) -> tuple[TrainState, dict[str, Array]]:
-        loss, grads = loss_and_gradient(state.params, state.fixed, batch)
+    loss_and_gradient = differentiated(lambda p, fixed, batch: task.loss(network(p, fixed), batch))
+    loss_and_terms = with_terms(config, network, loss_and_gradient, differentiated)
+
+    def train_step(
+        state: TrainState, batch: Any, *beside: Any
+    ) -> tuple[TrainState, dict[str, Array]]:
+        loss, grads, terms = loss_and_terms(state.params, state.fixed, batch, *beside)
         # Gradients are pinned to the parameters' shardings, so that the exact step's resharding is
         # not propagated into the backward pass.
         if shardings is not None:
@@ -124,15 +134,18 @@ def make_program(config: Config, mesh: jax.sharding.Mesh | None = None) -> Progr
             # Number of matrices so far that were too ill-conditioned for the fast exact step.
             "fallbacks": getattr(opt_state, "fallbacks", jnp.zeros([], jnp.int32)),
         }
+        metrics |= terms
         if maintenance.metrics is not None:
             metrics |= maintenance.metrics(params, opt_state)
         return TrainState(step, params, opt_state, fixed), metrics
 
     def eval_step(params: Any, fixed: Any, batch: Any) -> Any:
         with laid_out_on(mesh):
-            return task.evaluate(nnx.merge(graphdef, joined(params, fixed)), batch)
+            return task.evaluate(network(params, fixed), batch)
 
-    return Program(init, train_step, eval_step, loss_and_gradient)
+    teacher = abstract_teacher(config)
+    shapes = None if teacher is None else nnx.to_pure_dict(nnx.state(teacher))
+    return Program(init, train_step, eval_step, loss_and_gradient, shapes)
 
 
 def make_loss_and_gradient(
@@ -233,6 +246,24 @@ def abstract_state(program: Program, mesh: jax.sharding.Mesh) -> TrainState:
     )
 
 
+def placed_teacher(program: Program, mesh: jax.sharding.Mesh) -> tuple[Any, ...]:
+    """Returns shapes, dtypes and shardings of a training step's further arguments: the teacher.
+
+    Returns:
+        A tuple of one tree; of none without a teacher.
+    """
+    if program.teacher is None:
+        return ()
+    shardings = tree_shardings(mesh, program.teacher)
+    return (
+        jax.tree.map(
+            lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+            program.teacher,
+            shardings,
+        ),
+    )
+
+
 def compile_program(program: Program, mesh: jax.sharding.Mesh) -> tuple[Program, Any]:
     """Wraps the functions in ``jax.jit`` with their shardings; the train step donates its state.
 
@@ -247,13 +278,14 @@ def compile_program(program: Program, mesh: jax.sharding.Mesh) -> tuple[Program,
     shardings = jax.tree.map(lambda x: x.sharding, abstract)
     everywhere = replicated(mesh)
     batch = batch_sharding(mesh)
+    beside = jax.tree.map(lambda x: x.sharding, placed_teacher(program, mesh))
     jitted = Program(
         # Parameters are created sharded: no device has to hold the whole model, even at the start.
         init=jax.jit(program.init, out_shardings=shardings),
         # Without donation the old and the new state would exist at the same time.
         train_step=functools.partial(jax.jit, donate_argnums=0)(
             program.train_step,
-            in_shardings=(shardings, batch),
+            in_shardings=(shardings, batch, *beside),
             # The same out as in, because the new state is the next step's argument.
             out_shardings=(shardings, everywhere),
         ),
@@ -267,5 +299,6 @@ def compile_program(program: Program, mesh: jax.sharding.Mesh) -> tuple[Program,
             in_shardings=(shardings.params, shardings.fixed, batch),
             out_shardings=(everywhere, shardings.params),
         ),
+        teacher=program.teacher,
     )
     return jitted, abstract

@@ -9,6 +9,7 @@ from loro_jax.commands.arms import load_config
 from loro_jax.commands.sweep import main
 from loro_jax.errors import TrainingError
 from loro_jax.study.sweep import Member, sweep
+from loro_jax.training.config import DistillationConfig
 from loro_jax.training.loop import train
 from tests.training import runs
 
@@ -43,6 +44,12 @@ def test_members_end_where_runs_of_their_own_do(base, tmp_path):
 def test_members_share_whether_they_have_a_scale(base):
     with pytest.raises(TrainingError, match="all have an lr_scale, or none"):
         sweep(base, [Member(0.01, None, 0), Member(0.01, 0.5, 0)])
+
+
+def test_an_ensemble_has_no_teacher(base):
+    taught = dataclasses.replace(base, distillation=DistillationConfig("dir", features=1.0))
+    with pytest.raises(TrainingError, match="teacher = 'dir': an ensemble has no teacher"):
+        sweep(taught, [Member(0.01, None, 0)])
 
 
 def test_the_command_writes_an_arm_once(config, tmp_path, capsys):
