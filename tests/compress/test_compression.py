@@ -153,6 +153,44 @@ def test_truncated_matrices_have_pairs_of_their_ranks_without_loss(dense):
     np.testing.assert_allclose(logits(found.model), logits(model), atol=1e-4)
 
 
+@pytest.mark.slow
+def test_a_run_of_trp_becomes_pairs_without_loss(directory, tmp_path, capsys):
+    config = Config(
+        method="trp",
+        exact_every=2,
+        init_from=str(directory),
+        steps=4,
+        warmup_steps=0,
+        batch_size=2,
+        sequence_length=16,
+        learning_rate=1e-3,
+        log_every=1,
+        tensorboard=False,
+        model=CONFIG,
+        data=DataConfig(
+            source=str(directory.parent / "text.txt"), tokenizer="bytes", max_eval_sequences=4
+        ),
+    )
+    train(config, str(tmp_path / "run"))
+    rows = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ranks = [row["mean_rank"] for row in map(json.loads, rows) if "mean_rank" in row]
+    assert ranks[0] == 0
+    assert ranks[1] == ranks[2]
+    assert 0 < ranks[3] < 16
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "dense")]) == 0
+    command = ["compress", str(tmp_path / "dense"), str(tmp_path / "pairs"), "--method=svd"]
+    capsys.readouterr()
+    assert main([*command, "--energy=1", "--json"]) == 0
+    matrices = json.loads(capsys.readouterr().out)["matrices"]
+    assert np.mean([one["rank"] for one in matrices]) == pytest.approx(ranks[3])
+    assert max(one["error"] for one in matrices) < 1e-5
+    np.testing.assert_allclose(
+        logits(read_model(tmp_path / "pairs")[0]),
+        logits(read_model(tmp_path / "dense")[0]),
+        atol=1e-4,
+    )
+
+
 def test_a_projection_that_does_not_compress_stays_dense(dense):
     found = compress(dense, "welore", keep=0.95)
     ranks = {name: found.model.config.projection_rank(name) for name in "qkvo"}
