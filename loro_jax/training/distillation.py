@@ -183,10 +183,13 @@ def _pairs(params: Any, teacher: Any) -> Iterator[tuple[Array, Array, Array]]:
 
 def _largest_difference(B: Array, A: Array, W: Array) -> Array:
     """Returns ``max |B A - W|`` of each layer, (layers,)."""
-    B, A, W = (x.astype(at_least_float32(x.dtype)) for x in (B, A, W))
+
+    def wide(*arrays: Array) -> list[Array]:
+        return [x.astype(at_least_float32(x.dtype)) for x in arrays]
 
     def place(pair: tuple[Array, Array, Array]) -> tuple[Array, Array]:
-        B, A, W = pair
+        # Widened here, so that no stack of all layers is.
+        B, A, W = wide(*pair)
         differences = jnp.abs(matmul(B, A) - W)
         # By rows first, which needs no flat copy of a sharded matrix.
         columns = jnp.argmax(differences, axis=1)
@@ -196,5 +199,7 @@ def _largest_difference(B: Array, A: Array, W: Array) -> Array:
     # One layer after another. Only the entry found is differentiated: no product is kept.
     rows, columns = jax.lax.map(place, jax.lax.stop_gradient((B, A, W)))
     layers = jnp.arange(len(B))
-    entries = jnp.sum(B[layers, rows] * A[layers, :, columns], axis=-1)
-    return jnp.abs(entries - jax.lax.stop_gradient(W)[layers, rows, columns])
+    row, column, entry = wide(
+        B[layers, rows], A[layers, :, columns], jax.lax.stop_gradient(W)[layers, rows, columns]
+    )
+    return jnp.abs(jnp.sum(row * column, axis=-1) - entry)

@@ -23,7 +23,7 @@ CORPUS = ROOT / "loro_jax" / "text" / "corpus" / "valid.txt"
 MESHES = ((1, 1, 1), (8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2))
 # The others have arrays of their own, whose sharding one mesh with all axes shows.
 MESHES_OF = {"loro": MESHES, "full": MESHES} | dict.fromkeys(
-    ("lost", "gradnormlorp", "lift", "osft", "sst"), MESHES[::4]
+    ("lost", "gradnormlorp", "lift", "osft", "sst", "trp"), MESHES[::4]
 )
 STEPS = 30
 

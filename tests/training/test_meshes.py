@@ -26,7 +26,7 @@ def test_losses_are_those_of_one_device(seen, method, mesh):
     np.testing.assert_allclose(several, one, rtol=1e-4)
 
 
-@pytest.mark.parametrize("method", ["lost", "gradnormlorp", "lift", "osft", "sst"])
+@pytest.mark.parametrize("method", ["lost", "gradnormlorp", "lift", "osft", "sst", "trp"])
 def test_methods_with_arrays_of_their_own_are_sharded_too(seen, method):
     one, several = (seen[method, mesh]["losses"] for mesh in ("1x1x1", "2x2x2"))
     assert one[-1] < 0.9 * one[0]
