@@ -198,7 +198,7 @@ def trion(
     direction = scale_by_trion(
         rank, momentum, newton_schulz_steps=newton_schulz_steps, shape_factor=shape_factor
     )
-    tx = muon(
+    return muon(
         learning_rate,
         projected=projected,
         lr_scale=lr_scale,
@@ -208,27 +208,3 @@ def trion(
         eps=eps,
         direction=direction,
     )
-    return _in_float32(tx, needs_params=bool(weight_decay))
-
-
-def _in_float32(tx: optax.GradientTransformationExtraArgs, needs_params: bool) -> Any:
-    """Returns the transformation with state and arithmetic in float32 or wider.
-
-    Optax's Adam has moments of the parameters' dtype, and 0.999 is 1 in bfloat16.
-    """
-
-    def wide(tree: Any) -> Any:
-        return jax.tree.map(lambda x: x.astype(at_least_float32(x.dtype)), tree)
-
-    def init(params: Any) -> Any:
-        return tx.init(wide(params))
-
-    def update(grads: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
-        if params is None and needs_params:
-            raise ValueError("trion: update needs params, because weight_decay is not zero.")
-        of_dtypes = grads if params is None else params
-        # wide(None) is None.
-        updates, state = tx.update(wide(grads), state, wide(params), **extra_args)
-        return jax.tree.map(lambda x, like: x.astype(like.dtype), updates, of_dtypes), state
-
-    return optax.GradientTransformationExtraArgs(init, update)
