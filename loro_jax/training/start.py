@@ -258,7 +258,8 @@ def _start_from_run(config: Config, state: TrainState) -> tuple[TrainState, str]
         ) from None
     if begins_task:
         line += ", as the next task"
-        new = next_task(config, new, state)
+        new, note = next_task(config, new, state)
+        line += f"\n{note}" if note else ""
     placed = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), new, fresh)
     return (placed if fresh is state else placed._replace(opt_state=state.opt_state)), line
 
