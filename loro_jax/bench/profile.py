@@ -24,9 +24,9 @@ import jax
 from loro_jax.bench.steps import Case, config_of_step, prepare
 from loro_jax.bench.timing import rounds_in_turns
 from loro_jax.bench.train_step import options_of_steps
+from loro_jax.planning.kernels import PARTS, part_of, part_of_scopes
 from loro_jax.tables import report
 
-PARTS = ("attention", "mlp", "loss", "optimizer", "rest")
 KINDS = ("products", "moves", "arithmetic")
 
 _INSTRUCTION = re.compile(r"^\s+(?:ROOT )?%?([\w.\-]+) = (?:\([^()]*\)|\S+) ([\w\-]+)\(")
@@ -122,7 +122,7 @@ def classify_event(
     if operation in known:
         return known[operation]
     if operation is not None and name.startswith(("Memcpy", "Memset")):
-        return _part_of(str(stats.get("name", ""))), "moves"
+        return part_of_scopes(str(stats.get("name", ""))), "moves"
     return None
 
 
@@ -150,20 +150,10 @@ def classify(hlo: str) -> dict[str, tuple[str, str]]:
             inside[computation].add(found[2])
             instructions.append((found[1], found[2], line))
     return {
-        name: (_part(line), _kind(opcode, line, inside))
+        name: (part_of(line), _kind(opcode, line, inside))
         for name, opcode, line in instructions
         if opcode not in _NOTHING
     }
-
-
-def _part(line: str) -> str:
-    scopes = re.search(r'op_name="([^"]*)"', line)
-    return _part_of(scopes[1]) if scopes else "rest"
-
-
-def _part_of(scopes: str) -> str:
-    names = re.findall(r"\w+", scopes)  # a transformed scope reads transpose(jvp(mlp))
-    return next((part for part in PARTS if part in names), "rest")
 
 
 def _kind(opcode: str, line: str, inside: dict[str, set[str]]) -> str:

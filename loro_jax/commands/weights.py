@@ -29,7 +29,8 @@ factors are merged: projections are dense, and any program that serves LLaMA can
 train.py --config.init_from=OUT. A run on GLUE becomes a RoBERTa with its head.
 
 With --adapter only the adapters of a run are written, in PEFT's format, for the base that the run
-started from. To start a run from them, use train.py --config.adapter.init_from=OUT.
+started from; those of a run on GLUE with its head. To start a run from them, use
+train.py --config.adapter.init_from=OUT.
 
 Example:
   python -m loro_jax export runs/60m out
@@ -91,11 +92,12 @@ def _export(options: argparse.Namespace) -> None:
     if options.base is not None and not options.adapter:
         raise TrainingError("--base names the base of adapters; expected --adapter, too.")
     of_hugging_face = is_hugging_face(options.source)
-    if not of_hugging_face and is_classifier(options.source):
-        _export_classifier(options)
-        return
+    of_glue = not of_hugging_face and is_classifier(options.source)
     if options.adapter:
         _export_adapter(options)
+        return
+    if of_glue:
+        _export_classifier(options)
         return
     if of_hugging_face:
         _merge(options)
@@ -148,11 +150,10 @@ def _merge(options: argparse.Namespace) -> None:
 
 
 def _export_classifier(options: argparse.Namespace) -> None:
-    if options.keep_factors or options.adapter:
-        given = "--keep_factors" if options.keep_factors else "--adapter"
+    if options.keep_factors:
         raise TrainingError(
-            f"{given}: {options.source} is a run on GLUE, whose adapters are merged; expected no "
-            f"{given}."
+            f"--keep_factors: {options.source} is a run on GLUE, whose adapters are merged; "
+            "expected no --keep_factors."
         )
     run = load_classifier(options.source, options.step)
     source, tokenizer = pathlib.Path(run.tokenizer), PairTokenizer(run.tokenizer)

@@ -34,8 +34,15 @@ import jax
 import jax.numpy as jnp
 
 from loro_jax.linalg.batching import one_by_one
-from loro_jax.linalg.cosine import cosine_transform
-from loro_jax.peers.cosine_columns import largest, largest_columns
+from loro_jax.peers.cosine_columns import (
+    combined,
+    coordinates,
+    cosine_basis,
+    largest,
+    moved_columns,
+    strongest_columns,
+    vectors_of,
+)
 from loro_jax.peers.projection import leading_vectors, lift, project
 from loro_jax.peers.subspace import moved_moments, randomised_factors
 from loro_jax.schedules import countable
@@ -208,10 +215,8 @@ def _positions(indices: Array, size: int) -> Array:
 def _rotate_indexed(
     new: Array, old: Array, mu: Array, nu: Array, shape: Shape
 ) -> tuple[Array, Array]:
-    # Both bases are columns of one orthogonal matrix, so C = P_new^T P_old is a part of a
-    # permutation: the moments of vectors that stay are moved as they are.
-    kept = jnp.take_along_axis(_positions(old, shape[-2]), new, axis=-1)
-    return _rows(mu, kept), _rows(nu, kept)
+    # C = P_new^T P_old acts on rows here, the transposed R = P_old^T P_new there.
+    return moved_columns(mu.mT, old, new).mT, moved_columns(nu.mT, old, new).mT
 
 
 def _random_axes(G: Array, indices: Array, count: Array) -> Array:
@@ -225,27 +230,25 @@ def _scattered(indices: Array, N: Array, shape: Shape) -> Array:
     return _rows(N, _positions(indices, shape[-2]))
 
 
-def _cosines(size: int, dtype: Any) -> Array:
-    """Returns the vectors of the cosine transform as rows; it is computed, not stored."""
-    return cosine_transform(size, size).astype(dtype)
+# Cosines: the functions of `cosine_columns`, whose matrices have their longer side first.
 
 
 def _strongest_cosines(G: Array, indices: Array, count: Array) -> Array:
-    S = project(_cosines(G.shape[-2], G.dtype).mT, G)
-    return largest_columns(S.mT, indices.shape[-1])
+    Q = cosine_basis(G.shape[-2], G.dtype)
+    return strongest_columns(G.mT, Q, indices.shape[-1])[0]
 
 
 def _chosen_cosines(indices: Array, size: int, dtype: Any) -> Array:
     # Cheaper than a transform of the gradient, as r < k: only the vectors that are needed.
-    return _cosines(size, dtype)[indices].mT
+    return vectors_of(cosine_basis(size, dtype), indices)
 
 
 def _project_to_cosines(indices: Array, G: Array) -> Array:
-    return project(_chosen_cosines(indices, G.shape[-2], G.dtype), G)
+    return coordinates(G.mT, _chosen_cosines(indices, G.shape[-2], G.dtype)).mT
 
 
 def _lift_cosines(indices: Array, N: Array, shape: Shape) -> Array:
-    return lift(_chosen_cosines(indices, shape[-2], N.dtype), N)
+    return combined(N.mT, _chosen_cosines(indices, shape[-2], N.dtype)).mT
 
 
 # Whole matrices of a stacked leaf.

@@ -5,7 +5,8 @@ k, its columns are the vectors of the discrete cosine transform (DCT-II): ``Q_ji
 cos(pi i (2 j + 1) / (2 k))``, and column 0 is constant. With ``S = X Q``, the r columns of S that
 have the largest L1 norms are the projected matrix, and their indices, r whole numbers for each
 layer, are all that defines the subspace. Q is the same for all matrices of a size and is computed
-from its formula where it is needed, so no state holds it.
+from its formula where it is needed, so no state holds it. The ``dct`` basis of
+:mod:`loro_jax.peers.bases` is this one, with the smaller side first.
 
 Choices are gathers with static shapes, for all layers of a stack at once.
 
@@ -16,24 +17,27 @@ transpose of Q, which is orthonormal, too. Here S is a product.
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from loro_jax.linalg.cosine import cosine_transform
+from loro_jax.linalg.precision import matmul
 
 Array = jax.Array
 
 
-def cosine_basis(X: Array) -> Array:
-    """Returns Q for X (..., l, k), in the dtype of X.
+def cosine_basis(k: int, dtype: Any) -> Array:
+    """Returns Q for matrices (..., l, k) of a dtype, float32 or wider.
 
     Example:
         >>> import jax.numpy as jnp
-        >>> Q = cosine_basis(jnp.zeros((5, 3)))
+        >>> Q = cosine_basis(3, jnp.float32)
         >>> bool(jnp.allclose(Q.T @ Q, jnp.eye(3), atol=1e-6))
         True
     """
-    return cosine_transform(X.shape[-1], X.shape[-1], X.dtype).mT
+    return cosine_transform(k, k, dtype).mT
 
 
 def longer_side_first(G: Array) -> Array:
@@ -83,6 +87,28 @@ def largest_columns(S: Array, rank: int) -> Array:
     return largest(jnp.sum(jnp.abs(S), axis=-2), rank)
 
 
+def strongest_columns(X: Array, Q: Array, rank: int) -> tuple[Array, Array]:
+    """Chooses the columns of ``S = X Q`` that have the largest L1 norms.
+
+    Args:
+        X: (..., l, k).
+        Q: (k, k).
+        rank: r <= k.
+
+    Returns:
+        Their indices I, int32 (..., r), sorted, and the projected matrix ``S_I``, (..., l, r).
+
+    Example:
+        >>> import jax.numpy as jnp
+        >>> columns, S_I = strongest_columns(jnp.array([[1.0, -5.0, 3.0]]), jnp.eye(3), 2)
+        >>> columns.tolist(), S_I.tolist()
+        ([1, 2], [[-5.0, 3.0]])
+    """
+    S = matmul(X, Q)
+    columns = largest_columns(S, rank)
+    return columns, take_columns(S, columns)
+
+
 def take_columns(S: Array, columns: Array) -> Array:
     """Returns columns of S (..., l, k) by their indices (..., r).
 
@@ -103,6 +129,16 @@ def vectors_of(Q: Array, columns: Array) -> Array:
         [[2.0, 4.0]]
     """
     return jnp.take(Q.mT, columns, axis=0)
+
+
+def coordinates(X: Array, vectors: Array) -> Array:
+    """Projects X (..., l, k) onto chosen vectors ``Q_I^T`` (..., r, k), to ``X Q_I``."""
+    return matmul(X, vectors.mT)
+
+
+def combined(a: Array, vectors: Array) -> Array:
+    """Maps coordinates (..., l, r) in chosen vectors back to a matrix, ``a Q_I^T``."""
+    return matmul(a, vectors)
 
 
 def moved_columns(X: Array, old: Array, new: Array) -> Array:

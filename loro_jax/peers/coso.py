@@ -10,8 +10,9 @@ taken from all squares. When a task ends, :func:`next_task` appends to M the lea
 hold 98% of the sketch's energy, and everything else begins anew.
 
 Here M is stored in an array of fixed size, with columns of zeros that have not been used yet; when
-there are none left, further directions are not remembered. The steps of weights are orthogonal to
-M, unless there is weight decay. Leaves that are not projected are trained as always.
+there are none left, further directions are not remembered (:func:`count_full`). The steps of
+weights are orthogonal to M, unless there is weight decay. Leaves that are not projected are trained
+as always.
 
 Source: Cheng et al., "Continuous Subspace Optimization for Continual Learning", NeurIPS 2025 (arXiv
 2505.11816), and the authors' code, whose constants depend on the data set (r 15 to 70, l 100 to
@@ -182,6 +183,26 @@ def next_task(state: CoSOState, threshold: float = 0.98) -> CoSOState:
         memory=treedef.unflatten([M for M, _ in grown]),
         remembered=treedef.unflatten([number for _, number in grown]),
     )
+
+
+def count_full(state: CoSOState) -> tuple[int, int]:
+    """Returns in how many matrices the memory has no column left, and the number of matrices.
+
+    Example:
+        >>> tx = coso(0.01, rank=1, projected=True, memory=0.5)
+        >>> state = tx.init(jnp.zeros((3, 4, 6)))
+        >>> count_full(state._replace(remembered=jnp.array([1, 2, 2])))
+        (2, 3)
+    """
+    full = total = 0
+    for M, number in zip(
+        jax.tree.leaves(state.memory), jax.tree.leaves(state.remembered), strict=True
+    ):
+        # Leaves that are not projected have a scalar.
+        if M.ndim:
+            full += int(jnp.sum(number == M.shape[-1]))
+            total += number.size
+    return full, total
 
 
 def coso(

@@ -29,12 +29,12 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from loro_jax.linalg.precision import matmul
 from loro_jax.peers.cosine_columns import (
+    combined,
+    coordinates,
     cosine_basis,
-    largest_columns,
     moved_columns,
-    take_columns,
+    strongest_columns,
     vectors_of,
 )
 from loro_jax.peers.projected import Projected, ProjectedSettings, Slots, projected_descent
@@ -159,17 +159,16 @@ def dct_adamw(
         columns, mu, nu, *error = held
         # G + E, with the longer side first. Square matrices are as given: projected from the right.
         X = _turned(G + error[0] if error else G)
-        Q = cosine_basis(X)
+        Q = cosine_basis(X.shape[-1], X.dtype)
 
         def chosen() -> Slots:
-            # S = X Q, I = the columns with the largest norms, a = S_I; moments move with I.
-            S = matmul(X, Q)
-            new = largest_columns(S, rank)
+            # I = the columns of X Q with the largest norms, a = (X Q)_I; moments move with I.
+            new, a = strongest_columns(X, Q, rank)
             moments = (moved_columns(moment, columns, new) for moment in (mu, nu))
-            return (new, take_columns(S, new), *moments)
+            return (new, a, *moments)
 
         def kept() -> Slots:
-            return columns, matmul(X, vectors_of(Q, columns).mT), mu, nu
+            return columns, coordinates(X, vectors_of(Q, columns)), mu, nu
 
         due = count % countable(update_every) == 0
         columns, a, mu, nu = jax.lax.cond(due, chosen, kept)
@@ -177,8 +176,8 @@ def dct_adamw(
         # Adam's N of a, W <- W - lr N Q_I^T, and E <- X - a Q_I^T.
         N, mu, nu = adam(a, mu, nu, count + 1, constants)
         if error:
-            error = [_turned(X - matmul(a, vectors))]
-        return scale * _turned(matmul(N, vectors)), (columns, mu, nu, *error)
+            error = [_turned(X - combined(a, vectors))]
+        return scale * _turned(combined(N, vectors)), (columns, mu, nu, *error)
 
     state_type = DCTAdamWErrorState if error_feedback else DCTAdamWState
     return projected_descent("dct_adamw", settings, state_type, begin, step)

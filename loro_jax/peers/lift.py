@@ -32,6 +32,7 @@ from loro_jax.peers.bases import is_due
 from loro_jax.peers.cosine_columns import largest
 from loro_jax.peers.projected import Projected
 from loro_jax.peers.projection import AdamConstants, adam
+from loro_jax.peers.wide import in_float32
 
 Array = jax.Array
 # Of one leaf: chosen entries, mu, nu.
@@ -224,6 +225,8 @@ def lift(
 ) -> optax.GradientTransformationExtraArgs:
     """Creates LIFT for the projected leaves, with AdamW for the others.
 
+    State is float32 or wider, whatever the parameters' dtype.
+
     To leave the others as they are, chain :func:`scale_by_lift` and a learning rate for the
     projections, and use ``optax.partition`` with ``optax.set_to_zero`` for the rest.
 
@@ -264,6 +267,5 @@ def lift(
     constants = {"b1": b1, "b2": b2, "eps": eps, "weight_decay": weight_decay}
     direction = scale_by_lift(rank, filter_rank=filter_rank, update_every=update_every, **constants)
     projections = optax.chain(direction, optax.scale_by_learning_rate(learning_rate))
-    return optax.partition(
-        {"projections": projections, "others": optax.adamw(learning_rate, **constants)}, labels
-    )
+    others = in_float32(optax.adamw(learning_rate, **constants))
+    return optax.partition({"projections": projections, "others": others}, labels)

@@ -29,6 +29,7 @@ from loro_jax.checks import check_orthogonalised_momentum
 from loro_jax.directions.orthogonalisation import Orthogonalisation, check_orthogonalisation
 from loro_jax.linalg.precision import at_least_float32
 from loro_jax.peers.projected import Projected
+from loro_jax.peers.wide import in_float32
 from loro_jax.schedules import value_at
 
 Array = jax.Array
@@ -151,6 +152,8 @@ def muon(
 ) -> optax.GradientTransformationExtraArgs:
     """Creates Muon for the projected leaves, with AdamW for the others.
 
+    State is float32 or wider, whatever the parameters' dtype.
+
     Args:
         learning_rate: number or schedule, for the other leaves.
         projected: which leaves are projections: a tree of bools with the parameters' structure, or
@@ -209,4 +212,4 @@ def muon(
         others = optax.adamw(learning_rate, b1, b2, eps, weight_decay=weight_decay)
     else:
         others = optax.chain(regular, decay, optax.scale_by_learning_rate(learning_rate))
-    return optax.partition({"projections": projections, "others": others}, labels)
+    return in_float32(optax.partition({"projections": projections, "others": others}, labels))

@@ -22,6 +22,7 @@ import optax
 from loro_jax.descent import riemannian_descent
 from loro_jax.directions.protocol import Direction, as_direction
 from loro_jax.lowrank import balance, rank_ratio
+from loro_jax.peers.wide import in_float32
 
 
 def balanced_step(lr_scale: float | None) -> Callable[..., tuple[jax.Array, jax.Array]]:
@@ -67,7 +68,7 @@ def lowrank_restarts(
     Args:
         learning_rate: a number or a schedule.
         every: K.
-        direction: ``optax.scale_by_adam()`` by default.
+        direction: ``optax.scale_by_adam()`` by default, with moments in float32 or wider.
         lr_scale: factor on the learning rate of the factors; None: r / min(m, n).
         **options: passed to :func:`loro_jax.riemannian_descent`, for example ``moments``.
 
@@ -84,7 +85,7 @@ def lowrank_restarts(
         >>> tx = lowrank_restarts(0.01, every=50)
         >>> updates, state = tx.update(params, tx.init(params), params)
     """
-    directed = as_direction(optax.scale_by_adam() if direction is None else direction)
+    directed = as_direction(in_float32(optax.scale_by_adam()) if direction is None else direction)
     # To balanced_step None means r / min(m, n), which is for gradients, not for moves.
     if directed.kind == "moves" and lr_scale is None:
         lr_scale = directed.lr_scale

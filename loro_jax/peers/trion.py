@@ -31,13 +31,13 @@ import optax
 
 from loro_jax.checks import check_orthogonalised_momentum
 from loro_jax.linalg.newton_schulz import orthogonalise
-from loro_jax.linalg.precision import at_least_float32, matmul
+from loro_jax.linalg.precision import at_least_float32
 from loro_jax.peers.cosine_columns import (
     as_before,
+    combined,
     cosine_basis,
-    largest_columns,
     longer_side_first,
-    take_columns,
+    strongest_columns,
     vectors_of,
 )
 from loro_jax.peers.muon import muon
@@ -115,16 +115,15 @@ def scale_by_trion(
         return TrionState(jax.tree.map(zeros, params))
 
     def one(G: Array, M: Array) -> tuple[Array, Array]:
-        # M <- M + G, the longer side first, and its coordinates S = M Q.
+        # M <- M + G, the longer side first, and m = (M Q)_I.
         X = longer_side_first(M + G.astype(M.dtype))
-        Q = cosine_basis(X)
-        S = matmul(X, Q)
-        columns = largest_columns(S, rank)
-        m, vectors = take_columns(S, columns), vectors_of(Q, columns)
+        Q = cosine_basis(X.shape[-1], X.dtype)
+        columns, m = strongest_columns(X, Q, rank)
+        vectors = vectors_of(Q, columns)
         # Only the part in the subspace decays: M <- M - (1 - mu) m Q_I^T.
-        kept = X - (1 - momentum) * matmul(m, vectors)
+        kept = X - (1 - momentum) * combined(m, vectors)
         # c NS(m) Q_I^T.
-        O = matmul(orthogonalise(m, newton_schulz_steps), vectors)  # noqa: E741
+        O = combined(orthogonalise(m, newton_schulz_steps), vectors)  # noqa: E741
         move = SHAPE_FACTORS[shape_factor](*G.shape[-2:]) * O
         return as_before(move, G.shape).astype(G.dtype), as_before(kept, G.shape).astype(M.dtype)
 
@@ -199,7 +198,7 @@ def trion(
     direction = scale_by_trion(
         rank, momentum, newton_schulz_steps=newton_schulz_steps, shape_factor=shape_factor
     )
-    tx = muon(
+    return muon(
         learning_rate,
         projected=projected,
         lr_scale=lr_scale,
@@ -209,27 +208,3 @@ def trion(
         eps=eps,
         direction=direction,
     )
-    return _in_float32(tx, needs_params=bool(weight_decay))
-
-
-def _in_float32(tx: optax.GradientTransformationExtraArgs, needs_params: bool) -> Any:
-    """Returns the transformation with state and arithmetic in float32 or wider.
-
-    Optax's Adam has moments of the parameters' dtype, and 0.999 is 1 in bfloat16.
-    """
-
-    def wide(tree: Any) -> Any:
-        return jax.tree.map(lambda x: x.astype(at_least_float32(x.dtype)), tree)
-
-    def init(params: Any) -> Any:
-        return tx.init(wide(params))
-
-    def update(grads: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
-        if params is None and needs_params:
-            raise ValueError("trion: update needs params, because weight_decay is not zero.")
-        of_dtypes = grads if params is None else params
-        # wide(None) is None.
-        updates, state = tx.update(wide(grads), state, wide(params), **extra_args)
-        return jax.tree.map(lambda x, like: x.astype(like.dtype), updates, of_dtypes), state
-
-    return optax.GradientTransformationExtraArgs(init, update)

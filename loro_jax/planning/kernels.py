@@ -109,8 +109,17 @@ def read_kernels(hlo: str, branch: Callable[[Sequence[int]], int] = max) -> list
 def part_of(line: str) -> str:
     """Returns the part of the step, one of :data:`PARTS`, that an instruction's line belongs to."""
     scopes = re.search(r'op_name="([^"]*)"', line)
-    # A transformed scope reads transpose(jvp(mlp)).
-    names = re.findall(r"\w+", scopes[1]) if scopes else []
+    return part_of_scopes(scopes[1] if scopes else "")
+
+
+def part_of_scopes(scopes: str) -> str:
+    """Returns the part of the step, one of :data:`PARTS`, that nested scopes belong to.
+
+    Example:
+        >>> part_of_scopes("jit(f)/transpose(jvp(mlp))/dot_general")
+        'mlp'
+    """
+    names = re.findall(r"\w+", scopes)  # a transformed scope reads transpose(jvp(mlp))
     return next((part for part in PARTS if part in names), "rest")
 
 

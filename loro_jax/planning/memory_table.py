@@ -3,8 +3,9 @@
 Nothing is allocated: shapes and dtypes come from abstract evaluation of the functions that train.
 Weights (trained and frozen), their gradients and the optimizer's state are counted, activations are
 not; GB are 1e9 bytes. The paper's Mem column counts weights and optimizer state in bfloat16, and no
-gradients. Here Adam's second moments are float32 even for bfloat16 weights, so the columns that are
-compared with the paper are counted in its way.
+gradients. Here Adam's second moments are float32 even for bfloat16 weights, and so are the first
+ones of methods that LORO is compared with, so the columns that are compared with the paper are
+counted in its way.
 """
 
 from __future__ import annotations

@@ -130,9 +130,9 @@ def _adapters(config: GlueRun) -> None:
                 f"{', '.join(ADAPTERS)}, or a method of dense projections, such as full."
             )
         return
-    if adapter.init_from is not None:
+    if adapter.init_from is not None and config.init_from is None:
         raise ValueError(
-            f"adapter.init_from = {adapter.init_from!r} is for language models; expected none."
+            f"adapter.init_from = {adapter.init_from!r} needs its base in init_from, which is none."
         )
     hidden, wide = config.model.hidden_size, config.model.intermediate_size
     of_mlp = min(hidden, wide)

@@ -17,14 +17,16 @@ from loro_jax.glue.batches import Rows, batches_per_epoch, validation_batches
 from loro_jax.memory import count_bytes, count_parameters
 from loro_jax.training import mesh as meshes
 from loro_jax.training.config import Config
-from loro_jax.training.glue_config import GlueRun
+from loro_jax.training.glue_config import TARGETS, GlueRun
 from loro_jax.training.inputs import Row
 from loro_jax.training.network import with_base
 from loro_jax.training.plots import plot_measures
 from loro_jax.training.start import absorbed, with_arrays
 from loro_jax.training.step import TrainState, joined, make_program
 from models.huggingface import CheckpointError
+from models.huggingface.adapter_configs import note_of_base
 from models.roberta import read_classifier
+from models.roberta.adapter_reading import ClassifierAdapter, read_classifier_adapter
 from models.roberta.checkpoints import check_classifier, read_config
 
 # Fields of the architecture; precision, dropout and rank are the run's.
@@ -56,7 +58,7 @@ class GlueInputs:
     perplexity = False
 
     def __init__(self, config: GlueRun):
-        config = _with_architecture(config)
+        config = _with_stored_adapter(_with_architecture(config))
         config.validate()
         self.devices = meshes.make_mesh(config.mesh)
         meshes.check_batch(config, self.devices)
@@ -101,8 +103,17 @@ class GlueInputs:
             raise TrainingError(f"config.init_from: {error}") from None
         whole = joined(state.params, state.fixed)
         found = with_base(whole, nnx.to_pure_dict(nnx.state(model)))
-        state = with_arrays(state, absorbed(config, found))
-        return state, [f"starting from {config.init_from}", *notes]
+        found = absorbed(config, found)
+        lines = [f"starting from {config.init_from}", *notes]
+        source = config.adapter.init_from
+        if source is not None:
+            stored = read_classifier_adapter(source, config.model)
+            if stored.head:
+                lines = lines[:1]  # the new head is not used
+            found = _with_adapter(found, stored)
+            note = note_of_base(stored.config, config.init_from)
+            lines += [f"with the adapters of {source}", *([note] if note else [])]
+        return with_arrays(state, found), lines
 
     def introduction(self, path: pathlib.Path) -> list[str]:
         """Describes devices, task and tables."""
@@ -175,6 +186,41 @@ def _with_architecture(config: GlueRun) -> GlueRun:
             raise TrainingError(f"config.init_from: {error}") from None
         fields |= {name: getattr(there, name) for name in _ARCHITECTURE}
     return dataclasses.replace(config, model=dataclasses.replace(config.model, **fields))
+
+
+def _with_stored_adapter(config: GlueRun) -> GlueRun:
+    """Replaces rank, scale and targets of a run's adapters by those of ``adapter.init_from``."""
+    source = config.adapter.init_from
+    if source is None or config.init_from is None:  # validate reports the latter
+        return config
+    try:
+        stored = read_classifier_adapter(source, config.model)
+    except CheckpointError as error:
+        raise TrainingError(f"config.adapter.init_from: {error}") from None
+    ours = {tuple(path.split("/")[1:]): name for name, path in TARGETS.items()}
+    adapter = dataclasses.replace(
+        config.adapter,
+        kind="lora",
+        targets=",".join(ours[path] for path in stored.factors),
+        initialiser=None,
+        **stored.fields,
+    )
+    return dataclasses.replace(config, adapter=adapter)
+
+
+def _with_adapter(arrays: Any, stored: ClassifierAdapter) -> Any:
+    """Returns the arrays of a network with those of a stored adapter and head."""
+    arrays = jax.tree.map(lambda x: x, arrays)  # new dicts
+
+    def put(own: dict[str, Any], name: str, value: np.ndarray) -> None:
+        own[name] = value.astype(own[name].dtype)
+
+    for (part, name), factors in stored.factors.items():
+        for variable, value in factors.items():
+            put(arrays["blocks"][part][name]["adapter"], variable, value)
+    for (layer, variable), value in stored.head.items():
+        put(arrays["classifier"][layer], variable, value)
+    return arrays
 
 
 def tokenizer_path(config: GlueRun) -> str:

@@ -20,7 +20,7 @@ from loro_jax.training.plots import plot_run
 from loro_jax.training.processes import largest
 from loro_jax.training.published import published
 from loro_jax.training.report import corpus_ngrams, final_report
-from loro_jax.training.start import check_start, start_from, with_architecture
+from loro_jax.training.start import check_start, sources_of_ids, start_from, with_architecture
 from loro_jax.training.step import TrainState
 from loro_jax.training.stored_adapter import start_from_adapter, with_stored_adapter
 from loro_jax.training.teacher import check_teacher
@@ -42,11 +42,12 @@ class LanguageInputs:
 
     def __init__(self, config: Config):
         # The architecture of init_from first: everything after it depends on it.
-        config = with_stored_adapter(with_architecture(config))
+        given, config = config, with_stored_adapter(with_architecture(config))
         config.validate()
         self.devices = meshes.make_mesh(config.mesh)
         meshes.check_batch(config, self.devices)
-        tokenizer = load_tokenizer(config.data.tokenizer, config.data.eos_id, config.data.pad_id)
+        data, sources = config.data, sources_of_ids(given, config)
+        tokenizer = load_tokenizer(data.tokenizer, data.eos_id, data.pad_id, sources)
         check_start(config, tokenizer)
         self.config, self._vocabulary = resolve_vocabulary(config, tokenizer)
         check_teacher(self.config)

@@ -319,8 +319,11 @@ def make_maintenance(config: Config) -> Maintenance:
     return method.maintenance(config, _options(method.options, config))
 
 
-def next_task(config: Config, before: Any, fresh: Any) -> Any:
-    """Returns the state at the beginning of a run, given that of the task before and a new one."""
+def next_task(config: Config, before: Any, fresh: Any) -> tuple[Any, str]:
+    """Returns the state at the beginning of a run, given that of the task before and a new one.
+
+    The second result is a line to print, or empty.
+    """
     method = METHODS[config.method]
     assert method.next_task is not None  # checked by the caller
     return method.next_task(_options(method.options, config), before, fresh)

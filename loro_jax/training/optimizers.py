@@ -41,6 +41,7 @@ from loro_jax.peers.bases import BASES, MOMENTS, ORDERS
 from loro_jax.peers.frugal import REMAINDERS
 from loro_jax.peers.muon import scale_by_muon
 from loro_jax.peers.trion import SHAPE_FACTORS
+from loro_jax.peers.wide import in_float32
 from loro_jax.training.registry import Direction, Making, Optimizer, projections_of_blocks
 
 if TYPE_CHECKING:
@@ -279,7 +280,7 @@ def adamw(making: Making, decayed: Any = None) -> Optimizer:
     # Without exact steps this is AdamW, in which the factors may have their own rate.
     return riemannian_descent(
         making.schedule,
-        optax.scale_by_adam(**making.adam),
+        in_float32(optax.scale_by_adam(**making.adam)),
         None,
         exact_every=None,
         moments="keep",
@@ -339,7 +340,7 @@ def _balanced(
     return method(
         making.schedule,
         every=making.config.exact_every,
-        direction=optax.scale_by_adam(**making.adam),
+        direction=in_float32(optax.scale_by_adam(**making.adam)),
         lr_scale=lr_scale,
         weight_decay=making.config.weight_decay,
         mesh=making.mesh,

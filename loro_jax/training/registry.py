@@ -102,7 +102,8 @@ class Method:
         periodic: whether it requires ``exact_every`` to be at least 1.
         maintenance: (config, options) -> changes around the optimizer's step; or None.
         next_task: (options, state of another run of the method, new state) -> the state at
-            the beginning of the next of several tasks; None: the method does not know of tasks.
+            the beginning of the next of several tasks, and a line to print (or ""); None: the
+            method does not know of tasks.
         adapters: which adapters it trains if ``config.adapter.kind`` names one: "" none, "pairs"
             those with factors B and A, "any" all of them.
         adapter: the kind of adapter that it trains always; None: it needs none.

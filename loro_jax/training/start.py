@@ -14,7 +14,7 @@ from loro_jax.errors import TrainingError
 from loro_jax.layers import merge
 from loro_jax.layers.adapters import absorb
 from loro_jax.layers.projections import IN_PARTS, arrays_of_weight, holds_a_weight
-from loro_jax.text.tokenizers.tokenizer import Tokenizer, load_tokenizer
+from loro_jax.text.tokenizers.tokenizer import Tokenizer, vocabulary_size
 from loro_jax.training.config import AdapterConfig, Config
 from loro_jax.training.growth import grown
 from loro_jax.training.methods import METHODS, next_task
@@ -116,6 +116,22 @@ def _with_tokenizer(config: Config, run: Config | None) -> Config:
     return dataclasses.replace(config, data=data)
 
 
+def sources_of_ids(given: Config, config: Config) -> dict[int, str]:
+    """Names the file that an end-of-text id comes from, if :func:`with_architecture` found it.
+
+    Args:
+        given: the config as it was given.
+        config: the config that :func:`with_architecture` made of it.
+
+    Returns:
+        A name by the id; empty if the id was given, or there is none.
+    """
+    eos_id = config.data.eos_id
+    if eos_id is None or eos_id == given.data.eos_id:
+        return {}
+    return {eos_id: f"data.eos_id of {pathlib.Path(str(given.init_from)) / 'config.json'}"}
+
+
 def _run_there(directory: str) -> Config | None:
     """Returns the config of the run in a directory; None if there is none."""
     path = pathlib.Path(directory)
@@ -142,8 +158,7 @@ def check_start(config: Config, tokenizer: Tokenizer) -> None:
         return
     run = _run_there(config.init_from)
     if run is not None:
-        theirs = load_tokenizer(run.data.tokenizer, run.data.eos_id, run.data.pad_id)
-        _check_tokenizers(config, tokenizer, theirs, run.data.tokenizer)
+        _check_tokenizers(config, tokenizer, run.data.tokenizer)
         return
     model = nnx.eval_shape(lambda: Llama(config.model_config, nnx.Rngs(0)))
     try:
@@ -153,18 +168,17 @@ def check_start(config: Config, tokenizer: Tokenizer) -> None:
     directory = pathlib.Path(config.init_from)
     files = [directory / name for name in ("tokenizer.json", "tokenizer.model")]
     path = next((path for path in files if path.is_file()), None)
-    if path is None:
-        return
-    # With the run's special ids: only the number of ids is compared.
-    theirs = load_tokenizer(str(path), eos_id=tokenizer.eos_id, pad_id=tokenizer.pad_id)
-    _check_tokenizers(config, tokenizer, theirs, path)
+    if path is not None:
+        _check_tokenizers(config, tokenizer, str(path))
 
 
-def _check_tokenizers(config: Config, tokenizer: Tokenizer, theirs: Tokenizer, path: Any) -> None:
-    if theirs.vocab_size != tokenizer.vocab_size:
+def _check_tokenizers(config: Config, tokenizer: Tokenizer, name: str) -> None:
+    # Only the number of ids is compared.
+    theirs = vocabulary_size(name)
+    if theirs != tokenizer.vocab_size:
         raise TrainingError(
             f"config.data.tokenizer = {config.data.tokenizer!r} has {tokenizer.vocab_size} ids, "
-            f"but {path} has {theirs.vocab_size}; expected the tokenizer of config.init_from."
+            f"but {name} has {theirs}; expected the tokenizer of config.init_from."
         )
 
 
@@ -258,7 +272,8 @@ def _start_from_run(config: Config, state: TrainState) -> tuple[TrainState, str]
         ) from None
     if begins_task:
         line += ", as the next task"
-        new = next_task(config, new, state)
+        new, note = next_task(config, new, state)
+        line += f"\n{note}" if note else ""
     placed = jax.tree.map(lambda x, like: jax.device_put(x, like.sharding), new, fresh)
     return (placed if fresh is state else placed._replace(opt_state=state.opt_state)), line
 

@@ -12,15 +12,17 @@ from flax import nnx
 from loro_jax.errors import TrainingError
 from loro_jax.layers.adapters import ADAPTERS
 from loro_jax.training.config import Config
-from loro_jax.training.network import adapter_spec, make_network
+from loro_jax.training.glue_config import GlueRun
+from loro_jax.training.network import adapter_spec
 from loro_jax.training.start import origin
 from loro_jax.training.step import TrainState, merge_model
+from loro_jax.training.tasks import task_of
 from loro_jax.training.trained import load_state
 from models.huggingface import CheckpointError
 from models.huggingface.adapter_configs import note_of_base, read_adapter_config
 from models.huggingface.adapter_reading import adapter_arrays, adapter_fields, read_adapter
 from models.huggingface.adapter_writing import write_adapter
-from models.llama import Llama
+from models.roberta.adapters import write_classifier_adapter
 
 
 def with_stored_adapter(config: Config) -> Config:
@@ -96,7 +98,8 @@ def export_adapter(
 
     Raises:
         TrainingError: if the run can't be read, or the start of its adapters is not known.
-        CheckpointError: as :func:`models.huggingface.adapter_writing.write_adapter`.
+        CheckpointError: as :func:`models.huggingface.adapter_writing.write_adapter`, and as
+            :func:`models.roberta.adapters.write_classifier_adapter`.
     """
     config, step, state = load_state(path, step)
     if not config.has_adapters:
@@ -115,14 +118,16 @@ def export_adapter(
             )
         start = _at_start(began, model)
     base = began.init_from if base is None else base
-    return step, write_adapter(model, out, base=base, dtype=dtype or "float32", start=start)
+    # The head of a classifier is not in its base: it is written with the adapters.
+    write: Any = write_classifier_adapter if isinstance(config, GlueRun) else write_adapter
+    return step, write(model, out, base=base, dtype=dtype or "float32", start=start)
 
 
-def _at_start(config: Config, model: Llama) -> Llama:
+def _at_start(config: Config, model: Any) -> Any:
     """Returns a model with its adapters as they were before training."""
 
     def arrays() -> Any:
-        return _adapters(nnx.to_pure_dict(nnx.state(make_network(config), nnx.Param)))
+        return _adapters(nnx.to_pure_dict(nnx.state(task_of(config).make(), nnx.Param)))
 
     # Compiled, so that only what is returned is computed.
     first = jax.jit(arrays)()

@@ -13,6 +13,7 @@ import jax
 
 from loro_jax.fields import field
 from loro_jax.peers import osft
+from loro_jax.peers.coso import count_full
 from loro_jax.peers.coso import next_task as next_task_of_coso
 from loro_jax.training.adapters import at_path, factor_paths, with_leaves
 from loro_jax.training.registry import Maintenance
@@ -46,7 +47,7 @@ def osft_maintenance(config: Config, options: OSFTOptions) -> Maintenance:
     return Maintenance(after=after)
 
 
-def osft_next_task(options: OSFTOptions, before: Any, fresh: Any) -> Any:
+def osft_next_task(options: OSFTOptions, before: Any, fresh: Any) -> tuple[Any, str]:
     """Splits all weights anew; the optimizer begins anew, too."""
     params, fixed = before.params, before.fixed
     for path in factor_paths(params):
@@ -54,13 +55,25 @@ def osft_next_task(options: OSFTOptions, before: Any, fresh: Any) -> Any:
         params = with_leaves(params, path, B=parts.B, S=parts.S, A=parts.A)
         high = {"U_high": parts.U_high, "S_high": parts.S_high, "Vt_high": parts.Vt_high}
         fixed = with_leaves(fixed, path, **high)
-    return fresh._replace(params=params, fixed=fixed)
+    return fresh._replace(params=params, fixed=fixed), ""
 
 
-def coso_next_task(options: Any, before: Any, fresh: Any) -> Any:
-    """Remembers the directions that the task has used; the optimizer begins anew otherwise."""
+def coso_next_task(options: Any, before: Any, fresh: Any) -> tuple[Any, str]:
+    """Remembers the directions that the task has used; the optimizer begins anew otherwise.
+
+    Returns:
+        The state, and a warning if there is a matrix whose memory is full.
+    """
     opt_state = next_task_of_coso(before.opt_state, options.threshold)
-    return fresh._replace(params=before.params, fixed=before.fixed, opt_state=opt_state)
+    full, total = count_full(opt_state)
+    note = ""
+    if full:
+        note = (
+            f"warning: the memory of earlier tasks' directions is full in {full} of {total} "
+            "matrices, so directions beyond it are not protected "
+            f"(config.method_options.memory = {options.memory})"
+        )
+    return fresh._replace(params=before.params, fixed=before.fixed, opt_state=opt_state), note
 
 
 def _split_at(params: Any, fixed: Any, path: tuple[str, ...]) -> osft.Split:

@@ -123,11 +123,14 @@ def load_model(path: str | pathlib.Path) -> tuple[Llama, Tokenizer]:
         return run.model, run.tokenizer
     generation = _content(directory / "generation_config.json", strict=True)
     # The first id ends documents; a chat model's further ones are often in the second file only.
-    eos_ids = _ids(directory / "config.json", content)
-    eos_ids += _ids(directory / "generation_config.json", generation or {})
+    files = {"config.json": content, "generation_config.json": generation or {}}
+    sources: dict[int, str] = {}
+    for name, fields in files.items():
+        for one in _ids(directory / name, fields):
+            sources.setdefault(one, f"eos_token_id of {directory / name}")
     model, _ = read_model(directory)
     pad = content.get("pad_token_id")
-    tokenizer = load_tokenizer(str(directory), eos_id=list(dict.fromkeys(eos_ids)) or None)
+    tokenizer = load_tokenizer(str(directory), eos_id=list(sources) or None, sources=sources)
     # Padding is masked, so an id that the tokenizer does not have may be ignored.
     if isinstance(pad, int) and 0 <= pad < tokenizer.vocab_size:
         tokenizer.pad_id = pad

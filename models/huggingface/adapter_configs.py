@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import pathlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 from models.config import LlamaConfig
@@ -92,7 +92,7 @@ class PeftConfig:
                     f"{self.path}: target_modules names {other}; expected projections of the "
                     f"layers ({', '.join(map(_last, PROJECTIONS.values()))})."
                 )
-        found = [module for module in projections(config) if self._adapts(module)]
+        found = self.adapted(projections(config))
         if not found:
             raise CheckpointError(
                 f"{self.path}: target_modules = {self.content.get('target_modules')!r} matches no "
@@ -100,6 +100,10 @@ class PeftConfig:
                 f"{', '.join(map(_last, PROJECTIONS.values()))}."
             )
         return found
+
+    def adapted(self, candidates: Iterable[str]) -> list[str]:
+        """Returns those of some modules that are targets, by the rules of PEFT."""
+        return [module for module in candidates if self._adapts(module)]
 
     def _adapts(self, module: str) -> bool:
         """Returns whether a module is a target, by the rules of PEFT."""
@@ -133,11 +137,12 @@ class PeftConfig:
         return any(module == name or module.endswith(f".{name}") for name in names)
 
 
-def read_adapter_config(directory: pathlib.Path) -> PeftConfig:
+def read_adapter_config(directory: pathlib.Path, saved: Sequence[str] = ()) -> PeftConfig:
     """Reads the config of an adapter in PEFT's format.
 
     Args:
         directory: directory with ``adapter_config.json``.
+        saved: modules that may be stored whole beside the adapters.
 
     Raises:
         CheckpointError: if it is missing or damaged, or of a form that is not read.
@@ -151,6 +156,9 @@ def read_adapter_config(directory: pathlib.Path) -> PeftConfig:
             f"{MISS}."
         )
     for name in _REFUSED:
+        whole = content.get(name) if name == "modules_to_save" else None
+        if isinstance(whole, list) and all(module in saved for module in whole):
+            continue
         if content.get(name):
             raise CheckpointError(
                 f"{path}: {name} = {content[name]!r} is not supported; expected an adapter of "

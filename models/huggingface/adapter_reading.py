@@ -52,7 +52,7 @@ _VARIABLES = {
 _Place = tuple[str, str]
 
 
-class _AdapterTensors(StoredTensors):
+class AdapterTensors(StoredTensors):
     """The tensors of an adapter."""
 
     file = TENSORS
@@ -124,7 +124,7 @@ def read_adapter(directory: str | os.PathLike[str], config: LlamaConfig) -> Stor
         others = sorted(file.name for file in path.glob("adapter_model*"))
         beside = f", not {others[0]}" if others else ""
         raise CheckpointError(f"{path} holds no adapter: expected {TENSORS}{beside}.")
-    tensors = _AdapterTensors(path)
+    tensors = AdapterTensors(path)
     expected = {
         module: {f"{PREFIX}{module}.{variable}": variable for variable in _VARIABLES[peft.form]}
         for module in peft.modules(config)

@@ -27,7 +27,7 @@ from models.huggingface.files import DTYPES, check_dtype, new_directory
 from models.huggingface.names import PROJECTIONS, layer_prefix
 from models.llama import Llama
 
-_Tensors = Iterator[tuple[str, Any]]
+Tensors = Iterator[tuple[str, Any]]
 
 
 def write_adapter(
@@ -73,6 +73,26 @@ def write_adapter(
         "target_modules": [PROJECTIONS[place].rpartition(".")[2] for place in adapters],
         "task_type": "CAUSAL_LM",
     }
+    return write_files(out, content, tensors, dtype)
+
+
+def write_files(
+    out: str | os.PathLike[str], content: dict[str, Any], tensors: Tensors, dtype: str
+) -> int:
+    """Writes the two files of an adapter.
+
+    Args:
+        out: a directory that does not exist yet.
+        content: content of the config.
+        tensors: names and values.
+        dtype: dtype of the tensors.
+
+    Returns:
+        Total bytes of the tensors.
+
+    Raises:
+        CheckpointError: if ``out`` exists or can't be written, or a number does not fit the dtype.
+    """
     stored = {name: _on_host(value, dtype, name) for name, value in tensors}
     with new_directory(out) as directory:
         save_file(stored, directory / TENSORS, metadata={"format": "pt"})
@@ -118,7 +138,7 @@ def _on_host(value: Any, dtype: str, name: str) -> np.ndarray:
     return np.ascontiguousarray(cast(np.asarray(value), DTYPES[dtype], name))
 
 
-def _named(adapters: _Adapters, variables: dict[str, dict[tuple[str, str], Any]]) -> _Tensors:
+def _named(adapters: _Adapters, variables: dict[str, dict[tuple[str, str], Any]]) -> Tensors:
     """Yields tensors by PEFT's names, from arrays stacked over the layers."""
     for place in adapters:
         for name, arrays in variables.items():
@@ -126,32 +146,35 @@ def _named(adapters: _Adapters, variables: dict[str, dict[tuple[str, str], Any]]
                 yield f"{PREFIX}{layer_prefix(layer)}{PROJECTIONS[place]}.{name}", value
 
 
-def _of_lora(adapters: _Adapters) -> tuple[dict[str, Any], _Tensors]:
+def _of_lora(adapters: _Adapters) -> tuple[dict[str, Any], Tensors]:
     A = {place: adapter.A[...] for place, adapter in _each(adapters, Lora)}
     B = {place: adapter.B[...] for place, adapter in _each(adapters, Lora)}
     _, first = next(_each(adapters, Lora))
     rank = first.A.shape[-2]
-    content = _lora_content(rank, first.scale * rank)
+    content = lora_content(rank, first.scale * rank)
     return content, _named(adapters, {"lora_A.weight": A, "lora_B.weight": B})
 
 
-def _as_lora(
-    adapters: _Adapters, start: _Adapters | None = None
-) -> tuple[dict[str, Any], _Tensors]:
+def _as_lora(adapters: _Adapters, start: _Adapters | None = None) -> tuple[dict[str, Any], Tensors]:
     """Returns the content of other kinds with two factors, whose scale is a part of B."""
     A, B = {}, {}
     for place, adapter in adapters.items():
-        B[place], A[place] = _factors(adapter)
+        B[place], A[place] = factors_of(adapter)
         if start is not None:
-            B_0, A_0 = _factors(start[place])
+            B_0, A_0 = factors_of(start[place])
             B[place] = jnp.concatenate([B[place], -B_0], axis=-1)
             A[place] = jnp.concatenate([A[place], A_0], axis=-2)
     rank = next(iter(A.values())).shape[-2]
-    content = _lora_content(rank, rank)
+    content = lora_content(rank, rank)
     return content, _named(adapters, {"lora_A.weight": A, "lora_B.weight": B})
 
 
-def _factors(adapter: Adapter) -> tuple[Any, Any]:
+def factors_of(adapter: Adapter) -> tuple[Any, Any]:
+    """Returns B and A of an adapter whose dW is their product; the scale is a part of B.
+
+    Raises:
+        CheckpointError: if it is none.
+    """
     factors = adapter.factors()
     if factors is None:
         raise CheckpointError(
@@ -161,7 +184,8 @@ def _factors(adapter: Adapter) -> tuple[Any, Any]:
     return factors
 
 
-def _lora_content(rank: int, alpha: float) -> dict[str, Any]:
+def lora_content(rank: int, alpha: float) -> dict[str, Any]:
+    """Returns the fields of a config that are LoRA's own."""
     return {
         "peft_type": LORA,
         "r": rank,
@@ -173,14 +197,14 @@ def _lora_content(rank: int, alpha: float) -> dict[str, Any]:
     }
 
 
-def _of_miss(adapters: _Adapters) -> tuple[dict[str, Any], _Tensors]:
+def _of_miss(adapters: _Adapters) -> tuple[dict[str, Any], Tensors]:
     b = {place: adapter.b[...] for place, adapter in _each(adapters, Miss)}
     return _miss_content(next(iter(b.values())).shape[-2], True), _named(
         adapters, {"miss_block": b}
     )
 
 
-def _of_bone(adapters: _Adapters) -> tuple[dict[str, Any], _Tensors]:
+def _of_bone(adapters: _Adapters) -> tuple[dict[str, Any], Tensors]:
     b = {place: adapter.b[...] for place, adapter in _each(adapters, Bone)}
     return _miss_content(next(iter(b.values())).shape[-1], "bat"), _named(
         adapters, {"miss_block": b}
@@ -191,7 +215,7 @@ def _miss_content(rank: int, variant: bool | str) -> dict[str, Any]:
     return {"peft_type": MISS, "r": rank, "miss_dropout": 0.0, "init_weights": variant}
 
 
-def _of_randlora(adapters: _Adapters) -> tuple[dict[str, Any], _Tensors]:
+def _of_randlora(adapters: _Adapters) -> tuple[dict[str, Any], Tensors]:
     found = dict(_each(adapters, RandLora))
     first = next(iter(found.values()))
     rank = first.l.shape[-2]
@@ -212,7 +236,7 @@ def _of_randlora(adapters: _Adapters) -> tuple[dict[str, Any], _Tensors]:
         "fan_in_fan_out": False,
     }
 
-    def tensors() -> _Tensors:
+    def tensors() -> Tensors:
         yield from _named(adapters, {"randlora_lambda": l, "randlora_gamma": g})
         yield BASES[0], A[:, None, :]
         yield BASES[1], B.reshape(B.shape[0], -1, rank)

@@ -8,6 +8,7 @@ from typing import Any
 
 from models.huggingface.errors import CheckpointError
 from models.huggingface.fields import check_fields, number, whole_number
+from models.huggingface.frame import check_type, known_fields, validated
 from models.huggingface.rotary import read_rotary, write_rotary
 from models.llama import LlamaConfig
 
@@ -107,15 +108,11 @@ def from_huggingface(content: dict[str, Any], where: str) -> LlamaConfig:
         >>> from_huggingface(theirs, "config.json").num_layers
         2
     """
-    # null means the default, as in transformers.
-    full = _THEIR_DEFAULTS | {name: value for name, value in content.items() if value is not None}
+    full = _THEIR_DEFAULTS | known_fields(content)
     kind = full.get("model_type")
     if kind is None and full.get("architectures") in _NAMES:
         kind = MERGED
-    if kind not in (MERGED, FACTORED):
-        raise CheckpointError(
-            f'{where}: model_type = {kind!r}; expected "{MERGED}" or "{FACTORED}".'
-        )
+    check_type(kind, (MERGED, FACTORED), where)
     fields = _fields(full, where)
     head = fields.get("head_dim") or fields["hidden_size"] / max(fields["num_heads"], 1)
     check_fields(full, max(head, 1), where)
@@ -141,11 +138,7 @@ def from_huggingface(content: dict[str, Any], where: str) -> LlamaConfig:
         rope_theta=theta,
         rope_scaling=scaling,
     )
-    try:
-        config.validate()
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{where}: {error}") from None
-    return config
+    return validated(config, where)
 
 
 def _fields(full: dict[str, Any], where: str) -> dict[str, Any]:

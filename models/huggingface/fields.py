@@ -8,7 +8,7 @@ field listed below is an error if its value would change it. A null field counts
 from __future__ import annotations
 
 import reprlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from models.huggingface.errors import CheckpointError
@@ -112,8 +112,8 @@ expected False.
         # "none" is how some configs turn a switch off.
         if name in _SWITCHES and value and value != "none":
             _refuse(name, value, str(None if isinstance(value, dict | list) else False), where)
-        if name in _VALUES and value not in _VALUES[name]:
-            _refuse(name, value, " or ".join(map(repr, _VALUES[name])), where)
+        if name in _VALUES:
+            check_value(name, value, _VALUES[name], where)
     # Scales for which LLaMA has one value, written in three ways.
     for name, neutral in (
         ("attention_multiplier", head_size**-0.5),
@@ -124,6 +124,22 @@ expected False.
         if value is not None and not (_is_number(value) and abs(value / neutral - 1) < 1e-6):
             _refuse(name, value, f"{neutral:g}", where)
     _check_windows(content, where)
+
+
+def check_value(name: str, value: Any, allowed: Sequence[Any], where: str) -> None:
+    """Raises for a field with a value that requires another network.
+
+    Args:
+        name: name of the field.
+        value: its value.
+        allowed: the values that our network has; none: the field must be absent.
+        where: name of the file, for messages.
+
+    Raises:
+        CheckpointError: names field, value and expectation.
+    """
+    if value not in allowed:
+        _refuse(name, value, " or ".join(map(repr, allowed)) or "none", where)
 
 
 def _check_windows(content: Mapping[str, Any], where: str) -> None:

@@ -12,7 +12,7 @@ from flax import nnx
 
 from models.huggingface.configs import from_huggingface
 from models.huggingface.errors import CheckpointError
-from models.huggingface.files import check_dtype, read_json
+from models.huggingface.frame import read_directory
 from models.huggingface.parameters import LayerError, read_parameters
 from models.huggingface.tensors import Tensors
 from models.llama import Llama, LlamaConfig
@@ -105,10 +105,8 @@ def read_config(directory: str | os.PathLike[str], *, dtype: str | None = None) 
     Raises:
         CheckpointError: if it is missing or not that of a LLaMA, or if the dtype is unknown.
     """
-    path = pathlib.Path(directory)
-    if not path.is_dir():
-        raise CheckpointError(f"{path} is not a directory.")
-    config = from_huggingface(read_json(path / "config.json"), str(path / "config.json"))
-    chosen = dtype or Tensors(path, config.tie_embeddings).dtype()
-    check_dtype(chosen)
-    return dataclasses.replace(config, dtype=chosen, param_dtype=chosen)
+
+    def stored(path: pathlib.Path, config: LlamaConfig) -> str:
+        return Tensors(path, config.tie_embeddings).dtype()
+
+    return read_directory(directory, from_huggingface, stored, dtype)

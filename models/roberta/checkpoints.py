@@ -22,7 +22,8 @@ from flax import nnx
 from models.huggingface.casts import cast, cast_all
 from models.huggingface.companions import TokenIds
 from models.huggingface.errors import CheckpointError
-from models.huggingface.files import check_dtype, new_directory, read_json, write_tensors
+from models.huggingface.files import check_dtype, new_directory, write_tensors
+from models.huggingface.frame import read_directory
 from models.huggingface.tensors import StoredTensors
 from models.roberta.config import RobertaConfig, from_huggingface, to_huggingface
 from models.roberta.names import (
@@ -71,13 +72,11 @@ def read_config(directory: str | os.PathLike[str], *, dtype: str | None = None) 
         CheckpointError: if it is missing, not that of a RoBERTa that we can represent, or if the
             dtype is unknown.
     """
-    path = pathlib.Path(directory)
-    if not path.is_dir():
-        raise CheckpointError(f"{path} is not a directory.")
-    config = from_huggingface(read_json(path / "config.json"), str(path / "config.json"))
-    chosen = dtype or RobertaTensors(path).dtype()
-    check_dtype(chosen)
-    return dataclasses.replace(config, dtype=chosen, param_dtype=chosen)
+
+    def stored(path: pathlib.Path, config: RobertaConfig) -> str:
+        return RobertaTensors(path).dtype()
+
+    return read_directory(directory, from_huggingface, stored, dtype)
 
 
 def read_roberta(directory: str | os.PathLike[str], *, dtype: str | None = None) -> Roberta:

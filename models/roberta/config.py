@@ -13,7 +13,8 @@ from loro_jax.fields import above, at_least, check, field, one_of
 from loro_jax.layers.common import ProjectionSpec
 from models.config import DTYPES
 from models.huggingface.errors import CheckpointError
-from models.huggingface.fields import number, whole_number
+from models.huggingface.fields import check_value, number, whole_number
+from models.huggingface.frame import check_type, known_fields, validated
 
 # By the names of transformers, some of which mean the same function.
 ACTIVATIONS = {
@@ -150,18 +151,11 @@ def from_huggingface(content: Mapping[str, Any], where: str) -> RobertaConfig:
         >>> from_huggingface({"model_type": "roberta", "num_labels": 3}, "config.json").num_labels
         3
     """
-    # null means the default, as in transformers.
-    full = {name: value for name, value in content.items() if value is not None}
-    if full.get("model_type") != "roberta":
-        raise CheckpointError(
-            f'{where}: model_type = {full.get("model_type")!r}; expected "roberta".'
-        )
-    for name, values in _ONLY.items():
-        if name in full and full[name] not in values:
-            expected = repr(values[0]) if values else "none"
-            raise CheckpointError(
-                f"{where}: {name} = {full[name]!r} is not supported; expected {expected}."
-            )
+    full = known_fields(content)
+    check_type(full.get("model_type"), ["roberta"], where)
+    for name, allowed in _ONLY.items():
+        if name in full:
+            check_value(name, full[name], allowed, where)
     full = _THEIR_DEFAULTS | full
     fields: dict[str, Any] = {}
     for names, read in ((_NUMBERS, whole_number), (_FRACTIONS, number)):
@@ -176,11 +170,7 @@ def from_huggingface(content: Mapping[str, Any], where: str) -> RobertaConfig:
             f"{', '.join(ACTIVATIONS)}."
         )
     config = RobertaConfig(**fields, hidden_act=activation, num_labels=_labels(full, where))
-    try:
-        config.validate()
-    except (ValueError, TypeError) as error:
-        raise CheckpointError(f"{where}: {error}") from None
-    return config
+    return validated(config, where)
 
 
 def _labels(full: Mapping[str, Any], where: str) -> int:

@@ -11,6 +11,7 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from loro_jax.layers import factorise
+from loro_jax.layers.adapters import AdapterSpec, adapt
 from models.huggingface import CheckpointError
 from models.roberta import (
     Roberta,
@@ -20,6 +21,7 @@ from models.roberta import (
     read_roberta,
     write_roberta,
 )
+from models.roberta.adapters import write_classifier_adapter
 from models.roberta.names import leaves, stored_name
 
 SMALL = RobertaConfig(
@@ -321,3 +323,42 @@ def test_sequences_have_an_end():
         model.hidden_states(jnp.full((1, 23), 7))
     with pytest.raises(ValueError, match="has no pooler"):
         model.pooled(jnp.zeros((1, 2, 32)))
+
+
+def adapted(names, trained=("classifier",), **spec):
+    model = RobertaClassifier(SMALL, nnx.Rngs(0))
+    where = [f"blocks/{name}" for name in names]
+    return adapt(model, AdapterSpec(rank=4, **spec), where=where, trained=list(trained))
+
+
+@pytest.mark.parametrize(
+    ("names", "targets"),
+    [
+        (("attention/output", "mlp/output"), ["attention.output.dense", "output.dense"]),
+        (("mlp/output",), r"roberta\.encoder\.layer\.\d+\.(output\.dense)"),
+    ],
+)
+def test_adapters_and_head_are_written_by_pefts_names(names, targets, tmp_path):
+    model = adapted(names, alpha=8)
+    assert write_classifier_adapter(model, tmp_path / "out", base="roberta-base") > 0
+    content = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert content["target_modules"] == targets
+    assert (content["r"], content["lora_alpha"], content["task_type"]) == (4, 8, "SEQ_CLS")
+    assert content["modules_to_save"] == ["classifier"]
+    tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert len(tensors) == 2 * 2 * len(names) + 4
+    A = tensors["base_model.model.roberta.encoder.layer.1.output.dense.lora_A.weight"]
+    np.testing.assert_array_equal(A, model.blocks.mlp.output.adapter.A[1])
+    head = tensors["base_model.model.classifier.out_proj.weight"]
+    np.testing.assert_array_equal(head, model.classifier.out_proj.weight())
+
+
+def test_adapters_that_are_not_the_whole_difference_are_refused(tmp_path):
+    for model, message in (
+        (RobertaClassifier(SMALL, nnx.Rngs(0)), "the model has no adapters"),
+        (adapted(["attention/query"], ["blocks/*_norm"]), "was trained, too, which is part of"),
+        (adapted(["attention/query"], kind="miss"), "have no counterpart in PEFT"),
+    ):
+        with pytest.raises(CheckpointError, match=message):
+            write_classifier_adapter(model, tmp_path / "out")
+    assert list(tmp_path.iterdir()) == []

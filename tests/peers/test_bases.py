@@ -7,6 +7,7 @@ import pytest
 
 from loro_jax.linalg.cosine import cosine_transform
 from loro_jax.peers.bases import BASES, MOMENTS, basis_of, blocks, renewed
+from loro_jax.peers.cosine_columns import cosine_basis, strongest_columns
 from tests.peers.projected_methods import gradients
 
 SHAPE, RANK = (4, 6, 9), 3
@@ -100,6 +101,18 @@ def test_the_cosines_are_those_of_the_largest_l1_norms():
         assert list(chosen) == sorted(np.argsort(-of_layer)[:RANK])
     _, P = BASES["dct"], Q[np.asarray(indices)].mT
     np.testing.assert_allclose(BASES["dct"].project(indices, jnp.asarray(G)), P.mT @ G, atol=1e-5)
+
+
+def test_the_cosines_are_those_of_dct_adamw_and_as_accurate_as_the_gradient(x64):
+    G = random((4, 7, 9), dtype=jnp.float64)
+    basis, indices = renewed_basis("dct", G)
+    Q = cosine_basis(7, jnp.float64)
+    columns, S = strongest_columns(G.mT, Q, RANK)
+    np.testing.assert_array_equal(indices, columns)
+    np.testing.assert_allclose(basis.project(indices, G), S.mT, atol=1e-13)
+    R = random((4, RANK, 9), seed=1, dtype=jnp.float64)
+    again = basis.project(indices, basis.lift(indices, R, G.shape))
+    np.testing.assert_allclose(again, R, atol=1e-13)
 
 
 def test_the_svd_s_is_the_leading_subspace_and_the_randomised_one_is_near():

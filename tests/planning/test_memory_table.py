@@ -55,6 +55,32 @@ def test_what_is_fixed_has_no_gradient():
     assert 2 * bf16.weights == held.weights
 
 
+@pytest.mark.parametrize(
+    ("method", "direction"),
+    [
+        ("lowrank", "adam"),
+        ("lowrank_restarts", "adam"),
+        ("lora", "adam"),
+        ("lift", "adam"),
+        ("trion", "adam"),
+        ("full", "adam"),
+        ("full", "orthogonal"),
+    ],
+)
+def test_the_state_of_bfloat16_weights_is_counted_as_float32(method, direction):
+    wide, narrow = (
+        held_by(
+            Config(
+                method=method,
+                direction=direction,
+                model=dataclasses.replace(TINY, param_dtype=dtype),
+            )
+        )
+        for dtype in ("float32", "bfloat16")
+    )
+    assert (narrow.optimizer, 2 * narrow.weights) == (wide.optimizer, wide.weights)
+
+
 def command(*arguments):
     done = subprocess.run(
         [sys.executable, "-m", "loro_jax", "memory", *arguments],

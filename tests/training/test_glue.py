@@ -13,12 +13,15 @@ from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from loro_jax.__main__ import main
+from loro_jax.errors import TrainingError
 from loro_jax.glue import TASKS, PairTokenizer, TrainBatches, load_data
+from loro_jax.layers.adapters import AdapterSpec, adapt
 from loro_jax.study.glue_table import read_results, table
 from loro_jax.training.glue_inputs import GlueInputs
 from loro_jax.training.glue_trained import load_classifier
 from loro_jax.training.step import joined, make_program
 from models.roberta import read_classifier
+from models.roberta.adapters import write_classifier_adapter
 from tests.conftest import ROOT
 from tests.helpers import run_module
 from tests.training import glue_runs, runs
@@ -343,3 +346,107 @@ def test_data_are_read_once_for_all_processes(given):
     for name in whole._fields:
         both = np.concatenate([getattr(half, name) for half in halves])
         np.testing.assert_array_equal(both, getattr(whole, name))
+
+
+@pytest.mark.filterwarnings("ignore")  # of PEFT and transformers
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("settings", "changes"),
+    [
+        ("lora_4_mnli", {"adapter.targets": "query,value,output"}),
+        # Its adapters begin with a product that is not zero.
+        ("loro_4_mnli", {"adapter.targets": "all", "exact_every": 5}),
+    ],
+)
+def test_peft_reads_the_exported_adapters(settings, changes, given, tmp_path):
+    peft = pytest.importorskip("peft", reason="the counterpart needs peft")
+    torch, transformers = (pytest.importorskip(name) for name in ("torch", "transformers"))
+    status, output = run(tmp_path / "run", *given, settings, steps=6, eval_every=6, **changes)
+    assert status == 0, output
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "out"), "--adapter"]) == 0
+    base = transformers.AutoModelForSequenceClassification.from_pretrained(given[0], num_labels=3)
+    theirs = peft.PeftModel.from_pretrained(base, tmp_path / "out").eval()
+    ids = np.array([[0, 40, 50, 2, 2, 60, 2], [0, 7, 9, 11, 13, 15, 2]])
+    with torch.no_grad():
+        expected = theirs(torch.tensor(ids)).logits.numpy()
+    np.testing.assert_allclose(
+        load_classifier(tmp_path / "run").model(jnp.asarray(ids)), expected, atol=1e-4
+    )
+    # As PEFT writes it: the same names.
+    theirs.save_pretrained(tmp_path / "theirs")
+    names = [
+        set(load_file(tmp_path / folder / "adapter_model.safetensors"))
+        for folder in ("out", "theirs")
+    ]
+    assert names[0] == names[1]
+
+
+def loaded_logits(given, adapter):
+    """Logits of a batch at the start of a run from an adapter, the batch, and what is said."""
+    config = config_of("lora_8_rte", given)
+    config.adapter = dataclasses.replace(config.adapter, init_from=str(adapter))
+    inputs = GlueInputs(config)
+    program = make_program(inputs.config)
+    state, notes = inputs.start(jax.jit(program.init)())
+    batch = jax.tree.map(jnp.asarray, next(inputs.iterator(range(16))))
+    _, logits = jax.jit(program.eval_step)(state.params, state.fixed, batch)
+    return inputs.config, logits, batch, notes
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of PEFT and transformers
+def test_a_run_starts_from_adapters_of_peft(given, tmp_path):
+    peft = pytest.importorskip("peft", reason="the counterpart needs peft")
+    torch, transformers = (pytest.importorskip(name) for name in ("torch", "transformers"))
+    torch.manual_seed(0)
+    base = transformers.AutoModelForSequenceClassification.from_pretrained(given[0], num_labels=2)
+    lora = peft.LoraConfig(
+        r=3,
+        lora_alpha=5,
+        use_rslora=True,
+        init_lora_weights=False,
+        target_modules=["query", "intermediate.dense", "attention.output.dense"],
+        task_type="SEQ_CLS",
+    )
+    theirs = peft.get_peft_model(base, lora).eval()
+    theirs.save_pretrained(tmp_path / "theirs")
+    config, logits, batch, notes = loaded_logits(given, tmp_path / "theirs")
+    assert (config.adapter.rank, config.adapter.names) == (
+        3,
+        ("query", "attention.output", "intermediate"),
+    )
+    assert not any("has no head" in note for note in notes)
+    with torch.no_grad():
+        expected = theirs(
+            torch.tensor(np.array(batch.ids)),
+            attention_mask=torch.tensor(np.array(batch.mask, np.int64)),
+        ).logits.numpy()
+    np.testing.assert_allclose(logits, expected, atol=1e-4)
+
+
+def test_a_run_continues_adapters_that_were_exported(given, tmp_path):
+    model, _ = read_classifier(given[0], num_labels=2)
+    spec = AdapterSpec(rank=3, alpha=6, initialiser="xavier")
+    adapted = adapt(model, spec, where=["blocks/mlp/output"], trained=["classifier"])
+    write_classifier_adapter(adapted, tmp_path / "out", base=str(given[0]))
+    config, logits, batch, notes = loaded_logits(given, tmp_path / "out")
+    assert (config.adapter.alpha, config.adapter.names) == (6, ("output",))
+    assert notes[-1] == f"with the adapters of {tmp_path / 'out'}"
+    # Without what is subtracted from W at the start, adapters of such factors change it.
+    adapted.blocks.mlp.output.base.W[...] = model.blocks.mlp.output.W[...]
+    wanted = nnx.jit(lambda model: model(batch.ids, mask=batch.mask))(adapted)
+    np.testing.assert_allclose(logits, wanted, atol=1e-5)
+    for changes, message in (
+        ({"peft_type": "MISS"}, "expected LORA"),
+        ({"modules_to_save": ["embeddings"]}, "modules_to_save = .* is not supported"),
+        ({"r": 4}, r"has shape \(3, 48\); expected \(4, 48\)"),
+        ({"layers_to_transform": [0], "target_modules": ["output.dense"]}, "in 1 of 2 layers"),
+        ({"target_modules": ["dense_1"]}, "matches no projection"),
+        ({"modules_to_save": None}, "classifier.dense.bias is not expected"),
+    ):
+        content = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+        (tmp_path / "bad").mkdir(exist_ok=True)
+        shutil.copy(tmp_path / "out" / "adapter_model.safetensors", tmp_path / "bad")
+        (tmp_path / "bad" / "adapter_config.json").write_text(json.dumps(content | changes))
+        with pytest.raises(TrainingError, match=message):
+            loaded_logits(given, tmp_path / "bad")

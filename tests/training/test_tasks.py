@@ -9,8 +9,11 @@ import pytest
 from flax import nnx
 
 from loro_jax.layers import merge
+from loro_jax.peers.coso import coso
+from loro_jax.training.optimizers import CoSOOptions
 from loro_jax.training.start import start_from
-from loro_jax.training.step import make_program, merge_model
+from loro_jax.training.step import TrainState, make_program, merge_model
+from loro_jax.training.task_sequence import coso_next_task
 from loro_jax.training.trained import load_state
 from models.huggingface import write_model
 from tests.training import runs
@@ -86,10 +89,12 @@ def test_projections_in_parts_start_from_dense_runs_and_directories(runs_of, met
 @pytest.mark.slow
 def test_coso_remembers_a_task_and_moves_beside_it(runs_of):
     options = {"method": "coso", "exact_every": 2, "method_options.threshold": 0.5}
+    options |= {"method_options.threshold": 0.9, "method_options.memory": 0.1}
     first, output = runs_of("coso-1", init_from=runs_of("dense", method="full")[0], **options)
     assert "next task" not in output
     second, output = runs_of("coso-2", init_from=first, **options)
     assert "as the next task" in output
+    assert output.count("warning: the memory of earlier tasks' directions is full in") == 1
     (_, _, before), (_, _, after) = load_state(first), load_state(second)
     assert not any(x.any() for x in jax.tree.leaves(before.opt_state.memory))
     for group, names in (("attention", "qkvo"), ("mlp", ("gate", "up", "down"))):
@@ -133,3 +138,20 @@ def test_osft_splits_its_weights_anew_for_the_next_task(runs_of):
     state, line = started(copied, first)
     assert "next task" not in line
     np.testing.assert_array_equal(state.fixed["blocks"]["mlp"]["up"]["S_high"], before.S_high[...])
+
+
+@pytest.mark.parametrize(("memory", "full"), [(1.0, 0), (0.5, 1)])
+def test_coso_says_when_its_memory_is_full(memory, full):
+    params = {"w": jnp.ones((2, 4, 6)), "b": jnp.ones(3)}
+    tx = coso(0.1, 2, projected={"w": True, "b": False}, memory=memory)
+    # A task that used one direction of the first matrix, and two of the second.
+    sketch = jnp.zeros((2, 4, 4)).at[0, 0, 0].set(1).at[1, :2, :2].set(jnp.eye(2))
+    fresh = TrainState(jnp.int32(0), params, tx.init(params), {})
+    used = fresh.opt_state._replace(sketch={**fresh.opt_state.sketch, "w": sketch})
+    options = CoSOOptions(memory=memory, threshold=1.0)
+    state, note = coso_next_task(options, fresh._replace(opt_state=used), fresh)
+    assert state.opt_state.remembered["w"].tolist() == [1, 2]
+    assert note.startswith("warning: the memory of earlier tasks' directions") == bool(full)
+    if full:
+        assert "full in 1 of 2 matrices" in note
+        assert "config.method_options.memory = 0.5" in note

@@ -16,6 +16,7 @@ from loro_jax.errors import TrainingError
 from loro_jax.text.config import DataConfig
 from loro_jax.text.prepare import prepare
 from loro_jax.text.sources import shares_text
+from loro_jax.text.tokenizers.tokenizer import load_tokenizer
 from loro_jax.training.config import DIRECTIONS, METHODS, Config
 from loro_jax.training.config_differences import differences
 from loro_jax.training.loop import train
@@ -260,6 +261,36 @@ def test_no_padding_token_said_as_minus_one(exported, tmp_path):
     assert load_model(directory)[1].pad_id >= 0
 
 
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+def test_an_end_of_text_that_the_tokenizer_lacks_is_named_by_its_file(exported, tmp_path, name):
+    directory = tmp_path / "there"
+    shutil.copytree(exported / "merged", directory)
+    path = directory / name
+    content = json.loads(path.read_text()) if path.exists() else {}
+    path.write_text(json.dumps(content | {"eos_token_id": [1, 5000]}))
+    with pytest.raises(TrainingError) as caught:
+        load_model(directory)
+    message = str(caught.value)
+    assert message.startswith(f"eos_token_id of {path} = 5000 is outside the vocabulary of ")
+    assert message.endswith("(0 to 2047).")
+
+
+def test_an_end_of_text_from_the_run_to_start_from_is_named_by_it(run, make_config, tmp_path):
+    directory = tmp_path / "there"
+    shutil.copytree(run[0], directory)
+    stored = json.loads((directory / "config.json").read_text())
+    stored["data"]["eos_id"] = 5000
+    (directory / "config.json").write_text(json.dumps(stored))
+    data = make_config().data
+    same = dataclasses.replace(data, tokenizer="init_from")
+    with pytest.raises(TrainingError) as caught:
+        train(make_config(init_from=str(directory), data=same), str(tmp_path / "run"))
+    assert str(caught.value).startswith(f"data.eos_id of {directory / 'config.json'} = 5000 is out")
+    given = dataclasses.replace(data, eos_id=6000)
+    with pytest.raises(TrainingError, match=r"^config\.data\.eos_id = 6000 is outside"):
+        train(make_config(init_from=str(directory), data=given), str(tmp_path / "run"))
+
+
 BAD_STARTS = {
     "nothing": ({"init_from": "nowhere"}, "config.init_from: nowhere is not a directory"),
     "another rank": (
@@ -267,6 +298,10 @@ BAD_STARTS = {
         r"q_proj\.A has shape \(8, 32\); expected \(4, 32\)",
     ),
     "factors for a dense model": ({"method": "full"}, "q_proj is stored as A, B; expected"),
+    "a larger tokenizer, with an end of text beyond theirs": (
+        {"data": DataConfig(tokenizer="embedded", eos_id=2000)},
+        "config.data.tokenizer = 'embedded' has 2048 ids, but .* has 259",
+    ),
     "another tokenizer": (
         {"data": DataConfig(tokenizer="bytes")},
         "config.data.tokenizer = 'bytes' has 259 ids, but .* has 2048",
@@ -278,6 +313,14 @@ BAD_STARTS = {
 def test_starts_that_do_not_fit_are_named(exported, make_config, tmp_path, case):
     changes, message = BAD_STARTS[case]
     config = make_config(init_from=str(exported / "factored"))
+    if "larger" in case:
+        directory = tmp_path / "there"
+        shutil.copytree(exported / "factored", directory)
+        for path in directory.glob("tokenizer*"):
+            path.unlink()
+        for name, content in load_tokenizer("bytes").files().items():
+            (directory / name).write_bytes(content)
+        config = dataclasses.replace(config, init_from=str(directory))
     if "data" in changes:
         changes = {"data": dataclasses.replace(changes["data"], source=config.data.source)}
     with pytest.raises(TrainingError, match=message) as caught:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import hashlib
 import importlib.resources
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar, Protocol
 
 import sentencepiece
@@ -250,7 +250,10 @@ class ByteTokenizer(SpecialIds):
 
 
 def load_tokenizer(
-    name: str, eos_id: int | Sequence[int] | None = None, pad_id: int | None = None
+    name: str,
+    eos_id: int | Sequence[int] | None = None,
+    pad_id: int | None = None,
+    sources: Mapping[int, str] | None = None,
 ) -> Tokenizer:
     """Loads the tokenizer that ``config.data.tokenizer`` names.
 
@@ -260,6 +263,7 @@ def load_tokenizer(
         eos_id: ``config.data.eos_id``: the end-of-text id; None: the tokenizer's. Of several, the
             first one ends documents, and any of them ends a generated text.
         pad_id: ``config.data.pad_id``: the padding id; None: the tokenizer's.
+        sources: where end-of-text ids come from, for messages, if not from ``config.data.eos_id``.
 
     Returns:
         A tokenizer.
@@ -282,11 +286,26 @@ def load_tokenizer(
     checked = [("eos_id", one) for one in tokenizer.eos_ids] + [("pad_id", tokenizer.pad_id)]
     for field, value in checked:
         if not 0 <= value < tokenizer.vocab_size:
+            known = (sources or {}).get(value) if field == "eos_id" else None
             raise TrainingError(
-                f"config.data.{field} = {value} is outside the vocabulary of config.data.tokenizer "
-                f"= {name!r} (0 to {tokenizer.vocab_size - 1})."
+                f"{known or f'config.data.{field}'} = {value} is outside the vocabulary of "
+                f"config.data.tokenizer = {name!r} (0 to {tokenizer.vocab_size - 1})."
             )
     return tokenizer
+
+
+def vocabulary_size(name: str) -> int:
+    """Returns the number of ids of the tokenizer that ``config.data.tokenizer`` names.
+
+    Raises:
+        TrainingError: if the file is missing or not a tokenizer.
+
+    Example:
+        >>> vocabulary_size("bytes")
+        259
+    """
+    # Not every tokenizer says which ids end a text, or pad it; any will do.
+    return _load(name, [0], 0).vocab_size
 
 
 def _load(name: str, eos_ids: list[int], pad_id: int | None) -> Tokenizer:
