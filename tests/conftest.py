@@ -20,15 +20,18 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 import gc
+import itertools
 import pathlib
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 
 import jax
 import jaxlib
 import pytest
+from jax._src.interpreters import mlir
 
 pytest_plugins = ["tests.processor_time"]
 
@@ -59,6 +62,53 @@ OPTIMIZED = (
     "training/test_step.py::test_the_step",
     "training/test_step.py::test_exact_steps_need_no_memory",
 )
+
+# By their processor time in either tier, the longest first.
+LONGEST = (
+    "training/test_meshes.py",
+    "training/test_resume.py",
+    "training/test_methods.py",
+    "training/test_processes.py",
+    "training/test_glue.py",
+    "bench/test_bench.py",
+    "test_pair_parallel.py",
+    "training/test_adapters.py",
+    "layers/test_nnx.py",
+    "test_programs.py",
+    "training/test_ranks.py",
+    "training/test_growth.py",
+    "training/test_resume_data.py",
+    "planning/test_memory_table.py",
+    "training/test_tasks.py",
+    "test_optax.py",
+    "models/test_decoding.py",
+    "training/test_settings.py",
+    "layers/test_linen.py",
+    "exact/test_retractions.py",
+    "layers/test_adapters.py",
+    "exact/test_basis.py",
+    "training/test_config.py",
+    "layers/test_examples.py",
+    "training/test_trained.py",
+    "test_loro.py",
+    "training/test_stored_adapters.py",
+    "models/test_huggingface_adapters.py",
+    "models/test_huggingface.py",
+    "study/test_comparison.py",
+    "training/test_step.py",
+    "bench/test_counterpart.py",
+    "layers/test_nnx_networks.py",
+    "compress/test_compression.py",
+    "peers/test_preconditioned.py",
+    "test_readme.py",
+    "training/test_tables.py",
+    "models/test_llama.py",
+    "models/test_roberta.py",
+    "training/test_command.py",
+)
+
+# MLIR's context of a program takes longer to make than a small program takes to translate.
+PROGRAMS_OF_A_CONTEXT = 200
 
 FOURTEEN_DAYS = 14 * 24 * 3600
 
@@ -91,6 +141,26 @@ os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
 
 
+def _share_contexts():
+    """Lets programs of a thread share a context of MLIR, where this version of JAX allows it."""
+    make = getattr(mlir, "make_ir_context", None)
+    if make is None:
+        return
+    held = threading.local()
+
+    def make_or_share():
+        used = getattr(held, "used", 0)
+        if used % PROGRAMS_OF_A_CONTEXT == 0:
+            held.context = make()
+        held.used = used + 1
+        return held.context
+
+    mlir.make_ir_context = make_or_share
+
+
+_share_contexts()
+
+
 def _known_options(config):
     """Those of QUICK that this version of XLA has: it ends a process for any other."""
     cache = getattr(config, "cache", None)  # pytest can do without
@@ -120,25 +190,65 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    """Marks the tests that are run once more, with XLA's optimizations."""
+    """Marks the tests that are run once more, with XLA's optimizations; sorts the files."""
     for item in items:
         name = f"{item.path.relative_to(ROOT / 'tests').as_posix()}::{item.name}"
         if name.startswith(OPTIMIZED):
             item.add_marker(pytest.mark.optimized)
+    items.sort(key=_turn)
+
+
+def _turn(item):
+    """Which file comes first: none of those that take long may start when all others have ended."""
+    name = item.path.relative_to(ROOT / "tests").as_posix()
+    return LONGEST.index(name) if name in LONGEST else len(LONGEST)
+
+
+def pytest_collection_finish():
+    """Lets the garbage collector look at what tests make, not at hundreds of modules."""
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(50_000, 20, 20)
 
 
 # Every compiled program takes some memory maps of its process, of which Linux allows 65,530 in all;
-# XLA crashes when there are none left. Those of earlier tests are of no use to later ones.
+# XLA crashes when there are none left. Those of earlier tests are of no use to later ones. Counting
+# them takes tens of milliseconds.
 MAPS = pathlib.Path("/proc/self/maps")
-MANY_MAPS = 25_000
+MANY_MAPS = 30_000
+TESTS_BETWEEN_COUNTS = 16
 
 
 @pytest.fixture(autouse=True)
 def _few_programs():
     yield
-    if MAPS.exists() and MAPS.read_bytes().count(b"\n") > MANY_MAPS:
+    if next(_tests) % TESTS_BETWEEN_COUNTS or not MAPS.exists():
+        return
+    if MAPS.read_bytes().count(b"\n") > MANY_MAPS:
         jax.clear_caches()
         gc.collect()
+
+
+_tests = itertools.count(1)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _no_plots(request):
+    """Leaves an empty file for a run's plot, which takes as long as a run of a few steps.
+
+    Modules that look at it say ``DRAWS_PLOTS = True``.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        for module, function in PLOTS if not getattr(request.module, "DRAWS_PLOTS", False) else ():
+            if module in sys.modules:
+                patch.setattr(sys.modules[module], function, lambda rows, path, *_: path.touch())
+        yield
+
+
+PLOTS = (
+    ("loro_jax.training.language", "plot_run"),
+    ("loro_jax.training.glue_inputs", "plot_measures"),
+)
 
 
 @pytest.fixture

@@ -1,8 +1,7 @@
 """Runs the optimizer on eight simulated devices and prints what it saw, one JSON object a layout.
 
 A program of its own, because the number of devices is fixed when JAX starts. Usage:
-``python -m tests.eight_devices explicit|auto``, with
-``XLA_FLAGS=--xla_force_host_platform_device_count=8``.
+``python -m tests.eight_devices explicit|auto``.
 """
 
 import json
@@ -172,4 +171,6 @@ def main(kind):
 
 
 if __name__ == "__main__":
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", 8)
     main(sys.argv[1])

@@ -46,7 +46,7 @@ def member(i, stacked):
 def run_module(name, *arguments, **environment):
     """The JSON objects that a module of the checkout prints, one a line, in its own process.
 
-    Its warnings are errors, and it must end well.
+    Its warnings are errors, and it must end well. It inherits the options of XLA.
     """
     done = subprocess.run(
         [sys.executable, "-W", "error", "-m", name, *map(str, arguments)],

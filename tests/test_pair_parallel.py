@@ -16,8 +16,7 @@ SCANNED_FACTOR = 8 * 64 * 16
 @pytest.fixture(scope="module", params=["explicit", "auto"])
 def seen(request):
     """What happened on a mesh of one axis or two, by mesh and layout."""
-    flags = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-    rows = run_module("tests.eight_devices", request.param, XLA_FLAGS=flags, JAX_PLATFORMS="cpu")
+    rows = run_module("tests.eight_devices", request.param)
     return {(row["mesh"], row["layout"]): row for row in rows}
 
 
@@ -62,7 +61,8 @@ def test_each_pair_is_factored_once_in_the_whole_mesh(seen):
 @pytest.mark.slow
 def test_the_168_pairs_of_1b_are_shared_by_all_devices(devices, rounds):
     # Nothing runs: code need not be fast.
-    quick = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+    quick = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+    quick += " --xla_llvm_disable_expensive_passes=true"
 
     def compiled(*arguments):
         (row,) = run_module("tests.exact.exact_step_of_1b", *arguments, XLA_FLAGS=quick)

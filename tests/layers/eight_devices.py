@@ -1,8 +1,7 @@
 """Factorises a sharded network on eight simulated devices, and prints what it saw as JSON.
 
 A program, because the number of devices is fixed when JAX starts. Usage:
-``python -m tests.layers.eight_devices explicit|auto``, with
-``XLA_FLAGS=--xla_force_host_platform_device_count=8``.
+``python -m tests.layers.eight_devices explicit|auto``.
 """
 
 import json
@@ -75,4 +74,6 @@ def main():
 
 
 if __name__ == "__main__":
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", 8)
     main()

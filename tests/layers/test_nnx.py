@@ -468,8 +468,7 @@ def test_projections_with_a_bias_keep_it_when_they_are_merged():
 @pytest.mark.slow
 @pytest.mark.parametrize("axes", ["auto", "explicit"])
 def test_on_eight_devices_factors_are_sharded_as_the_kernel_was(axes):
-    flags = "--xla_force_host_platform_device_count=8"
-    (seen,) = run_module("tests.layers.eight_devices", axes, XLA_FLAGS=flags)
+    (seen,) = run_module("tests.layers.eight_devices", axes)
     rows, columns, whole = (str(PartitionSpec(*names)) for names in SPECS)
     over_data = str(PartitionSpec(None, "data"))
     assert seen["axes"] == {

@@ -16,6 +16,7 @@ from loro_jax.training.loop import train
 from models import LlamaConfig
 from tests.training import runs
 
+DRAWS_PLOTS = True
 AS_FINISHED = {"tensorboard": True, "published_ppl": True}
 
 

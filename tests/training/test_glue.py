@@ -27,6 +27,8 @@ from tests.helpers import run_module
 from tests.training import glue_runs, runs
 from tests.training.glue_runs import TINY, run
 
+DRAWS_PLOTS = True
+
 
 @pytest.fixture(scope="module")
 def given(tmp_path_factory):

@@ -16,7 +16,7 @@ from tests.training import runs
 # All projections of one shape, in one layer: most of the test is compilation.
 SMALL = {"model.num_layers": 1, "model.intermediate_size": 64}
 
-TWO_DEVICES = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2"}
+TWO_DEVICES = {"JAX_NUM_CPU_DEVICES": "2"}
 
 
 def start_all(count, workdir, sources, environment, **changes):
