@@ -192,15 +192,18 @@ def pytest_configure(config):
 def pytest_collection_modifyitems(items):
     """Marks the tests that are run once more, with XLA's optimizations; sorts the files."""
     for item in items:
-        name = f"{item.path.relative_to(ROOT / 'tests').as_posix()}::{item.name}"
-        if name.startswith(OPTIMIZED):
+        if f"{_file_of(item)}::{item.name}".startswith(OPTIMIZED):
             item.add_marker(pytest.mark.optimized)
     items.sort(key=_turn)
 
 
+def _file_of(item):
+    return os.path.relpath(item.path, ROOT / "tests").replace(os.sep, "/")
+
+
 def _turn(item):
     """Which file comes first: none of those that take long may start when all others have ended."""
-    name = item.path.relative_to(ROOT / "tests").as_posix()
+    name = _file_of(item)
     return LONGEST.index(name) if name in LONGEST else len(LONGEST)
 
 

@@ -11,6 +11,7 @@ counted in its way.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -88,12 +89,15 @@ def held_by(config: Config) -> Held:
     )
 
 
-def memory_rows(model: str, rank: int | None = None) -> list[dict[str, Any]]:
+def memory_rows(
+    model: str, rank: int | None = None, methods: Iterable[str] = METHODS
+) -> list[dict[str, Any]]:
     """Returns one row per method.
 
     Args:
         model: a preset of ``models.llama``.
         rank: rank of factors and projected gradients; None: the preset's.
+        methods: those that have a row.
 
     Returns:
         Rows with parameters in millions and GB for bfloat16 and float32. If Table 1 of the paper
@@ -106,7 +110,7 @@ def memory_rows(model: str, rank: int | None = None) -> list[dict[str, Any]]:
         raise TrainingError(f"--model={model}: expected one of {', '.join(PRESETS)}.")
     llama = preset(model) if rank is None else preset(model, rank=rank)
     rows = []
-    for method in METHODS:
+    for method in methods:
         row: dict[str, Any] = {"method": method}
         for dtype, name in (("bfloat16", "bf16"), ("float32", "f32")):
             config = Config(method=method, model=dataclasses.replace(llama, param_dtype=dtype))

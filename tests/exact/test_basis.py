@@ -46,7 +46,7 @@ def test_factors_without_their_rank_keep_product_and_balance(method, kind):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("shape", some_fast([*SHAPES, (320, 260, 150)], SHAPES[1:2]), ids=str)
+@pytest.mark.parametrize("shape", some_fast([*SHAPES, (320, 260, 150)], SHAPES[:1]), ids=str)
 def test_no_balanced_factors_are_nearer(method, shape):
     """Those in the singular basis, turned by SciPy to be near the old ones."""
     B, A, dB, dA = make_pair(np.random.default_rng(1), shape, "geometric", 3, 0.1)
@@ -61,18 +61,18 @@ def test_no_balanced_factors_are_nearer(method, shape):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_step_of_length_zero_leaves_balanced_factors_alone(method):
-    B, A, *_ = make_pair(np.random.default_rng(2), (40, 24, 8), "geometric", 10, 1.0)
+    B, A, *_ = make_pair(np.random.default_rng(2), SHAPES[0], "geometric", 10, 1.0)
     zero = np.zeros_like(B), np.zeros_like(A)
-    B, A = exact_update(B, A, *zero, RATE)
-    B_same, A_same = exact_update(B, A, *zero, RATE, method=method, basis="nearest")
+    B, A, _ = compiled("graph")(B, A, *zero)
+    B_same, A_same, _ = nearest(method)(B, A, *zero)
     np.testing.assert_allclose(B_same, B, atol=1e-5)
     np.testing.assert_allclose(A_same, A, atol=1e-5)
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_rotated_factors_give_rotated_ones_and_transposed_ones_transposed(method):
-    B, A, dB, dA = make_pair(np.random.default_rng(3), (40, 24, 8), "geometric", 5, 0.1)
-    V = np.linalg.qr(np.random.default_rng(4).normal(size=(8, 8)))[0].astype(np.float32)
+    B, A, dB, dA = make_pair(np.random.default_rng(3), SHAPES[0], "geometric", 5, 0.1)
+    V = np.linalg.qr(np.random.default_rng(4).normal(size=(16, 16)))[0].astype(np.float32)
     B_new, A_new, _ = nearest(method)(B, A, dB, dA)
     B_turned, A_turned, _ = nearest(method)(B @ V, V.T @ A, dB @ V, V.T @ dA)
     np.testing.assert_allclose(B_turned, B_new @ V, atol=2e-5)

@@ -20,6 +20,7 @@ TOLERANCE = {"svd": 2e-5, "gram": 4e-5, "graph": 4e-5}
 RATE = 0.01
 
 # Tall, wide and square; rank one, below half, above half, and full.
+# The first is that of most tests: a step is compiled anew for each shape.
 SHAPES = [(96, 64, 16), (64, 96, 40), (48, 48, 48), (50, 40, 1), (40, 60, 40)]
 
 
@@ -79,7 +80,7 @@ def compiled(method, basis="singular"):
 
 
 @pytest.mark.parametrize("method", METHODS)
-@pytest.mark.parametrize("shape", some_fast(SHAPES, SHAPES[1:2]), ids=str)
+@pytest.mark.parametrize("shape", some_fast(SHAPES, SHAPES[:1]), ids=str)
 @pytest.mark.parametrize("kind", ["geometric", "repeated", "deficient B", "deficient A"])
 def test_float32_error_beyond_the_best_approximation(method, shape, kind):
     if shape[2] == 1 and kind.startswith("deficient"):

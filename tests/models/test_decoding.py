@@ -1,6 +1,7 @@
 """Decoding with a cache against the model itself, and against transformers."""
 
 import dataclasses
+import functools
 import io
 
 import chex
@@ -25,10 +26,16 @@ PROMPTS = [[5, 6, 7, 8, 9], [10], [200, 100, 50], [3] * 40]
 
 def make(**changes):
     """A model far from its initial values, so that its logits differ."""
+    graphdef, state = parts(**changes)
+    return nnx.merge(graphdef, jax.tree.map(lambda x: x, state))  # with variables of its own
+
+
+@functools.cache
+def parts(**changes):
     graphdef, state = nnx.split(Llama(dataclasses.replace(CONFIG, **changes), nnx.Rngs(0)))
     rng = np.random.default_rng(0)
     state = jax.tree.map(lambda x: (x + rng.normal(scale=0.2, size=x.shape)).astype(x.dtype), state)
-    return nnx.merge(graphdef, state)
+    return graphdef, state
 
 
 def collect(*arguments, **keywords):

@@ -13,7 +13,7 @@ from models import preset
 def get_config():
     return Config(
         steps=12, batch_size=4, sequence_length=32, warmup_steps=2, exact_every=5, log_every=2,
-        eval_every=6, checkpoint_every=6, tensorboard=False, exact_method="svd",
+        eval_every=6, checkpoint_every=12, tensorboard=False, exact_method="svd",
         model=preset("tiny", vocab_size=0),  # the tokenizer's, as in configs/default.py
         data=DataConfig(source={source!r}, tokenizer="bytes", max_eval_sequences=4),
     )

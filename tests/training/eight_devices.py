@@ -25,7 +25,7 @@ MESHES = ((1, 1, 1), (8, 1, 1), (1, 8, 1), (1, 1, 8), (2, 2, 2))
 MESHES_OF = {"loro": MESHES, "full": MESHES} | dict.fromkeys(
     ("lost", "gradnormlorp", "lift", "osft", "sst", "trp"), MESHES[::4]
 )
-STEPS = 30
+STEPS = 18
 
 
 def config_of(method, mesh):

@@ -5,6 +5,7 @@ import io
 import json
 import os
 import pathlib
+import socket
 import subprocess
 import sys
 
@@ -33,6 +34,9 @@ TINY = {
     "tensorboard": False,
     "data.max_eval_sequences": 8,
 }
+
+# All projections of one shape, in one layer: most of the test is compilation.
+SMALL = {"model.num_layers": 1, "model.intermediate_size": 64}
 
 
 def corpus(folder):
@@ -84,6 +88,27 @@ def finish(process, timeout=600):
     """Exit status and output of a process."""
     output, _ = process.communicate(timeout=timeout)
     return process.returncode, output
+
+
+def start_all(count, workdir, sources, environment, **changes):
+    """Processes of one run; each reads a source of its own."""
+    with socket.socket() as probe:
+        probe.bind(("", 0))
+        port = probe.getsockname()[1]
+    return [
+        start(
+            *flags(workdir, source, steps=24, **SMALL, **changes),
+            f"--coordinator=localhost:{port}",
+            f"--processes={count}",
+            f"--process={process}",
+            **environment,
+        )
+        for process, source in zip(range(count), sources, strict=True)
+    ]
+
+
+def finish_all(processes):
+    return [finish(process, timeout=300) for process in processes]
 
 
 def rows(workdir):

@@ -17,7 +17,7 @@ from models import LlamaConfig
 from tests.training import runs
 
 DRAWS_PLOTS = True
-AS_FINISHED = {"tensorboard": True, "published_ppl": True}
+AS_FINISHED = {"tensorboard": True, "published_ppl": True, "checkpoint_every": 55}
 
 
 @pytest.fixture(scope="module")

@@ -93,8 +93,9 @@ def test_a_run_by_loro_is_exported_and_shown(given, tmp_path, capsys):
         assert error.count("\n") == 1
 
 
+# Others are read as one of these is, and have its metric.
 @pytest.mark.slow
-@pytest.mark.parametrize("name", TASKS)
+@pytest.mark.parametrize("name", [name for name in TASKS if name not in ("qqp", "qnli")])
 def test_every_task_learns(name, given, tmp_path):
     status, output = run(tmp_path / "run", *given, f"full_8_{name}", learning_rate=0.003)
     assert status == 0, output

@@ -15,7 +15,6 @@ from loro_jax.training.step import TrainState
 from loro_jax.training.trained import load_state
 from models import preset
 from tests.training import runs
-from tests.training.test_processes import finish_all, start_all
 
 CONFIG = Config(inspect_every=4)
 
@@ -106,7 +105,7 @@ def test_the_trajectory_is_the_same_and_resumes(tmp_path):
 def test_factors_spread_over_processes_are_gathered(tmp_path):
     source = runs.corpus(tmp_path)
     changes = {"inspect_every": 8, "mesh.fsdp": 2}
-    ends = finish_all(start_all(2, tmp_path / "run", [source] * 2, {}, **changes))
+    ends = runs.finish_all(runs.start_all(2, tmp_path / "run", [source] * 2, {}, **changes))
     assert [status for status, _ in ends] == [0, 0], ends
     found = read(tmp_path / "run")
     assert [row["step"] for row in found] == [0, 8, 16, 24]

@@ -3,7 +3,6 @@
 import os
 import re
 import signal
-import socket
 import time
 
 import numpy as np
@@ -13,38 +12,14 @@ from loro_jax.errors import TrainingError
 from loro_jax.training.processes import Cluster, connect, together
 from tests.training import runs
 
-# All projections of one shape, in one layer: most of the test is compilation.
-SMALL = {"model.num_layers": 1, "model.intermediate_size": 64}
-
 TWO_DEVICES = {"JAX_NUM_CPU_DEVICES": "2"}
-
-
-def start_all(count, workdir, sources, environment, **changes):
-    """Processes of one run; each reads a source of its own."""
-    with socket.socket() as probe:
-        probe.bind(("", 0))
-        port = probe.getsockname()[1]
-    return [
-        runs.start(
-            *runs.flags(workdir, source, steps=24, **SMALL, **changes),
-            f"--coordinator=localhost:{port}",
-            f"--processes={count}",
-            f"--process={process}",
-            **environment,
-        )
-        for process, source in zip(range(count), sources, strict=True)
-    ]
-
-
-def finish_all(processes):
-    return [runs.finish(process, timeout=300) for process in processes]
 
 
 def wait_for(condition, processes):
     deadline = time.monotonic() + 300
     while not condition():
         assert time.monotonic() < deadline
-        assert all(process.poll() is None for process in processes), finish_all(processes)
+        assert all(process.poll() is None for process in processes), runs.finish_all(processes)
         time.sleep(0.05)
 
 
@@ -57,14 +32,14 @@ def last_step(workdir):
 def test_processes_come_and_go_and_the_losses_are_those_of_one(tmp_path):
     source = runs.corpus(tmp_path)
     one, workdir = tmp_path / "one", tmp_path / "run"
-    status, output = runs.finish(runs.start(*runs.flags(one, source, steps=24, **SMALL)))
+    status, output = runs.run(*runs.flags(one, source, steps=24, **runs.SMALL))
     assert status == 0, output
 
     # Four, of which one is killed behind the first checkpoint. The slow steps leave it the time.
-    four = start_all(4, workdir, [source] * 4, {}, **{"mesh.fsdp": 2})
+    four = runs.start_all(4, workdir, [source] * 4, {}, **{"mesh.fsdp": 2})
     wait_for((workdir / "checkpoints" / "11").exists, four)
     four[2].send_signal(signal.SIGKILL)
-    ends = finish_all(four)
+    ends = runs.finish_all(four)
     assert ends.pop(2)[0] == -signal.SIGKILL
     for status, output in ends:
         assert status not in (0, -signal.SIGKILL), output
@@ -72,16 +47,16 @@ def test_processes_come_and_go_and_the_losses_are_those_of_one(tmp_path):
     if last_step(workdir) < 24:
         # Two, of two devices each, on another mesh; a signal to one of them stops both.
         mesh = {"mesh.data": 1, "mesh.fsdp": 2, "mesh.tensor": 2}
-        two = start_all(2, workdir, [source] * 2, TWO_DEVICES, **mesh)
+        two = runs.start_all(2, workdir, [source] * 2, TWO_DEVICES, **mesh)
         wait_for(lambda: last_step(workdir) >= 13, two)
         two[1].send_signal(signal.SIGTERM)
-        ends = finish_all(two)
+        ends = runs.finish_all(two)
         assert {status for status, _ in ends} <= {0, 128 + signal.SIGTERM}, ends
         assert ends[0][0] == ends[1][0]
         assert "continuing" in ends[0][1]
         assert "step 1" not in ends[1][1], "only the first shows anything"
     # And one ends what is left.
-    status, output = runs.finish(runs.start(*runs.flags(workdir, source, steps=24, **SMALL)))
+    status, output = runs.run(*runs.flags(workdir, source, steps=24, **runs.SMALL))
     assert status == 0, output
     expected, found = runs.rows(one), runs.rows(workdir)
     assert [row["tokens"] for row in found] == [row["tokens"] for row in expected]
@@ -94,7 +69,7 @@ def test_processes_come_and_go_and_the_losses_are_those_of_one(tmp_path):
 def test_an_error_of_one_process_is_an_error_of_all(tmp_path):
     source = runs.corpus(tmp_path)
     missing = tmp_path / "missing.txt"
-    ends = finish_all(start_all(2, tmp_path / "run", [source, missing], {}))
+    ends = runs.finish_all(runs.start_all(2, tmp_path / "run", [source, missing], {}))
     assert [status for status, _ in ends] == [1, 1]
     assert "error: process 1: " in ends[0][1]
     for _, output in ends:
