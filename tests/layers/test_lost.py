@@ -94,15 +94,15 @@ def test_gradients_are_those_of_the_definition_and_columns_left_out_have_none(x6
         y = 0.7 * jax.nn.silu(x @ A.T) @ B.T + 0.3 * x @ (W * (W != 0)).T
         return jnp.sum(target * y**2)
 
-    of_trained, of_x = jax.grad(ours, (0, 1))(trained, x)
-    of_B, of_A, of_W, expected = jax.grad(whole, (0, 1, 2, 3))(B, A, W, x)
+    of_trained, of_x = jax.jit(jax.grad(ours, (0, 1)))(trained, x)
+    of_B, of_A, of_W, expected = jax.jit(jax.grad(whole, (0, 1, 2, 3)))(B, A, W, x)
     np.testing.assert_allclose(of_trained["B"][...], of_B, rtol=1e-10)
     np.testing.assert_allclose(of_trained["A"][...], of_A, rtol=1e-10)
     np.testing.assert_allclose(of_trained["W_s"][...], of_W[:, channels], rtol=1e-10)
     np.testing.assert_allclose(of_x, expected, rtol=1e-10)
     # Through W_s alone (g = 0), an input outside of I reaches nothing.
     alone = make(lost_gamma=0.0)
-    of_x = jax.grad(lambda x: jnp.sum(alone(x) ** 2))(x.astype(jnp.float32))
+    of_x = jax.jit(jax.grad(lambda x: jnp.sum(alone(x) ** 2)))(x.astype(jnp.float32))
     assert set(np.flatnonzero(np.abs(of_x).sum(axis=0))) == set(channels.tolist())
 
 
