@@ -1,5 +1,6 @@
 """Exact steps shared by eight simulated devices, from every layout of the factors."""
 
+import functools
 import os
 
 import jax
@@ -53,6 +54,19 @@ def test_each_pair_is_factored_once_in_the_whole_mesh(seen):
         assert row["in_all"] == 16
 
 
+def compiled(*arguments):
+    """What the program of LLaMA-1B prints. Nothing runs: code need not be fast."""
+    quick = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
+    quick += " --xla_llvm_disable_expensive_passes=true"
+    (row,) = run_module("tests.exact.exact_step_of_1b", *arguments, XLA_FLAGS=quick)
+    return row
+
+
+@functools.cache
+def of_one_pair():
+    return compiled(1, 1)
+
+
 @pytest.mark.parametrize(
     ("devices", "rounds"),
     # 96 pairs of q, k, v, o; 48 of gate and up; 24 of down: of each shape a device takes its share.
@@ -60,16 +74,8 @@ def test_each_pair_is_factored_once_in_the_whole_mesh(seen):
 )
 @pytest.mark.slow
 def test_the_168_pairs_of_1b_are_shared_by_all_devices(devices, rounds):
-    # Nothing runs: code need not be fast.
-    quick = f"{os.environ.get('XLA_FLAGS', '')} --xla_backend_optimization_level=0"
-    quick += " --xla_llvm_disable_expensive_passes=true"
-
-    def compiled(*arguments):
-        (row,) = run_module("tests.exact.exact_step_of_1b", *arguments, XLA_FLAGS=quick)
-        return row
-
     row = compiled(devices)
-    assert row["factored"] == rounds * compiled(1, 1)["factored"]
+    assert row["factored"] == rounds * of_one_pair()["factored"]
     assert row["sent"] == 0, "an approximate step exchanges nothing here"
     # Factors and directions go out, and updates come back to where everybody has a copy.
     assert 0 < row["sent_exact"] < 2 * row["bytes"]

@@ -85,8 +85,7 @@ def test_other_methods_train_adapters(dense, tmp_path, method):
 def test_it_resumes_exactly(dense, tmp_path):
     status, output = tune(dense, tmp_path / "whole", log_every=1)
     assert status == 0, output
-    status, output = tune(dense, tmp_path / "parts", steps=8, log_every=1)
-    assert status == 0, output
+    shutil.copytree(tmp_path / "whole", tmp_path / "parts")
     # The last checkpoint goes; the run repeats the steps after the one before it.
     shutil.rmtree(tmp_path / "parts" / "checkpoints" / "8")
     status, output = tune(dense, tmp_path / "parts", log_every=1)

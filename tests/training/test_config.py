@@ -145,15 +145,14 @@ def test_every_config_takes_a_step_on_a_small_batch(name):
         model=model,
     )
     program = make_program(config)
-    if name not in ("default", "llama_60m", "tiny"):
+    if name not in ("default", "tiny"):
         state, metrics = jax.eval_shape(
             program.train_step, jax.eval_shape(program.init), small_batch(config)
         )
         assert metrics["loss"].shape == ()
         # Two layers, for the most part embedding and head; the examples' projections are dense.
-        assert count_parameters((state.params, state.fixed)) > (
-            4e8 if name == "llama_7b" else 3.9e7
-        )
+        least = {"llama_7b": 4e8, "llama_60m": 3.2e7}.get(name, 3.9e7)
+        assert count_parameters((state.params, state.fixed)) > least
         return
     program, _ = compile_program(program, make_mesh(config.mesh))
     state, metrics = program.train_step(program.init(), small_batch(config))

@@ -164,7 +164,7 @@ def test_it_resumes_exactly_and_merges(dense, tmp_path, method):
     output = tune(start, source, tmp_path / "whole", method)
     last = metrics(tmp_path / "whole")[-1][1]
     assert f"live ranks: {int(last)} of {RANKS}" in output
-    tune(start, source, tmp_path / "parts", method)
+    shutil.copytree(tmp_path / "whole", tmp_path / "parts")
     # The last checkpoint goes; the run repeats the steps after the one before it.
     shutil.rmtree(tmp_path / "parts" / "checkpoints" / str(STEPS))
     tune(start, source, tmp_path / "parts", method)
