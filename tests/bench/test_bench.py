@@ -329,6 +329,7 @@ def test_unknown_models_are_named(capsys):
     assert "unknown model '61m'" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_all_measurements_of_an_accelerator_go_on_where_they_stopped(monkeypatch, tmp_path, capsys):
     """Two benchmarks, of which one fails; the same command again does only what is missing."""
     good = ["stability", "--help"]  # prints and ends well, without a result of its own

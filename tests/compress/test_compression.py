@@ -253,6 +253,7 @@ def test_a_compressed_model_generates_with_every_cache(small):
     assert texts[0] == texts[1] == texts[2]
 
 
+@pytest.mark.slow
 def test_training_continues_from_it_and_keeps_the_padding(small, directory, tmp_path):
     config = Config(
         method="lowrank",

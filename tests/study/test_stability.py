@@ -13,6 +13,8 @@ from loro_jax.training.trained import load_run
 from models import preset
 from tests.training import runs
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):

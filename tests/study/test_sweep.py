@@ -52,6 +52,7 @@ def test_an_ensemble_has_no_teacher(base):
         sweep(taught, [Member(0.01, None, 0)])
 
 
+@pytest.mark.slow
 def test_the_command_writes_an_arm_once(config, tmp_path, capsys):
     out = tmp_path / "out"
     arguments = [config, "--arm=ours=loro,exact_every=0,steps=6", f"--out={out}"]

@@ -136,6 +136,7 @@ def test_it_starts_from_a_hugging_face_directory(dense, tmp_path):
     np.testing.assert_array_equal(found.embedding[...], stored.embedding[...])
 
 
+@pytest.mark.slow
 def test_factors_that_are_not_zero_start_as_the_run(dense, tmp_path):
     changes = {"adapter.initialiser": "xavier", "learning_rate": 1e-9, "steps": 1}
     status, output = tune(dense, tmp_path / "tuned", **changes, warmup_steps=0, exact_every=0)
@@ -226,6 +227,7 @@ def test_every_kind_learns_and_resumes_exactly(dense, tmp_path, kind):
     assert losses(tmp_path / "parts") == found
 
 
+@pytest.mark.slow
 def test_lora_sb_starts_from_the_gradient_of_the_text(dense, tmp_path):
     changes = {"method": "lowrank", "exact_every": 500, "exact_method": "graph"}
     changes |= {"adapter.kind": "lora_sb", "adapter.start_sequences": 10}

@@ -252,6 +252,7 @@ def rows_of(workdir):
     ]
 
 
+@pytest.mark.slow
 def test_a_compressed_model_heals_and_a_resumed_run_is_the_same(directories, tmp_path, capsys):
     run = healing(directories, penalty=0.1)
     train(run, str(tmp_path / "run"))

@@ -49,6 +49,7 @@ def config_of(settings, given, **changes):
     return config
 
 
+@pytest.mark.slow
 def test_a_run_by_loro_is_exported_and_shown(given, tmp_path, capsys):
     """Regression by adapters and their product."""
     status, output = run(tmp_path / "run", *given, "loro_4_stsb", exact_every=20)

@@ -16,6 +16,9 @@ from models.huggingface import read_model, write_model
 from models.huggingface.adapter_reading import merge_stored_adapter
 from tests.training import runs
 
+# Its runs take long. tests/models/test_huggingface_adapters.py reads and writes in the fast tier.
+pytestmark = pytest.mark.slow
+
 SHORT = {"steps": 6, "eval_every": 6, "checkpoint_every": 3, "exact_every": 3, "log_every": 1}
 LORA = {"adapter.kind": "lora", "adapter.rank": 3, "adapter.targets": "q,down"}
 TOKENS = jnp.asarray(np.random.default_rng(0).integers(260, size=(2, 12)))

@@ -115,6 +115,7 @@ def test_what_is_no_run_is_named(run, tmp_path):
         load_run(tmp_path)
 
 
+@pytest.mark.slow
 def test_a_run_on_chats(make_config, tmp_path, capsys):
     """Trained, exported with its template, and answering messages."""
     template = "{% for m in messages %}{{ m.role }}: {{ m.content }}</s>{% endfor %}"
