@@ -198,7 +198,7 @@ def trion(
     direction = scale_by_trion(
         rank, momentum, newton_schulz_steps=newton_schulz_steps, shape_factor=shape_factor
     )
-    return muon(
+    tx = muon(
         learning_rate,
         projected=projected,
         lr_scale=lr_scale,
@@ -208,3 +208,10 @@ def trion(
         eps=eps,
         direction=direction,
     )
+
+    def update(grads: Any, state: Any, params: Any = None, **extra_args: Any) -> tuple[Any, Any]:
+        if params is None and weight_decay:
+            raise ValueError("trion: update needs params, because weight_decay is not zero.")
+        return tx.update(grads, state, params, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(tx.init, update)
