@@ -202,7 +202,7 @@ def _file_of(item):
 
 
 def _turn(item):
-    """Which file comes first: none of those that take long may start when all others have ended."""
+    """The place of a test's file: the longest come first, so that none is left for the end."""
     name = _file_of(item)
     return LONGEST.index(name) if name in LONGEST else len(LONGEST)
 

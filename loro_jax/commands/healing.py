@@ -34,7 +34,7 @@ from models.decoding import generate
 from models.huggingface.files import new_directory
 from models.llama import Llama
 
-# Tokens of the prompt before those that are timed.
+# Tokens of the prompt. Reading them is timed, too.
 _PROMPT = 16
 
 

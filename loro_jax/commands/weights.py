@@ -91,16 +91,14 @@ def _add_writing(parser: Parser) -> None:
 def _export(options: argparse.Namespace) -> None:
     if options.base is not None and not options.adapter:
         raise TrainingError("--base names the base of adapters; expected --adapter, too.")
-    of_hugging_face = is_hugging_face(options.source)
-    of_glue = not of_hugging_face and is_classifier(options.source)
     if options.adapter:
         _export_adapter(options)
         return
-    if of_glue:
-        _export_classifier(options)
-        return
-    if of_hugging_face:
+    if is_hugging_face(options.source):
         _merge(options)
+        return
+    if is_classifier(options.source):
+        _export_classifier(options)
         return
     run = load_run(options.source, options.step)
     tokenizer = run.tokenizer

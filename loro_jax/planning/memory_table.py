@@ -97,7 +97,7 @@ def memory_rows(
     Args:
         model: a preset of ``models.llama``.
         rank: rank of factors and projected gradients; None: the preset's.
-        methods: those that have a row.
+        methods: the methods of the table.
 
     Returns:
         Rows with parameters in millions and GB for bfloat16 and float32. If Table 1 of the paper

@@ -18,11 +18,13 @@ from loro_jax.planning.flops import flops_per_token
 from loro_jax.planning.memory_table import held_by
 from loro_jax.training.config import Config
 from loro_jax.training.metrics import read_rows, seconds_of_steps
-from loro_jax.training.trained import is_hugging_face, load_model, run_config
+from loro_jax.training.trained import checkpoint_steps, is_hugging_face, load_model, run_config
 from models.llama import Llama
 
 # What a row calls a model before any training.
 BEFORE = "before"
+# Key of the dense model among those by directory: no directory has this name.
+_DENSE = ""
 
 
 def runs_by_start(runs: Sequence[str]) -> dict[str, list[tuple[str, Config]]]:
@@ -35,8 +37,8 @@ def runs_by_start(runs: Sequence[str]) -> dict[str, list[tuple[str, Config]]]:
         Runs and their configs by ``init_from``, in the order given.
 
     Raises:
-        TrainingError: if one is no run, or did not start from a directory in Hugging Face's format
-            that is still there.
+        TrainingError: if one is no run, has no checkpoint, or did not start from a directory in
+            Hugging Face's format that is still there.
     """
     found: dict[str, list[tuple[str, Config]]] = {}
     for run in runs:
@@ -48,6 +50,7 @@ def runs_by_start(runs: Sequence[str]) -> dict[str, list[tuple[str, Config]]]:
                 f"{run}: config.init_from = {config.init_from!r}; expected a directory of "
                 "python -m loro_jax compress."
             )
+        checkpoint_steps(run)  # raises now and not after the others have been evaluated
         found.setdefault(config.init_from, []).append((run, config))
     return found
 
@@ -74,7 +77,7 @@ def healing_rows(
         of weights, gradients and optimizer state in millions, FLOPs per trained token in millions,
         and the decoding speed over the dense model's.
     """
-    models = {"dense": dense}
+    models = {_DENSE: dense}
     for start in starts:
         models[start], _ = load_model(start)
     speeds = speed_ups(models)
@@ -83,10 +86,10 @@ def healing_rows(
 
     def row(name: str, trained_by: str, value: float, **training: Any) -> dict[str, Any]:
         return {
-            "size": pathlib.Path(name).name,
+            "size": pathlib.Path(name).name or "dense",
             "trained by": trained_by,
             "parameters M": parameters[name] / 1e6,
-            "of dense": parameters[name] / parameters["dense"],
+            "of dense": parameters[name] / parameters[_DENSE],
             # JSON has no infinity.
             "perplexity": value if math.isfinite(value) else None,
             "/ dense": value / bound if math.isfinite(value / bound) else None,
@@ -98,7 +101,7 @@ def healing_rows(
             **training,
         }
 
-    rows = [row("dense", BEFORE, bound)]
+    rows = [row(_DENSE, BEFORE, bound)]
     for start, runs in starts.items():
         rows.append(row(start, BEFORE, perplexity(models.pop(start))))
         for run, config in runs:

@@ -11,6 +11,7 @@ Example:
 from __future__ import annotations
 
 import json
+import math
 import pathlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -76,7 +77,8 @@ def read_table(path: pathlib.Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         # All that is drawn is there.
-        [row["MFLOPs/token"] for row in content["rows"]], [run["arm"] for run in content["runs"]]
+        [(row["arm"], row["best lr"], row["MFLOPs/token"]) for row in content["rows"]]
+        [(run["arm"], run["learning_rate"]) for run in content["runs"]]
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise TrainingError(
             f"{path} can't be read as the table.json of a comparison ({error})."
@@ -102,7 +104,8 @@ def lines_of(
     for arm, label in labels.items():
         best = by_arm[arm]["best lr"]
         own = [run for run in runs if (run["arm"], run["learning_rate"]) == (arm, best)]
-        points = own[0].get("validation", []) if own else []
+        recorded = own[0].get("validation", []) if own else []
+        points = [point for point in recorded if math.isfinite(point[1])]  # no axis has infinity
         if points:
             tokens, perplexities = zip(*points, strict=True)
             flops = by_arm[arm]["MFLOPs/token"] * 1e6

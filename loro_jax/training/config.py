@@ -128,7 +128,9 @@ class DistillationConfig:
         0.0, at_least(0), "weight of the mean squared error of the layers' outputs (PELA: 1)"
     )
     penalty: float = field(
-        0.0, at_least(0), "weight of the squared largest differences between B A and teacher's W"
+        0.0,
+        at_least(0),
+        "weight of the squared largest differences of B A from the teacher's W",
     )
     tolerance: float = field(
         1e-3, at_least(0), "differences up to this size are free of the penalty"

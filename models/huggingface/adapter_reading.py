@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 import os
 import pathlib
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -307,6 +308,20 @@ def adapter_fields(peft: PeftConfig, config: LlamaConfig) -> dict[str, Any]:
             )
         alpha = peft.alpha if peft.alpha > 0 else peft.rank
         return fields | {"kind": "adalora", "alpha": alpha, "rank_stabilised": False}
+    return fields | {"kind": "lora"} | lora_fields(peft, modules)
+
+
+def lora_fields(peft: PeftConfig, modules: Iterable[str]) -> dict[str, Any]:
+    """Returns rank and scale of LoRA as fields of a run's adapters.
+
+    Args:
+        peft: config of the adapter.
+        modules: the modules that it adapts.
+
+    Raises:
+        CheckpointError: if they differ in rank or scale.
+    """
+    modules = list(modules)
     ranks, scales = ({get(m) for m in modules} for get in (peft.rank_of, peft.scale_of))
     if len(ranks) > 1 or len(scales) > 1:
         raise CheckpointError(
@@ -315,7 +330,7 @@ def adapter_fields(peft: PeftConfig, config: LlamaConfig) -> dict[str, Any]:
     rank, scale = ranks.pop(), scales.pop()
     stabilised = bool(peft.content.get("use_rslora"))
     alpha = scale * (math.sqrt(rank) if stabilised else rank)
-    return {**fields, "kind": "lora", "rank": rank, "alpha": alpha, "rank_stabilised": stabilised}
+    return {"rank": rank, "alpha": alpha, "rank_stabilised": stabilised}
 
 
 def adapter_arrays(stored: StoredAdapter) -> dict[_Place, dict[str, np.ndarray]]:

@@ -159,18 +159,19 @@ def _as_lora(adapters: _Adapters, start: _Adapters | None = None) -> tuple[dict[
     """Returns the content of other kinds with two factors, whose scale is a part of B."""
     A, B = {}, {}
     for place, adapter in adapters.items():
-        B[place], A[place] = factors_of(adapter)
-        if start is not None:
-            B_0, A_0 = factors_of(start[place])
-            B[place] = jnp.concatenate([B[place], -B_0], axis=-1)
-            A[place] = jnp.concatenate([A[place], A_0], axis=-2)
+        B[place], A[place] = factors_of(adapter, None if start is None else start[place])
     rank = next(iter(A.values())).shape[-2]
     content = lora_content(rank, rank)
     return content, _named(adapters, {"lora_A.weight": A, "lora_B.weight": B})
 
 
-def factors_of(adapter: Adapter) -> tuple[Any, Any]:
+def factors_of(adapter: Adapter, start: Adapter | None = None) -> tuple[Any, Any]:
     """Returns B and A of an adapter whose dW is their product; the scale is a part of B.
+
+    Args:
+        adapter: the adapter.
+        start: the adapter as it was when its dW was subtracted from the weights of the base; the
+            product leaves that out, at twice the rank.
 
     Raises:
         CheckpointError: if it is none.
@@ -181,7 +182,10 @@ def factors_of(adapter: Adapter) -> tuple[Any, Any]:
             f"adapters of class {type(adapter).__name__} have no counterpart in PEFT; expected the "
             "whole model to be exported."
         )
-    return factors
+    if start is None:
+        return factors
+    (B, A), (B_0, A_0) = factors, factors_of(start)
+    return jnp.concatenate([B, -B_0], axis=-1), jnp.concatenate([A, A_0], axis=-2)
 
 
 def lora_content(rank: int, alpha: float) -> dict[str, Any]:

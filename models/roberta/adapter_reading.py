@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import os
 import pathlib
 from typing import Any, NamedTuple
@@ -10,7 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from models.huggingface.adapter_configs import LORA, PeftConfig, read_adapter_config
-from models.huggingface.adapter_reading import PREFIX, TENSORS, AdapterTensors
+from models.huggingface.adapter_reading import PREFIX, TENSORS, AdapterTensors, lora_fields
 from models.huggingface.casts import cast
 from models.huggingface.errors import CheckpointError
 from models.roberta.config import RobertaConfig
@@ -61,7 +60,7 @@ def read_classifier_adapter(
     if not (path / TENSORS).is_file():
         raise CheckpointError(f"{path} holds no adapter: expected {TENSORS}.")
     paths = _adapted(peft, config)
-    fields = _fields(peft, [_module(i, at) for at in paths for i in range(config.num_layers)])
+    fields = lora_fields(peft, [_module(i, at) for at in paths for i in range(config.num_layers)])
     tensors = AdapterTensors(path)
     shapes = dict(_shapes_of_factors(config, paths, fields["rank"]))
     head = _shapes_of_head(config) if peft.content.get("modules_to_save") else {}
@@ -108,18 +107,6 @@ def _adapted(peft: PeftConfig, config: RobertaConfig) -> list[tuple[str, ...]]:
             f"projection of the base; expected names among {', '.join(PROJECTIONS.values())}."
         )
     return found
-
-
-def _fields(peft: PeftConfig, modules: list[str]) -> dict[str, Any]:
-    ranks, scales = ({get(m) for m in modules} for get in (peft.rank_of, peft.scale_of))
-    if len(ranks) > 1 or len(scales) > 1:
-        raise CheckpointError(
-            f"{peft.path}: ranks or scales of projections differ; expected the same, to train it."
-        )
-    rank, scale = ranks.pop(), scales.pop()
-    stabilised = bool(peft.content.get("use_rslora"))
-    alpha = scale * (math.sqrt(rank) if stabilised else rank)
-    return {"rank": rank, "alpha": alpha, "rank_stabilised": stabilised}
 
 
 def _shapes_of_factors(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -57,7 +56,7 @@ def write_classifier_adapter(
         alpha: float | None = first.scale * first.A.shape[-2]
     else:
         before = {} if start is None else _adapters(start)
-        factors = {path: _difference(one, before.get(path)) for path, one in adapters.items()}
+        factors = {path: factors_of(one, before.get(path)) for path, one in adapters.items()}
         alpha = None
     rank = next(iter(factors.values()))[1].shape[-2]
     content = lora_content(rank, rank if alpha is None else alpha) | {
@@ -92,15 +91,6 @@ def _adapters(model: RobertaClassifier) -> _Adapters:
 def _of_lora(adapters: _Adapters) -> dict[tuple[str, ...], Any]:
     assert all(isinstance(adapter, Lora) for adapter in adapters.values())  # by one adapt()
     return dict(adapters)
-
-
-def _difference(adapter: Adapter, start: Adapter | None) -> tuple[Any, Any]:
-    """Returns factors of dW, without what it was at the start."""
-    B, A = factors_of(adapter)
-    if start is None:
-        return B, A
-    B_0, A_0 = factors_of(start)
-    return jnp.concatenate([B, -B_0], axis=-1), jnp.concatenate([A, A_0], axis=-2)
 
 
 def _targets(adapters: _Adapters) -> list[str] | str:
