@@ -15,8 +15,8 @@ import optax
 
 from loro_jax.bench.exact_step import MODELS, layer_shapes
 from loro_jax.bench.options import make_parser, parse_options
-from loro_jax.bench.timing import time_in_turns
 from loro_jax.loro import loro
+from loro_jax.planning.timing import time_in_turns
 from loro_jax.tables import report
 from models.llama import preset
 

@@ -20,10 +20,10 @@ from typing import Any
 from matplotlib.figure import Figure
 
 from loro_jax.bench.options import make_parser, parse_options, whole_numbers
-from loro_jax.bench.steps import prepare
-from loro_jax.bench.timing import time_in_turns
 from loro_jax.planning.flops import flops_per_token
+from loro_jax.planning.measured_step import prepare
 from loro_jax.planning.memory_table import held_by
+from loro_jax.planning.timing import time_in_turns
 from loro_jax.tables import replacing, report
 from loro_jax.training.config import Config
 from models.llama import PRESETS, LlamaConfig, preset

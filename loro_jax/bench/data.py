@@ -27,7 +27,7 @@ import pyarrow.parquet
 from backports import zstd
 
 from loro_jax.bench.options import make_parser, parse_options
-from loro_jax.bench.timing import time_in_turns
+from loro_jax.planning.timing import time_in_turns
 from loro_jax.tables import report
 from loro_jax.text import Corpus, load_corpus, train_iterator
 from loro_jax.text.batches import TrainBatches

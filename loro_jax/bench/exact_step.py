@@ -16,9 +16,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from loro_jax.bench.options import make_parser, parse_options
-from loro_jax.bench.timing import time_in_turns
 from loro_jax.exact import METHODS
 from loro_jax.exact.update import exact_update
+from loro_jax.planning.timing import time_in_turns
 from loro_jax.tables import report
 from models.llama import PRESETS, preset
 

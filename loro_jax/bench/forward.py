@@ -18,8 +18,8 @@ import numpy as np
 from flax import nnx
 
 from loro_jax.bench.options import make_parser, parse_options, whole_numbers
-from loro_jax.bench.timing import time_in_turns
 from loro_jax.planning.flops import flops_per_token
+from loro_jax.planning.timing import time_in_turns
 from loro_jax.tables import report
 from loro_jax.training.config import Config
 from models.llama import PRESETS, Llama, LlamaConfig, preset

@@ -25,8 +25,8 @@ from flax import nnx
 
 from loro_jax.bench.counterpart import decoding, process
 from loro_jax.bench.options import make_parser, parse_options, whole_numbers
-from loro_jax.bench.timing import time_in_turns
 from loro_jax.memory import count_bytes
+from loro_jax.planning.timing import time_in_turns
 from loro_jax.tables import report
 from models.cache import CACHES, empty_cache
 from models.decoding import extend, for_decoding

@@ -15,9 +15,10 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from loro_jax.bench.options import add_set_option, make_parser, parse_options
-from loro_jax.bench.steps import Case, prepare, step_config
-from loro_jax.bench.timing import rounds_in_turns
+from loro_jax.bench.steps import step_config
 from loro_jax.layers import packing
+from loro_jax.planning.measured_step import Case, prepare
+from loro_jax.planning.timing import rounds_in_turns
 from loro_jax.tables import report
 from loro_jax.training.config import Config
 from loro_jax.training.fields import apply_changes

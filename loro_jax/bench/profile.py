@@ -21,10 +21,11 @@ from typing import Any
 
 import jax
 
-from loro_jax.bench.steps import Case, config_of_step, prepare
-from loro_jax.bench.timing import rounds_in_turns
+from loro_jax.bench.steps import config_of_step
 from loro_jax.bench.train_step import options_of_steps
 from loro_jax.planning.kernels import PARTS, part_of, part_of_scopes
+from loro_jax.planning.measured_step import Case, prepare
+from loro_jax.planning.timing import rounds_in_turns
 from loro_jax.tables import report
 
 KINDS = ("products", "moves", "arithmetic")

@@ -1,39 +1,18 @@
-"""Compiled training steps of the methods, as the benchmarks time them."""
+"""Configs of the training steps that the benchmarks time."""
 
 from __future__ import annotations
 
 import argparse
-import time
-from collections.abc import Callable
-from typing import Any, NamedTuple
-
-import jax
-import numpy as np
+from typing import Any
 
 from loro_jax.bench.options import model_changes
 from loro_jax.errors import TrainingError
-from loro_jax.training import mesh as meshes
 from loro_jax.training.config import METHODS, Config
 from loro_jax.training.fields import apply_changes
-from loro_jax.training.step import compile_program, make_program
 from models.llama import LlamaConfig, preset
-from models.loss import Batch
 
 # LORO's step with an exact step every time.
 EXACT = "loro exact"
-
-
-class Case(NamedTuple):
-    """A method's compiled step, ready to be timed."""
-
-    config: Config
-    step: Callable[[], Any]
-    gradient: Callable[[], Any]
-    hlo: Callable[[], str]
-    compile_seconds: float
-    state_bytes: int
-    temporary_bytes: int
-    held_bytes: int
 
 
 def config_of_step(model: str, method: str, options: argparse.Namespace) -> Config:
@@ -88,52 +67,3 @@ def _remat_of(method: str, given: str) -> str:
     if method.split()[0] not in chosen:
         raise TrainingError(f"--remat={given} has no entry for {method!r}; expected METHOD=NAME.")
     return chosen[method.split()[0]]
-
-
-def prepare(config: Config, *, donate: bool = True) -> Case:
-    """Compiles the step of a config, for a batch of random ids.
-
-    Args:
-        config: config of the run.
-        donate: whether to donate the state's buffers to the step.
-
-    Returns:
-        The step, ready to be timed, and its memory.
-    """
-    devices = meshes.make_mesh(config.mesh)
-    program, abstract = compile_program(make_program(config, devices), devices)
-    batch = jax.device_put(random_batch(config), meshes.batch_sharding(devices))
-    started = time.perf_counter()
-    train_step: Any = program.train_step
-    if not donate:
-        train_step = jax.jit(train_step.__wrapped__)
-    compiled = train_step.lower(abstract, batch).compile()
-    compile_seconds = time.perf_counter() - started
-    memory = compiled.memory_analysis()
-    held = [program.init()]
-
-    def step() -> Any:
-        held[0], metrics = compiled(held[0], batch)
-        return metrics
-
-    return Case(
-        config=config,
-        step=step,
-        hlo=compiled.as_text,
-        gradient=lambda: program.loss_and_gradient(held[0].params, held[0].fixed, batch),
-        compile_seconds=compile_seconds,
-        state_bytes=memory.argument_size_in_bytes,
-        temporary_bytes=memory.temp_size_in_bytes,
-        held_bytes=memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        + memory.temp_size_in_bytes
-        - memory.alias_size_in_bytes,
-    )
-
-
-def random_batch(config: Config) -> Batch:
-    """Returns the batch of random ids that steps of a config are timed with."""
-    rng = np.random.default_rng(0)
-    shape = (config.batch_size, config.sequence_length)
-    tokens = rng.integers(0, config.model.vocab_size, shape, np.int32)
-    return Batch(tokens, np.roll(tokens, -1, axis=1), np.ones(shape, np.float32))

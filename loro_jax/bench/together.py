@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from flax import nnx
 
 from loro_jax.bench.options import make_parser, parse_options
-from loro_jax.bench.timing import time_in_turns
 from loro_jax.layers.packing import apply_together
 from loro_jax.layers.projections import make_projection
+from loro_jax.planning.timing import time_in_turns
 from loro_jax.tables import report
 from models.llama import PRESETS, LlamaConfig, preset
 

@@ -25,10 +25,11 @@ import jax.numpy as jnp
 
 from loro_jax.bench.counterpart import process, training
 from loro_jax.bench.options import add_step_options, make_parser, parse_options
-from loro_jax.bench.steps import EXACT, config_of_step, prepare
-from loro_jax.bench.timing import time_in_turns
+from loro_jax.bench.steps import EXACT, config_of_step
 from loro_jax.planning.accelerators import accelerator_of
 from loro_jax.planning.flops import flops_per_token
+from loro_jax.planning.measured_step import prepare
+from loro_jax.planning.timing import time_in_turns
 from loro_jax.tables import report
 from loro_jax.training.config import METHODS
 from loro_jax.training.threads import lapack_by_one_thread

@@ -22,11 +22,11 @@ from typing import Any
 
 import numpy as np
 
-from loro_jax.bench.timing import rounds_in_turns
 from loro_jax.command_line import Parser, failing_in_one_line
 from loro_jax.commands.inspect_texts import on_text
 from loro_jax.commands.source_options import naming_options
 from loro_jax.errors import TrainingError
+from loro_jax.planning.timing import rounds_in_turns
 from loro_jax.study.healing import healing_rows, plot_healing, runs_by_start
 from loro_jax.tables import environment, print_table
 from loro_jax.training.trained import is_hugging_face, load_model

@@ -13,8 +13,9 @@ import numpy as np
 from flax import nnx
 
 from loro_jax.bench.counterpart.process import Call, in_turns, summary, threads, torch_process
-from loro_jax.bench.steps import Case, config_of_step, prepare, random_batch
+from loro_jax.bench.steps import config_of_step
 from loro_jax.planning.flops import flops_per_token
+from loro_jax.planning.measured_step import Case, prepare, random_batch
 from loro_jax.training.config import Config
 from loro_jax.training.methods import make_schedule
 from loro_jax.training.threads import lapack_by_one_thread
