@@ -9,7 +9,7 @@ import pathlib
 from collections.abc import Sequence
 
 from loro_jax.errors import TrainingError
-from loro_jax.study.budgets import BUDGETS, with_equal_compute
+from loro_jax.study.budgets import BUDGETS, with_budget
 from loro_jax.study.report import Arm
 from loro_jax.training.config import METHODS, Config
 from loro_jax.training.fields import apply_changes, parse_change, set_field
@@ -38,7 +38,8 @@ def add_arm_options(parser: argparse.ArgumentParser, methods: str, out: str) -> 
         "--equal",
         choices=BUDGETS,
         default="tokens",
-        help="what arms have in common: tokens, or the first arm's operations (steps follow)",
+        help="what arms have in common: tokens; the first arm's operations, or its time on this "
+        "machine (steps follow); its weights, gradients and optimizer state (ranks follow)",
     )
     parser.add_argument("--set", action="append", default=[], metavar="FIELD=VALUE")
     parser.add_argument("--out", default=out)
@@ -62,9 +63,12 @@ def read_arms(options: argparse.Namespace) -> tuple[Config, list[Arm], list[int]
     arms = parse_arms(options.methods, options.arm, base)
     if not arms:
         raise TrainingError("--arm: expected at least one arm, here or in --methods.")
-    if options.equal == "flops":
-        arms = with_equal_compute(base, arms)
-    return base, arms, seeds
+    equal = with_budget(options.equal, base, arms, options.out)
+    for arm, given in zip(equal, arms, strict=True):
+        own = arm.changes[len(given.changes) :]
+        if own:
+            print(f"{arm.name}: " + ", ".join(f"{name}={value}" for name, value in own))
+    return base, equal, seeds
 
 
 def load_config(path: str, changes: Sequence[str]) -> Config:

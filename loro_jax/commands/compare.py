@@ -4,7 +4,9 @@ The grid is run with the first seed, then each method's best learning rate with 
 --arm slow=lowrank,lr_scale=0.25 adds an arm: a method with its own values of config fields. Every
 run has its own directory and is resumable: run the same command again to finish an interrupted
 comparison; two processes with the same command share the work. Runs that diverge are listed in the
-table. --equal=flops gives each arm as many steps as the first arm's operations pay for.
+table. --equal=flops gives each arm as many steps as the first arm's operations pay for,
+--equal=seconds as many as its time on this machine (nothing else should run meanwhile), and
+--equal=memory the largest rank that fits its weights, gradients and optimizer state.
 
 Example:
   python -m loro_jax compare configs/default.py:paper --methods=full,lowrank,loro \
