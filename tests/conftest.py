@@ -43,6 +43,8 @@ QUICK = (
     "--xla_backend_optimization_level=0",
     "--xla_llvm_disable_expensive_passes=true",
     "--xla_cpu_use_fusion_emitters=false",
+    # Small programs gain nothing from being split into modules that compile in parallel.
+    "--xla_cpu_parallel_codegen_split_count=1",
 )
 
 # What is run once more, compiled as users do: it compares roundings, or what a program holds.
@@ -164,17 +166,18 @@ _share_contexts()
 def _known_options(config):
     """Those of QUICK that this version of XLA has: it ends a process for any other."""
     cache = getattr(config, "cache", None)  # pytest can do without
-    key = f"xla_options/{jaxlib.__version__}"
-    known = cache and cache.get(key, None)
-    if known is None:
-        known = [option for option in QUICK if _is_known(option)]
+    key = f"quick_options/{jaxlib.__version__}"
+    asked, known = (cache and cache.get(key, None)) or (None, [])
+    if asked != list(QUICK):
+        together = _are_known(*QUICK)
+        known = [option for option in QUICK if together or _are_known(option)]
         if cache is not None:
-            cache.set(key, known)
+            cache.set(key, [list(QUICK), known])
     return known
 
 
-def _is_known(option):
-    environment = {**os.environ, "XLA_FLAGS": option, "JAX_PLATFORMS": "cpu"}
+def _are_known(*options):
+    environment = {**os.environ, "XLA_FLAGS": " ".join(options), "JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-c", "import jax; jax.devices()"]
     return subprocess.run(command, env=environment, capture_output=True).returncode == 0
 

@@ -1,5 +1,6 @@
 """What tests of several folders share."""
 
+import functools
 import json
 import os
 import subprocess
@@ -7,8 +8,10 @@ import sys
 
 import chex
 import jax
+import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 from tests.conftest import ROOT
 
@@ -22,6 +25,16 @@ def assert_trees_match(found, wanted, **tolerance):
 def some_fast(values, fast):
     """Parameters of a test: those in ``fast`` in both tiers, all others in the slow one alone."""
     return [x if x in fast else pytest.param(x, marks=pytest.mark.slow) for x in values]
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _outputs(graphdef, state, x):
+    return nnx.merge(graphdef, state)(x)
+
+
+def outputs(network, x):
+    """What an NNX network computes, as a program that networks of one structure share."""
+    return np.asarray(_outputs(*nnx.split(network), x))
 
 
 def take_steps(tx, params, grads):

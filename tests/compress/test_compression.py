@@ -23,6 +23,7 @@ from models.decoding import generate
 from models.huggingface import CheckpointError, read_model, write_model
 from models.llama import Llama, LlamaConfig
 from models.sampling import GREEDY
+from tests.helpers import outputs
 
 CONFIG = LlamaConfig(
     vocab_size=264,
@@ -73,7 +74,7 @@ def small(directory, tmp_path_factory):
 
 
 def logits(model):
-    return np.asarray(model(jnp.asarray(ids)))
+    return outputs(model, ids)
 
 
 @pytest.mark.parametrize("method", ["svd", "welore", "asvd", "lord", "lord_welore"])

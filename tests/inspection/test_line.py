@@ -1,7 +1,6 @@
 """The straight line between two models, in dense weights."""
 
 import dataclasses
-import functools
 
 import jax
 import numpy as np
@@ -11,6 +10,7 @@ from flax import nnx
 from loro_jax.errors import TrainingError
 from loro_jax.inspection.line import along_line, merged
 from models import Llama, preset
+from tests.helpers import outputs
 
 CONFIG = preset("tiny", vocab_size=40, max_sequence_length=32)
 TOKENS = np.arange(24).reshape(2, 12)
@@ -20,13 +20,8 @@ def model(seed, **changes):
     return Llama(dataclasses.replace(CONFIG, **changes), nnx.Rngs(seed))
 
 
-@functools.partial(jax.jit, static_argnums=0)
-def _logits(graphdef, state):
-    return nnx.merge(graphdef, state)(TOKENS)
-
-
 def logits(found):
-    return np.asarray(_logits(*nnx.split(found)))
+    return outputs(found, TOKENS)
 
 
 @pytest.mark.parametrize(

@@ -16,6 +16,7 @@ from safetensors.numpy import load_file, save_file
 from models import Llama, preset
 from models.huggingface import CheckpointError, read_model, write_model
 from models.rope import RopeScaling
+from tests.helpers import outputs
 
 CONFIG = preset("tiny", num_layers=3, max_sequence_length=64)
 KINDS = ("low_rank", "cola", "lora", "switchlora", "sltrain", "lost", "scaffold")
@@ -74,7 +75,7 @@ def test_merged_projections_compute_the_same(changes, tmp_path):
     write_model(model, tmp_path / "out")
     again, _ = read_model(tmp_path / "out")
     assert again.config.scope == "none"
-    expected = np.asarray(model(TOKENS))
+    expected = outputs(model, TOKENS)
     assert np.std(expected) > 0.1
     np.testing.assert_allclose(again(TOKENS), expected, atol=1e-4)
     # What needs no merging is the same to the last bit.
@@ -125,7 +126,7 @@ def test_a_dense_model_is_factorised_by_the_best_approximation(tmp_path):
     np.testing.assert_allclose(B @ A, (U[:, :5] * s[:5]) @ Vt[:5], atol=1e-5)
     np.testing.assert_allclose(B.T @ B, A @ A.T, atol=1e-5)
     full, _ = read_model(tmp_path / "out", rank=32)
-    np.testing.assert_allclose(full(TOKENS), model(TOKENS), atol=1e-3)
+    np.testing.assert_allclose(outputs(full, TOKENS), outputs(model, TOKENS), atol=1e-3)
 
 
 def edit_config(path, **changes):
@@ -290,7 +291,7 @@ def test_transformers_computes_our_logits_and_writes_what_we_read(changes, tmp_p
     with torch.no_grad():
         logits = theirs(torch.tensor(np.asarray(TOKENS))).logits.numpy()
     assert np.std(logits) > 0.5
-    np.testing.assert_allclose(logits, model(TOKENS), atol=1e-4)
+    np.testing.assert_allclose(logits, outputs(model, TOKENS), atol=1e-4)
     theirs.to(torch.bfloat16).save_pretrained(tmp_path / "theirs")
     ours, _ = read_model(tmp_path / "theirs")
     assert ours.config.param_dtype == "bfloat16"

@@ -20,6 +20,7 @@ from models.huggingface.adapter_reading import (
     read_adapter,
 )
 from models.huggingface.adapter_writing import write_adapter
+from tests.helpers import outputs
 
 # Sides of 32, 16 (keys and values) and 88; none but bone's rank has to divide them.
 CONFIG = preset("tiny", scope="none", num_kv_heads=2, intermediate_size=88)
@@ -80,8 +81,8 @@ SPECS = {
 def test_peft_computes_our_logits(base, tmp_path, kind):
     model = adapted(base, SPECS[kind])
     write_adapter(model, tmp_path / "adapter", base=str(base))
-    expected = np.asarray(model(jnp.asarray(TOKENS)))
-    plain = np.asarray(read_model(base)[0](jnp.asarray(TOKENS)))
+    expected = outputs(model, TOKENS)
+    plain = outputs(read_model(base)[0], TOKENS)
     assert np.abs(expected - plain).max() > 0.05
     dense, peft, torch = theirs(base)
     found = peft.PeftModel.from_pretrained(dense, tmp_path / "adapter")
@@ -94,10 +95,10 @@ def test_peft_computes_our_logits(base, tmp_path, kind):
 def test_what_is_written_is_read(base, tmp_path, kind):
     model = adapted(base, SPECS[kind], where=["blocks/*/q", "blocks/*/down"])
     write_adapter(model, tmp_path / "adapter")
-    expected = np.asarray(model(jnp.asarray(TOKENS)))
+    expected = outputs(model, TOKENS)
     merged, _ = read_model(base)
     merge_stored_adapter(merged, tmp_path / "adapter")
-    np.testing.assert_allclose(merged(jnp.asarray(TOKENS)), expected, atol=1e-4)
+    np.testing.assert_allclose(outputs(merged, TOKENS), expected, atol=1e-4)
     if kind in ("lora", "miss", "bone"):
         stored = read_adapter(tmp_path / "adapter", CONFIG)
         fields = adapter_fields(stored.config, CONFIG)
@@ -118,8 +119,8 @@ def test_it_is_written_and_read_in_16_bits(base, tmp_path):
     assert sizes[0] == 2 * sizes[1]
     merged, _ = read_model(base)
     merge_stored_adapter(merged, tmp_path / "bfloat16")
-    expected = np.asarray(model(jnp.asarray(TOKENS)))
-    np.testing.assert_allclose(merged(jnp.asarray(TOKENS)), expected, atol=0.05)
+    expected = outputs(model, TOKENS)
+    np.testing.assert_allclose(outputs(merged, TOKENS), expected, atol=0.05)
     with pytest.raises(CheckpointError, match="exists already"):
         write_adapter(model, tmp_path / "bfloat16")
     with pytest.raises(CheckpointError, match="dtype must be one of float32, float16"):
@@ -200,10 +201,10 @@ def saved_by_peft(base, tmp_path, form):
 def test_we_compute_the_logits_of_peft(base, tmp_path, form):
     directory, expected = saved_by_peft(base, tmp_path, form)
     model, _ = read_model(base)
-    plain = np.asarray(model(jnp.asarray(TOKENS)))
+    plain = outputs(model, TOKENS)
     assert np.abs(expected - plain).max() > 0.01
     merge_stored_adapter(model, directory)
-    np.testing.assert_allclose(model(jnp.asarray(TOKENS)), expected, atol=2e-5)
+    np.testing.assert_allclose(outputs(model, TOKENS), expected, atol=2e-5)
 
 
 @pytest.mark.filterwarnings("ignore")  # of PEFT and torch
@@ -220,7 +221,7 @@ def test_training_continues_what_peft_has_written(base, tmp_path, form):
             own = getattr(adapter, variable)
             assert own.shape == value.shape
             own[...] = jnp.asarray(value)
-    np.testing.assert_allclose(model(jnp.asarray(TOKENS)), expected, atol=2e-5)
+    np.testing.assert_allclose(outputs(model, TOKENS), expected, atol=2e-5)
 
 
 @pytest.fixture(scope="module")

@@ -14,6 +14,7 @@ from loro_jax.training.trained import load_run, load_state
 from models import Llama, preset
 from models.huggingface import read_model, write_model
 from models.huggingface.adapter_reading import merge_stored_adapter
+from tests.helpers import outputs
 from tests.training import runs
 
 # Its runs take long. tests/models/test_huggingface_adapters.py reads and writes in the fast tier.
@@ -60,11 +61,11 @@ def adapter(base, tuned, tmp_path_factory):
 
 
 def test_a_run_is_its_base_and_its_adapter(base, tuned, adapter):
-    expected = np.asarray(load_run(tuned).model(TOKENS))
+    expected = outputs(load_run(tuned).model, TOKENS)
     model, _ = read_model(base[0])
-    assert np.abs(np.asarray(model(TOKENS)) - expected).max() > 0.01
+    assert np.abs(outputs(model, TOKENS) - expected).max() > 0.01
     merge_stored_adapter(model, adapter)
-    np.testing.assert_allclose(model(TOKENS), expected, atol=1e-4)
+    np.testing.assert_allclose(outputs(model, TOKENS), expected, atol=1e-4)
     content = json.loads((adapter / "adapter_config.json").read_text())
     assert content["base_model_name_or_path"] == str(base[0])
     # The factors of the start are a part of it: they were subtracted from the base.
@@ -78,8 +79,10 @@ def test_a_run_starts_from_an_adapter(base, tuned, adapter, tmp_path):
     assert status == 0, output
     assert f"with the adapters of {adapter}" in output
     assert "note:" not in output
-    expected = np.asarray(load_run(tuned).model(TOKENS))
-    np.testing.assert_allclose(load_run(tmp_path / "run").model(TOKENS), expected, atol=1e-4)
+    expected = outputs(load_run(tuned).model, TOKENS)
+    np.testing.assert_allclose(
+        outputs(load_run(tmp_path / "run").model, TOKENS), expected, atol=1e-4
+    )
     config, _, state = load_state(tmp_path / "run")
     assert (config.adapter.kind, config.adapter.rank, config.adapter.alpha) == ("lora", 6, 6.0)
     assert state.params["blocks"]["attention"]["q"]["adapter"]["B"].shape[-1] == 6
@@ -93,7 +96,7 @@ def test_a_run_starts_from_an_adapter(base, tuned, adapter, tmp_path):
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "again"), "--adapter"]) == 0
     model, _ = read_model(base[0])
     merge_stored_adapter(model, tmp_path / "again")
-    np.testing.assert_allclose(model(TOKENS), expected, atol=1e-4)
+    np.testing.assert_allclose(outputs(model, TOKENS), expected, atol=1e-4)
 
 
 def test_a_run_that_continues_adapters_is_written_for_their_first_base(base, tuned, tmp_path):
@@ -101,10 +104,10 @@ def test_a_run_that_continues_adapters_is_written_for_their_first_base(base, tun
     status, output = tune(base, tmp_path / "run", **changes)
     assert status == 0, output
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "out"), "--adapter"]) == 0
-    expected = np.asarray(load_run(tmp_path / "run").model(TOKENS))
+    expected = outputs(load_run(tmp_path / "run").model, TOKENS)
     model, _ = read_model(base[0])
     merge_stored_adapter(model, tmp_path / "out")
-    np.testing.assert_allclose(model(TOKENS), expected, atol=1e-4)
+    np.testing.assert_allclose(outputs(model, TOKENS), expected, atol=1e-4)
 
 
 def test_commands_add_an_adapter_to_its_base(base, tuned, adapter, capsys):
