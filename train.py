@@ -97,7 +97,7 @@ def _config(values: flags.FlagValues):
     """Returns the config and the default name of its run; raises TrainingError if invalid."""
     from loro_jax.errors import TrainingError
     from loro_jax.training.config import Config
-    from loro_jax.training.methods import settled
+    from loro_jax.training.method_options import settled
 
     config_file = config_flags.get_config_filename(values["config"])
     file, *settings = config_file.split(":", 1)  # after the colon: get_config's argument

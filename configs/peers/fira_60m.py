@@ -9,7 +9,7 @@ import dataclasses
 
 from configs.peers.galore_60m import get_config as galore_config
 from loro_jax.training.config import Config
-from loro_jax.training.methods import MethodOptions
+from loro_jax.training.method_options import MethodOptions
 
 
 def get_config() -> Config:

@@ -11,7 +11,7 @@ import dataclasses
 
 from configs.paper import paper_config
 from loro_jax.training.config import Config
-from loro_jax.training.methods import MethodOptions
+from loro_jax.training.method_options import MethodOptions
 
 
 def get_config() -> Config:

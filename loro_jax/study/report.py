@@ -18,7 +18,7 @@ from loro_jax.study.validation_plot import lines_of, plot_validation
 from loro_jax.tables import environment, replacing
 from loro_jax.training.config import Config
 from loro_jax.training.fields import set_field
-from loro_jax.training.methods import settled
+from loro_jax.training.method_options import settled
 from loro_jax.training.vocabulary import with_vocabulary
 
 # Most points that are labelled in a plot; the legend lists all of them in any case.

@@ -20,16 +20,13 @@ from loro_jax.layers.projections import IN_PARTS, PROJECTIONS
 from loro_jax.loro import MOMENTS_OF_BASIS
 from loro_jax.text.config import DataConfig
 from loro_jax.training.adapter_checks import check_adapters
-from loro_jax.training.methods import (
-    DIRECTIONS,
-    METHODS,
+from loro_jax.training.method_options import (
     MethodOptions,
     check_options,
-    make_maintenance,
-    make_schedule,
     resolved_options,
     takes_direction,
 )
+from loro_jax.training.methods import DIRECTIONS, METHODS, make_maintenance, make_schedule
 from models.llama import LlamaConfig
 
 _PROJECTIONS = ("q", "k", "v", "o", "gate", "up", "down")

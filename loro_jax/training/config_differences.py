@@ -7,7 +7,8 @@ import json
 from typing import Any
 
 from loro_jax.training.config import Config, resolved_moments_of
-from loro_jax.training.methods import DIRECTIONS, METHODS, kinds_of_options
+from loro_jax.training.method_options import kinds_of_options
+from loro_jax.training.methods import DIRECTIONS, METHODS
 from loro_jax.training.renamed import upgraded
 
 # Fields that may differ when a run is resumed, because the trajectory and the metrics do not depend

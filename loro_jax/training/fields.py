@@ -9,7 +9,7 @@ from typing import Any
 
 from loro_jax.errors import TrainingError
 from loro_jax.training.config import Config
-from loro_jax.training.methods import MethodOptions
+from loro_jax.training.method_options import MethodOptions
 from loro_jax.training.renamed import present
 
 

@@ -59,6 +59,17 @@ class NoOptions:
     """The options of a method or direction that has none."""
 
 
+def options_of(kind: type, config: Config) -> Any:
+    """Returns options of a kind, with defaults for options that were not set.
+
+    Args:
+        kind: a dataclass, the ``options`` of an entry.
+        config: the run's config. Options of its method and of its direction are in one dict.
+    """
+    names = {one.name for one in dataclasses.fields(kind)}
+    return kind(**{name: value for name, value in config.method_options.items() if name in names})
+
+
 class Making(NamedTuple):
     """The arguments from which an optimizer is made.
 

@@ -13,7 +13,7 @@ from loro_jax.text import Corpus
 from loro_jax.text.ngram import NgramPerplexity, ngram_perplexity
 from loro_jax.training.batch import to_batch
 from loro_jax.training.config import Config
-from loro_jax.training.methods import takes_direction, uses_field
+from loro_jax.training.method_options import takes_direction, uses_field
 from loro_jax.training.ranks import gates_of
 from loro_jax.training.step import make_program
 

@@ -16,7 +16,8 @@ from loro_jax.text import load_corpus, train_iterator
 from loro_jax.text.tokenizers.tokenizer import load_tokenizer
 from loro_jax.training.batch import to_batch
 from loro_jax.training.config import AdapterConfig, Config
-from loro_jax.training.methods import MethodOptions, make_optimizer
+from loro_jax.training.method_options import MethodOptions
+from loro_jax.training.methods import make_optimizer
 from loro_jax.training.network import base_of, make_network
 from loro_jax.training.step import joined, make_program
 from loro_jax.training.trained import load_model, load_run, load_state

@@ -27,7 +27,8 @@ from loro_jax.training.config_differences import field_names
 from loro_jax.training.fields import parse_change
 from loro_jax.training.help import config_help
 from loro_jax.training.loop import train
-from loro_jax.training.methods import DIRECTIONS, METHODS, make_optimizer, settled
+from loro_jax.training.method_options import settled
+from loro_jax.training.methods import DIRECTIONS, METHODS, make_optimizer
 from loro_jax.training.registry import Direction, Method
 from loro_jax.training.report import final_report
 from loro_jax.training.step import make_program
