@@ -5,7 +5,10 @@ r"""RoBERTa-base on GLUE, as in the paper's Section 5.3 and Tables 6 and 8.
 
 DIR holds a Hugging Face RoBERTa with its tokenizer, GLUE the tables. After the colon stand a method
 ("loro", "lora", "galore", "sltrain" or "full"), its rank (4 or 8) and the task, whose learning rate
-and batch size are then taken; ``--config.task=mrpc`` changes the task alone.
+and batch size are then taken; ``--config.task=mrpc`` changes the task alone. All of Table 6:
+
+    python -m loro_jax compare configs/roberta_glue.py --methods=full,loro_4,lora_4,galore_4 \
+        --set=init_from=DIR --set=data.source=GLUE --out=runs/glue
 
 Where the numbers are from:
 
@@ -46,7 +49,7 @@ def get_config(settings: str = "loro_8_cola") -> GlueRun:
     """Returns the config of a run.
 
     Args:
-        settings: METHOD, METHOD_RANK or METHOD_RANK_TASK.
+        settings: METHOD, METHOD_RANK, METHOD_TASK or METHOD_RANK_TASK.
 
     Raises:
         ValueError: for other settings.
@@ -85,7 +88,9 @@ def get_config(settings: str = "loro_8_cola") -> GlueRun:
 
 
 def _parsed(settings: str) -> tuple[str, int, str]:
-    method, rank, task = [*settings.split("_"), "", ""][:3]
+    method, *rest = settings.split("_")
+    rank = rest.pop(0) if rest and rest[0] not in TASKS else ""
+    task = "_".join(rest)
     if method not in METHODS:
         raise ValueError(f"there is no method {method!r}; expected one of {', '.join(METHODS)}.")
     if rank not in ("", *map(str, RANKS)):

@@ -54,10 +54,7 @@ def read_arms(options: argparse.Namespace) -> tuple[Config, list[Arm], list[int]
     Raises:
         TrainingError: for a config, an arm or a seed that can't be read.
     """
-    try:
-        seeds = [int(seed) for seed in options.seeds.split(",")]
-    except ValueError:
-        raise TrainingError(f"--seeds={options.seeds}: expected whole numbers.") from None
+    seeds = read_seeds(options.seeds)
     base = load_config(options.config, options.set)
     check_language(base, f"CONFIG = {options.config!r}")
     arms = parse_arms(options.methods, options.arm, base)
@@ -69,6 +66,18 @@ def read_arms(options: argparse.Namespace) -> tuple[Config, list[Arm], list[int]
         if own:
             print(f"{arm.name}: " + ", ".join(f"{name}={value}" for name, value in own))
     return base, equal, seeds
+
+
+def read_seeds(text: str) -> list[int]:
+    """Returns the seeds of ``--seeds``.
+
+    Raises:
+        TrainingError: for what is no list of whole numbers.
+    """
+    try:
+        return [int(seed) for seed in text.split(",")]
+    except ValueError:
+        raise TrainingError(f"--seeds={text}: expected whole numbers.") from None
 
 
 def load_config(path: str, changes: Sequence[str]) -> Config:

@@ -8,6 +8,10 @@ table. --equal=flops gives each arm as many steps as the first arm's operations 
 --equal=seconds as many as its time on this machine (nothing else should run meanwhile), and
 --equal=memory the largest rank that fits its weights, gradients and optimizer state.
 
+With a config on GLUE, --methods are its settings without the task, such as loro_8,full, each run on
+--tasks at the learning rates of its config, or at --lrs; the table is that of python -m loro_jax
+glue.
+
 Example:
   python -m loro_jax compare configs/default.py:paper --methods=full,lowrank,loro \
       --lrs=0.003,0.01 --seeds=0,1,2 --out=runs/comparison
@@ -22,10 +26,16 @@ import sys
 from collections.abc import Sequence
 
 from loro_jax.command_line import Parser, failing_in_one_line
-from loro_jax.commands.arms import add_arm_options, read_arms
+from loro_jax.commands.arms import add_arm_options, load_config, read_arms, read_seeds
 from loro_jax.errors import TrainingError
+from loro_jax.glue import TASKS
 from loro_jax.study.comparison import StoppedError, compare
+from loro_jax.study.glue_comparison import GlueArm, compare_on_glue
+from loro_jax.study.glue_table import table
 from loro_jax.study.report import Run, config_of
+from loro_jax.tables import report
+from loro_jax.training.glue_config import GlueRun
+from loro_jax.training.method_options import settled
 
 
 def _grids(options: Sequence[str], names: Sequence[str]) -> dict[str, list[float]]:
@@ -53,22 +63,56 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument(
         "--lrs", action="append", help="RATES for all or NAME=RATES; may be repeated"
     )
+    parser.add_argument("--tasks", help="tasks of a config on GLUE, with commas; default: all")
     options = parser.parse_args(arguments)
-    command = " ".join(["python -m loro_jax compare", *arguments])
-    return failing_in_one_line(lambda: _compare(options, command))
+    options.command = " ".join(["python -m loro_jax compare", *arguments])
+    return failing_in_one_line(lambda: _compare(options))
 
 
-def _compare(options: argparse.Namespace, command: str) -> int:
+def _compare(options: argparse.Namespace) -> int:
+    try:
+        if isinstance(load_config(options.config, options.set), GlueRun):
+            _compare_on_glue(options)
+        else:
+            _compare_languages(options)
+    except StoppedError as stopped:
+        print("stopped; run the same command again to resume", file=sys.stderr)
+        return stopped.status
+    return 0
+
+
+def _compare_on_glue(options: argparse.Namespace) -> None:
+    if options.arm or options.equal != "tokens":
+        raise TrainingError("--arm, --equal: expected neither for a config on GLUE; use --methods.")
+    if ":" in options.config:
+        raise TrainingError(f"CONFIG = {options.config!r}: expected its settings in --methods.")
+    seeds, methods = read_seeds(options.seeds), options.methods.split(",")
+    tasks = options.tasks.split(",") if options.tasks else list(TASKS)
+    for task in tasks:
+        if task not in TASKS:
+            raise TrainingError(f"--tasks: {task!r}; expected {', '.join(TASKS)}.")
+    grids = _grids(options.lrs or [], methods)
+    arms = []
+    for task in tasks:
+        for method in methods:
+            config = settled(load_config(f"{options.config}:{method}_{task}", options.set), [])
+            assert isinstance(config, GlueRun)  # as the config without settings
+            config.validate()
+            rates = grids.get(method, [config.learning_rate])
+            arms.append(GlueArm(f"{method}/{task}", config, rates))
+    results = compare_on_glue(arms, seeds, pathlib.Path(options.out))
+    options.json = str(pathlib.Path(options.out) / "table.json")
+    report(table(results), options)
+
+
+def _compare_languages(options: argparse.Namespace) -> None:
+    if options.tasks:
+        raise TrainingError("--tasks: expected a config on GLUE, such as configs/roberta_glue.py.")
     base, arms, seeds = read_arms(options)
     names = [arm.name for arm in arms]
     grids = _grids([str(base.learning_rate), *(options.lrs or [])], names)
     # All arms are validated before the first run starts.
     for arm in arms:
         config_of(base, Run(arm, grids[arm.name][0], seeds[0])).validate()
-    try:
-        compare(base, arms, seeds, grids, options.out, command)
-    except StoppedError as stopped:
-        print("stopped; run the same command again to resume", file=sys.stderr)
-        return stopped.status
+    compare(base, arms, seeds, grids, options.out, options.command)
     print((pathlib.Path(options.out) / "table.md").read_text(encoding="utf-8"))
-    return 0

@@ -30,7 +30,7 @@ from loro_jax.training.config_differences import differences
 from loro_jax.training.loop import train
 from loro_jax.training.metrics import read_rows, seconds_of_steps
 
-_PATIENCE = 10.0  # seconds between two checks of runs that another process has locked
+PATIENCE = 10.0  # seconds between two checks of runs that another process has locked
 
 
 class StoppedError(Exception):
@@ -89,40 +89,75 @@ def compare(
                 write_report(base, results, directory, command)
         if complete:
             return results
-        time.sleep(_PATIENCE)  # another process is running the rest
+        time.sleep(PATIENCE)  # another process is running the rest
 
 
 def _finish(base: Config, run: Run, directory: pathlib.Path) -> Result | None:
     """Trains a run to its end, if not done yet; None: another process is running it."""
     config = config_of(base, run)
     workdir = directory / run.name
-    # Beside the run directory, which accepts only files of its own.
-    note_path = directory / f"{run.name}.diverged.txt"
     if _belongs(config, workdir):
-        if note_path.exists():
-            return _result(run, workdir, None, note_path.read_text(encoding="utf-8"))
+        note = noted_divergence(workdir)
+        if note is not None:
+            return _result(run, workdir, None, note)
         perplexity = _last_perplexity(config, workdir)
         if perplexity is not None:
             return _result(run, workdir, perplexity, "")
-    print(f"{run.name} ...", flush=True)
+    note = finish_run(config, workdir, run.name)
+    if note is None:
+        return None
+    if note:
+        return _result(run, workdir, None, note)
+    perplexity = _last_perplexity(config, workdir)
+    print(f"{run.name}: validation perplexity {perplexity:.2f}", flush=True)
+    return _result(run, workdir, perplexity, "")
+
+
+def finish_run(config: Config, workdir: pathlib.Path, name: str) -> str | None:
+    """Trains a run of a comparison to its end.
+
+    Args:
+        config: the run's config.
+        workdir: the run directory.
+        name: the run's name, for the printed lines.
+
+    Returns:
+        Why it diverged, which is recorded for :func:`noted_divergence`; empty if it did not; None
+        if another process is running it.
+
+    Raises:
+        TrainingError: for an invalid config, or the directory of another run.
+        StoppedError: if a signal ended the run.
+    """
+    print(f"{name} ...", flush=True)
     try:
         # The comparison prints one line per run; a run's own lines would bury them.
         with contextlib.redirect_stdout(io.StringIO()):
             outcome = train(config, str(workdir))
     except InUseError:
-        print(f"{run.name}: running in another process", flush=True)
+        print(f"{name}: running in another process", flush=True)
         return None
     except DivergedError as error:
         note = str(error).split(";")[0]
         # Recorded, so that a repeated comparison does not run it again.
-        with replacing(note_path) as temporary:
+        with replacing(_note_path(workdir)) as temporary:
             temporary.write_text(note, encoding="utf-8")
-        print(f"{run.name}: diverged ({note})", flush=True)
-        return _result(run, workdir, None, note)
+        print(f"{name}: diverged ({note})", flush=True)
+        return note
     if outcome.exit_status:
         raise StoppedError(outcome.exit_status)
-    print(f"{run.name}: validation perplexity {outcome.val_ppl:.2f}", flush=True)
-    return _result(run, workdir, outcome.val_ppl, "")
+    return ""
+
+
+def noted_divergence(workdir: pathlib.Path) -> str | None:
+    """Returns why the run in a directory diverged, as :func:`finish_run` recorded it, or None."""
+    path = _note_path(workdir)
+    return path.read_text(encoding="utf-8") if path.exists() else None
+
+
+def _note_path(workdir: pathlib.Path) -> pathlib.Path:
+    # Beside the run directory, which accepts only files of its own.
+    return workdir.with_name(f"{workdir.name}.diverged.txt")
 
 
 def _belongs(config: Config, workdir: pathlib.Path) -> bool:

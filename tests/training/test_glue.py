@@ -338,6 +338,7 @@ def test_every_setting_of_the_config_is_valid(given):
                 assert config.model.rank == rank
                 assert config.task == task
     assert config_of("loro", given).task == "cola"
+    assert config_of("full_mrpc", given).task == "mrpc"
 
 
 def test_data_are_read_once_for_all_processes(given):
