@@ -20,7 +20,7 @@ from models.huggingface.adapter_reading import (
     read_adapter,
 )
 from models.huggingface.adapter_writing import write_adapter
-from tests.helpers import outputs
+from tests.helpers import outputs, some_fast
 
 # Sides of 32, 16 (keys and values) and 88; none but bone's rank has to divide them.
 CONFIG = preset("tiny", scope="none", num_kv_heads=2, intermediate_size=88)
@@ -77,7 +77,7 @@ SPECS = {
 
 
 @pytest.mark.filterwarnings("ignore")  # of PEFT and torch
-@pytest.mark.parametrize("kind", SPECS)
+@pytest.mark.parametrize("kind", some_fast(SPECS, ["lora", "randlora", "adalora"]))
 def test_peft_computes_our_logits(base, tmp_path, kind):
     model = adapted(base, SPECS[kind])
     write_adapter(model, tmp_path / "adapter", base=str(base))
@@ -91,7 +91,7 @@ def test_peft_computes_our_logits(base, tmp_path, kind):
     assert found.peft_config["default"].base_model_name_or_path == str(base)
 
 
-@pytest.mark.parametrize("kind", SPECS)
+@pytest.mark.parametrize("kind", some_fast(SPECS, ["lora", "lora_sb", "miss"]))
 def test_what_is_written_is_read(base, tmp_path, kind):
     model = adapted(base, SPECS[kind], where=["blocks/*/q", "blocks/*/down"])
     write_adapter(model, tmp_path / "adapter")
@@ -167,6 +167,7 @@ FORMS = [
     "bat",
     "mini",
 ]
+FAST_FORMS = ("lora", "patterns", "pruned adalora", "sparse randlora", "bat")
 
 
 def prune(model, torch):
@@ -197,7 +198,7 @@ def saved_by_peft(base, tmp_path, form):
 
 
 @pytest.mark.filterwarnings("ignore")  # of PEFT and torch
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", some_fast(FORMS, FAST_FORMS))
 def test_we_compute_the_logits_of_peft(base, tmp_path, form):
     directory, expected = saved_by_peft(base, tmp_path, form)
     model, _ = read_model(base)

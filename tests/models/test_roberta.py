@@ -240,6 +240,7 @@ def test_rows_have_dropout_of_their_own():
     assert not np.allclose(call(IDS, keys[::-1]), both)
 
 
+@pytest.mark.slow
 def test_rematerialised_gradients_are_the_same():
     def gradient(remat):
         model = RobertaClassifier(dataclasses.replace(SMALL, remat=remat), nnx.Rngs(0))

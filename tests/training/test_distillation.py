@@ -181,6 +181,7 @@ def test_the_step_compiles_once_and_keeps_the_teacher(stepped, teacher):
         np.testing.assert_array_equal(mine, original)
 
 
+@pytest.mark.slow
 def test_micro_batches_have_the_gradient_of_the_whole(stepped, teacher):
     _, held, rows = stepped
     program = compiled(config(gradient_accumulation=2))

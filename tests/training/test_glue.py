@@ -166,6 +166,7 @@ def test_losses_do_not_depend_on_the_mesh():
         )
 
 
+@pytest.mark.slow
 def test_gradients_do_not_depend_on_micro_batches(given):
     """Dropout, too: each row has a key of its own."""
     config = config_of("full_8_rte", given, gradient_accumulation=1)

@@ -9,6 +9,7 @@ import pytest
 
 from loro_jax.training.config import Config
 from loro_jax.training.methods import make_optimizer
+from tests.helpers import some_fast
 
 BASE = Config(direction="orthogonal", steps=100, warmup_steps=0, initial_lr_ratio=1.0)
 
@@ -61,7 +62,7 @@ def test_embedding_and_head_move_by_rows_and_all_else_as_before(method):
 OPTIONS = {"equilibrate": True, "row_moment": 0.9, "regular": "rows"}
 
 
-@pytest.mark.parametrize("method", ["loro", "full"])
+@pytest.mark.parametrize("method", some_fast(["loro", "full"], ["full"]))
 def test_rates_and_seeds_may_be_members_of_an_ensemble(method):
     rates, scales = jnp.array([0.01, 0.03]), jnp.array([2.0, 1.0])
 

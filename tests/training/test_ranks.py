@@ -13,6 +13,7 @@ from loro_jax.training.mesh import make_mesh
 from loro_jax.training.step import compile_program, make_program
 from loro_jax.training.trained import load_run, load_state
 from models import Batch, preset
+from tests.helpers import some_fast
 from tests.training import runs
 
 STEPS = 12
@@ -54,7 +55,7 @@ def gates(params, name):
     return np.stack([np.asarray(attention[p]["adapter"][name]) for p in ("q", "v")])
 
 
-@pytest.mark.parametrize("method", OPTIONS)
+@pytest.mark.parametrize("method", some_fast(OPTIONS, ["adalora"]))
 def test_ranks_are_chosen_while_adapters_train(method):
     run = config(method)
     run.validate()

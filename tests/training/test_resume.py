@@ -75,9 +75,8 @@ def kill_when(source, workdir, condition):
     return output
 
 
-@pytest.mark.parametrize(
-    "number", [signal.SIGTERM, pytest.param(signal.SIGINT, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_between_two_steps_saves_and_the_run_resumes(
     uninterrupted, tmp_path, monkeypatch, number
 ):
@@ -128,7 +127,7 @@ def test_killed_at_several_moments_it_ends_bit_for_bit_the_same(freshly_compiled
     assert (workdir / "plot.png").stat().st_size > 5_000
 
 
-@pytest.mark.slow  # the fast tier compares a killed run with an uninterrupted one
+@pytest.mark.slow  # the fast tier compares a resumed run with an uninterrupted one
 def test_two_runs_of_one_seed_are_equal_and_of_two_seeds_are_not(uninterrupted, tmp_path):
     source, reference = uninterrupted
     for seed, equal in ((0, True), (1, False)):
