@@ -144,8 +144,11 @@ def test_the_equations(x64, basis, rule, tall):
 
 
 @pytest.mark.parametrize("basis", ["columns", "blocks"])
-def test_the_whole_space_is_adamw_to_the_bit(basis):
-    """Also after the steps that choose subspaces, where there is no other to choose."""
+def test_the_whole_space_is_adamw(basis):
+    """Also after the steps that choose subspaces, where there is no other to choose.
+
+    Not to the bit: the compiler may round a product and a sum once or twice.
+    """
     grads = many(5)
     tx = frugal(
         0.1, projected=True, density=1.0, basis=basis, update_every=2, weight_decay=0.1, **SETTINGS
@@ -155,7 +158,7 @@ def test_the_whole_space_is_adamw_to_the_bit(basis):
         optax.adamw(0.1, B1, B2, EPS, weight_decay=0.1), jnp.ones(grads[0].shape), grads
     )
     for got, move in zip(updates, expected, strict=True):
-        np.testing.assert_array_equal(got, move)
+        np.testing.assert_allclose(got, move, rtol=1e-6, atol=1e-9)
 
 
 @pytest.mark.parametrize("basis", ["svd", "dct", "random"])
