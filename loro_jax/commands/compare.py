@@ -74,7 +74,7 @@ def _compare(options: argparse.Namespace) -> int:
         if isinstance(load_config(options.config, options.set), GlueRun):
             _compare_on_glue(options)
         else:
-            _compare_languages(options)
+            _compare_language_models(options)
     except StoppedError as stopped:
         print("stopped; run the same command again to resume", file=sys.stderr)
         return stopped.status
@@ -105,7 +105,7 @@ def _compare_on_glue(options: argparse.Namespace) -> None:
     report(table(results), options)
 
 
-def _compare_languages(options: argparse.Namespace) -> None:
+def _compare_language_models(options: argparse.Namespace) -> None:
     if options.tasks:
         raise TrainingError("--tasks: expected a config on GLUE, such as configs/roberta_glue.py.")
     base, arms, seeds = read_arms(options)
