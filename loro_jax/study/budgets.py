@@ -18,6 +18,7 @@ from loro_jax.planning.timing import time_in_turns
 from loro_jax.study.report import Arm, Run, config_of
 from loro_jax.tables import replacing
 from loro_jax.training.config import Config
+from loro_jax.training.threads import lapack_by_one_thread
 
 BUDGETS = ("tokens", "flops", "seconds", "memory")
 
@@ -76,6 +77,7 @@ def with_equal_compute(base: Config, arms: Sequence[Arm]) -> list[Arm]:
     return _with_steps(base, arms, costs)
 
 
+@lapack_by_one_thread()  # as train.py does
 def relative_seconds(base: Config, arms: Sequence[Arm], path: pathlib.Path) -> dict[str, float]:
     """Measures the time of every arm's step, as a multiple of the first arm's.
 
@@ -144,22 +146,24 @@ def with_equal_memory(base: Config, arms: Sequence[Arm]) -> list[Arm]:
     budget = _bytes(base, arms[0])
     equal = [arms[0]]
     for arm in arms[1:]:
-        smallest = _with_rank(arm, 1)
-        held = _bytes(base, smallest)
-        if held > budget:
+        least = _bytes(base, _with_rank(arm, 1))
+        if least > budget:
             raise TrainingError(
-                f"--equal=memory: {arm.name!r} takes {held / 1e6:.4g} MB without activations, even "
-                f"with rank 1; expected at most the {budget / 1e6:.4g} MB of the first arm, "
+                f"--equal=memory: {arm.name!r} takes {least / 1e6:.4g} MB without activations, "
+                f"even with rank 1; expected at most the {budget / 1e6:.4g} MB of the first arm, "
                 f"{arms[0].name!r}."
             )
         # Memory does not fall as the rank grows: `fits` is the largest rank known to fit.
-        fits, above = 1, base.model.hidden_size + 1
+        fits, most, above = 1, least, base.model.hidden_size + 1
         while above - fits > 1:
             rank = (fits + above) // 2
             held = _bytes(base, _with_rank(arm, rank))
-            fits, above = (rank, above) if held <= budget else (fits, rank)
-        has_rank = _bytes(base, _with_rank(arm, fits)) != _bytes(base, smallest)
-        equal.append(_with_rank(arm, fits) if has_rank else arm)
+            if held <= budget:
+                fits, most = rank, held
+            else:
+                above = rank
+        # Without a rank all are the same.
+        equal.append(_with_rank(arm, fits) if most > least else arm)
     return equal
 
 
