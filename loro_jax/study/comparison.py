@@ -9,12 +9,13 @@ listed in the table.
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import json
-import math
 import pathlib
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import TypeVar
 
 from loro_jax.errors import DivergedError, InUseError
 from loro_jax.study.report import (
@@ -29,6 +30,8 @@ from loro_jax.training.config import Config
 from loro_jax.training.config_differences import differences
 from loro_jax.training.loop import train
 from loro_jax.training.metrics import read_rows, seconds_of_steps
+
+Outcome = TypeVar("Outcome")
 
 PATIENCE = 10.0  # seconds between two checks of runs that another process has locked
 
@@ -77,14 +80,14 @@ def compare(
         results: list[Result] = []
         complete = True
         for arm in arms:
-            found = [_finish(base, Run(arm, rate, seeds[0]), directory) for rate in grids[arm.name]]
-            finished = [result for result in found if result and result.perplexity is not None]
-            # The best rate is known only when the grid is complete, here or in another process.
-            if finished and None not in found:
-                best = min(finished, key=lambda result: result.perplexity or math.inf).run
-                found += [_finish(base, best._replace(seed=seed), directory) for seed in seeds[1:]]
-            results += [result for result in found if result]
-            complete = complete and None not in found
+            found, all_found = run_grid(
+                grids[arm.name],
+                seeds,
+                functools.partial(_finish, base, directory, arm),
+                lambda result: result.perplexity,
+            )
+            results += found
+            complete = complete and all_found
             if results:
                 write_report(base, results, directory, command)
         if complete:
@@ -92,8 +95,42 @@ def compare(
         time.sleep(PATIENCE)  # another process is running the rest
 
 
-def _finish(base: Config, run: Run, directory: pathlib.Path) -> Result | None:
+def run_grid(
+    rates: Sequence[float],
+    seeds: Sequence[int],
+    run: Callable[[float, int], Outcome | None],
+    loss: Callable[[Outcome], float | None],
+) -> tuple[list[Outcome], bool]:
+    """Runs all learning rates with the first seed, then the best of them with the other seeds.
+
+    Args:
+        rates: the learning rates.
+        seeds: the seeds.
+        run: (rate, seed) -> the outcome of that run; None: another process is running it.
+        loss: what is lowest at the best rate; None for a run that diverged.
+
+    Returns:
+        The outcomes, and whether they are all that will be.
+
+    Example:
+        >>> run_grid([0.1, 0.2], [0, 1], lambda rate, seed: (rate, seed), lambda run: -run[0])
+        ([(0.1, 0), (0.2, 0), (0.2, 1)], True)
+    """
+    found = [run(rate, seeds[0]) for rate in rates]
+    losses = [(loss(one), rate) for one, rate in zip(found, rates, strict=True) if one is not None]
+    finished = [(value, rate) for value, rate in losses if value is not None]
+    # The best rate is known only when the grid is complete, here or in another process.
+    if finished and None not in found:
+        _, best = min(finished, key=lambda one: one[0])
+        found += [run(best, seed) for seed in seeds[1:]]
+    return [one for one in found if one is not None], None not in found
+
+
+def _finish(
+    base: Config, directory: pathlib.Path, arm: Arm, rate: float, seed: int
+) -> Result | None:
     """Trains a run to its end, if not done yet; None: another process is running it."""
+    run = Run(arm, rate, seed)
     config = config_of(base, run)
     workdir = directory / run.name
     if _belongs(config, workdir):

@@ -9,12 +9,13 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import pathlib
 import time
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from loro_jax.study.comparison import PATIENCE, finish_run, noted_divergence
+from loro_jax.study.comparison import PATIENCE, finish_run, noted_divergence, run_grid
 from loro_jax.study.glue_table import GlueResult, read_results
 from loro_jax.training.glue_config import GlueRun
 
@@ -55,35 +56,38 @@ def compare_on_glue(
         results: list[GlueResult] = []
         complete = True
         for arm in arms:
-            found = {rate: _run(arm, rate, seeds[0], out) for rate in arm.rates}
-            results += [one for one in found.values() if isinstance(one, GlueResult)]
-            complete = complete and None not in found.values()
-            finished = {
-                rate: one.best for rate, one in found.items() if isinstance(one, GlueResult)
-            }
-            # The best rate is known only when the grid is complete, here or in another process.
-            if finished and None not in found.values():
-                best = max(finished, key=lambda rate: finished[rate])
-                others = [_run(arm, best, seed, out) for seed in seeds[1:]]
-                results += [one for one in others if isinstance(one, GlueResult)]
-                complete = complete and None not in others
+            ended, all_ended = run_grid(
+                arm.rates, seeds, functools.partial(_run, out, arm), _Ended.loss
+            )
+            results += [one.result for one in ended if one.result is not None]
+            complete = complete and all_ended
         if complete:
             return results
         time.sleep(PATIENCE)  # another process is running the rest
 
 
-def _run(arm: GlueArm, rate: float, seed: int, out: pathlib.Path) -> GlueResult | str | None:
-    """Trains a run to its end; its result, why it diverged, or None: another process has it."""
+class _Ended(NamedTuple):
+    """A run that has ended: its result, or None if it diverged."""
+
+    result: GlueResult | None
+
+    def loss(self) -> float | None:
+        return None if self.result is None else -self.result.best
+
+
+def _run(out: pathlib.Path, arm: GlueArm, rate: float, seed: int) -> _Ended | None:
+    """Trains a run to its end; None: another process is running it."""
     name = f"{arm.name}/lr{rate:g}/seed{seed}"
     workdir = out / name
-    note = noted_divergence(workdir)
-    if note is not None:
-        return note
+    if noted_divergence(workdir) is not None:
+        return _Ended(None)
     config = dataclasses.replace(copy.deepcopy(arm.config), learning_rate=rate, seed=seed)
     # A run that is done ends at once, or says that it is another one.
     note = finish_run(config, workdir, name)
-    if note is None or note:
-        return note
+    if note is None:
+        return None
+    if note:
+        return _Ended(None)
     (result,) = read_results([workdir])
     print(f"{name}: {result.best:.2f} (best), {result.last:.2f} (last)", flush=True)
-    return result
+    return _Ended(result)
