@@ -387,7 +387,7 @@ def test_a_profile_knows_parts_and_kinds_of_what_is_compiled(tmp_path):
     config = Config(
         batch_size=2, sequence_length=16, exact_method="svd", model=dataclasses.replace(TINY)
     )
-    found = profile.classify(steps.prepare(config).hlo())
+    found = profile.classify(measured_step.prepare(config).hlo())
     assert {part for part, _ in found.values()} == set(profile.PARTS)
     assert {kind for _, kind in found.values()} == set(profile.KINDS)
     for part in ("attention", "mlp", "loss"):
