@@ -20,8 +20,8 @@ from loro_jax.bench import (
     memory_fit,
     options,
     profile,
-    steps,
 )
+from loro_jax.planning import measured_step
 from loro_jax.training.config import Config
 from loro_jax.training.fields import apply_changes
 from models import Llama, preset
