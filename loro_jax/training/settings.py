@@ -9,6 +9,7 @@ Append their name to the path of a file in ``configs/``, after a colon::
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from typing import Any
 
@@ -17,11 +18,17 @@ from loro_jax.training.config import Config
 # Fields of the run and of its model. "mergeable" is "recommended" without the activation between
 # factors: its products B A are plain matrices, as required for export to other programs. This also
 # allows exact steps, with the paper's K; the basis "nearest" keeps factors and momentum consistent.
+# "scaffold" is what learns most from the same tokens and from the same operations, for networks
+# that need not be LLaMAs.
 _EXACT: dict[str, Any] = {"basis": "nearest", "restart_warmup_steps": 0}
 SETTINGS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "recommended": (
         {"direction": "orthogonal", "exact_every": 0},
         {"initialiser": "auto", "projection": "cola"},
+    ),
+    "scaffold": (
+        {"direction": "orthogonal", "exact_every": 0, "method_options": {"row_moment": 0.95}},
+        {"initialiser": "auto", "projection": "scaffold_cola", "cross_layer": 0.5},
     ),
     "mergeable": (
         {"direction": "orthogonal", **_EXACT},
@@ -59,4 +66,4 @@ def with_settings(config: Config, settings: str) -> Config:
         )
     of_run, of_model = SETTINGS[settings]
     model = dataclasses.replace(config.model, **of_model)
-    return dataclasses.replace(config, model=model, **of_run)
+    return dataclasses.replace(config, model=model, **copy.deepcopy(of_run))
