@@ -190,8 +190,9 @@ def test_the_reference_of_a_tpu_needs_no_svd(kind, basis, monkeypatch):
 
 
 @pytest.mark.slow
-def test_pairs_of_all_shapes_step_together(monkeypatch):
-    """Their r x r parts share a program, in chunks across shapes; so do their fallbacks."""
+@pytest.mark.parametrize("method", ["graph", "svd"])
+def test_pairs_of_all_shapes_step_together(method, monkeypatch):
+    """Their r x r parts share a program, in chunks across shapes; so does the reference."""
     monkeypatch.setattr(phases, "COEFFICIENTS", 2 * 13 * 8**2)
     rng = np.random.default_rng(0)
     shapes = [(40, 24, 8), (24, 56, 8), (40, 40, 8), (24, 24, 5)]
@@ -202,15 +203,12 @@ def test_pairs_of_all_shapes_step_together(monkeypatch):
         targets.append([target(*pair) for pair in pairs])
         stacked = [np.stack(side) for side in zip(*pairs, strict=True)]
         batches.append(Batch(*stacked, StepSize(np.full(len(of_shape), RATE, np.float32))))
-    found = jax.jit(lambda batches: retract("graph", batches))(batches)
+    found = jax.jit(lambda batches: retract(method, batches))(batches)
     for steps, of_batch in zip(found, targets, strict=True):
         for B, A, (T, s) in zip(steps.B, steps.A, of_batch, strict=True):
-            assert excess(B, A, T, s) <= TOLERANCE["graph"] * np.linalg.norm(T)
+            assert excess(B, A, T, s) <= TOLERANCE[method] * np.linalg.norm(T)
     assert [steps.ok.tolist() for steps in found] == [
-        [True, False],
-        [True, True, False],
-        [False],
-        [True, True],
+        [method == "svd" or condition < 100 for condition in of_shape] for of_shape in conditions
     ]
 
 
