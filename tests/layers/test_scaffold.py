@@ -10,8 +10,10 @@ from loro_jax.layers.scaffold import groups
 from loro_jax.linalg.cosine import cosine_transform
 from tests.helpers import some_fast
 
-# Square, wide and tall; sizes that are no powers of two; one block and several.
+# Square, wide and tall; sizes that are no powers of two; one block and several; groups that differ
+# in their outputs, in their inputs, and in both.
 SHAPES = [(128, 128, 32), (43, 16, 8), (86, 32, 8), (32, 86, 8), (24, 40, 0), (12, 12, 32)]
+SHAPES += [(16, 43, 5), (43, 17, 5), (17, 17, 4)]
 
 
 def make(m, n, block, kind="scaffold", **fields):
@@ -19,22 +21,29 @@ def make(m, n, block, kind="scaffold", **fields):
     return make_projection(n, m, spec, nnx.Rngs(3))
 
 
+def transform(m, n):
+    """The orthonormal cosine transform of the larger side, cut to (m, n)."""
+    size = max(m, n)
+    k, j = np.mgrid[:m, :n]
+    T = np.sqrt(2 / size) * np.cos(np.pi * (2 * j + 1) * k / (2 * size))
+    T[0] /= np.sqrt(2)
+    return T
+
+
 def matrix(projection):
     """S by its definition, in float64."""
     m, n = projection.signs_out.shape[-1], projection.signs_in.shape[-1]
-    g = projection.groups
-    size = max(m // g, n // g)
-    k, j = np.mgrid[: m // g, : n // g]
-    T = np.sqrt(2 / size) * np.cos(np.pi * (2 * j + 1) * k / (2 * size))
-    T[0] /= np.sqrt(2)
-    # The inputs are dealt out to the groups in turn.
-    P = np.eye(n)[np.arange(n).reshape(-1, g).T.ravel()]
+    g = max(1, min(m, n) // projection.block) if projection.block else 1
+    # The inputs are dealt out to the groups in turn, the outputs in rows.
+    inputs, outputs = [np.arange(i, n, g) for i in range(g)], np.array_split(np.arange(m), g)
+    S = np.zeros((m, n))
+    for rows, columns in zip(outputs, inputs, strict=True):
+        S[np.ix_(rows, columns)] = transform(len(rows), len(columns))
     left = np.diag(np.asarray(projection.signs_out[...], np.float64))
-    right = np.diag(np.asarray(projection.signs_in[...], np.float64))
-    return left @ np.kron(np.eye(g), T) @ P @ right
+    return left @ S @ np.diag(np.asarray(projection.signs_in[...], np.float64))
 
 
-@pytest.mark.parametrize("shape", some_fast(SHAPES, SHAPES[3:5]))
+@pytest.mark.parametrize("shape", some_fast(SHAPES, [SHAPES[3], SHAPES[7]]))
 def test_output_and_weight_are_those_of_the_definition(shape):
     m, n, block = shape
     projection = make(m, n, block)
@@ -66,10 +75,17 @@ def test_an_activation_beside_the_fixed_matrix():
         projection.weight()
 
 
-def test_blocks_divide_both_sides():
-    assert [groups(512, 1376, 32), groups(1376, 512, 32)] == [16, 16]
-    assert groups(2048, 5461, 32) == 1
-    assert groups(8, 8, 32) == 1
+def test_groups_are_as_many_as_the_block_allows_and_as_equal_as_possible():
+    assert groups(512, 1376, 32) == [(0, 16, 32, 86)]
+    assert groups(8, 8, 32) == groups(8, 8, 0) == [(0, 1, 8, 8)]
+    for m, n, block in ((2048, 5461, 32), (5461, 2048, 32), (43, 17, 5)):
+        found = groups(m, n, block)
+        assert [of.start for of in found] == [0, *(of.end for of in found[:-1])]
+        assert found[-1].end == min(m, n) // block
+        for side, length in (("outputs", m), ("inputs", n)):
+            sizes = [getattr(of, side) for of in found]
+            assert max(sizes) - min(sizes) <= 1
+            assert sum((of.end - of.start) * getattr(of, side) for of in found) == length
 
 
 def test_large_transforms_are_accurate():
