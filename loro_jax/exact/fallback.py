@@ -109,7 +109,7 @@ def _or_old(step: ExactStep, batch: Batch) -> ExactStep:
 
 def _by_the_reference(basis: str, batches: Sequence[Batch]) -> list[ExactStep]:
     """Steps all pairs by the reference, one by one, in one program for all shapes."""
-    step = functools.partial(_if_finite, lambda pair: svd_step(*pair, basis=basis))
+    step = functools.partial(_if_finite, functools.partial(_by_first_trusted, ("svd",), basis))
     read, write = _access(batches)
 
     def one_more(k: Any, factors: Any) -> Any:
