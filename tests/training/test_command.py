@@ -94,7 +94,7 @@ BAD_FLAGS = {
     "a missing file with settings": (["--config=configs/none.py:paper"], "no such file"),
     "unknown settings": (
         [f"--config={runs.ROOT}/configs/default.py:papers"],
-        "no settings 'papers'; expected one of recommended, mergeable, paper",
+        "no settings 'papers'; expected one of recommended, scaffold, mergeable, paper",
     ),
     "a rank too large": (["--config.model.rank=129"], "but is 129"),
     "a field by its old name": (
