@@ -66,4 +66,5 @@ def with_settings(config: Config, settings: str) -> Config:
         )
     of_run, of_model = SETTINGS[settings]
     model = dataclasses.replace(config.model, **of_model)
+    # Copied, because a config may change its method options.
     return dataclasses.replace(config, model=model, **copy.deepcopy(of_run))
