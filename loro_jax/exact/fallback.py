@@ -19,6 +19,9 @@ from loro_jax.linalg.batching import joins_the_batch, one_by_one, varying_alike
 Array = jax.Array
 
 _StepOfOne = Callable[..., ExactStep]
+# Of the k-th pair, from and to the factors (B, A) of each batch.
+_Read = Callable[[Any, Any], Batch]
+_Write = Callable[[Any, Any, ExactStep], Any]
 
 # The methods by name, from the fastest to the most accurate. Pairs for which one is not accurate
 # fall back to the next; the last is the reference.
@@ -76,6 +79,8 @@ def retract(method: str, batches: Sequence[Batch], basis: str = "singular") -> l
 def _retract(method: str, basis: str, batches: Sequence[Batch]) -> list[ExactStep]:
     @joins_the_batch
     def steps(batches: Sequence[Batch]) -> list[ExactStep]:
+        if method == "svd":
+            return _by_the_reference(basis, batches)
         if method == "graph":
             first = graph_steps(batches, basis)
         else:
@@ -83,8 +88,7 @@ def _retract(method: str, basis: str, batches: Sequence[Batch]) -> list[ExactSte
             # (one_by_one loops on CPU and batches elsewhere.)
             first = [one_by_one(of_one, 1)(*batch) for batch in batches]
             first = [_or_old(step, batch) for step, batch in zip(first, batches, strict=True)]
-        fallbacks = METHODS[METHODS.index(method) + 1 :]
-        return _with_fallbacks(fallbacks, basis, batches, first) if fallbacks else first
+        return _with_fallbacks(METHODS[METHODS.index(method) + 1 :], basis, batches, first)
 
     return steps(batches)
 
@@ -103,13 +107,26 @@ def _or_old(step: ExactStep, batch: Batch) -> ExactStep:
     return ExactStep(jnp.where(ok, step.B, batch.B), jnp.where(ok, step.A, batch.A), step.ok)
 
 
+def _by_the_reference(basis: str, batches: Sequence[Batch]) -> list[ExactStep]:
+    """Steps all pairs by the reference, one by one, in one program for all shapes."""
+    step = functools.partial(_if_finite, functools.partial(_by_first_trusted, ("svd",), basis))
+    read, write = _access(batches)
+
+    def one_more(k: Any, factors: Any) -> Any:
+        return write(k, factors, step(read(k, factors)))
+
+    old = varying_alike([(batch.B, batch.A) for batch in batches])
+    factors = jax.lax.fori_loop(0, starts_of(batches)[-1], one_more, old)
+    return [
+        ExactStep(B, A, jnp.ones_like(batch.size.rate, dtype=bool))
+        for (B, A), batch in zip(factors, batches, strict=True)
+    ]
+
+
 def _with_fallbacks(
     methods: Sequence[str], basis: str, batches: Sequence[Batch], first: Sequence[ExactStep]
 ) -> list[ExactStep]:
     """Steps the pairs that the first method does not trust, one by one, by the other methods.
-
-    All shapes are padded to the largest by zero rows of B and zero columns of A, which change
-    nothing: so there is one program, whose factorisations take long to compile and seldom run.
 
     Args:
         methods: names of methods, each the fallback of the one before.
@@ -120,11 +137,30 @@ def _with_fallbacks(
     Returns:
         The steps; ``ok`` stays that of the first method, because the fallbacks are counted by it.
     """
+    step = functools.partial(_if_finite, functools.partial(_by_first_trusted, methods, basis))
+    read, write = _access(batches)
+
+    def one_more(state: tuple[Array, Any]) -> tuple[Array, Any]:
+        to_do, factors = state
+        k = jnp.argmax(to_do)
+        return to_do.at[k].set(False), write(k, factors, step(read(k, factors)))
+
+    to_do = ~jnp.concatenate([step.ok for step in first])
+    state = varying_alike((to_do, [(step.B, step.A) for step in first]))
+    _, factors = jax.lax.while_loop(lambda state: jnp.any(state[0]), one_more, state)
+    return [ExactStep(B, A, step.ok) for (B, A), step in zip(factors, first, strict=True)]
+
+
+def _access(batches: Sequence[Batch]) -> tuple[_Read, _Write]:
+    """Returns functions that read and write the k-th pair of all batches.
+
+    All shapes are padded to the largest by zero rows of B and zero columns of A, which change
+    nothing: so there is one program, whose factorisations take long to compile and seldom run.
+    """
     starts = starts_of(batches)
     m, n = max(b.B.shape[1] for b in batches), max(b.A.shape[2] for b in batches)
 
     def read(k: Any, factors: Any) -> Batch:
-        """Returns the k-th pair of all, padded."""
         found: Any = None
         for (B, A), batch, start in zip(factors, batches, starts, strict=False):
             one = jax.tree.map(
@@ -154,16 +190,7 @@ def _with_fallbacks(
             written.append((B, A))
         return written
 
-    def one_more(state: tuple[Array, Any]) -> tuple[Array, Any]:
-        to_do, factors = state
-        k = jnp.argmax(to_do)
-        step = _if_finite(functools.partial(_by_first_trusted, methods, basis), read(k, factors))
-        return to_do.at[k].set(False), write(k, factors, step)
-
-    to_do = ~jnp.concatenate([step.ok for step in first])
-    state = varying_alike((to_do, [(step.B, step.A) for step in first]))
-    _, factors = jax.lax.while_loop(lambda state: jnp.any(state[0]), one_more, state)
-    return [ExactStep(B, A, step.ok) for (B, A), step in zip(factors, first, strict=True)]
+    return read, write
 
 
 def _padded(x: Array, length: int, axis: int) -> Array:

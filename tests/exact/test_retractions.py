@@ -192,7 +192,7 @@ def test_the_reference_of_a_tpu_needs_no_svd(kind, basis, monkeypatch):
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["graph", "svd"])
 def test_pairs_of_all_shapes_step_together(method, monkeypatch):
-    """The default's r x r parts share a program, in chunks across shapes; so do its fallbacks."""
+    """Their r x r parts share a program, in chunks across shapes; so does the reference."""
     monkeypatch.setattr(phases, "COEFFICIENTS", 2 * 13 * 8**2)
     rng = np.random.default_rng(0)
     shapes = [(40, 24, 8), (24, 56, 8), (40, 40, 8), (24, 24, 5)]
