@@ -1,17 +1,18 @@
-"""The plot of a run."""
+"""The plot of a run. Matplotlib is loaded when a plot is drawn: a run need not wait for it."""
 
 from __future__ import annotations
 
 import math
 import pathlib
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from matplotlib.figure import Figure
-from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
 from loro_jax.errors import cannot_write
 from loro_jax.text.ngram import NgramPerplexity
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 # Okabe and Ito's palette, safe for print and for colour-blind readers.
 _BLUE, _ORANGE, _GREY = "#0072B2", "#D55E00", "#777777"
@@ -31,6 +32,9 @@ def plot_run(
     Raises:
         TrainingError: if it can't be written.
     """
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
+
     training = [row for row in rows if "loss" in row]
     evaluation = [row for row in rows if "val_loss" in row]
     figure = Figure(figsize=(8, 5), layout="constrained")
@@ -85,6 +89,8 @@ def plot_measures(rows: list[dict[str, Any]], path: pathlib.Path, name: str, tit
     Raises:
         TrainingError: if it can't be written.
     """
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(8, 5), layout="constrained")
     axes = figure.add_subplot()
     for field, color, label in (
