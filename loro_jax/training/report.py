@@ -7,12 +7,14 @@ import shlex
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 
 from loro_jax.memory import Footprint, count_bytes, count_parameters, footprint
 from loro_jax.text import Corpus
 from loro_jax.text.ngram import NgramPerplexity, ngram_perplexity
 from loro_jax.training.batch import to_batch
 from loro_jax.training.config import Config
+from loro_jax.training.distillation import abstract_teacher
 from loro_jax.training.method_options import takes_direction, uses_field
 from loro_jax.training.ranks import gates_of
 from loro_jax.training.step import make_program
@@ -73,6 +75,10 @@ def final_report(
         return [*lines, *_of_adapters(config, workdir, live_ranks)]
     own = run_footprint(config)
     lines.append(_footprint_line(f"this model ({config.method})", own))
+    teacher = abstract_teacher(config)
+    if teacher is not None:
+        held = count_bytes(nnx.state(teacher))
+        lines.append(f"its teacher, while it trains: {held / 1e6:.1f} MB more")
     if config.method != "full":
         twin = dataclasses.replace(config, method="full")
         # The run's direction may have no counterpart for dense projections.

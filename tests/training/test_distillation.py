@@ -26,6 +26,7 @@ from loro_jax.training.distillation import (
 from loro_jax.training.glue_config import GlueRun
 from loro_jax.training.loop import train
 from loro_jax.training.mesh import make_mesh
+from loro_jax.training.report import final_report
 from loro_jax.training.step import compile_program, make_program
 from loro_jax.training.teacher import check_teacher, load_teacher
 from models import Batch, next_token_loss, preset
@@ -356,8 +357,20 @@ def test_teachers_that_do_not_fit_are_named_before_anything_is_written(directori
 @pytest.mark.slow
 def test_a_plan_counts_the_teacher():
     plans = [make_plan(config(one), 1) for one in (BOTH, DistillationConfig())]
-    held = count_bytes(nnx.state(nnx.eval_shape(lambda: Llama(DENSE, nnx.Rngs(0)))))
-    assert plans[0].state_bytes - plans[1].state_bytes == held
+    assert plans[0].state_bytes - plans[1].state_bytes == bytes_of_a_teacher()
+
+
+def test_the_report_counts_the_teacher():
+    with_one, without = (
+        final_report(config(one), 9.0, None, "runs/x", "python train.py")
+        for one in (BOTH, DistillationConfig())
+    )
+    (added,) = set(with_one) - set(without)
+    assert added == f"its teacher, while it trains: {bytes_of_a_teacher() / 1e6:.1f} MB more"
+
+
+def bytes_of_a_teacher():
+    return count_bytes(nnx.state(nnx.eval_shape(lambda: Llama(DENSE, nnx.Rngs(0)))))
 
 
 @pytest.mark.slow
