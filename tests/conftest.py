@@ -138,8 +138,7 @@ def _cache_folder():
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _cache_folder()
 jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
-# Without the Python lines behind each operation, programs are traced and compiled faster. Tests
-# look at none of them.
+# Recording the Python lines that each operation comes from slows tracing, and no test reads them.
 os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "0")
 jax.config.update("jax_traceback_in_locations_limit", 0)
 # Programs that compile quicker than that are not worth a file each.

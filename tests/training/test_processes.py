@@ -49,7 +49,8 @@ def test_processes_come_and_go_and_the_losses_are_those_of_one(tmp_path):
         mesh = {"mesh.data": 1, "mesh.fsdp": 2, "mesh.tensor": 2}
         left = (workdir / "metrics.jsonl").read_bytes()
         two = runs.start_all(2, workdir, [source] * 2, TWO_DEVICES, **mesh)
-        # They cut the metrics to the checkpoint that they go on from, and then add to them.
+        # While they start, the file holds rows of the four, and no handler waits for a signal. They
+        # drop the rows past their checkpoint, and then add their own.
         wait_for(lambda: (workdir / "metrics.jsonl").read_bytes() != left, two)
         soon = min(last_step(workdir) + 1, 24)
         wait_for(lambda: last_step(workdir) >= soon, two)
