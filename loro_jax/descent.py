@@ -101,7 +101,7 @@ def riemannian_descent(
             ``mu`` and optionally a second one, ``nu``, like Adam's.
         weight_decay: decoupled decay, a number or a pair ``(number, mask)``.
         regular: optimizer of the leaves that are not factors.
-        pairs: None, "optional", or a spec.
+        pairs: None, "optional", "all", or a spec.
         mesh: devices that share the exact steps, or the parameters' shardings.
 
     Returns:

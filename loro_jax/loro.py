@@ -98,8 +98,8 @@ def loro(
             used unchanged, including its learning rate. None: the direction of the factors, or
             ``adam()`` if that direction returns moves of factors.
         pairs: None: detect the pairs automatically, ValueError if there is none; "optional": the
-            same, but a tree without pairs takes plain steps of the direction; or a spec, see
-            :func:`loro_jax.find_pairs`.
+            same, but a tree without pairs takes plain steps of the direction; "all": pairs of
+            square factors, too, possibly none; or a spec, see :func:`loro_jax.find_pairs`.
         mesh: devices that share the exact steps, each taking some pairs whole
             (:mod:`loro_jax.pair_parallel`). None: the mesh in the parameters' types (explicit
             axes), or that of ``jax.set_mesh``; without either, XLA decides. With automatic axes,

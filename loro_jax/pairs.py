@@ -7,8 +7,9 @@ which Flax's boxes hold their array, and take the leaves whose paths differ only
 ``B`` or ``A``.
 
 Names can mislead, so two cases are excluded: siblings that are both square (the matrices of a
-state-space model, for example; such a product has no fixed rank), with a warning; and a factor
-that modules share, which a tree contains in only one of them, with an error.
+state-space model, for example; such a product has no fixed rank), with a warning, unless "all" says
+that no names mislead here; and a factor that modules share, which a tree contains in only one of
+them, with an error.
 """
 
 from __future__ import annotations
@@ -48,9 +49,10 @@ def find_pairs(params: Any, spec: PairsSpec | None = None) -> list[Pair]:
 
     Args:
         params: any pytree of arrays (or of anything with a ``shape``).
-        spec: None to detect the pairs automatically. Otherwise a tree with the structure of
-            ``params`` (or a callable that returns one, given ``params``) whose leaves are None for
-            a regular parameter and ``"NAME.B"`` or ``"NAME.A"`` for the factors of the pair NAME.
+        spec: None to detect the pairs automatically; ``"all"`` to take B and A for a pair even if
+            both are square. Otherwise a tree with the structure of ``params`` (or a callable that
+            returns one, given ``params``) whose leaves are None for a regular parameter and
+            ``"NAME.B"`` or ``"NAME.A"`` for the factors of the pair NAME.
 
     Returns:
         The pairs, in the order of their first leaf.
@@ -70,7 +72,10 @@ def find_pairs(params: Any, spec: PairsSpec | None = None) -> list[Pair]:
         ['adapter']
     """
     leaves = jax.tree_util.tree_flatten_with_path(params)[0]
-    pairs = _found_by_path(params) if spec is None else _named_by_spec(params, leaves, spec)
+    if spec is None or (isinstance(spec, str) and spec == "all"):
+        pairs = _found_by_path(params, square=spec is not None)
+    else:
+        pairs = _named_by_spec(params, leaves, spec)
     for pair in pairs:
         B, A = leaves[pair.B][1], leaves[pair.A][1]
         # Optax's tree utilities call init with placeholders that have no shape.
@@ -176,11 +181,12 @@ def pairs_of(params: Any, spec: PairsSpec | None = None) -> Pairs:
         The pairs.
 
     Raises:
-        ValueError: if there is none and the spec isn't "optional"; and as :func:`find_pairs`.
+        ValueError: if there is none and the spec is neither "optional" nor "all"; and as
+            :func:`find_pairs`.
     """
     check_spec(spec)
     optional = isinstance(spec, str)
-    found = find_pairs(params, None if optional else spec)
+    found = find_pairs(params, None if optional and spec == "optional" else spec)
     # optax.tree.map_params and partitions use an empty tree for "no parameters".
     if not found and not optional and jax.tree.leaves(params):
         raise ValueError(
@@ -192,9 +198,9 @@ def pairs_of(params: Any, spec: PairsSpec | None = None) -> Pairs:
 
 
 def check_spec(spec: PairsSpec | None) -> None:
-    """Raises ValueError for a word other than "optional"."""
-    if isinstance(spec, str) and spec != "optional":
-        raise ValueError(f'loro: pairs must be None, "optional" or a spec, but is {spec!r}.')
+    """Raises ValueError for a word other than "optional" and "all"."""
+    if isinstance(spec, str) and spec not in ("optional", "all"):
+        raise ValueError(f'loro: pairs must be None, "optional", "all" or a spec, but is {spec!r}.')
 
 
 def describe_leaves(params: Any, limit: int = 12) -> str:
@@ -209,8 +215,8 @@ def describe_leaves(params: Any, limit: int = 12) -> str:
     return "; ".join(lines) or "no leaf at all"
 
 
-def _found_by_path(params: Any) -> list[Pair]:
-    """Finds leaves named B and A under one parent."""
+def _found_by_path(params: Any, square: bool) -> list[Pair]:
+    """Finds leaves named B and A under one parent, those that are both square if wanted."""
     by_parent: dict[_Path, dict[str, int]] = {}
     held_back: set[_Path] = set()
     leaves: list[Any] = []
@@ -233,7 +239,7 @@ def _found_by_path(params: Any) -> list[Pair]:
             if parent not in held_back:
                 lone[name] = sides
         # A LowRank node is a pair by declaration, even if its factors are square.
-        elif parent in nodes or not _both_square(leaves[sides["B"]], leaves[sides["A"]]):
+        elif square or parent in nodes or not _both_square(leaves[sides["B"]], leaves[sides["A"]]):
             pairs.append(Pair(name, sides["B"], sides["A"]))
         else:
             warnings.warn(

@@ -227,7 +227,7 @@ def test_map_params_and_abstract_init():
         ({"moments": "none"}, "moments must be one of"),
         ({"direction": adam}, "direction must be one that"),
         ({"weight_decay": (0.1, None, None)}, "is a tuple of 3"),
-        ({"pairs": "some"}, 'pairs must be None, "optional" or a spec'),
+        ({"pairs": "some"}, 'pairs must be None, "optional", "all" or a spec'),
         ({"exact_method": "magic"}, "the method must be one of"),
     ],
 )

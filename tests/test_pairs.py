@@ -186,6 +186,7 @@ def test_square_siblings_are_regular_parameters_and_it_says_so():
         assert list(shapes(params)) == ["w"]
     # Whoever says that they are a pair gets one, without a word.
     assert list(shapes({"full": LowRank(B_square, A_square)})) == ["full"]
+    assert list(shapes(params, "all")) == ["ssm", "w"]
     spec = {"ssm": {"A": "ssm.A", "B": "ssm.B"}, "w": LowRank(None, None)}
     assert list(shapes(params, spec)) == ["ssm"]
     spec = {"ssm": {"A": None, "B": None}, "w": LowRank("w.B", "w.A")}

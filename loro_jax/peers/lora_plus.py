@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import optax
 
-from loro_jax.pairs import PairsSpec, find_pairs
+from loro_jax.pairs import PairsSpec, pairs_of
 
 
 def lora_plus(
@@ -39,7 +39,7 @@ def lora_plus(
     """
 
     def output_factors(params: Any) -> Any:
-        places = {pair.B for pair in find_pairs(params, pairs)}
+        places = {pair.B for pair in pairs_of(params, pairs).found}
         leaves, structure = jax.tree.flatten(params)
         return jax.tree.unflatten(structure, [place in places for place in range(len(leaves))])
 

@@ -126,7 +126,7 @@ def condition_numbers(model: Llama) -> tuple[list[float], list[float]]:
     params = nnx.to_pure_dict(nnx.state(model, nnx.Param))
     leaves = [np.asarray(leaf, np.float64) for leaf in jax.tree.leaves(params)]
     products, factors = [], []
-    for pair in find_pairs(params):
+    for pair in find_pairs(params, "all"):
         B, A = leaves[pair.B], leaves[pair.A]
         # Orthonormal factors do not change singular values: those of B A are those of R_B R_A^T,
         # which is r x r.

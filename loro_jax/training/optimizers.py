@@ -47,6 +47,9 @@ from loro_jax.training.registry import Direction, Making, Optimizer, projections
 if TYPE_CHECKING:
     from loro_jax.training.config import Config
 
+# A model's own factors are pairs even where both are square, at full rank.
+_PAIRS = "all"
+
 # Default lr_scale of dense projections with Muon, with which they move by 0.012 at a learning rate
 # of 0.01: better than 0.024 at 2.56M tokens.
 _MUON_SCALE = 1.2
@@ -232,6 +235,7 @@ def make_loro(direction: Direction, of_direction: Any, making: Making) -> Optimi
         damping=config.damping or None,
         exact_method=config.exact_method,
         basis=config.basis,
+        pairs=_PAIRS,
         mesh=making.mesh,
     )
 
@@ -286,7 +290,7 @@ def adamw(making: Making, decayed: Any = None) -> Optimizer:
         moments="keep",
         lr_scale=making.lr_scale,
         weight_decay=(making.config.weight_decay, decayed),
-        pairs="optional",
+        pairs=_PAIRS,
         mesh=making.mesh,
     )
 
@@ -296,7 +300,7 @@ def make_lowrank(making: Making) -> Optimizer:
     everything, ratio = adamw(making), making.options.b_ratio
     if ratio == 1:
         return everything
-    return optax.chain(everything, lora_plus(ratio))
+    return optax.chain(everything, lora_plus(ratio, pairs=_PAIRS))
 
 
 def dense_adamw(making: Making, of_direction: Any) -> Optimizer:
@@ -343,6 +347,7 @@ def _balanced(
         direction=in_float32(optax.scale_by_adam(**making.adam)),
         lr_scale=lr_scale,
         weight_decay=making.config.weight_decay,
+        pairs=_PAIRS,
         mesh=making.mesh,
     )
 
@@ -369,6 +374,7 @@ def _of_preconditioned(making: Making) -> dict[str, Any]:
         "lr_scale": making.lr_scale,
         "damping": making.options.damping,
         "weight_decay": making.config.weight_decay,
+        "pairs": _PAIRS,
         "mesh": making.mesh,
         "direction": adam(**making.adam),
     }
@@ -383,6 +389,7 @@ def make_spectron(making: Making) -> Optimizer:
         newton_schulz_steps=making.options.newton_schulz_steps,
         weight_decay=making.config.weight_decay,
         regular=adam(**making.adam),
+        pairs=_PAIRS,
     )
 
 

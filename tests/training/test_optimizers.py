@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from loro_jax.training.config import Config
-from loro_jax.training.methods import make_optimizer
+from loro_jax.training.methods import METHODS, make_optimizer
 from tests.helpers import some_fast
 
 BASE = Config(direction="orthogonal", steps=100, warmup_steps=0, initial_lr_ratio=1.0)
@@ -72,3 +72,33 @@ def test_rates_and_seeds_may_be_members_of_an_ensemble(method):
     together = jax.jit(jax.vmap(member))(rates, scales, jnp.array([3, 4]))
     alone = step(method, 0.03, 1.0, 4, **OPTIONS)
     jax.tree.map(lambda x, y: np.testing.assert_allclose(x[1], y, atol=1e-5), together, alone)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        "loro",
+        "lowrank",
+        "lowrank_restarts",
+        "svd_projection",
+        "preconditioned",
+        "preconditioned_exact",
+        "spectron",
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_factors_of_full_rank_are_pairs_too(method):
+    """They move at the projections' rate, and nobody is warned of them."""
+    config = dataclasses.replace(
+        BASE, method=method, direction="adam", exact_every=4, lr_scale=1e-9, restart_warmup_steps=0
+    )
+    if not METHODS[method].periodic and method != "loro":
+        config = dataclasses.replace(config, exact_every=0)
+    params = parameters("full")
+    params["blocks"]["up"] = {"B": draw(0, 2, 6, 6), "A": draw(1, 2, 6, 6)}
+    grads = jax.tree.map(lambda p: jnp.cos(jnp.arange(p.size)).reshape(p.shape), params)
+    tx = make_optimizer(config)
+    moves, _ = tx.update(grads, tx.init(params), params)
+    largest = jax.tree.map(lambda x: float(jnp.max(jnp.abs(x))), moves)
+    assert max(largest["blocks"]["up"].values()) < 1e-6
+    assert largest["embedding"] > 1e-5
