@@ -22,7 +22,7 @@ from loro_jax.training.inputs import Row
 from loro_jax.training.network import with_base
 from loro_jax.training.plots import plot_measures
 from loro_jax.training.start import absorbed, with_arrays
-from loro_jax.training.step import TrainState, joined, make_program
+from loro_jax.training.step import TrainState, joined
 from models.huggingface import CheckpointError
 from models.huggingface.adapter_configs import note_of_base
 from models.roberta import read_classifier
@@ -142,7 +142,13 @@ class GlueInputs:
         return row
 
     def finish(
-        self, rows: list[Row], last: Row, workdir: str, command: str, live_ranks: int | None
+        self,
+        rows: list[Row],
+        last: Row,
+        workdir: str,
+        command: str,
+        state: TrainState,
+        live_ranks: int | None,
     ) -> list[str]:
         """Plots losses and the first metric; reports the last and the best evaluation."""
         config, name = self._run, f"val_{self._task.metrics[0]}"
@@ -150,7 +156,6 @@ class GlueInputs:
         best = max(evaluations, key=lambda row: row[name])
         title = f"{self._task.title}, {config.method}, {pathlib.Path(workdir).name}"
         plot_measures(rows, pathlib.Path(workdir) / "plot.png", name, title)
-        state = jax.eval_shape(make_program(config).init)
         trained, fixed = count_parameters(state.params), count_parameters(state.fixed)
         measures = ", ".join(
             f"{key.removeprefix('val_')} {value:.4f}"

@@ -60,7 +60,13 @@ class Inputs(Protocol):
         """Returns an evaluation's fields, ``val_loss`` first, from the outputs of all batches."""
 
     def finish(
-        self, rows: list[Row], last: Row, workdir: str, command: str, live_ranks: int | None
+        self,
+        rows: list[Row],
+        last: Row,
+        workdir: str,
+        command: str,
+        state: TrainState,
+        live_ranks: int | None,
     ) -> list[str]:
         """Plots a complete run; returns lines to show at its end.
 
@@ -69,5 +75,6 @@ class Inputs(Protocol):
             last: its last evaluation.
             workdir: the run directory.
             command: the command of the run.
+            state: shapes and dtypes of its state.
             live_ranks: ranks that its adapters have at the end, if its method chooses them.
         """

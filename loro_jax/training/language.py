@@ -111,11 +111,19 @@ class LanguageInputs:
         return row
 
     def finish(
-        self, rows: list[Row], last: Row, workdir: str, command: str, live_ranks: int | None
+        self,
+        rows: list[Row],
+        last: Row,
+        workdir: str,
+        command: str,
+        state: TrainState,
+        live_ranks: int | None,
     ) -> list[str]:
         """Plots losses beside n-gram models; reports perplexity, memory and next commands."""
         config = self.config
         ngrams = corpus_ngrams(self._corpus, self._vocab_size)
         path = pathlib.Path(workdir)
         plot_run(rows, path / "plot.png", ngrams, f"{config.method}, {path.name}")
-        return final_report(config, last["val_ppl"], ngrams, workdir, command, live_ranks)
+        return final_report(
+            config, last["val_ppl"], ngrams, workdir, command, live_ranks, state=state
+        )

@@ -86,7 +86,7 @@ def train(config: Config, workdir: str, command: str = "python train.py") -> Out
             return Outcome(0, None)
         rows = read_rows(directory.path / "metrics.jsonl")
         last = next(row for row in reversed(rows) if "val_loss" in row)
-        lines = inputs.finish(rows, last, workdir, command, run.live_ranks)
+        lines = inputs.finish(rows, last, workdir, command, run.shapes, run.live_ranks)
     for line in lines:
         print(line, flush=True)
     return Outcome(0, last.get("val_ppl"))
@@ -116,7 +116,7 @@ class _Run:
         self._rows = meshes.rows_here(devices, config.batch_size)
         self._program: Program
         self._state: TrainState
-        self._program, abstract_state = compile_program(make_program(config, devices), devices)
+        self._program, self.shapes = compile_program(make_program(config, devices), devices)
         # Arguments of each step beside state and batch, which it neither changes nor donates.
         self._beside, of_teacher = load_teacher(config, devices)
         notes = [*inputs.notes, *of_teacher]
@@ -125,7 +125,7 @@ class _Run:
         )
         # State, counters and data position come from one checkpoint: a resumed run repeats the same
         # batches.
-        restored = self._checkpoints.restore(abstract_state)
+        restored = self._checkpoints.restore(self.shapes)
         self._iterator = inputs.iterator(self._rows)
         if restored is None:
             self._begin(inputs, notes.append)

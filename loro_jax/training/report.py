@@ -17,7 +17,7 @@ from loro_jax.training.config import Config
 from loro_jax.training.distillation import abstract_teacher
 from loro_jax.training.method_options import takes_direction, uses_field
 from loro_jax.training.ranks import gates_of
-from loro_jax.training.step import make_program
+from loro_jax.training.step import TrainState, make_program
 
 
 def corpus_ngrams(corpus: Corpus, vocab_size: int) -> NgramPerplexity | None:
@@ -31,9 +31,15 @@ def corpus_ngrams(corpus: Corpus, vocab_size: int) -> NgramPerplexity | None:
     )
 
 
-def run_footprint(config: Config) -> Footprint:
-    """Counts parameters and bytes of a run by abstract evaluation."""
-    state = jax.eval_shape(make_program(config).init)
+def run_footprint(config: Config, state: TrainState | None = None) -> Footprint:
+    """Counts parameters and bytes of a run.
+
+    Args:
+        config: the run's config.
+        state: shapes and dtypes of its state; None: they are evaluated first.
+    """
+    if state is None:
+        state = jax.eval_shape(make_program(config).init)
     counted = footprint(state.params, state.opt_state)
     # Fixed arrays take memory, too; indices are no parameters.
     fixed = [x for x in jax.tree.leaves(state.fixed) if jnp.issubdtype(x.dtype, jnp.floating)]
@@ -51,6 +57,7 @@ def final_report(
     workdir: str,
     command: str,
     live_ranks: int | None = None,
+    state: TrainState | None = None,
 ) -> list[str]:
     """Returns lines to print at the end of a run.
 
@@ -61,6 +68,7 @@ def final_report(
         workdir: the run directory.
         command: the command of the run, with its flags.
         live_ranks: ranks that its adapters have at the end, if its method chooses them.
+        state: as for :func:`run_footprint`.
 
     Returns:
         The lines.
@@ -72,8 +80,8 @@ def final_report(
             "same tokens, same tokenizer)"
         )
     if config.has_adapters:
-        return [*lines, *_of_adapters(config, workdir, live_ranks)]
-    own = run_footprint(config)
+        return [*lines, *_of_adapters(config, workdir, live_ranks, state)]
+    own = run_footprint(config, state)
     lines.append(_footprint_line(f"this model ({config.method})", own))
     teacher = abstract_teacher(config)
     if teacher is not None:
@@ -105,9 +113,12 @@ def final_report(
     ]
 
 
-def _of_adapters(config: Config, workdir: str, live_ranks: int | None) -> list[str]:
+def _of_adapters(
+    config: Config, workdir: str, live_ranks: int | None, state: TrainState | None
+) -> list[str]:
     """Returns the lines about a run that fine-tunes by adapters."""
-    state = jax.eval_shape(make_program(config).init)
+    if state is None:
+        state = jax.eval_shape(make_program(config).init)
     trained, fixed = count_parameters(state.params), count_parameters(state.fixed)
     live = []
     if live_ranks is not None:

@@ -238,7 +238,8 @@ def merge_model(config: Config, params: Any, fixed: Any) -> Any:
 
 def abstract_state(program: Program, mesh: jax.sharding.Mesh) -> TrainState:
     """Returns shapes, dtypes and shardings of a run's state; nothing is computed."""
-    abstract = jax.eval_shape(program.init)
+    # Jitted, so that the function that makes the state finds its trace.
+    abstract = jax.jit(program.init).eval_shape()
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
         abstract,
