@@ -71,9 +71,10 @@ def find_pairs(params: Any, spec: PairsSpec | None = None) -> list[Pair]:
         >>> [p.name for p in find_pairs(params, {"up": "adapter.B", "down": "adapter.A"})]
         ['adapter']
     """
+    check_spec(spec)
     leaves = jax.tree_util.tree_flatten_with_path(params)[0]
-    if spec is None or (isinstance(spec, str) and spec == "all"):
-        pairs = _found_by_path(params, square=spec is not None)
+    if spec is None or isinstance(spec, str):
+        pairs = _found_by_path(params, square=spec == "all")
     else:
         pairs = _named_by_spec(params, leaves, spec)
     for pair in pairs:
@@ -184,9 +185,8 @@ def pairs_of(params: Any, spec: PairsSpec | None = None) -> Pairs:
         ValueError: if there is none and the spec is neither "optional" nor "all"; and as
             :func:`find_pairs`.
     """
-    check_spec(spec)
     optional = isinstance(spec, str)
-    found = find_pairs(params, None if optional and spec == "optional" else spec)
+    found = find_pairs(params, spec)
     # optax.tree.map_params and partitions use an empty tree for "no parameters".
     if not found and not optional and jax.tree.leaves(params):
         raise ValueError(
@@ -216,7 +216,12 @@ def describe_leaves(params: Any, limit: int = 12) -> str:
 
 
 def _found_by_path(params: Any, square: bool) -> list[Pair]:
-    """Finds leaves named B and A under one parent, those that are both square if wanted."""
+    """Finds leaves named B and A under one parent.
+
+    Args:
+        params: the parameters.
+        square: whether two square leaves are a pair, too.
+    """
     by_parent: dict[_Path, dict[str, int]] = {}
     held_back: set[_Path] = set()
     leaves: list[Any] = []

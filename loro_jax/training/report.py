@@ -31,15 +31,17 @@ def corpus_ngrams(corpus: Corpus, vocab_size: int) -> NgramPerplexity | None:
     )
 
 
-def run_footprint(config: Config, state: TrainState | None = None) -> Footprint:
-    """Counts parameters and bytes of a run.
+def run_footprint(config: Config) -> Footprint:
+    """Counts parameters and bytes of a run by abstract evaluation."""
+    return _footprint_of(_shapes(config))
 
-    Args:
-        config: the run's config.
-        state: shapes and dtypes of its state; None: they are evaluated first.
-    """
-    if state is None:
-        state = jax.eval_shape(make_program(config).init)
+
+def _shapes(config: Config) -> TrainState:
+    """Returns shapes and dtypes of a run's state."""
+    return jax.eval_shape(make_program(config).init)
+
+
+def _footprint_of(state: TrainState) -> Footprint:
     counted = footprint(state.params, state.opt_state)
     # Fixed arrays take memory, too; indices are no parameters.
     fixed = [x for x in jax.tree.leaves(state.fixed) if jnp.issubdtype(x.dtype, jnp.floating)]
@@ -68,7 +70,7 @@ def final_report(
         workdir: the run directory.
         command: the command of the run, with its flags.
         live_ranks: ranks that its adapters have at the end, if its method chooses them.
-        state: as for :func:`run_footprint`.
+        state: shapes and dtypes of its state; None: they are evaluated first.
 
     Returns:
         The lines.
@@ -79,9 +81,10 @@ def final_report(
             f"  (unigram model {ngrams.unigram:.2f}, bigram model {ngrams.bigram:.2f}, "
             "same tokens, same tokenizer)"
         )
+    state = _shapes(config) if state is None else state
     if config.has_adapters:
         return [*lines, *_of_adapters(config, workdir, live_ranks, state)]
-    own = run_footprint(config, state)
+    own = _footprint_of(state)
     lines.append(_footprint_line(f"this model ({config.method})", own))
     teacher = abstract_teacher(config)
     if teacher is not None:
@@ -114,11 +117,9 @@ def final_report(
 
 
 def _of_adapters(
-    config: Config, workdir: str, live_ranks: int | None, state: TrainState | None
+    config: Config, workdir: str, live_ranks: int | None, state: TrainState
 ) -> list[str]:
     """Returns the lines about a run that fine-tunes by adapters."""
-    if state is None:
-        state = jax.eval_shape(make_program(config).init)
     trained, fixed = count_parameters(state.params), count_parameters(state.fixed)
     live = []
     if live_ranks is not None:
