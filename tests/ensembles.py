@@ -43,7 +43,7 @@ def alone(tx, members):
 def shard_map():
     members = ensemble(2, 6, 5)
     mesh = jax.make_mesh((2,), ("members",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
-    for options in ({}, {"basis": "nearest"}, {"moments": "transport"}):
+    for options in ({}, {"moments": "transport"}):
         tx = loro(0.01, exact_every=2, **options)
 
         def share(part, tx=tx):

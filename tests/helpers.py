@@ -1,6 +1,8 @@
 """What tests of several folders share."""
 
+import contextlib
 import functools
+import io
 import json
 import os
 import subprocess
@@ -13,6 +15,7 @@ import optax
 import pytest
 from flax import nnx
 
+from loro_jax.__main__ import main
 from tests.conftest import ROOT
 
 
@@ -54,6 +57,14 @@ def take_steps(tx, params, grads):
 def member(i, stacked):
     """The i-th of the trees that are stacked along the leading axes of one."""
     return jax.tree.map(lambda x: x[i], stacked)
+
+
+def command(*arguments):
+    """Runs ``python -m loro_jax`` in this process: its exit status and all that it prints."""
+    output = io.StringIO()
+    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
+        status = main([str(argument) for argument in arguments])
+    return status, output.getvalue()
 
 
 def run_module(name, *arguments, **environment):

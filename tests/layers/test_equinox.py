@@ -346,7 +346,7 @@ def test_a_stack_of_convolutions():
 
 @pytest.mark.slow
 def test_the_character_model(capsys):
-    losses = characters.main(steps=100)
+    losses = characters.main(steps=40)
     # Of characters drawn by their frequencies alone: 4.4 bits.
     assert losses["dense, Adam"] < 3.9
     assert losses["low-rank, LORO"] < 3.9

@@ -1,16 +1,13 @@
 import dataclasses
 import json
-import pathlib
-import subprocess
-import sys
 
 import pytest
 
+from loro_jax.__main__ import main
 from loro_jax.planning.memory_table import MODELS, PAPER, held_by, memory_rows
 from loro_jax.training.config import METHODS, Config
 from models import preset
 
-ROOT = pathlib.Path(__file__).parents[2]
 TINY = preset("tiny")
 
 
@@ -84,25 +81,15 @@ def test_the_state_of_bfloat16_weights_is_counted_as_float32(method, direction):
     assert (narrow.optimizer, 2 * narrow.weights) == (wide.optimizer, wide.weights)
 
 
-def command(*arguments):
-    done = subprocess.run(
-        [sys.executable, "-m", "loro_jax", "memory", *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    return done.returncode, done.stdout, done.stderr
-
-
 @pytest.mark.slow
-def test_the_command():
-    status, output, _ = command("--model=60m", "--rank=128", "--json")
-    assert status == 0
-    assert [row["method"] for row in json.loads(output)] == list(METHODS)
-    status, _, errors = command("--model=61m")
-    assert (status, errors.count("\n")) == (1, 1)
-    assert "--model=61m: expected one of tiny, 60m, 130m" in errors
-    status, _, errors = command("--model=60m", "--rank=1000")
-    assert (status, errors.count("\n")) == (1, 1)
-    assert "model.rank" in errors
+def test_the_command(capsys):
+    assert main(["memory", "--model=60m", "--rank=128", "--json"]) == 0
+    assert [row["method"] for row in json.loads(capsys.readouterr().out)] == list(METHODS)
+    for arguments, message in (
+        (["--model=61m"], "--model=61m: expected one of tiny, 60m, 130m"),
+        (["--model=60m", "--rank=1000"], "model.rank"),
+    ):
+        assert main(["memory", *arguments]) == 1
+        error = capsys.readouterr().err
+        assert message in error
+        assert error.count("\n") == 1

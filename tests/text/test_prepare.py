@@ -22,6 +22,7 @@ from loro_jax.text.config import DataConfig
 from loro_jax.text.prepare import prepare
 from loro_jax.text.prepared import open_prepared, verify
 from loro_jax.text.tokenizers.tokenizer import load_tokenizer
+from tests.helpers import command
 from tests.text.samples import (
     BYTES,
     assert_equal_batches,
@@ -315,18 +316,6 @@ class TestOpening:
         assert len(corpus.train[0].documents) > 2000
 
 
-def command(*arguments):
-    done = subprocess.run(
-        [sys.executable, "-m", "loro_jax", *map(str, arguments)],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    return done.returncode, done.stdout + done.stderr
-
-
-@pytest.mark.slow
 def test_the_command_and_its_errors(tmp_path, source):
     out = tmp_path / "out"
     status, output = command("prepare", source, "--tokenizer=bytes", f"--out={out}")

@@ -99,15 +99,3 @@ def test_the_trajectory_is_the_same_and_resumes(tmp_path):
     assert "continuing" in output
     assert read(tmp_path / "run") == whole
     assert runs.rows(tmp_path / "run") == runs.rows(tmp_path / "plain")
-
-
-@pytest.mark.slow
-def test_factors_spread_over_processes_are_gathered(tmp_path):
-    source = runs.corpus(tmp_path)
-    changes = {"inspect_every": 8, "mesh.fsdp": 2}
-    ends = runs.finish_all(runs.start_all(2, tmp_path / "run", [source] * 2, {}, **changes))
-    assert [status for status, _ in ends] == [0, 0], ends
-    found = read(tmp_path / "run")
-    assert [row["step"] for row in found] == [0, 8, 16, 24]
-    expected = small_tables(load_state(tmp_path / "run")[2].params)
-    assert found[-1]["matrices"] == expected

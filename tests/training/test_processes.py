@@ -1,10 +1,12 @@
 """One run by several real processes: their losses, their ends, and who goes on."""
 
+import json
 import os
 import re
 import signal
 import time
 
+import chex
 import numpy as np
 import pytest
 
@@ -28,29 +30,39 @@ def last_step(workdir):
     return path.read_text().count('"loss"') if path.exists() else 0
 
 
+def tables(workdir):
+    """What a run writes of its factors, by step."""
+    lines = (workdir / "inspect.jsonl").read_text().splitlines()
+    return {row["step"]: row["matrices"] for row in map(json.loads, lines)}
+
+
 @pytest.mark.slow
 def test_processes_come_and_go_and_the_losses_are_those_of_one(tmp_path):
     source = runs.corpus(tmp_path)
     one, workdir = tmp_path / "one", tmp_path / "run"
-    status, output = runs.run(*runs.flags(one, source, steps=24, **runs.SMALL))
+    # Tables of factors gather them from all processes.
+    inspected = {"inspect_every": 8}
+    small = {**runs.SMALL, **inspected}
+    status, output = runs.run(*runs.flags(one, source, steps=24, **small))
     assert status == 0, output
 
-    # Four, of which one is killed behind the first checkpoint. The slow steps leave it the time.
-    four = runs.start_all(4, workdir, [source] * 4, {}, **{"mesh.fsdp": 2})
-    wait_for((workdir / "checkpoints" / "11").exists, four)
-    four[2].send_signal(signal.SIGKILL)
-    ends = runs.finish_all(four)
-    assert ends.pop(2)[0] == -signal.SIGKILL
+    # Two of two devices each, of which one is killed behind the first checkpoint. The slow steps
+    # leave it the time.
+    two = runs.start_all(2, workdir, [source] * 2, TWO_DEVICES, **{"mesh.fsdp": 2}, **inspected)
+    wait_for((workdir / "checkpoints" / "11").exists, two)
+    two[1].send_signal(signal.SIGKILL)
+    ends = runs.finish_all(two)
+    assert ends.pop(1)[0] == -signal.SIGKILL
     for status, output in ends:
         assert status not in (0, -signal.SIGKILL), output
         assert "lost another one" in output or "another task died" in output
     if last_step(workdir) < 24:
-        # Two, of two devices each, on another mesh; a signal to one of them stops both.
-        mesh = {"mesh.data": 1, "mesh.fsdp": 2, "mesh.tensor": 2}
+        # Two on another mesh; a signal to one of them stops both.
+        mesh = {"mesh.data": 1, "mesh.fsdp": 2, "mesh.tensor": 2, **inspected}
         left = (workdir / "metrics.jsonl").read_bytes()
         two = runs.start_all(2, workdir, [source] * 2, TWO_DEVICES, **mesh)
-        # While they start, the file holds rows of the four, and no handler waits for a signal. They
-        # drop the rows past their checkpoint, and then add their own.
+        # While they start, the file holds rows of the first, and no handler waits for a signal.
+        # They drop the rows past their checkpoint, and then add their own.
         wait_for(lambda: (workdir / "metrics.jsonl").read_bytes() != left, two)
         soon = min(last_step(workdir) + 1, 24)
         wait_for(lambda: last_step(workdir) >= soon, two)
@@ -61,13 +73,14 @@ def test_processes_come_and_go_and_the_losses_are_those_of_one(tmp_path):
         assert "continuing" in ends[0][1]
         assert "step 1" not in ends[1][1], "only the first shows anything"
     # And one ends what is left.
-    status, output = runs.run(*runs.flags(workdir, source, steps=24, **runs.SMALL))
+    status, output = runs.run(*runs.flags(workdir, source, steps=24, **small))
     assert status == 0, output
     expected, found = runs.rows(one), runs.rows(workdir)
     assert [row["tokens"] for row in found] == [row["tokens"] for row in expected]
     for one_row, row in zip(expected, found, strict=True):
         key = "loss" if "loss" in one_row else "val_loss"
         np.testing.assert_allclose(row[key], one_row[key], rtol=1e-4)
+    chex.assert_trees_all_close(tables(workdir), tables(one), rtol=0.01)
 
 
 @pytest.mark.slow

@@ -15,6 +15,7 @@ from loro_jax.text.tokenizers.training import train_byte_level, train_sentencepi
 from loro_jax.training.config import Config
 from loro_jax.training.vocabulary import resolve_vocabulary
 from models import LlamaConfig
+from tests.helpers import command
 
 ROOT = pathlib.Path(__file__).parents[2]
 TEXT = 'He said: "Aye, aye!"  —  twelve £5 notes\nand a parrot \u2028 (naïve) 日本 \U0001f99c'
@@ -247,7 +248,6 @@ def test_the_command_trains_on_ones_own_files(tmp_path, novel, name):
     assert load_tokenizer(str(tmp_path / name)).vocab_size == 400
 
 
-@pytest.mark.slow
 def test_errors_of_the_command(tmp_path):
     (tmp_path / "a.txt").write_text("one\n\ntwo\n\nthree")
     source = tmp_path / "a.txt"
@@ -258,10 +258,12 @@ def test_errors_of_the_command(tmp_path):
         ((tmp_path / "b*", f"--out={tmp_path / 'a.json'}"), "error: SOURCE = "),
         ((source, f"--out={tmp_path / 'a.model'}"), "--vocab_size=32000 does not suit"),
     ):
-        status, output = train(*arguments)
+        status, output = command("tokenizer", *arguments)
         assert status == 1, output
         assert message in output
         assert "Traceback" not in output
     assert [path.name for path in tmp_path.iterdir()] == ["a.txt"]
-    status, output = train(source, f"--out={tmp_path / 'a.json'}", "--vocab_size=300")
+    status, output = command(
+        "tokenizer", source, f"--out={tmp_path / 'a.json'}", "--vocab_size=300"
+    )
     assert (status, "fewer than --vocab_size=300" in output) == (0, True)
