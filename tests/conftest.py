@@ -212,7 +212,7 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
-    """Marks the tests that are run once more, with XLA's optimizations; sorts the files."""
+    """Marks the tests that need XLA's optimizations; sorts the files."""
     for item in items:
         name = f"{_file_of(item)}::{item.name}"
         if any(fnmatch.fnmatchcase(name, pattern) for pattern in OPTIMIZED):

@@ -59,12 +59,17 @@ def member(i, stacked):
     return jax.tree.map(lambda x: x[i], stacked)
 
 
-def command(*arguments):
-    """Runs ``python -m loro_jax`` in this process: its exit status and all that it prints."""
+def call(program, arguments):
+    """Calls a program in this process: its exit status and all that it prints."""
     output = io.StringIO()
     with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-        status = main([str(argument) for argument in arguments])
+        status = program(arguments)
     return status, output.getvalue()
+
+
+def command(*arguments):
+    """Runs ``python -m loro_jax`` in this process, as :func:`call` does."""
+    return call(main, [str(argument) for argument in arguments])
 
 
 def run_module(name, *arguments, **environment):

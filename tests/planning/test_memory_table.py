@@ -3,10 +3,10 @@ import json
 
 import pytest
 
-from loro_jax.__main__ import main
 from loro_jax.planning.memory_table import MODELS, PAPER, held_by, memory_rows
 from loro_jax.training.config import METHODS, Config
 from models import preset
+from tests.helpers import command
 
 TINY = preset("tiny")
 
@@ -82,14 +82,15 @@ def test_the_state_of_bfloat16_weights_is_counted_as_float32(method, direction):
 
 
 @pytest.mark.slow
-def test_the_command(capsys):
-    assert main(["memory", "--model=60m", "--rank=128", "--json"]) == 0
-    assert [row["method"] for row in json.loads(capsys.readouterr().out)] == list(METHODS)
+def test_the_command():
+    status, output = command("memory", "--model=60m", "--rank=128", "--json")
+    assert status == 0, output
+    assert [row["method"] for row in json.loads(output)] == list(METHODS)
     for arguments, message in (
         (["--model=61m"], "--model=61m: expected one of tiny, 60m, 130m"),
         (["--model=60m", "--rank=1000"], "model.rank"),
     ):
-        assert main(["memory", *arguments]) == 1
-        error = capsys.readouterr().err
-        assert message in error
-        assert error.count("\n") == 1
+        status, output = command("memory", *arguments)
+        assert status == 1
+        assert message in output
+        assert output.count("\n") == 1

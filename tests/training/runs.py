@@ -1,7 +1,5 @@
 """Tiny runs of the real command, in this process or in others."""
 
-import contextlib
-import io
 import json
 import os
 import pathlib
@@ -10,6 +8,7 @@ import subprocess
 import sys
 
 import train
+from tests.helpers import call
 
 ROOT = pathlib.Path(__file__).parents[2]
 
@@ -59,10 +58,7 @@ def with_config(arguments):
 
 def run(*arguments):
     """Runs train.py in this process: its exit status and output."""
-    output = io.StringIO()
-    with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
-        status = train.main(with_config(arguments))
-    return status, output.getvalue()
+    return call(train.main, with_config(arguments))
 
 
 def start(*arguments, shared_cache=True, **environment):

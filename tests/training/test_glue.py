@@ -113,7 +113,7 @@ def test_every_method_and_task_learns(settings, given, tmp_path):
     last = [row for row in glue_runs.rows(tmp_path / "run") if "val_loss" in row][-1]
     name = settings.rpartition("_")[2]
     for metric in TASKS[name].metrics:
-        assert last[f"val_{metric}"] > 0.8, last
+        assert last[f"val_{metric}"] > 0.9, last
     assert ("val_accuracy_mismatched" in last) == (name == "mnli")
 
 

@@ -46,8 +46,8 @@ def test_processes_come_and_go_and_the_losses_are_those_of_one(tmp_path):
     status, output = runs.run(*runs.flags(one, source, steps=24, **small))
     assert status == 0, output
 
-    # Two of two devices each, of which one is killed behind the first checkpoint. The slow steps
-    # leave it the time.
+    # Two processes with two devices each; one is killed once there is a checkpoint. Steps are slow
+    # enough for that.
     two = runs.start_all(2, workdir, [source] * 2, TWO_DEVICES, **{"mesh.fsdp": 2}, **inspected)
     wait_for((workdir / "checkpoints" / "11").exists, two)
     two[1].send_signal(signal.SIGKILL)
@@ -80,7 +80,7 @@ def test_processes_come_and_go_and_the_losses_are_those_of_one(tmp_path):
     for one_row, row in zip(expected, found, strict=True):
         key = "loss" if "loss" in one_row else "val_loss"
         np.testing.assert_allclose(row[key], one_row[key], rtol=1e-4)
-    chex.assert_trees_all_close(tables(workdir), tables(one), rtol=0.01)
+    chex.assert_trees_all_close(tables(workdir), tables(one), rtol=1e-3)
 
 
 @pytest.mark.slow
